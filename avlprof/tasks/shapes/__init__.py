@@ -1,0 +1,1 @@
+"""The embedded picture world: scenes drawn by code and questions about them."""
