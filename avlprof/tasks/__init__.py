@@ -1,0 +1,8 @@
+"""Samples to ask a model about, and the metrics that judge its answers."""
+
+from avlprof.tasks.load import TASKS, load_task
+from avlprof.tasks.metrics import METRICS, Metric, load_metric
+from avlprof.tasks.sample import Sample
+from avlprof.tasks.task import Task
+
+__all__ = ["METRICS", "TASKS", "Metric", "Sample", "Task", "load_metric", "load_task"]

@@ -1,0 +1,8 @@
+"""The embedded model: its builder, its training, and the checkpoint that ships in `weights/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+WEIGHTS: Final = Path(__file__).parent / "weights"

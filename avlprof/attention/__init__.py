@@ -1,0 +1,1 @@
+"""The registered attention function, row statistics and selection."""

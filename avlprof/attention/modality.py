@@ -1,0 +1,63 @@
+"""Which modality every position of a prompt belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avlprof.errors import UserError
+from avlprof.policy import PromptShape
+
+
+class Modality(IntEnum):
+    """Codes of a modality map. `SYSTEM` is all text before the first vision token."""
+
+    PAD = -1
+    SYSTEM = 0
+    VISION = 1
+    TEXT = 2
+    GENERATED = 3
+
+
+MODALITIES = ("system", "vision", "text", "generated")
+
+
+def vision_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids that stand for one vision token each in a processed prompt, from the model's config."""
+    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id"))
+    found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
+    if not found:
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UserError(f"a model of type '{kind}' names no image token in its config, so it has no vision tokens")
+    return found
+
+
+def modality_map(input_ids: Tensor, attention_mask: Tensor | None, vision_ids: Sequence[int]) -> Tensor:
+    """Modality of each prompt position.
+
+    Args:
+        input_ids: `[B, N]` processed prompt, one id per vision token.
+        attention_mask: `[B, N]`, 0 on padding; None means no padding.
+        vision_ids: ids of vision tokens.
+
+    Returns:
+        int8 `[B, N]` of `Modality` codes. In a row without vision tokens all text is system.
+    """
+    vision = torch.isin(input_ids, torch.tensor(list(vision_ids), device=input_ids.device))
+    seen = vision.cumsum(dim=1) > 0
+    codes = torch.full_like(input_ids, Modality.SYSTEM, dtype=torch.int8)
+    codes[seen] = Modality.TEXT
+    codes[vision] = Modality.VISION
+    if attention_mask is not None:
+        codes[attention_mask[:, : codes.shape[1]] == 0] = Modality.PAD
+    return codes
+
+
+def prompt_shapes(modality: Tensor) -> list[PromptShape]:
+    """Token counts of each row of a modality map (padding is not counted)."""
+    counts = [(modality == code).sum(dim=1).tolist() for code in (Modality.SYSTEM, Modality.VISION, Modality.TEXT)]
+    return [PromptShape(*row) for row in zip(*counts, strict=True)]

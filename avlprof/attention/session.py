@@ -1,0 +1,319 @@
+"""The switched-on state of a model: one registered attention function and who listens to it.
+
+transformers calls a function registered with its `AttentionInterface` for every layer of the
+language model. Ours runs the implementation that was there before (or hands the call to a
+runtime) and shows the call to observers. Nothing changes at import; a `Session` is a context
+that switches a model and restores it, exceptions included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from avlprof.attention.modality import Modality, modality_map, vision_token_ids
+from avlprof.errors import UserError
+
+NAME = "avlprof"
+_SESSION = "_avlprof_session"
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer's attention was handed.
+
+    `query [B, H, q, D]`, `key` and `value [B, Hkv, n, D]` are post-RoPE; `mask` is bool
+    `[B, 1, q, kv]` or None; `positions [B, 1 or Hkv, n]` are the logical positions of the key
+    columns, or None when column and position are the same.
+    """
+
+    layer: int
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    kernel: Kernel
+    options: dict[str, Any]
+    positions: Tensor | None = None
+    valid: Tensor | None = None
+
+    def stock(self) -> Tensor:
+        """Output `[B, q, H, D]` of the implementation that the model had before the switch."""
+        mask = self.mask
+        return self.kernel(
+            self.module, self.query, self.key, self.value, mask, scaling=self.scaling, **self.options
+        )[0]
+
+
+@dataclass
+class Forward:
+    """One forward pass of the switched model.
+
+    `modality [B, n]` covers every position seen so far, this pass included; the last `new`
+    are this pass's. `step` is 0 in prefill and counts decoding passes from 1.
+    """
+
+    modality: Tensor
+    new: int
+    step: int
+
+
+class Observer(Protocol):
+    """Listens to the attention of a switched model."""
+
+    def begin(self, forward: Forward) -> None:
+        """Called before each forward pass."""
+
+    def attended(self, forward: Forward, call: AttentionCall) -> None:
+        """Called after each layer's attention, with the keys that it attended to."""
+
+
+class AttentionRuntime(Protocol):
+    """Takes over the cache and the attention of a switched model."""
+
+    def new_cache(self) -> Any:
+        """A fresh cache for a new sequence."""
+
+    def owns(self, cache: Any) -> bool:
+        """Whether a cache was made by this runtime."""
+
+    def attend(self, forward: Forward, cache: Any, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
+        """The layer's output `[B, q, H, D]`, and the call as the observers should see it."""
+
+
+@dataclass
+class _State:
+    """What the session remembers of one cache."""
+
+    modality: Tensor
+    steps: int = 0
+
+
+@dataclass
+class Session:
+    """A switched model; made by `switched`."""
+
+    model: PreTrainedModel
+    kernel: Kernel
+    observers: list[Observer] = field(default_factory=list)
+    runtime: AttentionRuntime | None = None
+    _states: WeakKeyDictionary[Any, _State] = field(default_factory=WeakKeyDictionary)
+    _forward: Forward | None = None
+    _cache: Any = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook of the model: swap the cache in and work out the modalities."""
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        values: dict[str, Any] = {**bound, **extra}
+        values.pop("self", None)
+        cache = values.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        ids = values.get("input_ids")
+        if self.runtime is not None:
+            cache = self._swapped(cache, past, values)
+        if past == 0:
+            if ids is None:
+                raise UserError("the prompt's input_ids are needed to tell vision tokens from text; pass input_ids")
+            vision = vision_token_ids(self.model.config)
+            state = _State(modality_map(ids, values.get("attention_mask"), vision))
+        else:
+            known = self._states.get(cache)
+            if known is None or known.modality.shape[1] != past:
+                raise UserError(
+                    "the cache was filled outside of this context, so its modalities are unknown; "
+                    "run the prompt inside the context"
+                )
+            state = known
+            state.steps += 1
+            new = ids.shape[1] if ids is not None else values["inputs_embeds"].shape[1]
+            code = Modality.GENERATED if new == 1 else Modality.TEXT
+            batch = ids.shape[0] if ids is not None else values["inputs_embeds"].shape[0]
+            fresh = state.modality.new_full((batch, new), int(code))
+            state.modality = torch.cat([state.modality, fresh], dim=1)
+        if cache is not None:
+            self._states[cache] = state
+        self._cache = cache
+        self._forward = Forward(state.modality, state.modality.shape[1] - past, state.steps)
+        for observer in self.observers:
+            observer.begin(self._forward)
+        return (), values
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook of the model: let go of the pass, also after an exception."""
+        self._forward = self._cache = None
+
+    def _swapped(self, cache: Any, past: int, values: dict[str, Any]) -> Any:
+        runtime = self.runtime
+        assert runtime is not None
+        if values.get("use_cache") is False:
+            raise UserError("a policy acts on the KV cache; call the model with use_cache=True")
+        if cache is None or not runtime.owns(cache):
+            if past > 0:
+                raise UserError("the cache was filled outside of this context; run the prompt inside the context")
+            cache = runtime.new_cache()
+        values["past_key_values"] = cache
+        values["use_cache"] = True
+        return cache
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The output of one layer's attention; observers see the call afterwards."""
+        if self._forward is None:
+            raise UserError("call the model that was switched, not a part of it")
+        if self.runtime is None:
+            out = call.stock()
+        else:
+            out, call = self.runtime.attend(self._forward, self._cache, call)
+        for observer in self.observers:
+            observer.attended(self._forward, call)
+        return out
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The registered function: finds the session of the module and hands it the call."""
+    session: Session = getattr(module, _SESSION)
+    call = AttentionCall(
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=options.get("softcap"),
+        kernel=session.kernel,
+        options=options,
+    )
+    return session.attend(call), None
+
+
+@contextlib.contextmanager
+def switched(
+    model: PreTrainedModel, observers: tuple[Observer, ...] = (), runtime: AttentionRuntime | None = None
+) -> Iterator[Session]:
+    """Switch the language model's attention to avlprof's for the length of the context.
+
+    Contexts nest on one model: an inner one adds observers or the runtime to the outer
+    session. Everything is restored on exit, exceptions and Ctrl-C included.
+
+    Raises:
+        UserError: the model's attention cannot be switched, or it has a runtime already.
+    """
+    decoder = _decoder(model)
+    outer: Session | None = getattr(decoder, _SESSION, None)
+    with contextlib.ExitStack() as undo:
+        session = outer or undo.enter_context(_installed(model, decoder))
+        if runtime is not None:
+            if session.runtime is not None:
+                raise UserError("the model already runs under a policy; leave that context first")
+            session.runtime = runtime
+            undo.callback(setattr, session, "runtime", None)
+        session.observers.extend(observers)
+        try:
+            yield session
+        finally:
+            for observer in observers:
+                session.observers.remove(observer)
+
+
+@contextlib.contextmanager
+def _installed(model: PreTrainedModel, decoder: nn.Module) -> Iterator[Session]:
+    text_config = decoder.config
+    before: str = text_config._attn_implementation
+    session = Session(model, _kernel(decoder, before))
+    modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    hooks = [
+        model.register_forward_pre_hook(session.before, with_kwargs=True),
+        model.register_forward_hook(session.after, with_kwargs=True, always_call=True),
+    ]
+    try:
+        for module in (decoder, *modules):
+            setattr(module, _SESSION, session)
+        _set_implementation(model, text_config, NAME)
+        yield session
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in (decoder, *modules):
+            if hasattr(module, _SESSION):
+                delattr(module, _SESSION)
+        if text_config._attn_implementation != before:
+            _set_implementation(model, text_config, before)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "config"):
+        raise UserError(f"{type(model).__name__} has no decoder with layers, so its attention cannot be switched")
+    return decoder  # type: ignore[no-any-return]
+
+
+def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> None:
+    """Switch the language model alone; vision towers keep their attention."""
+    keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text_config]
+    try:
+        model.set_attn_implementation({keys[0]: name} if keys else name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the attention of {type(model).__name__} cannot be switched: {error}") from None
+    if text_config._attn_implementation != name:
+        raise UserError(
+            f"the attention of {type(model).__name__} cannot be switched; it does not use transformers' "
+            "attention interface"
+        )
+
+
+def _kernel(decoder: nn.Module, name: str) -> Kernel:
+    """The function behind an implementation's name; eager lives in the modeling file."""
+    if name in ("eager", None):
+        attention = next((m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")), decoder)
+        eager: Kernel | None = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise UserError(f"{type(decoder).__name__} has no eager attention function; load it with sdpa")
+        return _with_float_mask(eager)
+    if name not in ("sdpa",):
+        raise UserError(f"attention implementation '{name}' is not supported; load the model with sdpa or eager")
+    kernel: Kernel = ALL_ATTENTION_FUNCTIONS[name]
+    return kernel
+
+
+def _with_float_mask(eager: Kernel) -> Kernel:
+    """Eager functions add a float mask and need the causal one spelled out."""
+
+    def run(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        new, total = query.shape[2], key.shape[2]
+        if mask is None and new > 1 and getattr(module, "is_causal", True):
+            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)[None, None]
+        if mask is not None and mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+        options.setdefault("dropout", 0.0)
+        return eager(module, query, key, value, mask, **options)
+
+    return run

@@ -1,0 +1,53 @@
+"""Short names of models: alias to hub id, family, and how far it was tested here. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Tested = Literal["embedded", "random-weight tests", "not yet tested"]
+
+EMBEDDED: Final = "embedded"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One short name.
+
+    `source` is a Hugging Face hub id, or `EMBEDDED` for the model inside this package; `family`
+    is the `model_type` of its config. `tested` says what was run in this project: the embedded
+    model is loaded and run in the tests; "random-weight tests" means that small random models of
+    the family pass them; "not yet tested" that the generic adapter is expected to serve.
+    """
+
+    source: str
+    family: str
+    tested: Tested
+
+
+_RANDOM: Final = "random-weight tests"
+_UNTESTED: Final = "not yet tested"
+
+ALIASES: Final[dict[str, Alias]] = {
+    "tiny": Alias(EMBEDDED, "llava", "embedded"),
+    "llava": Alias("llava-hf/llava-1.5-7b-hf", "llava", _RANDOM),
+    "llava-13b": Alias("llava-hf/llava-1.5-13b-hf", "llava", _RANDOM),
+    "llava-next": Alias("llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", _UNTESTED),
+    "llava-next-vicuna": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next", _UNTESTED),
+    "llava-onevision": Alias("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision", _UNTESTED),
+    "qwen2-vl": Alias("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", _UNTESTED),
+    "qwen2.5-vl": Alias("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", _RANDOM),
+    "qwen3-vl": Alias("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", _UNTESTED),
+    "internvl3": Alias("OpenGVLab/InternVL3-8B-hf", "internvl", _UNTESTED),
+    "smolvlm": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", _UNTESTED),
+    "idefics3": Alias("HuggingFaceM4/Idefics3-8B-Llama3", "idefics3", _UNTESTED),
+    "gemma3": Alias("google/gemma-3-4b-it", "gemma3", _UNTESTED),
+    "paligemma2": Alias("google/paligemma2-3b-mix-224", "paligemma", _UNTESTED),
+    "mistral3": Alias("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", _UNTESTED),
+    "aya-vision": Alias("CohereLabs/aya-vision-8b", "aya_vision", _UNTESTED),
+}
+
+
+def is_tested(family: str) -> bool:
+    """Whether models of this family (`model_type`) are run by the tests of this project."""
+    return any(alias.family == family and alias.tested != _UNTESTED for alias in ALIASES.values())

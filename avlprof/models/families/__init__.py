@@ -1,0 +1,29 @@
+"""Families that differ from the generic adapter, and the choice of the right one."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from avlprof.models.adapter import Adapter
+from avlprof.registry import Registry
+
+FAMILIES: Final[Registry[type[Adapter]]] = Registry(
+    "adapter",
+    {
+        "llava": "avlprof.models.families.llava:LlavaAdapter",
+        "qwen2_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
+        "qwen2_5_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
+        "qwen3_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
+    },
+)
+
+
+def adapter_for(model: Any, processor: Any = None) -> Adapter:
+    """The adapter of a model, by its `model_type`; the generic one where the family has none.
+
+    Raises:
+        UserError: the model has no vision tokens or no decoder layers.
+    """
+    family = str(model.config.model_type)
+    kind = FAMILIES.get(family) if family in FAMILIES.names() else Adapter
+    return kind(model, processor)

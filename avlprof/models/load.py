@@ -1,0 +1,210 @@
+"""From a name to a model that can be run: alias, hub id or local folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.utils import logging as hf_logging
+
+from avlprof.errors import UserError
+from avlprof.models.adapter import Adapter
+from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
+from avlprof.models.families import adapter_for
+from avlprof.models.hub import hub_reachable
+from avlprof.models.placement import resolve_device, resolve_dtype
+from avlprof.models.revision import folder_fingerprint, hub_commit
+from avlprof.models.tiny import WEIGHTS
+from avlprof.registry import unknown
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with its processor and adapter.
+
+    `name` is what was asked for, `source` the hub id or the folder that it stood for ("tiny" for
+    the embedded model), which loads the same model again. `revision` is the commit of the hub, or
+    for a folder a fingerprint of its config and weights, so that two checkpoints in one place can
+    be told apart.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    source: str
+    revision: str | None
+    adapter: Adapter
+
+
+def load_model(
+    name: str = "tiny",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> LoadedModel:
+    """Loads a model by alias (`avlprof.models.ALIASES`), hub id (`owner/name`) or local folder.
+
+    `device` "auto" takes CUDA when there is one. `dtype` "auto" is float32 on CPU; elsewhere
+    bfloat16 for hub models and what the config says for folders. `device_map` is handed to
+    transformers and replaces `device`. Code of a repository is never run unless
+    `trust_remote_code` is set.
+
+    Raises:
+        UserError: unknown name, not a model, unreadable files, no network, absent device, or a
+            `revision` of a folder.
+    """
+    source, folder = _locate(name)
+    if folder and revision:
+        raise UserError(f"revision must be left out for '{name}', which is a folder, got '{revision}'")
+    place = resolve_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if folder is None:
+        options |= {"revision": revision, "local_files_only": not hub_reachable()}
+    with _explained(name, source, options):
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_kind(name, config)
+        chosen = resolve_dtype(dtype, place, config, hub=folder is None)
+        with _quiet(progress=folder is None):
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                source,
+                config=config,
+                dtype=chosen,
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+        if device_map is None:
+            model = model.to(place)
+    _check_complete(name, report)
+    processor = _processor(name, source, options)
+    if not is_tested(config.model_type):
+        _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
+    found = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
+    if folder == WEIGHTS:
+        source = name
+    return LoadedModel(model.eval(), processor, name, source, found, adapter_for(model, processor))
+
+
+def _locate(name: str) -> tuple[str, Path | None]:
+    """The source to load from, and the folder if it is one."""
+    if name in ALIASES:
+        source = ALIASES[name].source
+        return (str(WEIGHTS), WEIGHTS) if source == EMBEDDED else (source, None)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {name} is not a model: it has no config.json")
+        return str(path), path
+    if path.exists():
+        raise UserError(f"model '{name}' is a file; give the folder that holds config.json and the weights")
+    if _HUB_ID.fullmatch(name):
+        return name, None
+    if os.sep in name or name.startswith((".", "~")):
+        raise UserError(f"model folder {name} does not exist")
+    raise unknown("model", name, ALIASES)
+
+
+def _check_kind(name: str, config: Any) -> None:
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or hasattr(config, "auto_map")
+    if not known:
+        raise UserError(
+            f"model '{name}' is of type '{config.model_type}', which takes no images; give a vision model"
+        )
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """Refuses what transformers would fill with random numbers."""
+    unfit = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    if unfit:
+        raise UserError(
+            f"weights of '{name}' do not fit its config: {len(unfit)} tensors are missing or of another "
+            f"shape, first '{unfit[0]}'; get the whole checkpoint again"
+        )
+
+
+def _processor(name: str, source: str, options: dict[str, Any]) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+    except (ImportError, AttributeError) as error:
+        hint = "" if find_spec("torchvision") else "; install the torchvision that fits your torch"
+        raise UserError(f"the processor of '{name}' cannot be built: {_line(error)}{hint}") from error
+    except _BROKEN as error:
+        raise _trouble(name, source, options, error) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"model '{name}' has no processor for images and text; its folder lacks the processor's files"
+        )
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+@contextmanager
+def _explained(name: str, source: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turns what transformers raises on bad files or no network into one sentence."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise _trouble(name, source, options, error) from error
+
+
+def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) -> UserError:
+    called = f"'{name}'" if source == name else f"'{name}' ({source})"
+    if options.get("local_files_only") and isinstance(error, OSError):
+        return UserError(
+            f"model {called} is not in the local cache and the hub cannot be reached; "
+            "connect, give a local folder, or use --model tiny"
+        )
+    return UserError(f"model {called} cannot be loaded: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+@contextmanager
+def _quiet(*, progress: bool) -> Iterator[None]:
+    """Without the library's own report of the weights, and without its progress bar unless wanted."""
+    level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if not progress:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()

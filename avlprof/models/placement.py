@@ -1,0 +1,48 @@
+"""Where and in which precision a model runs."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from avlprof.errors import UserError
+from avlprof.registry import unknown
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device that exists; "auto" is CUDA when there is one, else the CPU.
+
+    Raises:
+        UserError: no such kind of device, or none of it on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device '{name}'; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device '{name}' is not on this machine ({count} CUDA devices); use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' is not on this machine; use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, config: Any, *, hub: bool) -> torch.dtype:
+    """The precision by name; "auto" is float32 on CPU, elsewhere bfloat16 or what a folder's config says.
+
+    Raises:
+        UserError: no such precision.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise unknown("dtype", name, ["auto", *DTYPES])
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    stated = None if hub else getattr(config, "dtype", None)
+    return stated if isinstance(stated, torch.dtype) else torch.bfloat16

@@ -1,0 +1,224 @@
+"""The policy: what each layer stores, attends to, and forgets. This model *is* the YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from avlprof.errors import UserError
+from avlprof.policy.provenance import Provenance
+
+SCHEMA = "avlprof.policy/1"
+N = TypeVar("N", int, float)
+
+Ratio = float | tuple[float, ...]
+Count = int | tuple[int, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+def _each(value: Any) -> list[tuple[str, Any]]:
+    return [(f"[{i}]", v) for i, v in enumerate(value)] if isinstance(value, tuple) else [("", value)]
+
+
+def _check_ratio(name: str, value: Ratio | None) -> None:
+    for index, ratio in _each(value) if value is not None else []:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"{name}{index} must be in [0, 1], got {ratio}")
+
+
+def _check_count(name: str, value: Count | None) -> None:
+    for index, count in _each(value) if value is not None else []:
+        if count < 0:
+            raise ValueError(f"{name}{index} must be 0 or more tokens, got {count}")
+
+
+class ScorerSpec(_Part):
+    """Which scorer ranks tokens, and its knobs (see `avlprof.scorers`)."""
+
+    name: str = "last_query"
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+
+class TextPolicy(_Part):
+    """What stays of text and generated tokens; system text is protected and not counted.
+
+    Either `window` (the newest tokens, beside `sink` first ones and `heavy` heavy hitters)
+    or `keep` (a share of the growing text, at least `minimum` tokens, as A-VL's authors do;
+    half of it recent, half by `scorer`). Neither means that all text stays.
+    """
+
+    window: Count | None = None
+    sink: Count = 0
+    heavy: Count = 0
+    keep: Ratio | None = None
+    minimum: int = 20
+    scorer: Literal["position", "history", "accumulated"] = "position"
+
+    @model_validator(mode="after")
+    def _valid(self) -> TextPolicy:
+        for name in ("window", "sink", "heavy"):
+            _check_count(f"text.{name}", getattr(self, name))
+        _check_ratio("text.keep", self.keep)
+        if self.window is not None and self.keep is not None:
+            raise ValueError("text.window and text.keep exclude each other; give one of them")
+        for index, window in _each(self.window) if self.window is not None else []:
+            if window < 1:
+                raise ValueError(f"text.window{index} must be 1 or more tokens, got {window}")
+        return self
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no text token is ever evicted."""
+        return self.window is None and self.keep is None
+
+
+class JointPool(_Part):
+    """All prompt tokens compete for `keep` of the prompt; `sink` first and `recent` newest are safe.
+
+    While decoding the pool either keeps its size (`evict`: each new token pushes one out) or
+    grows by the generated tokens (`grow`).
+    """
+
+    keep: Ratio
+    sink: int = Field(default=4, ge=0)
+    recent: int = Field(default=0, ge=0)
+    decoding: Literal["evict", "grow"] = "evict"
+
+    @model_validator(mode="after")
+    def _valid(self) -> JointPool:
+        _check_ratio("joint.keep", self.keep)
+        return self
+
+
+class PrefillFilter(_Part):
+    """After decoder layer `after_layer` (counted from 1) only `keep` of the vision tokens go on."""
+
+    after_layer: int = Field(ge=1)
+    keep: float = Field(ge=0.0, le=1.0)
+
+
+class Policy(_Part):
+    """A KV policy; scalars hold for every layer, lists have one entry a layer.
+
+    All ratios are *kept* shares of the prompt's original number of vision tokens; windows
+    are in tokens. The words are those of `docs/design.md`.
+    """
+
+    schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
+    name: str = Field(default="policy", min_length=1)
+    description: str = ""
+    source: str = ""
+    pool: Literal["split", "joint"] = "split"
+    vision_keep: Ratio = 1.0
+    vision_compute: Ratio | None = None
+    refresh_interval: Annotated[int, Field(ge=0)] = 0
+    scorer: ScorerSpec = ScorerSpec()
+    heads: Literal["shared", "kv_head"] = "shared"
+    text: TextPolicy = TextPolicy()
+    joint: JointPool | None = None
+    prefill_filter: tuple[PrefillFilter, ...] = ()
+    provenance: Provenance | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _scorer_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _valid(self) -> Policy:
+        _check_ratio("vision_keep", self.vision_keep)
+        _check_ratio("vision_compute", self.vision_compute)
+        if (self.pool == "joint") != (self.joint is not None):
+            raise ValueError("pool: joint needs the field joint, and only then")
+        if self.pool == "joint" and (
+            self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all
+        ):
+            raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
+        lengths = {
+            name: len(value) for name, value in self._per_layer_fields().items() if isinstance(value, tuple)
+        }
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+            raise ValueError(f"per-layer lists must have one length: {listed}")
+        layers = next(iter(lengths.values()), 1)
+        keep = broadcast(self.vision_keep, layers)
+        for layer, (stored, computed) in enumerate(zip(keep, self.compute(layers), strict=True)):
+            if computed > stored + 1e-9:
+                raise ValueError(
+                    f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
+                )
+        last = 0
+        for step in self.prefill_filter:
+            if step.after_layer <= last:
+                raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
+            last = step.after_layer
+        return self
+
+    def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
+        return {
+            "vision_keep": self.vision_keep,
+            "vision_compute": self.vision_compute,
+            "text.window": self.text.window,
+            "text.sink": self.text.sink,
+            "text.heavy": self.text.heavy,
+            "text.keep": self.text.keep,
+            "joint.keep": self.joint.keep if self.joint else None,
+        }
+
+    @property
+    def layers(self) -> int | None:
+        """Number of layers the policy is written for, or None when all fields are scalars."""
+        for value in self._per_layer_fields().values():
+            if isinstance(value, tuple):
+                return len(value)
+        return None
+
+    def keep(self, layers: int) -> tuple[float, ...]:
+        """`vision_keep` of each of `layers` layers."""
+        return broadcast(self.vision_keep, layers)
+
+    def compute(self, layers: int) -> tuple[float, ...]:
+        """`vision_compute` of each layer; without one it is `vision_keep` (no core)."""
+        return self.keep(layers) if self.vision_compute is None else broadcast(self.vision_compute, layers)
+
+    def check_layers(self, layers: int) -> None:
+        """`UserError` when the policy is written for another number of layers."""
+        if self.layers is not None and self.layers != layers:
+            raise UserError(
+                f"policy '{self.name}' is written for {self.layers} layers, the model has {layers}; "
+                "derive or tune one for this model"
+            )
+        for step in self.prefill_filter:
+            if step.after_layer >= layers:
+                raise UserError(
+                    f"prefill_filter.after_layer must be below the model's {layers} layers, "
+                    f"got {step.after_layer} (policy '{self.name}')"
+                )
+
+    @property
+    def hash(self) -> str:
+        """Hash of what the policy does: name, description, source and provenance do not count."""
+        acting = self.model_dump(
+            mode="json", by_alias=True, exclude={"name", "description", "source", "provenance"}
+        )
+        return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def broadcast(value: N | tuple[N, ...], layers: int) -> tuple[N, ...]:
+    """A scalar repeated for every layer, or the list as it is."""
+    if isinstance(value, tuple):
+        if len(value) != layers:
+            raise UserError(f"a per-layer list has {len(value)} entries, the model has {layers} layers")
+        return value
+    return (value,) * layers
+
+
+DENSE = Policy(name="dense", description="Everything stays and is attended to: the stock model.")

@@ -1,0 +1,108 @@
+"""Policies as YAML files: load, dump (byte-stable), and find by name or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from avlprof.errors import UserError
+from avlprof.files import write_text
+from avlprof.policy.schema import DENSE, Policy
+from avlprof.registry import unknown
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block mappings, lists of numbers on one line."""
+
+
+def _inline_list(dumper: _Dumper, data: Any) -> yaml.Node:
+    flow = all(not isinstance(item, dict) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", list(data), flow_style=flow)
+
+
+_Dumper.add_representer(list, _inline_list)
+_Dumper.add_representer(tuple, _inline_list)
+
+
+def dump_policy(policy: Policy) -> str:
+    """The YAML text of a policy: fields in schema order, defaults left out."""
+    data = policy.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    data = {"schema": policy.schema_, "name": policy.name} | data
+    if isinstance(data.get("scorer"), dict) and not data["scorer"].get("options"):
+        data["scorer"] = policy.scorer.name
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def save_policy(policy: Policy, path: Path | str) -> Path:
+    """Write a policy atomically; returns the path."""
+    path = Path(path)
+    write_text(path, dump_policy(policy))
+    return path
+
+
+def parse_policy(text: str, origin: str = "policy") -> Policy:
+    """A policy from YAML text; `UserError` names field, value and `origin`."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{origin} must hold a mapping of policy fields, got {type(data).__name__}")
+    if "schema" not in data:
+        raise UserError(f"schema is missing; write 'schema: {DENSE.schema_}' ({origin})")
+    try:
+        return Policy.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{_first_problem(error)} ({origin})") from None
+
+
+def load_policy(path: Path | str) -> Policy:
+    """A policy from a YAML file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"policy file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"policy file {path} cannot be read: {error}") from None
+    return parse_policy(text, str(path))
+
+
+def shipped() -> dict[str, Path]:
+    """The policies that come with avlprof, by name (`uniform`, `paper/a-vl`, ...)."""
+    package = Path(__file__).resolve().parent.parent
+    folder = next((f for f in (package / "policies", package.parent / "policies") if f.is_dir()), None)
+    if folder is None:
+        return {}
+    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def find_policy(name: str) -> Policy:
+    """A policy by file path, by the name of a shipped one, or `dense`."""
+    if name == DENSE.name:
+        return DENSE
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return load_policy(path)
+    known = shipped()
+    if name not in known:
+        raise unknown("policy", name, [DENSE.name, *known])
+    return load_policy(known[name])
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One sentence for the first problem pydantic found."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
+    place = place.removesuffix(".float").removesuffix(".int")
+    if first["type"] == "extra_forbidden":
+        owner = Policy.model_fields | {"schema": None}
+        near = unknown("policy key", place, owner).args[0]
+        return str(near)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{place}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

@@ -1,0 +1,105 @@
+"""Run a model under a policy: `with avlprof.apply(model, policy): model.generate(...)`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avlprof.attention.modality import Modality
+from avlprof.attention.packed import packed_attention
+from avlprof.attention.session import AttentionCall, Forward, switched
+from avlprof.errors import UserError
+from avlprof.policy import Policy, find_policy
+from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.runtime.cache import AVLCache
+from avlprof.scorers import Prefill, make_scorer
+
+
+@dataclass
+class Runtime:
+    """A policy at work on a model; `cache` is the one of the latest prompt."""
+
+    policy: Policy
+    text_config: Any
+    cache: AVLCache | None = None
+
+    def new_cache(self) -> AVLCache:
+        """A fresh cache for a new prompt, for loops that do not use `generate`."""
+        self.cache = AVLCache(self.policy, self.text_config)
+        return self.cache
+
+    def owns(self, cache: Any) -> bool:
+        """Whether a cache acts under this runtime's policy."""
+        return isinstance(cache, AVLCache) and cache.policy is self.policy
+
+    def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
+        """One layer's attention: stock in prefill and in dense layers, packed over the view else."""
+        self.cache = cache
+        if forward.step == 0 and call.layer == 0:
+            cache.begin(_as_joint(forward.modality) if self.policy.joint else forward.modality)
+        layer = cache.layers[call.layer]
+        if not isinstance(layer, AdaptiveLayer):
+            return call.stock(), call
+        if layer.filling:
+            out = call.stock()
+            modality = _as_joint(forward.modality) if self.policy.joint else forward.modality
+            prefill = Prefill(call.query, call.key, call.value, modality, call.scaling, call.layer, call.softcap)
+            layer.compact(prefill, cache.row_plans(call.layer))
+            return out, call
+        positions, mask = layer.attended()
+        out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
+        shown = replace(call, mask=None, positions=positions.clone(), valid=mask)
+        layer.after_step(call.query, call.scaling, call.softcap)
+        return out, shown
+
+
+@contextlib.contextmanager
+def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runtime]:
+    """Run a model under a policy for the length of the context.
+
+    Inside it, `generate` and plain forward calls use the policy's cache by themselves; on exit,
+    exceptions included, the model is as it was. `policy` may be a `Policy`, a YAML file, or the
+    name of a shipped one.
+
+    Raises:
+        UserError: the policy does not fit the model or asks for what the runtime cannot do.
+    """
+    if not isinstance(policy, Policy):
+        policy = find_policy(str(policy))
+    runtime = Runtime(policy, model.config.get_text_config(decoder=True))
+    _check_supported(policy)
+    runtime.new_cache()
+    runtime.cache = None
+    with switched(model, runtime=runtime):
+        yield runtime
+
+
+def _check_supported(policy: Policy) -> None:
+    """Refuse what a policy can say and this runtime cannot do, in one sentence each."""
+    make_scorer(policy.scorer)
+    refused = {
+        "prefill_filter": bool(policy.prefill_filter),
+        "text.keep": policy.text.keep is not None,
+        "text.heavy": any(_values(policy.text.heavy)),
+        "joint with a scorer other than position": policy.joint is not None and policy.scorer.name != "position",
+        "joint.decoding: grow": policy.joint is not None and policy.joint.decoding == "grow",
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"policy '{policy.name}' sets {what}, which the runtime of this version cannot run")
+
+
+def _values(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _as_joint(modality: Tensor) -> Tensor:
+    """One pool: every token counts as text, padding stays padding."""
+    return torch.where(modality == Modality.PAD, modality, modality.new_tensor(int(Modality.TEXT)))

@@ -1,0 +1,144 @@
+"""The cache of a policy: one layer object per decoder layer, and what it stores and reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from avlprof.attention.modality import prompt_shapes
+from avlprof.errors import UserError
+from avlprof.policy import Policy, PromptShape, broadcast, sizes
+from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.runtime.dense import BufferedLayer, DenseLayer
+from avlprof.runtime.layout import RowPlan
+from avlprof.scorers import make_scorer
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """Measured use of one layer, summed over the rows of the batch.
+
+    Bytes are of keys and values over all KV heads; `prompt` is what is left of the prompt,
+    `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what the stock
+    cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
+    to per decoding step.
+    """
+
+    layer: int
+    prompt: int
+    live: int
+    allocated: int
+    dense_prompt: int
+    read: float
+    refreshes: int
+    steps: int
+
+
+class AVLCache(Cache):
+    """A transformers `Cache` under a policy; valid inside the context that made it.
+
+    `generate` gets one by itself inside `avlprof.apply`; with a loop of your own pass
+    `past_key_values=runtime.new_cache()`.
+    """
+
+    def __init__(self, policy: Policy, text_config: Any) -> None:
+        self.policy = policy
+        self.rows: list[PromptShape] = []
+        template = DynamicCache(config=text_config).layers
+        count = len(template)
+        policy.check_layers(count)
+        super().__init__(layers=[_layer(policy, i, count, layer) for i, layer in enumerate(template)])
+
+    def plan(self, modality: Tensor) -> None:
+        """Fix the token counts of every row from the prompt's modality map `[B, N]`."""
+        self.rows = prompt_shapes(modality)
+
+    def row_plans(self, layer: int) -> list[RowPlan]:
+        """What each row of the batch keeps in a layer."""
+        count = len(self.layers)
+        return [_row_plan(self.policy, shape, layer, count) for shape in self.rows]
+
+    def use(self) -> list[LayerUse]:
+        """Measured use of every layer that the policy governs."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, BufferedLayer) or not self.rows:
+                continue
+            size = layer.bytes_per_token()
+            dense = sum(shape.total for shape in self.rows)
+            if isinstance(layer, AdaptiveLayer):
+                prompt, live = sum(layer.stored_prompt_tokens()), sum(layer.stored_tokens())
+                reads = layer.reads
+                read, refreshes, steps = reads.prompt / max(reads.steps, 1), reads.refreshes, reads.steps
+            else:
+                steps = layer.seen - self._prompt_length
+                prompt, live = dense, dense + steps * len(self.rows)
+                read, refreshes = float(dense), 0
+            found.append(
+                LayerUse(
+                    layer=index,
+                    prompt=prompt * size,
+                    live=live * size,
+                    allocated=layer.allocated_bytes(),
+                    dense_prompt=dense * size,
+                    read=read * size,
+                    refreshes=refreshes,
+                    steps=steps,
+                )
+            )
+        return found
+
+    def begin(self, modality: Tensor) -> None:
+        """Note a new prompt: its modality map and padded length."""
+        self.plan(modality)
+        self._prompt_length = modality.shape[1]
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the bookkeeping of rows in step with a reordered batch."""
+        self.rows = [self.rows[row] for row in rows.tolist()] if self.rows else []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.rows = [shape for shape in self.rows for _ in range(repeats)]
+
+
+def _layer(policy: Policy, index: int, count: int, template: Any) -> Any:
+    if isinstance(template, DynamicSlidingWindowLayer):
+        return template
+    if type(template) is not DynamicLayer:
+        raise UserError(
+            f"layer {index} keeps its state in a {type(template).__name__}; policies act on full-attention layers"
+        )
+    if is_dense(policy, index, count):
+        return DenseLayer()
+    return AdaptiveLayer(make_scorer(policy.scorer), policy.refresh_interval, policy.heads == "kv_head")
+
+
+def is_dense(policy: Policy, layer: int, layers: int) -> bool:
+    """Whether a policy leaves a layer as the stock model has it."""
+    if policy.joint is not None:
+        return broadcast(policy.joint.keep, layers)[layer] >= 1.0 and policy.joint.decoding == "grow"
+    return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all
+
+
+def _row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
+    size = sizes(policy, shape, layers)[layer]
+    if policy.joint is not None:
+        sink = min(policy.joint.sink, size.text)
+        return RowPlan(0, 0, 0, size.text, sink, max(size.text, sink + 1))
+    sink, limit = 0, None
+    if policy.text.window is not None:
+        sink = broadcast(policy.text.sink, layers)[layer]
+        limit = sink + broadcast(policy.text.window, layers)[layer]
+    return RowPlan(size.system, size.vision, size.core, size.text, sink, limit)

@@ -1,0 +1,59 @@
+"""What a scorer is: a ranking of a layer's prompt tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avlprof.attention.modality import Modality
+from avlprof.attention.rows import causal_rows, gather_rows, row_weights
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One layer right after it attended to the prompt.
+
+    `query [B, H, N, D]`, `key` and `value [B, Hkv, N, D]` are post-RoPE, `modality [B, N]`
+    holds `Modality` codes (padding included), `layer` counts from 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    modality: Tensor
+    scaling: float
+    layer: int
+    softcap: float | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[B, N]`, False on padding."""
+        return self.modality != Modality.PAD
+
+    @property
+    def last_row(self) -> Tensor:
+        """`[B]` position of each row's last prompt token."""
+        positions = torch.arange(self.modality.shape[1], device=self.modality.device)
+        return torch.where(self.valid, positions, -1).amax(dim=1)
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Causal attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""
+        mask = causal_rows(rows, self.valid)
+        return row_weights(gather_rows(self.query, rows), self.key, self.scaling, mask, self.softcap)
+
+
+class Scorer(ABC):
+    """Ranks the tokens of a prompt in one layer; higher scores are kept.
+
+    The runtime calls `score` once a layer, as soon as the layer has attended to the prompt.
+    With `heads: shared` it averages the result over query heads; with `kv_head` over the
+    query heads of each KV head. Scores of one row must not depend on the other rows of the
+    batch, nor on padding.
+    """
+
+    @abstractmethod
+    def score(self, prefill: Prefill) -> Tensor:
+        """Scores `[B, H, N]` (fp32) of every key position; padding may hold anything finite."""

@@ -1,0 +1,37 @@
+"""Token F1."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from avlprof.tasks.metrics._base import best
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall of the words of the nearest answer.
+
+    Words are a bag: their order is free, their number counts. Before the text is cut at white
+    space it is lower-cased, and ASCII punctuation and the articles a, an, the go. Where
+    prediction or answer has no word left, the score is 1 if neither has, else 0.
+
+    Source: SQuAD (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250) and its evaluation
+    script; the case without words is that of SQuAD 2.0.
+    """
+    return best(prediction, answers, _f1)
+
+
+def _f1(prediction: str, answer: str) -> float:
+    found, wanted = Counter(_words(prediction)), Counter(_words(answer))
+    if not found or not wanted:
+        return float(found == wanted)
+    return 2 * (found & wanted).total() / (found.total() + wanted.total())
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()

@@ -1,0 +1,296 @@
+"""The runtime against the stock model and against a plain dense oracle."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import avlprof
+from avlprof.errors import UserError
+from avlprof.policy import DENSE, JointPool, Policy, PromptShape, ScorerSpec, TextPolicy, sizes
+from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.testing.models import cases, random_llava
+
+from .oracle import Oracle
+
+MODELS = dict(cases())
+KEEP = (0.62, 0.3, 0.45)
+CORE = (0.33, 0.1, 0.2)
+POLICIES = {
+    "evict": Policy(vision_keep=KEEP),
+    "all gone in a layer": Policy(vision_keep=(1.0, 0.0, 0.5)),
+    "core, k=3": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=3),
+    "core, k=1": Policy(vision_keep=0.6, vision_compute=0.25, refresh_interval=1),
+    "static core": Policy(vision_keep=KEEP, vision_compute=CORE),
+    "window": Policy(text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
+    "core and window": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=4, text=TextPolicy(window=5, sink=2)
+    ),
+    "per head": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=2, heads="kv_head"),
+    "accumulated": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=5, scorer=ScorerSpec(name="accumulated")
+    ),
+    "position": Policy(vision_keep=0.5, scorer=ScorerSpec(name="position")),
+}
+STEPS = 24
+NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request):
+    return MODELS[request.param]()
+
+
+def generate(model, inputs, steps=STEPS, **options):
+    return model.generate(
+        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_keep_all_is_the_stock_model(case, batch, pad):
+    inputs = case.inputs(batch=batch, pad=pad, seed=3)
+    stock = generate(case.model, inputs)
+    for policy in (DENSE, Policy(vision_keep=1.0, text=TextPolicy(window=500))):
+        with avlprof.apply(case.model, policy):
+            ours = generate(case.model, inputs)
+        for step, (a, b) in enumerate(zip(ours.logits, stock.logits, strict=True)):
+            top = b.topk(2).values
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            if not torch.equal(a.argmax(-1), b.argmax(-1)):
+                assert (top[:, 0] - top[:, 1]).min() < 1e-3, step
+                break
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_keep_all_is_bit_equal_in_bf16(case, pad):
+    inputs = case.inputs(batch=3, pad=pad, seed=5)
+    model = case.model.to(torch.bfloat16)
+    try:
+        inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+        stock = generate(model, inputs, steps=8)
+        with avlprof.apply(model, DENSE):
+            ours = generate(model, inputs, steps=8)
+        assert torch.equal(stock.sequences, ours.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(stock.logits, ours.logits, strict=True))
+    finally:
+        case.model.to(torch.float32)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_agrees_with_the_dense_oracle(case, name):
+    policy = POLICIES[name]
+    oracle = Oracle(case.model, policy, case.vision_token_ids)
+    for seed in range(11, 16):
+        inputs = case.inputs(batch=1, seed=seed, text=13, images_per_row=2 if "core" in name else 1)
+        with avlprof.apply(case.model, policy) as runtime:
+            ours = generate(case.model, inputs, suppress_tokens=list(case.vision_token_ids))
+        answer = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logits, trace = oracle.run(inputs, answer[:-1])
+        if trace.gap > NEAR_TIE:
+            break
+    assert trace.gap > NEAR_TIE, "near-ties decide the sets of every seed"
+    torch.testing.assert_close(torch.cat(ours.logits), logits, atol=1e-4, rtol=1e-4)
+    for index, layer in enumerate(runtime.cache.layers):
+        if not isinstance(layer, AdaptiveLayer):
+            continue
+        kept, core = layer.vision_positions(0)
+        assert [set(row.tolist()) for row in kept] == trace.kept[index]
+        assert [set(row.tolist()) for row in core] == trace.cores[index][-1]
+
+
+@pytest.mark.parametrize("name", ["core, k=3", "core and window", "per head", "window"])
+def test_a_row_of_a_batch_is_the_row_alone(case, name):
+    policy = POLICIES[name]
+    batch = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
+    with avlprof.apply(case.model, policy):
+        together = generate(case.model, batch, suppress_tokens=list(case.vision_token_ids))
+    oracle = Oracle(case.model, policy, case.vision_token_ids)
+    width = batch["input_ids"].shape[1]
+    for row in range(3):
+        single = one_row(case, batch, row)
+        answer = together.sequences[row, width:].tolist()
+        logits, trace = oracle.run(single, answer[:-1])
+        if trace.gap > NEAR_TIE:
+            ours = torch.stack([step[row] for step in together.logits])
+            torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+def one_row(case, batch, row):
+    """A row of a padded batch without its padding, with its own pictures."""
+    real = batch["attention_mask"][row].bool()
+    single = {
+        "input_ids": batch["input_ids"][row][real][None],
+        "attention_mask": batch["attention_mask"][row][real][None],
+    }
+    if "mm_token_type_ids" in batch:
+        single["mm_token_type_ids"] = batch["mm_token_type_ids"][row][real][None]
+    counts = images_by_row(case, batch)
+    first, last = sum(counts[:row]), sum(counts[: row + 1])
+    if first == last:
+        return single
+    if "image_grid_thw" in batch:
+        patches = batch["image_grid_thw"].prod(dim=1).tolist()
+        single["image_grid_thw"] = batch["image_grid_thw"][first:last]
+        single["pixel_values"] = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
+    else:
+        single["pixel_values"] = batch["pixel_values"][first:last]
+    return single
+
+
+def images_by_row(case, batch):
+    vision = torch.isin(batch["input_ids"], torch.tensor(case.vision_token_ids))
+    if "image_grid_thw" in batch:
+        sizes_of = (batch["image_grid_thw"].prod(dim=1) // 4).tolist()
+    else:
+        sizes_of = [int(vision.sum()) // len(batch["pixel_values"])] * len(batch["pixel_values"])
+    counts, at = [], 0
+    for total in vision.sum(dim=1).tolist():
+        count = 0
+        while total > 0:
+            total -= sizes_of[at]
+            at, count = at + 1, count + 1
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_live_bytes_are_the_policys_sizes(case, name):
+    policy = POLICIES[name]
+    inputs = case.inputs(batch=3, seed=4, pad=True, text=12)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+    layers = len(runtime.cache.layers)
+    for use, layer in zip(runtime.cache.use(), runtime.cache.layers, strict=True):
+        wanted = sum(sizes(policy, shape, layers)[use.layer].stored for shape in runtime.cache.rows)
+        assert use.live == use.prompt == wanted * layer.bytes_per_token()
+        slack = 3 * (128 + 64) * layer.bytes_per_token() + 3 * use.live
+        assert use.live <= use.allocated <= use.live + slack
+
+
+def test_evicted_memory_is_freed():
+    case = random_llava(grid=12, layers=2)
+    inputs = case.inputs(batch=2)
+    with avlprof.apply(case.model, Policy(vision_keep=0.1)) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+        kept = sum(use.allocated for use in runtime.cache.use())
+    with avlprof.apply(case.model, DENSE) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+        dense = sum(use.dense_prompt for use in runtime.cache.use())
+    reserve = 2 * 2 * 128 * runtime.cache.layers[0].bytes_per_token()
+    assert kept <= 0.25 * dense + reserve
+
+
+def test_an_ordinary_step_copies_nothing():
+    case = random_llava()
+    inputs = case.inputs(batch=2)
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=4)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        cache = case.model(**inputs, use_cache=True).past_key_values
+        layer = cache.layers[1]
+        buffer = layer.keys.data_ptr()
+        token = torch.full((2, 1), 7)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        case.model(input_ids=token, attention_mask=mask, past_key_values=cache)
+        view, _ = layer.keys[:, :, layer._view()[0] : layer._view()[1]], None
+        assert layer.keys.data_ptr() == buffer
+        assert view.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+        assert runtime.cache is cache
+
+
+def test_reads_are_counted_as_the_policy_says(case):
+    policy = POLICIES["core, k=3"]
+    inputs = case.inputs(batch=1, seed=8)
+    steps = 12
+    with avlprof.apply(case.model, policy) as runtime:
+        generate(case.model, inputs, steps=steps + 1)
+    shape = runtime.cache.rows[0]
+    wanted = avlprof.policy.read_share(policy, [shape], 3, steps)
+    use = runtime.cache.use()
+    assert sum(u.read for u in use) / sum(u.dense_prompt for u in use) == pytest.approx(wanted)
+
+
+def test_streaming_keeps_sinks_and_the_newest():
+    case = random_llava()
+    policy = Policy(
+        pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position"), name="streaming"
+    )
+    inputs = case.inputs(batch=1)
+    prompt = inputs["input_ids"].shape[1]
+    with avlprof.apply(case.model, policy) as runtime:
+        generate(case.model, inputs, steps=15)
+    held = sizes(policy, PromptShape(0, 0, prompt), 3)[0].stored
+    for layer in runtime.cache.layers:
+        positions, _ = layer.attended()
+        newest = range(prompt + 14 - (held - 2), prompt + 14)
+        assert set(positions[0, 0].tolist()) == {0, 1, *newest}
+
+
+def test_beams_and_returned_sequences_keep_their_rows_apart(case):
+    inputs = case.inputs(batch=2, pad=True, seed=6)
+    keep_all = Policy(text=TextPolicy(window=400))
+    options = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    stock = case.model.generate(**inputs, **options)
+    with avlprof.apply(case.model, keep_all):
+        ours = case.model.generate(**inputs, **options)
+    assert torch.equal(stock, ours)
+
+
+def test_the_model_is_restored(case):
+    inputs = case.inputs()
+    before = generate(case.model, inputs, steps=4)
+    for error in (RuntimeError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), avlprof.apply(case.model, POLICIES["evict"]):
+            generate(case.model, inputs, steps=2)
+            raise error
+    config = case.model.config.get_text_config()
+    assert config._attn_implementation == "sdpa"
+    assert not case.model._forward_pre_hooks
+    assert not any("_avlprof" in name for m in case.model.modules() for name in vars(m))
+    after = generate(case.model, inputs, steps=4)
+    assert torch.equal(before.sequences, after.sequences)
+
+
+def test_the_cache_dies_with_its_last_user():
+    case = random_llava()
+    with avlprof.apply(case.model, POLICIES["evict"]) as runtime:
+        generate(case.model, case.inputs(), steps=2)
+        cache = weakref.ref(runtime.cache)
+        runtime.cache = None
+        gc.collect()
+        assert cache() is None
+
+
+def test_two_models_with_two_policies_in_one_process():
+    first, second = random_llava(0), random_llava(1)
+    inputs = first.inputs()
+    with avlprof.apply(first.model, POLICIES["evict"]):
+        alone = generate(first.model, inputs).sequences
+    with avlprof.apply(first.model, POLICIES["evict"]), avlprof.apply(second.model, POLICIES["window"]):
+        generate(second.model, second.inputs())
+        both = generate(first.model, inputs).sequences
+    assert torch.equal(alone, both)
+
+
+def test_misuse_is_refused_in_a_sentence():
+    case = random_llava()
+    inputs = case.inputs()
+    with pytest.raises(UserError, match="written for 7 layers, the model has 3"):
+        with avlprof.apply(case.model, Policy(vision_keep=(0.5,) * 7)):
+            pass
+    with pytest.raises(UserError, match="cannot be cropped"), avlprof.apply(case.model, POLICIES["evict"]):
+        case.model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=2)
+    with pytest.raises(UserError, match="already runs under a policy"):
+        with avlprof.apply(case.model, DENSE), avlprof.apply(case.model, DENSE):
+            pass
+    with avlprof.apply(case.model, POLICIES["evict"]), torch.no_grad():
+        cache = case.model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(UserError, match="one token a step"):
+            case.model(input_ids=torch.full((1, 3), 7), past_key_values=cache)
+    with pytest.raises(UserError, match="did you mean last_query"):
+        with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
+            pass
