@@ -48,7 +48,7 @@ def _open(rows: Any, index: int, column: str, place: int | None, where: str) -> 
     try:
         cell = rows[index][column]
         return _decoded(cell if place is None else cell[place])
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: the picture cannot be read: {error}") from None
 
 

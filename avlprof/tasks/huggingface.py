@@ -71,7 +71,8 @@ def huggingface_task(
     Samples come from `split`, which may be sliced on the Hub (`validation[:500]`); without it
     from the first of validation, val, dev, test, train. They are halved by their ids into
     `search` and `held-out`; `all` is both; the dataset's own splits go by their own names, which
-    win. Pictures are decoded when they are opened. `columns` may name some fields only.
+    win. Pictures are decoded when they are opened. `columns` may name some fields only; the rest
+    is looked for under usual names, and rows without unique ids are named by split and number.
 
     `UserError` when the `datasets` package is missing, the Hub out of reach, or a dataset, split
     or column unknown.
@@ -101,7 +102,8 @@ def huggingface_task(
 
 def _stream(table: _Table, half: str | None) -> Iterator[Sample]:
     columns = table.columns
-    texts = table.rows.select_columns([c for field, c in columns.items() if field != "image"])
+    texts = table.rows.select_columns(sorted({c for field, c in columns.items() if field != "image"}))
+    class_name = getattr(table.rows.features.get(columns.get("answers")), "int2str", None)
     pictures = table.rows.select_columns([columns["image"]])
     for index, row in enumerate(texts):
         name = str(row[columns["id"]]) if "id" in columns else f"{table.name}-{index:05d}"
@@ -115,14 +117,20 @@ def _stream(table: _Table, half: str | None) -> Iterator[Sample]:
             id=name,
             images=pictures_in(pictures, index, columns["image"], f"{where}, column '{columns['image']}'"),
             prompt=prompt,
-            answers=answers_in(row[columns["answers"]]) if "answers" in columns else (),
+            answers=answers_in(_answer(row[columns["answers"]], class_name)) if "answers" in columns else (),
             group=str(row[columns["group"]]) if "group" in columns else "",
         )
+
+
+def _answer(cell: object, class_name: Callable[[object], str] | None) -> object:
+    return cell if class_name is None or cell is None else class_name(cell)
 
 
 def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str) -> _Table:
     held = rows.column_names
     for field, column in given.items():
+        if field not in _USUAL_COLUMNS:
+            raise unknown("field of columns", field, _USUAL_COLUMNS)
         if column not in held:
             raise unknown(f"column (for {field}) of dataset '{dataset}'", column, held)
     columns = dict(given)
@@ -134,15 +142,18 @@ def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str) -> _Ta
         if field not in columns:
             raise UserError(
                 f"dataset '{dataset}' has no column for {field} among {', '.join(held)}; "
-                f"name one, like columns {_EXAMPLE}"
+                f"give columns, such as {_EXAMPLE}"
             )
-    if "id" in columns:
-        ids = list(rows[columns["id"]])
-        if len(set(map(str, ids))) < len(ids):
-            raise UserError(
-                f"column '{columns['id']}' of dataset '{dataset}' repeats; name another column for id"
-            )
+    if "id" in columns and not _unique(rows, columns["id"]):
+        if "id" in given:
+            raise UserError(f"column '{given['id']}' (for id) of dataset '{dataset}' must not repeat a value")
+        del columns["id"]
     return _Table(split, rows, columns)
+
+
+def _unique(rows: Any, column: str) -> bool:
+    ids = [str(value) for value in rows[column]]
+    return len(set(ids)) == len(ids)
 
 
 def _is_saved(folder: Path) -> bool:

@@ -50,7 +50,7 @@ def _stream(records: list[_Record], split: str) -> Iterator[Sample]:
 
 def _read(path: Path) -> list[_Record]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"task file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ model's second training stage saw (at its default seed); the other two differ in
 LISTS = ("describe", "read", "row", "colors")
 """Question types whose answer is a list, so that a part of it can be right."""
 
-_MAX_NEW_TOKENS = 72  # the longest description has 70 tokens
+_MAX_NEW_TOKENS = 72  # the longest possible description has at most 60
 _PER_TYPE = 20
 
 

@@ -1,0 +1,46 @@
+"""How a budget is spread over layers; one idea a file."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from avlprof.allocators.allocator import Allocator, Evidence
+from avlprof.allocators.blend import Blend
+from avlprof.allocators.budget import meet_budget, meet_read_budget, vision_share
+from avlprof.allocators.fit import fit_keep
+from avlprof.errors import UserError
+from avlprof.registry import Registry, unknown
+
+ALLOCATORS: Registry[type[Allocator]] = Registry(
+    "allocator",
+    {
+        "uniform": "avlprof.allocators.uniform:Uniform",
+        "pyramid": "avlprof.allocators.pyramid:Pyramid",
+        "coverage": "avlprof.allocators.coverage:Coverage",
+    },
+)
+
+
+def make_allocator(name: str, mix: float = 1.0, **options: float) -> Allocator:
+    """The allocator of a name, with `1 - mix` parts of uniform; `UserError` names an unknown name or option."""
+    made = ALLOCATORS.get(name)
+    known = [f.name for f in fields(made)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            if not known:
+                raise UserError(f"allocator '{name}' takes no options, got '{option}'")
+            raise unknown(f"option of allocator '{name}'", option, known)
+    return Blend(made(**options), mix)
+
+
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "Blend",
+    "Evidence",
+    "fit_keep",
+    "make_allocator",
+    "meet_budget",
+    "meet_read_budget",
+    "vision_share",
+]

@@ -1,0 +1,47 @@
+"""What an allocator is: a rule that spreads a mean kept share over layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an allocator may look at. Allocators that look at nothing take it with `layers` alone.
+
+    Attributes:
+        layers: number of decoder layers.
+        tokens: vision tokens `N` of a typical prompt.
+        coverage: `[layers, N]`; entry `[l, k - 1]` is the share of layer l's vision attention
+            that its best k tokens hold, mean over samples. Rows never fall and end at 1.
+        vision_mass: `[layers]` share of a row's attention that goes to vision.
+        entropy: `[layers]` mean row entropy in nat.
+    """
+
+    layers: int
+    tokens: int
+    coverage: Array | None = None
+    vision_mass: Array | None = None
+    entropy: Array | None = None
+
+
+class Allocator(ABC):
+    """Spreads a mean kept share of vision tokens over the layers.
+
+    `shares` is called once for each budget. Its result counts up to a common factor:
+    `fit_keep` scales it to the budget, within [floor, 1], and turns it into token counts. A
+    layer's kept share must not fall when the target rises.
+    """
+
+    @abstractmethod
+    def shares(self, evidence: Evidence, target: float) -> Array:
+        """Relative kept shares `[layers]`, finite and not negative, at a mean of `target` in [0, 1].
+
+        Raises `UserError` when the evidence lacks what this allocator needs.
+        """

@@ -1,0 +1,59 @@
+"""Every layer keeps what it needs to cover one common share of its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from avlprof.allocators.allocator import Allocator, Array, Evidence
+from avlprof.errors import UserError
+
+
+@dataclass(frozen=True)
+class Coverage(Allocator):
+    """One threshold p for all layers; each keeps the fewest tokens that hold p of its attention.
+
+    p is found by bisection so that the mean over layers meets the target.
+
+    Source: PrefixKV, arXiv 2412.03409 (one cumulative priority, binary search); FitPrune, arXiv
+    2409.10197, fits pruning ratios to attention statistics in the same spirit.
+    """
+
+    def shares(self, evidence: Evidence, target: float) -> Array:
+        if evidence.coverage is None:
+            raise UserError(
+                "allocator 'coverage' needs the coverage curves of a profile; analyze a run first or use 'uniform'"
+            )
+        return covering_shares(evidence.coverage, _threshold(evidence.coverage, target))
+
+
+def covering_shares(coverage: Array, threshold: float) -> Array:
+    """Smallest kept share `[layers]` that covers `threshold`, linear between tokens.
+
+    `coverage [layers, N]` is as in `Evidence`. A threshold that a curve misses by rounding
+    means all of its tokens.
+    """
+    layers, tokens = coverage.shape
+    before = np.concatenate([np.zeros((layers, 1)), coverage], axis=1)
+    whole = np.minimum((coverage < threshold).sum(axis=1), tokens - 1)
+    row = np.arange(layers)
+    low, high = before[row, whole], coverage[row, whole]
+    step = np.where(high > low, high - low, 1.0)
+    part = np.where(high > low, np.clip((threshold - low) / step, 0.0, 1.0), 0.0)
+    shares: Array = (whole + part) / tokens
+    return shares
+
+
+def _threshold(coverage: Array, target: float) -> float:
+    """The largest threshold at which the layers keep `target` or less on average."""
+    low, high = 0.0, 1.0
+    if covering_shares(coverage, high).mean() <= target:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        if covering_shares(coverage, middle).mean() <= target:
+            low = middle
+        else:
+            high = middle
+    return low
