@@ -116,6 +116,10 @@ class Session:
     _forward: Forward | None = None
     _cache: Any = None
 
+    def adopt(self, cache: Any, modality: Tensor) -> None:
+        """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
+        self._states[cache] = _State(modality)
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from avlprof.attention.modality import Modality
 from avlprof.attention.packed import packed_attention
 from avlprof.attention.session import AttentionCall, Forward, switched
-from avlprof.errors import UserError
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.cache import AVLCache
-from avlprof.scorers import Prefill, make_scorer
+from avlprof.runtime.support import check_supported
+from avlprof.scorers import Prefill
 
 
 @dataclass
@@ -43,13 +43,13 @@ class Runtime:
         """One layer's attention: stock in prefill and in dense layers, packed over the view else."""
         self.cache = cache
         if forward.step == 0 and call.layer == 0:
-            cache.begin(_as_joint(forward.modality) if self.policy.joint else forward.modality)
+            cache.begin(as_joint(forward.modality) if self.policy.joint else forward.modality)
         layer = cache.layers[call.layer]
         if not isinstance(layer, AdaptiveLayer):
             return call.stock(), call
         if layer.filling:
             out = call.stock()
-            modality = _as_joint(forward.modality) if self.policy.joint else forward.modality
+            modality = as_joint(forward.modality) if self.policy.joint else forward.modality
             prefill = Prefill(call.query, call.key, call.value, modality, call.scaling, call.layer, call.softcap)
             layer.compact(prefill, cache.row_plans(call.layer))
             return out, call
@@ -74,32 +74,13 @@ def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runti
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
     runtime = Runtime(policy, model.config.get_text_config(decoder=True))
-    _check_supported(policy)
+    check_supported(policy)
     runtime.new_cache()
     runtime.cache = None
     with switched(model, runtime=runtime):
         yield runtime
 
 
-def _check_supported(policy: Policy) -> None:
-    """Refuse what a policy can say and this runtime cannot do, in one sentence each."""
-    make_scorer(policy.scorer)
-    refused = {
-        "prefill_filter": bool(policy.prefill_filter),
-        "text.keep": policy.text.keep is not None,
-        "text.heavy": any(_values(policy.text.heavy)),
-        "joint with a scorer other than position": policy.joint is not None and policy.scorer.name != "position",
-        "joint.decoding: grow": policy.joint is not None and policy.joint.decoding == "grow",
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise UserError(f"policy '{policy.name}' sets {what}, which the runtime of this version cannot run")
-
-
-def _values(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _as_joint(modality: Tensor) -> Tensor:
+def as_joint(modality: Tensor) -> Tensor:
     """One pool: every token counts as text, padding stays padding."""
     return torch.where(modality == Modality.PAD, modality, modality.new_tensor(int(Modality.TEXT)))

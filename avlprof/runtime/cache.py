@@ -59,7 +59,7 @@ class AVLCache(Cache):
     def row_plans(self, layer: int) -> list[RowPlan]:
         """What each row of the batch keeps in a layer."""
         count = len(self.layers)
-        return [_row_plan(self.policy, shape, layer, count) for shape in self.rows]
+        return [row_plan(self.policy, shape, layer, count) for shape in self.rows]
 
     def use(self) -> list[LayerUse]:
         """Measured use of every layer that the policy governs."""
@@ -132,7 +132,8 @@ def is_dense(policy: Policy, layer: int, layers: int) -> bool:
     return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all
 
 
-def _row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
+def row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
+    """What one prompt keeps in one layer; in a joint pool all of it counts as text."""
     size = sizes(policy, shape, layers)[layer]
     if policy.joint is not None:
         sink = min(policy.joint.sink, size.text)

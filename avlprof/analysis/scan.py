@@ -1,0 +1,66 @@
+"""One pass over the vision scores of a run: coverage curves and overlap of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from avlprof.analysis.coverage import Array, as_shares, mass_curves, share_grid
+from avlprof.analysis.intervals import Moments
+from avlprof.analysis.overlap import layer_overlap
+from avlprof.runs import RunDirectory
+
+CURVES = ("last", "instruction", "step", "answer")
+SETS = ("last", "step")
+Progress = Callable[[int, int], None]
+
+
+def scan_scores(
+    run: RunDirectory, samples: Sequence[str], most: int, progress: Progress | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables of coverage curves and of layer overlap, from the scores of each sample in turn.
+
+    Args:
+        run: the traced run; samples may differ in their number of vision tokens.
+        samples: ids to read.
+        most: largest number of vision tokens of a sample.
+        progress: called with samples done and their total.
+
+    Returns:
+        `layer, query, share_kept, mean, low, high, n` and `layer_a, layer_b, query, mean, low,
+        high, n`. `step` is a single decoding step (mean over steps), `answer` what all steps of
+        an answer attend to taken together. Rows in which no layer looks at vision count as not
+        recorded.
+    """
+    layers, grid = range(run.meta.layers), share_grid(max(most, 1))
+    curves = Moments((len(layers), len(CURVES), len(grid)))
+    overlaps = Moments((len(layers), len(layers), len(SETS)))
+    for done, sample in enumerate(samples, start=1):
+        scores = run.scores(sample)
+        steps = _recorded(scores["decode"])
+        rows = {
+            "last": _recorded(scores["last"][None]),
+            "instruction": _recorded(scores["instruction"][None]),
+            "step": steps,
+            "answer": as_shares(steps.sum(axis=0, keepdims=True)) if len(steps) else steps,
+        }
+        curves.add(np.stack([_mean_curve(rows[name], grid) for name in CURVES], axis=1))
+        overlaps.add(np.stack([layer_overlap(rows[name], run.meta.top_share) for name in SETS], axis=2))
+        if progress:
+            progress(done, len(samples))
+    curve_table = curves.table({"layer": layers, "query": CURVES, "share_kept": grid})
+    return curve_table, overlaps.table({"layer_a": layers, "layer_b": layers, "query": SETS})
+
+
+def _recorded(scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Array:
+    """Shares `[R, L, N]` of the rows in which some layer looks at vision."""
+    return as_shares(scores[scores.sum(axis=(1, 2)) > 0])
+
+
+def _mean_curve(shares: Array, grid: Array) -> Array:
+    """Curve `[L, G]`, mean over rows `[R, L, N]`; NaN without rows."""
+    if not len(shares):
+        return np.full((shares.shape[1], len(grid)), np.nan)
+    return mass_curves(shares, grid).mean(axis=0)

@@ -1,0 +1,163 @@
+"""The look of every figure: one theme, one palette, one way to tell layers apart.
+
+Nothing here changes matplotlib for the rest of a program: the theme holds inside its context,
+and figures are made without pyplot, so none is left open and none is ever shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+INK, SOFT, GRID = "#222222", "#6B6B6B", "#E4E4E4"
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""Colour-blind-safe palette. Source: Okabe and Ito, Color Universal Design, 2008."""
+
+MODALITY_COLOURS: Mapping[str, str] = MappingProxyType(
+    {"system": "#999999", "vision": "#0072B2", "text": "#E69F00", "generated": "#009E73"}
+)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+LEGEND_LAYERS = 8
+"""With more layers than this a colour bar takes the place of the legend."""
+
+THEME: Mapping[str, Any] = MappingProxyType(
+    {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 14,
+        "axes.titlesize": 14,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "axes.labelsize": 14,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": SOFT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "grid.linewidth": 1.0,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "xtick.labelsize": 12.5,
+        "ytick.labelsize": 12.5,
+        "text.color": INK,
+        "lines.linewidth": 2.2,
+        "lines.markersize": 7,
+        "legend.frameon": False,
+        "legend.fontsize": 12.5,
+        "legend.title_fontsize": 12.5,
+        "figure.titlesize": 18,
+        "figure.titleweight": "bold",
+        "figure.facecolor": "white",
+        "figure.dpi": 100,
+        "savefig.dpi": 160,
+        "savefig.facecolor": "white",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "avlprof",
+        "pdf.fonttype": 42,
+    }
+)
+
+
+class ThemedFigure(Figure):
+    """A `Figure` that a notebook can display although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with theme():
+            self.savefig(buffer, format="png", dpi=self.get_dpi())
+        return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def theme() -> Iterator[None]:
+    """Draw and save in the look of this project; on leaving, matplotlib's settings are as before."""
+    with mpl.rc_context(dict(THEME)):
+        yield
+
+
+def new_figure(title: str, note: str = "", size: tuple[float, float] = (10.0, 5.6)) -> Figure:
+    """An empty figure with its title at the top left and a small `note` at the bottom right.
+
+    To be called inside `theme()`; `size` is in inches.
+    """
+    figure = ThemedFigure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)  # type: ignore[union-attr]
+    figure.suptitle(title, x=0.012, ha="left")
+    if note:
+        figure.supxlabel(note, x=0.988, ha="right", fontsize=11, color=SOFT)
+    return figure
+
+
+def layer_map() -> Colormap:
+    """The sequential map of layers, shallow dark to deep light; its palest end is cut off."""
+    base = mpl.colormaps["viridis"]
+    return LinearSegmentedColormap.from_list("layers", [base(0.9 * i / 31) for i in range(32)])
+
+
+def layer_colours(layers: Sequence[int]) -> list[tuple[float, float, float, float]]:
+    """One colour a layer, by depth."""
+    scale = _layer_scale(layers)
+    return [layer_map()(float(scale(layer))) for layer in layers]
+
+
+def layer_key(figure: Figure, axes: Axes | list[Axes], layers: Sequence[int]) -> None:
+    """Say which colour is which layer: a legend for few layers, a colour bar for many."""
+    holders = axes if isinstance(axes, list) else [axes]
+    if len(layers) > LEGEND_LAYERS:
+        colours = ScalarMappable(norm=_layer_scale(layers), cmap=layer_map())
+        bar = figure.colorbar(colours, ax=holders, pad=0.02, aspect=28)
+        bar.set_label("Layer (0 = first)")
+        bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        return
+    lines = [Line2D([], [], color=colour) for colour in layer_colours(layers)]
+    names = [f"Layer {layer}" for layer in layers]
+    figure.legend(lines[::-1], names[::-1], loc="outside right center")
+
+
+def percent_axis(axes: Axes, which: str, full: bool = True) -> None:
+    """Show shares of `axes` along `which` (`x`, `y`) as percent, from 0 to 100 when `full`."""
+    for name in which:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        if full:
+            (axes.set_xlim if name == "x" else axes.set_ylim)(0.0, 1.0)
+
+
+def layer_axis(axes: Axes, layers: Sequence[int], label: bool = True) -> None:
+    """A horizontal axis of layers, one unit each, ticked at whole numbers and never crowded."""
+    axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+    if len(layers) <= 16:
+        axes.set_xticks(list(layers))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.grid(False, axis="x")
+    if label:
+        axes.set_xlabel("Layer (0 = first)")
+
+
+def log2_axis(axes: Axes, ticks: Sequence[float]) -> None:
+    """A base-2 logarithmic horizontal axis that is labelled in plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def _layer_scale(layers: Sequence[int]) -> Normalize:
+    return Normalize(min(layers), max(max(layers), min(layers) + 1))
