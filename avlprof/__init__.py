@@ -6,12 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avlprof.api import Run, latest_run, trace
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.runtime import AVLCache, apply
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Run": "avlprof.api",
+    "latest_run": "avlprof.api",
+    "trace": "avlprof.api",
     "AVLCache": "avlprof.runtime",
     "apply": "avlprof.runtime",
     "Policy": "avlprof.policy",
@@ -20,7 +24,17 @@ _LAZY = {
     "save_policy": "avlprof.policy",
 }
 
-__all__ = ["AVLCache", "Policy", "apply", "find_policy", "load_policy", "save_policy"]
+__all__ = [
+    "AVLCache",
+    "Policy",
+    "Run",
+    "apply",
+    "find_policy",
+    "latest_run",
+    "load_policy",
+    "save_policy",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

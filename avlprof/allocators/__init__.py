@@ -17,12 +17,16 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "uniform": "avlprof.allocators.uniform:Uniform",
         "pyramid": "avlprof.allocators.pyramid:Pyramid",
         "coverage": "avlprof.allocators.coverage:Coverage",
+        "sensitivity": "avlprof.allocators.sensitivity:Sensitivity",
     },
 )
 
 
 def make_allocator(name: str, mix: float = 1.0, **options: float) -> Allocator:
-    """The allocator of a name, with `1 - mix` parts of uniform; `UserError` names an unknown name or option."""
+    """The allocator of a name, mixed with `1 - mix` parts of uniform.
+
+    `UserError` for an unknown name or option, with its nearest neighbours.
+    """
     made = ALLOCATORS.get(name)
     known = [f.name for f in fields(made)]  # type: ignore[arg-type]
     for option in options:

@@ -22,6 +22,8 @@ class Evidence:
             that its best k tokens hold, mean over samples. Rows never fall and end at 1.
         vision_mass: `[layers]` share of a row's attention that goes to vision.
         entropy: `[layers]` mean row entropy in nat.
+        damage: `[layers, levels]` measured cost (KL to dense, nat per token) of keeping only the
+            share `damage_levels [levels]` of vision tokens in one layer and all in the others.
     """
 
     layers: int
@@ -29,6 +31,8 @@ class Evidence:
     coverage: Array | None = None
     vision_mass: Array | None = None
     entropy: Array | None = None
+    damage: Array | None = None
+    damage_levels: Array | None = None
 
 
 class Allocator(ABC):

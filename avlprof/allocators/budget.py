@@ -19,7 +19,9 @@ from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_sha
 ALL_TEXT = TextPolicy()
 
 
-def vision_share(prompts: Sequence[PromptShape], layers: int, budget: float, text: TextPolicy = ALL_TEXT) -> float:
+def vision_share(
+    prompts: Sequence[PromptShape], layers: int, budget: float, text: TextPolicy = ALL_TEXT
+) -> float:
     """The mean share of vision tokens that a budget leaves once system and text are paid, in [0, 1].
 
     Raises:
@@ -120,7 +122,10 @@ def meet_read_budget(
             for count, cap, share in zip(counts, caps, keep, strict=True)
         )
         return Policy(
-            vision_keep=tuple(keep), vision_compute=tuple(compute), refresh_interval=refresh_interval, text=text
+            vision_keep=tuple(keep),
+            vision_compute=tuple(compute),
+            refresh_interval=refresh_interval,
+            text=text,
         )
 
     def used(some_policy: Policy, some: Sequence[PromptShape]) -> float:

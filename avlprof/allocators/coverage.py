@@ -23,7 +23,8 @@ class Coverage(Allocator):
     def shares(self, evidence: Evidence, target: float) -> Array:
         if evidence.coverage is None:
             raise UserError(
-                "allocator 'coverage' needs the coverage curves of a profile; analyze a run first or use 'uniform'"
+                "allocator 'coverage' needs the coverage curves of a profile; "
+                "analyze a run first or use allocator 'uniform'"
             )
         return covering_shares(evidence.coverage, _threshold(evidence.coverage, target))
 

@@ -31,4 +31,5 @@ def refresh_from_drift(table: pd.DataFrame, least: float = 0.5, shortest: int = 
     if table.empty:
         return 8
     together = (table.groupby("lag")["mean"].mean() >= least).cummin()
-    return max([shortest, *together.index[together].to_list()])
+    longest: int = max(together.index[together], default=shortest)
+    return max(shortest, int(longest))

@@ -23,7 +23,7 @@ def layer_overlap(shares: Array, top_share: float) -> Array:
     Returns:
         `[L, L]`, mean over rows; NaN where a layer gives vision no attention in any row.
     """
-    rows, layers, count = shares.shape
+    _, layers, count = shares.shape
     size = max(1, tokens(top_share, count))
     best = np.argsort(-shares, axis=-1, kind="stable")[..., :size]
     member = np.zeros(shares.shape, dtype=np.float32)

@@ -63,4 +63,5 @@ def _mean_curve(shares: Array, grid: Array) -> Array:
     """Curve `[L, G]`, mean over rows `[R, L, N]`; NaN without rows."""
     if not len(shares):
         return np.full((shares.shape[1], len(grid)), np.nan)
-    return mass_curves(shares, grid).mean(axis=0)
+    mean: Array = mass_curves(shares, grid).mean(axis=0)
+    return mean

@@ -32,9 +32,8 @@ def reach(rows: pd.DataFrame, edges: Sequence[int], longest: int) -> pd.DataFram
     shares = masses[total > 0].cumsum(axis=1) / total[total > 0, None]
     windows = [*(edge for edge in edges if edge < longest), max(longest, 1)]
     held = np.column_stack([shares[:, : len(windows) - 1], np.ones(len(shares))])
-    return pd.concat(
-        [ours.loc[total > 0, KEYS].reset_index(drop=True), pd.DataFrame(held, columns=windows)], axis=1
-    )
+    reached: pd.DataFrame = ours.loc[total > 0, KEYS].reset_index(drop=True)
+    return reached.join(pd.DataFrame(held, columns=windows))
 
 
 def window_curve(reached: pd.DataFrame) -> pd.DataFrame:

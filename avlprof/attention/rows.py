@@ -40,7 +40,7 @@ def row_weights(
     logits = row_logits(query, key, scaling, softcap)
     if mask is None:
         return logits.softmax(dim=-1)
-    weights = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    weights = logits.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
     return weights.nan_to_num(0.0)
 
 

@@ -24,7 +24,9 @@ def need(frame: pd.DataFrame, columns: Sequence[str], figure: str) -> pd.DataFra
         have = ", ".join(str(name) for name in frame.columns)
         raise UserError(f"figure '{figure}' needs the column '{missing[0]}', the frame has: {have}")
     if frame.empty:
-        raise UserError(f"figure '{figure}' has nothing to draw: the frame is empty; trace some samples first")
+        raise UserError(
+            f"figure '{figure}' has nothing to draw: the frame is empty; trace some samples first"
+        )
     return frame
 
 
@@ -32,7 +34,7 @@ def need_vision(known: bool, figure: str) -> None:
     """`UserError` when nothing about vision tokens was measured."""
     if not known:
         raise UserError(
-            f"figure '{figure}' needs vision tokens, but no traced sample has any; trace prompts with an image"
+            f"figure '{figure}' needs vision tokens, but no traced sample has any; use prompts with an image"
         )
 
 

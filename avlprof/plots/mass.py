@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from avlprof.analysis.profile import Profile
 from avlprof.plots.frames import Array, need, samples_note, table
-from avlprof.plots.style import MODALITY_COLOURS, layer_axis, new_figure, percent_axis, theme
+from avlprof.plots.style import INK, MODALITY_COLOURS, layer_axis, new_figure, percent_axis, theme
 
-PANELS = (("prefill", "last", "Prefill: last prompt token"), ("decode", "generated", "Decode: generated tokens"))
+if TYPE_CHECKING:
+    from avlprof.analysis.profile import Profile
+
+PANELS = (
+    ("prefill", "last", "Prefill: last prompt token"),
+    ("decode", "generated", "Decode: generated tokens"),
+)
 LABELLED_LAYERS = 12
 
 
@@ -62,7 +67,9 @@ def modality_mass(source: Profile | MassInfo) -> Figure:
     """Stacked bars: how each layer's attention divides over the modalities, one panel a phase."""
     info = source if isinstance(source, MassInfo) else mass_info(source.mass())
     with theme():
-        figure = new_figure("What each layer attends to", f"{info.note}, all heads".removeprefix(", "), (12.0, 5.6))
+        figure = new_figure(
+            "What each layer attends to", f"{info.note}, all heads".removeprefix(", "), (12.0, 5.6)
+        )
         axes = figure.subplots(1, len(info.panels), sharey=True, squeeze=False)[0]
         for panel, ax in zip(info.panels, axes, strict=True):
             _draw(panel, ax)
@@ -78,12 +85,22 @@ def _draw(panel: MassPanel, ax: Axes) -> None:
     few = len(panel.layers) <= LABELLED_LAYERS
     base = panel.share[:, 0] * 0.0
     for name, share in zip(panel.modalities, panel.share.T, strict=True):
-        edge = {"edgecolor": "white", "linewidth": 1.5} if few else {}
-        ax.bar(panel.layers, share, 0.82 if few else 1.0, base, color=MODALITY_COLOURS[name], **edge)
+        gap = 1.5 if few else 0.0
+        ax.bar(
+            panel.layers, share, 0.82 if few else 1.0, base, color=MODALITY_COLOURS[name], ec="white", lw=gap
+        )
         for layer, part, low in zip(panel.layers, share, base, strict=True):
             if few and part >= 0.06:
                 text = f"{part:.0%}".removesuffix("%")
-                ax.text(layer, low + part / 2, text, ha="center", va="center", color="white", fontsize=12)
+                ax.text(
+                    layer,
+                    low + part / 2,
+                    text,
+                    ha="center",
+                    va="center",
+                    color=INK if name in ("text", "system") else "white",
+                    fontsize=12,
+                )
         base = base + share
     ax.set_title(panel.title)
     layer_axis(ax, panel.layers)

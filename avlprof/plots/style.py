@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, SOFT, GRID = "#222222", "#6B6B6B", "#E4E4E4"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -62,6 +62,8 @@ THEME: Mapping[str, Any] = MappingProxyType(
         "legend.title_fontsize": 12.5,
         "figure.titlesize": 18,
         "figure.titleweight": "bold",
+        "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.10,
         "figure.facecolor": "white",
         "figure.dpi": 100,
         "savefig.dpi": 160,
@@ -86,17 +88,20 @@ class ThemedFigure(Figure):
 @contextlib.contextmanager
 def theme() -> Iterator[None]:
     """Draw and save in the look of this project; on leaving, matplotlib's settings are as before."""
-    with mpl.rc_context(dict(THEME)):
+    settings: Any = dict(THEME)
+    with mpl.rc_context(settings):
         yield
 
 
-def new_figure(title: str, note: str = "", size: tuple[float, float] = (10.0, 5.6)) -> Figure:
+def new_figure(
+    title: str, note: str = "", size: tuple[float, float] = (10.0, 5.6), square: bool = False
+) -> Figure:
     """An empty figure with its title at the top left and a small `note` at the bottom right.
 
-    To be called inside `theme()`; `size` is in inches.
+    To be called inside `theme()`; `size` is in inches. `square` closes the gaps that axes of
+    fixed aspect (pictures, matrices) would leave.
     """
-    figure = ThemedFigure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)  # type: ignore[union-attr]
+    figure = ThemedFigure(figsize=size, layout="compressed" if square else "constrained")
     figure.suptitle(title, x=0.012, ha="left")
     if note:
         figure.supxlabel(note, x=0.988, ha="right", fontsize=11, color=SOFT)
@@ -123,7 +128,7 @@ def layer_key(figure: Figure, axes: Axes | list[Axes], layers: Sequence[int]) ->
         bar = figure.colorbar(colours, ax=holders, pad=0.02, aspect=28)
         bar.set_label("Layer (0 = first)")
         bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return
     lines = [Line2D([], [], color=colour) for colour in layer_colours(layers)]
     names = [f"Layer {layer}" for layer in layers]
@@ -134,7 +139,7 @@ def percent_axis(axes: Axes, which: str, full: bool = True) -> None:
     """Show shares of `axes` along `which` (`x`, `y`) as percent, from 0 to 100 when `full`."""
     for name in which:
         axis = axes.xaxis if name == "x" else axes.yaxis
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
         if full:
             (axes.set_xlim if name == "x" else axes.set_ylim)(0.0, 1.0)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
@@ -95,14 +98,58 @@ def find_policy(name: str) -> Policy:
 
 def _first_problem(error: ValidationError) -> str:
     """One sentence for the first problem pydantic found."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or "[" not in part)
-    place = place.removesuffix(".float").removesuffix(".int")
+    problems = error.errors()
+    same = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
+    first = max(same, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
+    place = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        owner = Policy.model_fields | {"schema": None}
-        near = unknown("policy key", place, owner).args[0]
-        return str(near)
+        return _unknown_key(place)
+    if first["type"] == "missing":
+        return f"{place} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
     return f"{place}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """`text.window` or `vision_keep[3]`; the members of a union that pydantic tried are left out."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif "[" not in part and not (text and part in ("float", "int")):
+            text += f".{part}" if text else part
+    return text
+
+
+def _unknown_key(place: str) -> str:
+    """A key that its section does not have, and the nearest ones: of the section, else of all."""
+    section, _, key = re.sub(r"\[\d+\]", "", place).rpartition(".")
+    sections = _sections(Policy)
+    everywhere = [(name, f"{part}.{name}".lstrip(".")) for part, names in sections.items() for name in names]
+    own = [(name, f"{section}.{name}".lstrip(".")) for name in sections.get(section, ())]
+    for choice in (own, everywhere):
+        near = difflib.get_close_matches(key, dict(choice), n=3, cutoff=0.6)
+        if near:
+            listed = " or ".join(full for match in near for name, full in choice if name == match)
+            return f"unknown policy key '{place}'; did you mean {listed}?"
+    return f"unknown policy key '{place}'" + (f"; known: {', '.join(full for _, full in own)}" if own else "")
+
+
+def _sections(model: type[BaseModel], name: str = "") -> dict[str, list[str]]:
+    """Keys of every section of the schema by its dotted name; the top level is the empty name."""
+    found = {name: [field.alias or key for key, field in model.model_fields.items()]}
+    for key, field in model.model_fields.items():
+        inner = f"{name}.{key}" if name else key
+        for part in _models_in(field.annotation):
+            found |= _sections(part, inner)
+    return found
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models inside `Model | None` or `tuple[Model, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

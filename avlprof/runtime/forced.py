@@ -7,7 +7,7 @@ the dense model's own answer, so no labels are needed and differences between po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,7 +174,7 @@ class ForcedSet:
         batch_size: int = 32,
         progress: Callable[[int, int], None] | None = None,
     ) -> ForcedSet:
-        """Answer every sample densely and greedily; samples of like length share a batch.
+        """Answer every sample densely and greedily.
 
         Pictures are opened here; `UserError` names one that cannot be read.
         """
@@ -198,8 +198,7 @@ class ForcedSet:
     @property
     def shapes(self) -> list[PromptShape]:
         """Token counts of every sample's prompt, in the order of `samples`."""
-        found = {i: shape for rows, batch in self._batches for i, shape in zip(rows, batch.shapes, strict=True)}
-        return [found[i] for i in range(len(self.samples))]
+        return [shape for _, batch in self._batches for shape in batch.shapes]
 
     @property
     def answer_tokens(self) -> float:
@@ -207,13 +206,14 @@ class ForcedSet:
         steps = [max(len(answer) - 1, 0) for answer in self.answers]
         return sum(steps) / max(len(steps), 1)
 
+    def parts(self, policy: Policy) -> Iterator[list[ForcedScore]]:
+        """Scores of a policy, batch by batch in the order of `samples`; stop asking to save the rest."""
+        for rows, batch in self._batches:
+            yield batch.score(policy, [self.samples[i] for i in rows])
+
     def score(self, policy: Policy) -> list[ForcedScore]:
         """Scores of a policy on every sample, in their order."""
-        found: dict[int, ForcedScore] = {}
-        for rows, batch in self._batches:
-            scores = batch.score(policy, [self.samples[i] for i in rows])
-            found |= dict(zip(rows, scores, strict=True))
-        return [found[i] for i in range(len(self.samples))]
+        return [score for part in self.parts(policy) for score in part]
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:

@@ -14,6 +14,9 @@ SCORERS: Registry[type[Scorer]] = Registry(
     {
         "last_query": "avlprof.scorers.last_query:LastQuery",
         "accumulated": "avlprof.scorers.accumulated:Accumulated",
+        "instruction": "avlprof.scorers.instruction:Instruction",
+        "key_diversity": "avlprof.scorers.key_diversity:KeyDiversity",
+        "value_norm": "avlprof.scorers.value_norm:ValueNorm",
         "position": "avlprof.scorers.position:Position",
         "random": "avlprof.scorers.random:Random",
     },

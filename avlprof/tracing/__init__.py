@@ -1,6 +1,7 @@
 """The recorder, and tracing samples into a run directory."""
 
-from avlprof.tracing.record import RecordOptions, RowRecord
+from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.record import RowRecord
 from avlprof.tracing.recorder import Recorder, record
 from avlprof.tracing.trace import estimate_bytes, trace_samples
 

@@ -14,7 +14,7 @@ from avlprof.errors import UserError
 from avlprof.models import LoadedModel
 from avlprof.runs import RunDirectory, RunMeta, RunWriter
 from avlprof.tasks import Sample, Task
-from avlprof.tracing.record import RecordOptions
+from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.recorder import record
 from avlprof.versions import versions
 
@@ -23,7 +23,9 @@ FLUSH_SAMPLES = 32
 Progress = Callable[[int, int], None]
 
 
-def run_meta(loaded: LoadedModel, task: Task, split: str, max_new_tokens: int, options: RecordOptions) -> RunMeta:
+def run_meta(
+    loaded: LoadedModel, task: Task, split: str, max_new_tokens: int, options: RecordOptions
+) -> RunMeta:
     """The settings of a run, as its `meta.json` records them."""
     adapter = loaded.adapter
     return RunMeta(

@@ -1,0 +1,179 @@
+"""From a profile to a policy: at a budget, or at a share of attention to be covered."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import avlprof
+from avlprof.allocators import make_allocator, meet_budget, meet_read_budget, vision_share
+from avlprof.allocators.coverage import covering_shares
+from avlprof.allocators.fit import check_unit, floor_count, ratio_of
+from avlprof.analysis.drift import refresh_from_drift
+from avlprof.errors import UserError
+from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
+
+if TYPE_CHECKING:
+    from avlprof.analysis.profile import Profile
+
+
+def derive(
+    profile: Profile,
+    *,
+    budget: float | None = None,
+    read_budget: float | None = None,
+    coverage: float | None = None,
+    allocator: str = "coverage",
+    mix: float = 0.2,
+    floor: float = 0.01,
+    refresh_interval: int | None = None,
+    scorer: str = "last_query",
+    text: TextPolicy | None = None,
+    name: str | None = None,
+) -> Policy:
+    """The policy that a profile suggests, either at a `budget` or at a `coverage`.
+
+    Args:
+        profile: what the model attends to.
+        budget: prompt KV live after prefill over dense; gives `vision_keep`.
+        read_budget: mean prompt KV read per decoding step over dense, beside `budget`; gives
+            `vision_compute` and the refresh interval.
+        coverage: share of attention to hold, without any budget. Each layer keeps the share of
+            vision tokens that holds it for the last prompt row and for the whole answer,
+            computes with what holds it for a single step, and has the text window that holds it
+            beside the first text tokens.
+        allocator: how a budget is spread over layers (`avlprof.allocators`).
+        mix: weight of the allocator against uniform, in [0, 1].
+        floor: smallest kept and computed share of a layer, as far as the budget allows.
+        refresh_interval: steps between refreshes of the core; by default `refresh_from_drift`.
+        scorer: how the runtime ranks vision tokens.
+        text: what stays of text at a budget; by default all of it.
+        name: of the policy; by default it says how it was derived.
+
+    Raises:
+        UserError: not exactly one of budget and coverage, a value out of range, or a budget below
+            what system and text alone need.
+    """
+    if (budget is None) == (coverage is None):
+        given = "neither" if budget is None else "both"
+        raise UserError(f"give either budget or coverage to derive a policy, got {given}")
+    check_unit("floor", floor)
+    interval = refresh_from_drift(profile.drift()) if refresh_interval is None else refresh_interval
+    if interval < 0:
+        raise UserError(f"refresh_interval must be 0 or more steps, got {interval}")
+    _check_scorer(scorer)
+    if budget is not None:
+        policy = _at_budget(
+            profile, budget, read_budget, allocator, mix, floor, interval, text or TextPolicy()
+        )
+    else:
+        assert coverage is not None
+        if read_budget is not None or text is not None:
+            raise UserError(
+                "coverage sets reads and text by itself; leave read_budget and text out, or give budget"
+            )
+        check_unit("coverage", coverage)
+        policy = _at_coverage(profile, coverage, floor, interval)
+    named = name or (f"coverage-{coverage:g}" if budget is None else f"{allocator}-{budget:g}")
+    provenance = _provenance(profile, policy, budget, read_budget)
+    ranked = ScorerSpec(name=scorer)
+    return policy.model_copy(update={"name": named, "scorer": ranked, "provenance": provenance})
+
+
+def _check_scorer(name: str) -> None:
+    """`UserError` for an unknown scorer; the default needs no look-up, which would import torch."""
+    if name != ScorerSpec().name:
+        from avlprof.scorers import SCORERS
+
+        SCORERS.get(name)
+
+
+def _at_budget(
+    profile: Profile,
+    budget: float,
+    read_budget: float | None,
+    allocator: str,
+    mix: float,
+    floor: float,
+    interval: int,
+    text: TextPolicy,
+) -> Policy:
+    spread = make_allocator(allocator, mix)
+    prompts, layers = profile.prompts(), profile.layers
+    target = vision_share(prompts, layers, budget, text)
+    shares = spread.shares(profile.evidence("store"), target)
+    keep = meet_budget(tuple(shares), prompts, budget, text, floor)
+    if read_budget is None:
+        return Policy(vision_keep=keep, text=text)
+    steps = profile.answer_tokens
+    level = meet_read_budget(keep, prompts, interval, read_budget, steps, text)
+    wanted = spread.shares(profile.evidence("compute"), float(np.mean(level)))
+    compute = meet_read_budget(keep, prompts, interval, read_budget, steps, text, tuple(wanted), floor)
+    return _two_level(keep, compute, interval, text)
+
+
+def _at_coverage(profile: Profile, coverage: float, floor: float, interval: int) -> Policy:
+    store, single = profile.evidence("store"), profile.evidence("compute")
+    tokens = store.tokens
+    if store.coverage is None or single.coverage is None:
+        raise UserError("coverage needs the coverage curves of a profile; trace with images")
+    least = floor_count(floor, tokens)
+
+    def counts(curves: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[int]:
+        whole = np.ceil(covering_shares(curves, coverage) * tokens - 1e-9).astype(int)
+        return [max(int(count), least) for count in whole]
+
+    kept = counts(store.coverage)
+    core = [min(few, count) for few, count in zip(counts(single.coverage), kept, strict=True)]
+    text = TextPolicy(window=_windows(profile, coverage), sink=profile.meta.settings.text_sink)
+    keep, compute = (tuple(ratio_of(count, tokens) for count in each) for each in (kept, core))
+    return _two_level(keep, compute, interval, text)
+
+
+def _two_level(
+    keep: tuple[float, ...], compute: tuple[float, ...], interval: int, text: TextPolicy
+) -> Policy:
+    """The policy of a core within the kept tokens; without a difference there is no core."""
+    if compute == keep:
+        return Policy(vision_keep=keep, text=text)
+    return Policy(vision_keep=keep, vision_compute=compute, refresh_interval=interval, text=text)
+
+
+def _windows(profile: Profile, share: float) -> tuple[int, ...]:
+    """Per layer, the smallest recorded text window whose mean share of text mass is `share` or more.
+
+    Generated rows count, or the last prompt row in a run without decoding. A layer that never
+    looked at text beyond the sinks gets a window of one token.
+    """
+    curve = profile.window_curve()
+    query = "generated" if (curve["query"] == "generated").any() else "last"
+    held = curve[(curve["query"] == query) & (curve["mean"] >= share - 1e-9)]
+    first = held.groupby("layer")["distance"].min()
+    return tuple(int(first.get(layer, 1)) for layer in range(profile.layers))
+
+
+def _provenance(
+    profile: Profile, policy: Policy, budget: float | None, read_budget: float | None
+) -> Provenance:
+    prompts, layers, steps = profile.prompts(), profile.layers, profile.answer_tokens
+    settings = profile.meta.settings
+    return Provenance(
+        made_by=f"avlprof derive {avlprof.__version__}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=settings.model,
+        model_revision=settings.revision,
+        model_hash=settings.model_hash,
+        versions=settings.versions | {"avlprof": avlprof.__version__},
+        task=settings.task,
+        samples=profile.meta.samples,
+        seed=settings.seed,
+        run=profile.meta.run,
+        run_hash=profile.meta.run_hash,
+        budget=budget,
+        read_budget=read_budget,
+        measured_budget=round(live_share(policy, prompts, layers), 6),
+        measured_read_budget=round(read_share(policy, prompts, layers, steps), 6),
+        answer_tokens=steps,
+    )

@@ -1,0 +1,96 @@
+"""`avlprof analyze`: from a run directory to a profile and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, finished, note, percent, show
+from avlprof.cli.progress import progress
+from avlprof.cli.runs import run_or_newest
+from avlprof.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from avlprof.analysis import Profile
+    from avlprof.api import Run
+    from avlprof.tasks import Task
+
+app = typer.Typer()
+
+
+@app.command()
+def analyze(
+    run: given.RunArgument = None,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw figures as well.")] = True,
+    sample: Annotated[
+        str | None,
+        typer.Option("--sample", help="Sample of the heatmap; by default the first that has a grid."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")
+    ] = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Compute what each layer attends to; writes RUN/profile/ and RUN/figures/."""
+    from avlprof.tasks import load_task
+
+    pictures = load_task(task) if task is not None else None
+    traced = run_or_newest(run)
+    if sample is not None:
+        traced.scores(sample)
+    with progress("analyze") as report:
+        profile = traced.profile(report)
+    wrote = [traced.path / "profile"]
+    if figures:
+        wrote.append(_draw(traced, profile, sample, pictures))
+    shares = dict.fromkeys(("vision_last", "vision_decode", "coverage_90", "overlap_8"), percent)
+    table = profile.per_layer().to_dict("records")
+    title = f"{traced.meta.model} on {traced.meta.task}, {profile.meta.samples} samples"
+    show([{str(name): value for name, value in row.items()} for row in table], form, title, shares)
+    finished(wrote, f"avlprof derive {traced.path} --budget 0.4")
+
+
+def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None) -> Path:
+    """Write every figure that the run has data for, name the others with the reason; the folder."""
+    from avlprof.plots import save_figure
+
+    folder = run.path / "figures"
+    for name, draw in _figures(run, profile, sample, task):
+        try:
+            save_figure(draw(), folder / f"{name}.png")
+        except UserError as error:
+            note(f"no figure {name}: {error}")
+    return folder
+
+
+def _figures(
+    run: Run, profile: Profile, sample: str | None, task: Task | None
+) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    from avlprof import plots
+
+    share = profile.meta.settings.top_share
+    yield "modality-mass", lambda: plots.modality_mass(profile)
+    yield "coverage-curves", lambda: plots.coverage_curves(profile)
+    yield "layer-overlap", lambda: plots.layer_overlap(profile, share)
+    yield "step-drift", lambda: plots.step_drift(profile, share)
+    yield "text-window", lambda: plots.text_window(profile)
+    yield "vision-heatmap", lambda: _heatmap(run, sample, task)
+
+
+def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
+    from avlprof.plots import vision_heatmap
+
+    table = run.samples().set_index("sample")
+    gridded = table[table["grid_rows"] > 0]
+    chosen = sample or (str(gridded.index[0]) if len(gridded) else None)
+    if chosen is None or not table.loc[chosen, "grid_rows"]:
+        raise UserError("the vision tokens of these samples lie in no single grid")
+    row = table.loc[chosen]
+    picture = run.pictures(chosen, task)[0]
+    return vision_heatmap(picture, run.scores(chosen)["last"], (int(row["grid_rows"]), int(row["grid_cols"])))

@@ -1,0 +1,76 @@
+"""`avlprof derive`: from a run's profile to a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, finished, note, show
+from avlprof.cli.progress import progress
+from avlprof.cli.runs import run_or_newest
+
+app = typer.Typer()
+
+
+@app.command()
+def derive(
+    run: given.RunArgument = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", "-b", help="Prompt KV in memory after prefill, as a share of dense."),
+    ] = None,
+    read_budget: Annotated[
+        float | None, typer.Option("--read-budget", help="Prompt KV read per step, as a share of dense.")
+    ] = None,
+    coverage: Annotated[
+        float | None, typer.Option("--coverage", help="In place of a budget: share of attention to hold.")
+    ] = None,
+    allocator: Annotated[
+        str, typer.Option("--allocator", help="How the budget is spread: uniform, pyramid or coverage.")
+    ] = "coverage",
+    mix: Annotated[float, typer.Option("--mix", help="Weight of the allocator against uniform.")] = 0.2,
+    floor: Annotated[float, typer.Option("--floor", help="Smallest kept share of a layer.")] = 0.01,
+    refresh_interval: Annotated[
+        int | None,
+        typer.Option("--refresh-interval", help="Steps between refreshes; by default from the drift."),
+    ] = None,
+    scorer: Annotated[str, typer.Option("--scorer", help="How vision tokens are ranked.")] = "last_query",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the policy.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Policy file; by default RUN/<name>.yaml, - is stdout.")
+    ] = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
+    from avlprof.cli.describe import layer_rows
+    from avlprof.policy import dump_policy, save_policy
+
+    traced = run_or_newest(run)
+    with progress("analyze") as report:
+        profile = traced.profile(report)
+    policy = profile.derive(
+        budget=budget,
+        read_budget=read_budget,
+        coverage=coverage,
+        allocator=allocator,
+        mix=mix,
+        floor=floor,
+        refresh_interval=refresh_interval,
+        scorer=scorer,
+        name=name,
+    )
+    if str(out) == "-":
+        typer.echo(dump_policy(policy), nl=False)
+        return
+    path = save_policy(policy, out or traced.path / f"{policy.name}.yaml")
+    show(layer_rows(policy, profile.layers), form)
+    found = policy.provenance
+    if found is not None:
+        note(
+            f"prompt KV on the {found.samples} traced samples, as shares of dense: "
+            f"live {found.measured_budget:.4g}, read {found.measured_read_budget:.4g} a step"
+        )
+    finished([path], f"avlprof run --policy {path} --model {traced.meta.model} --explain")

@@ -1,0 +1,181 @@
+"""`avlprof evaluate`: policies against the dense model on held-out samples."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
+from avlprof.cli.progress import progress
+
+if TYPE_CHECKING:
+    from avlprof.evaluation import Evaluation
+    from avlprof.policy import Policy
+
+app = typer.Typer()
+
+
+_DATASET = "Hugging Face datasets"
+
+
+@app.command()
+def evaluate(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy", help="Policy file or shipped name; repeat to compare. By default all shipped."
+        ),
+    ] = None,
+    model: given.ModelOption = "tiny",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
+    ] = "shapes",
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="How many samples; by default as the task says.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Which split of the task.")] = "held-out",
+    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
+    max_new_tokens: given.MaxNewTokensOption = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Add uniform and random at equal bytes.")
+    ] = True,
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity/--no-fidelity", help="KL and agreement with the dense model.")
+    ] = True,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Seconds and peak memory at batch 1.")
+    ] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; by default evaluations/<model>-<task>-<split>."),
+    ] = None,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    revision: given.RevisionOption = None,
+    trust_remote_code: given.TrustOption = False,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
+    ] = None,
+    dataset_split: Annotated[
+        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
+    ] = None,
+    dataset_config: Annotated[
+        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
+    ] = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Accuracy, fidelity, KV bytes and speed of policies beside the dense model.
+
+    Answers are kept in the output folder, so the same command resumes.
+    """
+    from avlprof.evaluation import AnswerStore
+    from avlprof.evaluation import evaluate as compare
+    from avlprof.models import load_model
+    from avlprof.tasks import load_task
+
+    chosen = _policies(policy)
+    source = load_task(
+        task,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        columns=columns,
+        split=dataset_split,
+        config=dataset_config,
+    )
+    source.samples(split, samples)
+    folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{model}-{source.name}-{split}")
+    store = AnswerStore(folder / "parts")
+    loaded = load_model(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    with progress("evaluate", unit="steps") as report:
+        found = compare(
+            loaded, source, chosen, split=split, samples=samples, batch_size=batch_size,
+            fidelity=fidelity, latency=latency, baselines=baselines, store=store, progress=report,
+        )  # fmt: skip
+    wrote = _write(found, folder)
+    _print(found, form)
+    finished(
+        wrote, f"avlprof run --policy {policy[0] if policy else chosen[0].name} --image x.png --prompt '...'"
+    )
+
+
+def _policies(names: list[str] | None) -> list[Policy]:
+    """The policies of these names; without names, the shipped ones that this runtime can run."""
+    from avlprof.policy import find_policy, shipped
+    from avlprof.runtime.support import unsupported
+
+    if names:
+        return [find_policy(name) for name in names]
+    return [policy for policy in map(find_policy, shipped()) if unsupported(policy) is None]
+
+
+def _write(found: Evaluation, folder: Path) -> list[Path]:
+    from avlprof.plots.pareto import pareto_front
+    from avlprof.plots.save import save_figure
+
+    wrote = [
+        found.to_parquet(folder / "answers.parquet"),
+        found.to_csv(folder / "summary.csv"),
+        found.to_json(folder / "summary.json"),
+    ]
+    label = f"{str(found.meta['metric']).replace('_', ' ')} on {found.meta['task']} ({found.meta['split']})"
+    return [*wrote, save_figure(pareto_front(found.pareto(), score=label), folder / "pareto.png")]
+
+
+def _print(found: Evaluation, form: Format) -> None:
+    summary = found.summary()
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
+    ]
+    if form is not Format.table:
+        show(rows, form)
+        return
+    meta = found.meta
+    title = (
+        f"{meta['model']} on {meta['task']}, {meta['samples']} samples of {meta['split']}, {meta['metric']}"
+    )
+    shares = dict.fromkeys(("agreement", "live_share", "read_share"), percent)
+    show(_table(rows), form, title, {**shares, "live_bytes": size})
+    drop = summary["detectable"].max()
+    if not math.isnan(drop):
+        note(f"in the least sure row a drop of {drop:.3f} would be seen 4 times out of 5")
+    buffered = next((timed for timed in found.latencies if timed.policy not in set(summary["policy"])), None)
+    if buffered is not None:
+        note(
+            f"{buffered.policy}: {buffered.first_token_ms:.1f} ms to the first token, "
+            f"{buffered.tokens_per_s:.1f} tokens/s; the fair baseline of speed, as policies preallocate"
+        )
+
+
+_NUMBERS = (
+    *("p_value", "kl", "agreement", "live_share", "read_share", "live_bytes"),
+    *("first_token_ms", "tokens_per_s", "peak_mb", "output_tokens"),
+)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What fits a terminal: intervals beside their means, nothing that was not measured."""
+    measured = [name for name in _NUMBERS if not all(math.isnan(row[name]) for row in rows)]
+    return [
+        {
+            "policy": row["policy"],
+            "score": f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            "vs dense": _difference(row),
+            **{name: row[name] for name in measured},
+        }
+        for row in rows
+    ]
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if math.isnan(row["difference_low"]):
+        return "-"
+    return f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"

@@ -1,0 +1,98 @@
+"""Progress of long work on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from avlprof.cli.output import note
+
+EVERY_SECONDS = 10.0
+Report = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def progress(label: str, unit: str = "samples", resumes: bool = False) -> Iterator[Report]:
+    """A function that takes items done and items wanted, and shows rate and remaining time.
+
+    With `resumes`, the first call tells what an earlier process did, which does not count in the
+    rate.
+    """
+    if sys.stderr.isatty():
+        with _bar(label, unit) as report:
+            yield report
+    else:
+        yield _lines(label, unit, resumes)
+
+
+def _lines(label: str, unit: str, resumes: bool) -> Report:
+    began = told = time.monotonic()
+    before: int | None = None if resumes else 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal began, told, before
+        now = time.monotonic()
+        if before is None:
+            before, began, told = done, now, now
+            if done:
+                note(f"{label}: {done} of {total} {unit} were done before")
+            return
+        if done < total and now - told < EVERY_SECONDS:
+            return
+        told = now
+        rate = (done - before) / max(now - began, 1e-9)
+        left = f", {duration((total - done) / rate)} left" if done < total and rate > 0 else ""
+        note(f"{label}: {done} of {total} {unit}, {rate:.3g} {unit}/s{left}")
+
+    return report
+
+
+@contextlib.contextmanager
+def _bar(label: str, unit: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Items a second."""
+
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:.3g} {unit}/s" if task.speed else f"- {unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        tasks: list[Any] = []
+
+        def report(done: int, total: int) -> None:
+            if tasks:
+                shown.update(tasks[0], completed=done, total=total)
+            else:
+                tasks.append(shown.add_task(label, total=total, completed=done))
+
+        yield report
+
+
+def duration(seconds: float) -> str:
+    """A time span as `45 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

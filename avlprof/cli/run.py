@@ -1,0 +1,153 @@
+"""`avlprof run`: one prompt under a policy, beside the dense model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, finished, note, show, size
+from avlprof.errors import UserError
+
+if TYPE_CHECKING:
+    from avlprof.models import LoadedModel
+    from avlprof.policy import Policy
+    from avlprof.runtime import LayerUse
+    from avlprof.tasks import Sample
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    policy: Annotated[str, typer.Option("--policy", help="A YAML file, or a name from 'policy ls'.")],
+    model: given.ModelOption = "tiny",
+    image: given.ImageOption = None,
+    prompt: given.PromptOption = None,
+    max_new_tokens: given.MaxNewTokensOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show every layer; with json or csv, only the layers.")
+    ] = False,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    revision: given.RevisionOption = None,
+    trust_remote_code: given.TrustOption = False,
+    form: FormatOption = Format.table,
+) -> None:
+    """Answer one prompt under a policy and densely; print both answers, speed and KV bytes.
+
+    Without --image and --prompt it takes a held-out sample of the embedded task.
+    """
+    from avlprof.models import load_model
+    from avlprof.pictures import own_task
+    from avlprof.policy import DENSE, find_policy
+    from avlprof.runtime.support import check_supported
+    from avlprof.tasks import load_task
+    from avlprof.tasks.splits import ALL, HELD_OUT
+
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    chosen = find_policy(policy)
+    check_supported(chosen)
+    own = bool(image) or prompt is not None
+    task = own_task(image or [], prompt) if own else load_task("shapes")
+    sample = task.samples(ALL if own else HELD_OUT, 1)[0]
+    loaded = load_model(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    chosen.check_layers(loaded.adapter.layers)
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    note(f"prompt: {sample.prompt}" + (f" (reference: {sample.answers[0]})" if sample.answers else ""))
+    _generate(loaded, DENSE, sample, 2)
+    dense, ours = _generate(loaded, DENSE, sample, limit), _generate(loaded, chosen, sample, limit)
+    bytes_in = dict.fromkeys(("live_kv", "allocated_kv", "read_kv_per_step"), size)
+    if form is Format.table or not explain:
+        show([_summary("dense", dense), _summary(chosen.name, ours)], form, cells=bytes_in)
+    if explain:
+        show(_layers(ours), form, f"layers under {chosen.name}", cells=bytes_in | {"dense_live_kv": size})
+    finished([], f"avlprof policy diff dense {policy}" if explain else "the same command with --explain")
+
+
+@dataclass
+class _Generated:
+    """One answer and what it took; times in seconds."""
+
+    answer: str = ""
+    tokens: int = 0
+    first: float = 0.0
+    rest: float = 0.0
+    prefill: list[LayerUse] = field(default_factory=list)
+    whole: list[LayerUse] = field(default_factory=list)
+
+
+class _Clock:
+    """A streamer of `generate`, which hands it the prompt and then each token as it is made."""
+
+    def __init__(self, at_first: Callable[[], None]) -> None:
+        self._at_first = at_first
+        self.calls = 0
+        self.begin = self.first = self.last = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        self.last = time.perf_counter()
+        if self.calls == 2:
+            self._at_first()
+            self.first = self.last
+
+    def end(self) -> None:
+        self.last = time.perf_counter()
+
+
+def _generate(loaded: LoadedModel, policy: Policy, sample: Sample, limit: int) -> _Generated:
+    import torch
+
+    from avlprof.runtime import apply
+
+    found = _Generated()
+    encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
+    with apply(loaded.model, policy) as runtime, torch.inference_mode():
+
+        def note_prefill() -> None:
+            found.prefill = runtime.cache.use() if runtime.cache is not None else []
+
+        clock = _Clock(note_prefill)
+        ids = loaded.model.generate(**encoding, max_new_tokens=limit, do_sample=False, streamer=clock)
+        found.whole = runtime.cache.use() if runtime.cache is not None else []
+    new = ids[:, encoding["input_ids"].shape[1] :]
+    found.tokens, found.answer = new.shape[1], loaded.adapter.decode(new)[0]
+    found.first, found.rest = clock.first - clock.begin, clock.last - clock.first
+    return found
+
+
+def _summary(name: str, found: _Generated) -> dict[str, Any]:
+    """`live_kv` is the prompt's right after prefill, `read_kv_per_step` of the prompt alone."""
+    return {
+        "policy": name,
+        "tokens": found.tokens,
+        "tokens_per_s": (found.tokens - 1) / found.rest if found.tokens > 1 else float("nan"),
+        "first_token_ms": 1000 * found.first,
+        "live_kv": sum(use.prompt for use in found.prefill),
+        "allocated_kv": sum(use.allocated for use in found.whole),
+        "read_kv_per_step": sum(use.read for use in found.whole) if found.tokens > 1 else float("nan"),
+        "answer": found.answer,
+    }
+
+
+def _layers(found: _Generated) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": after.layer,
+            "live_kv": before.prompt,
+            "dense_live_kv": before.dense_prompt,
+            "allocated_kv": after.allocated,
+            "read_kv_per_step": after.read,
+            "refreshes": after.refreshes,
+            "steps": after.steps,
+        }
+        for before, after in zip(found.prefill, found.whole, strict=True)
+    ]

@@ -1,0 +1,30 @@
+"""`avlprof tasks`: the tasks and metrics that have a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from avlprof.cli.output import Format, FormatOption, note, show
+
+app = typer.Typer()
+
+
+@app.command()
+def tasks(form: FormatOption = Format.table) -> None:
+    """List tasks and metrics; JSONL files, dataset folders and hub datasets work as tasks too."""
+    from avlprof.tasks import METRICS, TASKS, load_metric, load_task
+
+    rows: list[dict[str, Any]] = []
+    for name in TASKS.names():
+        task = load_task(name)
+        about = (
+            f"metric {task.metric}, splits {', '.join(task.splits)}, at most {task.max_new_tokens} new tokens"
+        )
+        rows.append({"kind": "task", "name": name, "about": about})
+    for name in METRICS.names():
+        about = (load_metric(name).__doc__ or "").strip().splitlines()
+        rows.append({"kind": "metric", "name": name, "about": about[0] if about else ""})
+    show(rows, form)
+    note("next: avlprof trace --task NAME (also FILE.jsonl, a dataset folder, hf:NAME or ORG/NAME)")

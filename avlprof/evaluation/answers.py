@@ -1,0 +1,141 @@
+"""Greedy answers of a model under a policy, judged, with the bytes that they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
+from avlprof.evaluation.answers_store import AnswerStore, model_key
+from avlprof.evaluation.footprint import Footprint, footprints
+from avlprof.evaluation.generation import answer_length, end_tokens, generate_tokens, running
+from avlprof.evaluation.record import STOCK, Answer
+from avlprof.models import LoadedModel
+from avlprof.policy import Policy, PromptShape, read_share
+from avlprof.runtime import Runtime
+from avlprof.tasks import Sample, load_metric
+
+FLUSH_SECONDS = 10.0
+Progress = Callable[[int, int], None]
+
+
+def generate_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    policy: Policy | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    metric: str = "exact_match",
+    lengths: Mapping[str, int] | None = None,
+    store: AnswerStore | None = None,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """A greedy answer to every sample, in their order; the stock model's when `policy` is None.
+
+    Samples of like prompt length share a batch, padded on the left. Answers in `store` are not
+    generated again, and new ones are on disk every few seconds, so a second call resumes.
+
+    Bytes of a row: live, dense and allocated ones are read off the cache right after prefill (see
+    `footprint`). Read bytes a step are `policy.read_share` at the row's own answer length, since a
+    batch decodes on until its longest answer ends; the runtime's counters agree where a batch has
+    one row.
+
+    Args:
+        lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
+        progress: called with answers done and wanted.
+
+    Raises:
+        UserError: the policy does not fit, a picture cannot be read, or a sample has no answers.
+    """
+    judge = load_metric(metric)
+    model = model_key(loaded)
+    known = store.answers(model, policy, samples, max_new_tokens) if store else {}
+    todo = [sample for sample in samples if sample.id not in known]
+    flushed = time.monotonic()
+    if progress:
+        progress(len(known), len(samples))
+    try:
+        for batch in _batches(loaded, todo, batch_size, lengths):
+            for sample, answer in zip(batch, _answer(loaded, batch, policy, max_new_tokens), strict=True):
+                known[sample.id] = answer
+                if store:
+                    store.add(model, sample, max_new_tokens, answer)
+            if progress:
+                progress(len(known), len(samples))
+            if store and time.monotonic() - flushed > FLUSH_SECONDS:
+                store.flush()
+                flushed = time.monotonic()
+    finally:
+        if store:
+            store.flush()
+    return [
+        replace(known[sample.id], score=judge(known[sample.id].prediction, sample.answers))
+        for sample in samples
+    ]
+
+
+def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
+    """Tokens of each sample's prompt, by id; every picture is opened and processed for it."""
+    return {sample.id: int(_encode(loaded, [sample])["input_ids"].shape[1]) for sample in samples}
+
+
+def _batches(
+    loaded: LoadedModel, samples: Sequence[Sample], size: int, lengths: Mapping[str, int] | None
+) -> Iterator[Sequence[Sample]]:
+    if size > 1 and len(samples) > size:
+        known = lengths or prompt_lengths(loaded, samples)
+        samples = sorted(samples, key=lambda sample: known[sample.id])
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+@torch.inference_mode()
+def _answer(
+    loaded: LoadedModel, batch: Sequence[Sample], policy: Policy | None, max_new_tokens: int
+) -> list[Answer]:
+    encoding = _encode(loaded, batch)
+    vision = vision_token_ids(loaded.model.config)
+    rows = prompt_shapes(modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision))
+    measured: list[Footprint] = []
+
+    def look(cache: Any) -> None:
+        if not measured:
+            measured.extend(footprints(cache, rows))
+
+    runtime: Runtime | None
+    with running(loaded, policy) as runtime:
+        new = generate_tokens(loaded, encoding, runtime, look, max_new_tokens=max_new_tokens).tolist()
+    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
+    texts = loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
+    return [
+        Answer(
+            sample=sample.id,
+            group=sample.group,
+            prediction=text,
+            score=float("nan"),
+            generated_tokens=length,
+            system=shape.system,
+            vision=shape.vision,
+            text=shape.text,
+            live_bytes=used.live,
+            dense_bytes=used.dense,
+            allocated_bytes=used.allocated,
+            read_bytes_per_step=used.dense * _read_share(policy, shape, loaded.adapter.layers, length),
+            policy_hash=policy.hash if policy else STOCK,
+        )
+        for sample, text, length, shape, used in zip(batch, texts, lengths, rows, measured, strict=True)
+    ]
+
+
+def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: int) -> float:
+    """The first token comes from prefill, so an answer of n tokens takes n - 1 decoding steps."""
+    return read_share(policy, [shape], layers, length - 1) if policy else 1.0
+
+
+def _encode(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    return loaded.adapter.encode([s.prompt for s in samples], [s.open_images() for s in samples])

@@ -1,0 +1,212 @@
+"""Compare policies with the dense model: accuracy, fidelity, bytes, seconds."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from avlprof.errors import UserError
+from avlprof.evaluation.answers import generate_answers, prompt_lengths
+from avlprof.evaluation.answers_store import AnswerStore
+from avlprof.evaluation.contenders import Contender, contenders, with_baselines
+from avlprof.evaluation.evaluation import Evaluation
+from avlprof.evaluation.fidelity import fidelity as measure_fidelity
+from avlprof.evaluation.latency import Latency, measure_latency
+from avlprof.evaluation.record import Answer
+from avlprof.models import LoadedModel
+from avlprof.policy import DENSE, Policy, PromptShape
+from avlprof.runtime.support import check_supported
+from avlprof.tasks import Sample, Task
+from avlprof.versions import versions
+
+Progress = Callable[[int, int], None]
+LATENCY_SAMPLES = 2
+LATENCY_REPEATS = 3
+BUFFERED = "dense (preallocated)"
+"""The dense cache in a buffer allocated ahead: the fair baseline of speed, since the stock
+`DynamicCache` copies itself at every token."""
+
+
+def evaluate(
+    loaded: LoadedModel,
+    task: Task,
+    policies: Sequence[Policy],
+    *,
+    split: str = "held-out",
+    samples: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    fidelity: bool = True,
+    latency: bool = True,
+    baselines: bool = False,
+    store: AnswerStore | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Generate, judge and time the dense model and every policy on the same samples.
+
+    Args:
+        samples: how many of the split, its first ones; None means what the task calls the split.
+        batch_size: of answers and fidelity; latency is always at batch 1.
+        fidelity: also measure KL and agreement by teacher forcing.
+        latency: also time 2 samples 3 times at batch 1; policies take turns.
+        baselines: add uniform and random at the live and read bytes of each policy.
+        store: answers found there are not generated again.
+        progress: called with units of work done and in all (answers, forced scores, timings).
+
+    Raises:
+        UserError: a policy does not fit the model or its runtime, or the split is unknown.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be 1 or more samples, got {batch_size}")
+    chosen = task.samples(split, samples)
+    _check(loaded, policies, chosen)
+    limit = max_new_tokens or task.max_new_tokens
+    found = contenders(policies)
+    work = _Work(progress)
+    work.total = _units(found, len(chosen), fidelity, latency, baselines)
+    lengths = prompt_lengths(loaded, chosen) if batch_size > 1 else None
+
+    def answers_of(run: Policy | None) -> list[Answer]:
+        def advanced(done: int, _: int, before: int = work.done) -> None:
+            work.at(before + done)
+
+        return generate_answers(
+            loaded, chosen, run, max_new_tokens=limit, batch_size=batch_size, metric=task.metric,
+            lengths=lengths, store=store, progress=advanced,
+        )  # fmt: skip
+
+    dense = answers_of(None)
+    if baselines:
+        shapes = [PromptShape(a.system, a.vision, a.text) for a in dense]
+        steps = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
+        found = with_baselines(found, shapes, loaded.adapter.layers, max(steps, 1))
+        work.total = _units(found, len(chosen), fidelity, latency, False)
+    rows = [_rows(found[0], 0, dense)]
+    for contender in found[1:]:
+        rows += [_rows(contender, seed, answers_of(run)) for seed, run in enumerate(contender.runs)]
+    table = pd.concat(rows, ignore_index=True).assign(kl=float("nan"), agreement=float("nan"))
+    if fidelity:
+        order = sorted(chosen, key=lambda sample: lengths[sample.id]) if lengths else chosen
+        table = _with_fidelity(table, loaded, order, found, limit, batch_size, work)
+    timed = _latencies(loaded, chosen, found, limit, work) if latency else ()
+    meta = _meta(loaded, task, split, len(chosen), limit, batch_size, found)
+    return Evaluation(meta, table, timed)
+
+
+class _Work:
+    """Units of work done and in all, told to a progress callback."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.done, self.total, self._progress = 0, 0, progress
+
+    def at(self, done: int) -> None:
+        self.done = done
+        if self._progress:
+            self._progress(done, max(self.total, done))
+
+    def add(self, units: int) -> None:
+        self.at(self.done + units)
+
+
+def _units(found: Sequence[Contender], samples: int, fidelity: bool, latency: bool, baselines: bool) -> int:
+    """Work to do; with baselines to come, four runs are expected for each policy."""
+    runs = sum(len(c.runs) for c in found) + (4 * (len(found) - 1) if baselines else 0)
+    timings = (len(found) + 1) * min(LATENCY_SAMPLES, samples) * LATENCY_REPEATS
+    return runs * samples + (runs - 1) * samples * fidelity + timings * latency
+
+
+def _check(loaded: LoadedModel, policies: Sequence[Policy], samples: Sequence[Sample]) -> None:
+    for policy in policies:
+        policy.check_layers(loaded.adapter.layers)
+        check_supported(policy)
+    ids = [sample.id for sample in samples]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"sample ids must be unique, '{twice}' occurs twice")
+    unlabelled = next((sample.id for sample in samples if not sample.answers), None)
+    if unlabelled is not None:
+        raise UserError(f"sample '{unlabelled}' has no reference answers to be judged by; give it answers")
+
+
+def _rows(contender: Contender, seed: int, answers: Sequence[Answer]) -> pd.DataFrame:
+    named = {"policy": contender.label, "family": contender.family, "seed": seed}
+    return pd.DataFrame([named | asdict(answer) for answer in answers])
+
+
+def _with_fidelity(
+    table: pd.DataFrame,
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    found: Sequence[Contender],
+    limit: int,
+    batch_size: int,
+    work: _Work,
+) -> pd.DataFrame:
+    runs = [(c.label, seed, run) for c in found for seed, run in enumerate(c.runs) if run]
+    scores = measure_fidelity(
+        loaded,
+        samples,
+        [run for *_, run in runs],
+        max_new_tokens=limit,
+        batch_size=batch_size,
+        advanced=work.add,
+    )
+    keys = ["policy", "seed", "sample"]
+    measured = [
+        {"policy": label, "seed": seed, "sample": score.sample, "kl": score.kl, "agreement": score.agreement}
+        for (label, seed, _), own in zip(runs, scores, strict=True)
+        for score in own
+    ]
+    # the reference on its own answers, by definition
+    measured += [
+        {"policy": found[0].label, "seed": 0, "sample": sample.id, "kl": 0.0, "agreement": 1.0}
+        for sample in samples
+    ]
+    return table.drop(columns=["kl", "agreement"]).merge(pd.DataFrame(measured), on=keys, how="left")
+
+
+def _latencies(
+    loaded: LoadedModel, samples: Sequence[Sample], found: Sequence[Contender], limit: int, work: _Work
+) -> tuple[Latency, ...]:
+    timed: dict[str, Policy | None] = {contender.label: contender.runs[0] for contender in found}
+    return tuple(
+        measure_latency(
+            loaded,
+            samples[:LATENCY_SAMPLES],
+            timed | {BUFFERED: DENSE},
+            new_tokens=max(min(limit, 32), 2),
+            repeats=LATENCY_REPEATS,
+            advanced=work.add,
+        )
+    )
+
+
+def _meta(
+    loaded: LoadedModel,
+    task: Task,
+    split: str,
+    samples: int,
+    limit: int,
+    batch_size: int,
+    found: Sequence[Contender],
+) -> dict[str, Any]:
+    """What was evaluated, and with what."""
+    return {
+        "model": loaded.source,
+        "revision": loaded.revision or "",
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "task": task.name,
+        "metric": task.metric,
+        "split": split,
+        "samples": samples,
+        "max_new_tokens": limit,
+        "batch_size": batch_size,
+        "policies": {c.label: [run.hash for run in c.runs if run] for c in found},
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

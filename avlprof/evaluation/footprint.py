@@ -1,0 +1,60 @@
+"""Bytes of a prompt's KV cache, read off a cache that has just been filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from avlprof.policy import PromptShape
+from avlprof.runtime.adaptive import AdaptiveLayer
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """KV bytes of one row of a batch, over all full-attention layers and KV heads.
+
+    `live` is what is kept of the prompt, `dense` what the stock cache holds of it without padding,
+    `allocated` the row's equal part of the storage behind the cache: padding to the batch's
+    longest row and the reserve for generated tokens included.
+    """
+
+    live: int
+    dense: int
+    allocated: int
+
+
+def footprints(cache: Any, rows: Sequence[PromptShape]) -> list[Footprint]:
+    """The footprint of each row of `cache`, which holds nothing but the prompts `rows`.
+
+    `cache` is the runtime's or a stock `DynamicCache`. Layers with a sliding window are left
+    out: no policy governs them, and what they hold does not depend on it.
+    """
+    live, dense, allocated = [0] * len(rows), [0] * len(rows), 0
+    for layer in cache.layers:
+        if layer.is_sliding:
+            continue
+        size = _bytes_per_token(layer.keys) + _bytes_per_token(layer.values)
+        totals = [shape.total for shape in rows]
+        kept = layer.stored_prompt_tokens() if isinstance(layer, AdaptiveLayer) else totals
+        live = [bytes_ + size * count for bytes_, count in zip(live, kept, strict=True)]
+        dense = [bytes_ + size * count for bytes_, count in zip(dense, totals, strict=True)]
+        allocated += storage_bytes(layer)
+    return [Footprint(a, b, allocated // len(rows)) for a, b in zip(live, dense, strict=True)]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the storage behind all layers of a cache, sliding ones included."""
+    return sum(storage_bytes(layer) for layer in cache.layers)
+
+
+def storage_bytes(layer: Any) -> int:
+    """Bytes of the storage behind one layer's keys and values; 0 before its first token."""
+    tensors = [states for states in (layer.keys, layer.values) if isinstance(states, Tensor)]
+    return sum(states.untyped_storage().nbytes() for states in tensors)
+
+
+def _bytes_per_token(states: Tensor) -> int:
+    return states.shape[1] * states.shape[3] * states.element_size()

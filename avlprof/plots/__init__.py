@@ -1,0 +1,51 @@
+"""Figures: each is an information object and a thin drawing of it; none is ever shown."""
+
+from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
+from avlprof.plots.drift import DriftInfo, drift_info, step_drift
+from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
+from avlprof.plots.importances import ImportanceInfo, parameter_importances, parameter_importances_info
+from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
+from avlprof.plots.mass import MassInfo, mass_info, modality_mass
+from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
+from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
+from avlprof.plots.save import save_figure
+from avlprof.plots.trials import TrialInfo, trial_history, trial_history_info
+from avlprof.plots.window import WindowInfo, text_window, window_info
+from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
+
+__all__ = [
+    "CoverageInfo",
+    "DriftInfo",
+    "HeatInfo",
+    "ImportanceInfo",
+    "MassInfo",
+    "OverlapInfo",
+    "ParetoInfo",
+    "PolicyInfo",
+    "TrialInfo",
+    "WindowInfo",
+    "coverage_curves",
+    "coverage_info",
+    "drift_info",
+    "group_words",
+    "layer_overlap",
+    "mass_info",
+    "modality_mass",
+    "overlap_info",
+    "parameter_importances",
+    "parameter_importances_info",
+    "pareto_front",
+    "pareto_info",
+    "policy_layers",
+    "policy_layers_info",
+    "save_figure",
+    "step_drift",
+    "text_window",
+    "trial_history",
+    "trial_history_info",
+    "vision_heatmap",
+    "vision_heatmap_info",
+    "window_info",
+    "word_heatmaps",
+    "word_heatmaps_info",
+]

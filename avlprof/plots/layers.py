@@ -1,0 +1,159 @@
+"""What one or several policies do in each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from avlprof.errors import UserError
+from avlprof.plots.style import MODALITY_COLOURS, SOFT, layer_axis, new_figure, percent_axis, theme
+from avlprof.policy import Policy, broadcast
+
+COLUMNS = 4
+STORED, COMPUTED, SPOKEN = "#9CC7E4", MODALITY_COLOURS["vision"], MODALITY_COLOURS["text"]
+
+
+@dataclass(frozen=True)
+class PolicyPanel:
+    """One policy by layer.
+
+    `keep` and `compute` are shares of the vision tokens (of the whole prompt when `joint`).
+    `text` is in tokens, or a share of the text when `text_share`; None means all text stays.
+    """
+
+    name: str
+    keep: tuple[float, ...]
+    compute: tuple[float, ...]
+    joint: bool
+    text: tuple[float, ...] | None
+    text_share: bool
+    refresh: int
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """What `policy_layers` draws: a column a policy, all with the same number of layers.
+
+    `scalar` says that the one layer shown stands for every layer.
+    """
+
+    layers: int
+    panels: tuple[PolicyPanel, ...]
+    scalar: bool = False
+
+
+def policy_layers_info(policies: Policy | Sequence[Policy], layers: int | None = None) -> PolicyInfo:
+    """Ratios and text windows by layer.
+
+    Args:
+        policies: one or several.
+        layers: layers of the model; by default what the policies are written for (1 when all
+            of them hold one scalar for every layer).
+
+    Raises:
+        UserError: there is no policy, or the policies are for models of different depth.
+    """
+    policies = [policies] if isinstance(policies, Policy) else list(policies)
+    if not policies:
+        raise UserError("figure 'policy by layer' needs at least one policy, got none")
+    scalar = layers is None and all(policy.layers is None for policy in policies)
+    if layers is None:
+        layers = next((policy.layers for policy in policies if policy.layers), 1)
+    for policy in policies:
+        policy.check_layers(layers)
+    return PolicyInfo(layers, tuple(_panel(policy, layers) for policy in policies), scalar)
+
+
+def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int | None = None) -> Figure:
+    """Bars of stored and attended vision KV above the text that stays, a column a policy."""
+    info = policies if isinstance(policies, PolicyInfo) else policy_layers_info(policies, layers)
+    cols = min(len(info.panels), COLUMNS)
+    bands = math.ceil(len(info.panels) / cols)
+    with theme():
+        size = (max(9.0, 1.2 + 3.9 * cols), 6.4 * bands)
+        one = len(info.panels) == 1
+        title = (
+            f"What policy “{info.panels[0].name}” keeps in each layer" if one else "What each policy keeps"
+        )
+        figure = new_figure(title, "", size)
+        axes = figure.subplots(2 * bands, cols, squeeze=False, height_ratios=[2, 1] * bands)
+        longest = _longest_window(info)
+        for place in range(bands * cols):
+            band, col = divmod(place, cols)
+            vision, text = axes[2 * band][col], axes[2 * band + 1][col]
+            if place >= len(info.panels):
+                vision.set_axis_off()
+                text.set_axis_off()
+                continue
+            _draw_vision(info.panels[place], info, vision, named=not one)
+            _draw_text(info.panels[place], info, text, longest)
+        handles = [axes[0][0].bar(0, 0, color=colour) for colour in (STORED, COMPUTED, SPOKEN)]
+        figure.legend(
+            handles,
+            ["Kept in memory", "Read at every step", "Text kept"],
+            loc="outside lower center",
+            ncols=3,
+        )
+        return figure
+
+
+def _panel(policy: Policy, layers: int) -> PolicyPanel:
+    refresh = policy.refresh_interval
+    if policy.joint is not None:
+        share = broadcast(policy.joint.keep, layers)
+        return PolicyPanel(policy.name, share, share, True, None, False, refresh)
+    text: tuple[float, ...] | None = None
+    if policy.text.keep is not None:
+        text = broadcast(policy.text.keep, layers)
+    elif policy.text.window is not None:
+        text = tuple(float(window) for window in broadcast(policy.text.window, layers))
+    shared = policy.text.keep is not None
+    return PolicyPanel(policy.name, policy.keep(layers), policy.compute(layers), False, text, shared, refresh)
+
+
+def _longest_window(info: PolicyInfo) -> float:
+    windows = [max(panel.text) for panel in info.panels if panel.text and not panel.text_share]
+    return max(windows, default=1.0)
+
+
+def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool) -> None:
+    where = list(range(info.layers))
+    ax.bar(where, panel.keep, 0.82, color=STORED)
+    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED)
+    how = (
+        f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
+    )
+    ax.set_title(f"{panel.name}\n{how}".strip() if named else how, fontsize=13)
+    ax.set_ylabel("Prompt KV" if panel.joint else "Vision KV")
+    percent_axis(ax, "y")
+    _layers(ax, info, label=False)
+
+
+def _draw_text(panel: PolicyPanel, info: PolicyInfo, ax: Axes, longest: float) -> None:
+    _layers(ax, info)
+    if panel.text is None:
+        says = "text competes with vision" if panel.joint else "all text stays"
+        ax.text(0.5, 0.5, says, transform=ax.transAxes, ha="center", va="center", color=SOFT)
+        ax.set_yticks([])
+        ax.set_ylabel("Text")
+        return
+    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN)
+    if panel.text_share:
+        ax.set_ylabel("Text KV")
+        percent_axis(ax, "y")
+    else:
+        ax.set_ylabel("Text window\n(tokens)")
+        ax.set_ylim(0, longest * 1.1)
+
+
+def _layers(ax: Axes, info: PolicyInfo, label: bool = True) -> None:
+    layer_axis(ax, range(info.layers), label)
+    if info.layers == 1:
+        ax.set_xlim(-1.2, 1.2)
+    if info.scalar:
+        ax.set_xticks([0], ["every layer"])
+        ax.set_xlabel("Layer" if label else "")

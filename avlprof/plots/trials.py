@@ -1,0 +1,128 @@
+"""The course of a study: every trial's value and the best so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from avlprof.errors import UserError
+from avlprof.plots.frames import Array, need
+from avlprof.plots.style import INK, OKABE_ITO, SOFT, new_figure, theme
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True)
+class TrialInfo:
+    """Trials by number: `complete` and `pruned` with values, `failed` without.
+
+    `best` is the best complete value up to and including each complete trial.
+    """
+
+    complete: tuple[int, ...]
+    values: Array
+    best: Array
+    pruned: tuple[int, ...]
+    pruned_values: Array
+    failed: tuple[int, ...]
+    best_trial: int
+    direction: Direction
+
+
+def trial_history_info(frame: pd.DataFrame, direction: Direction = "minimize") -> TrialInfo:
+    """Values by trial.
+
+    Args:
+        frame: `trial, value, state`; states as Optuna names them (`COMPLETE`, `PRUNED`, `FAIL`),
+            in any case. Trials that wait or run are left out.
+        direction: whether small or large values are good.
+
+    Raises:
+        UserError: a column is missing, or no trial is complete.
+    """
+    need(frame, ("trial", "value", "state"), "trial history")
+    ordered = frame.sort_values("trial")
+    state = ordered["state"].astype(str).str.upper().str.removeprefix("TRIALSTATE.")
+    valued = ordered["value"].notna()
+    complete, pruned = ordered[(state == "COMPLETE") & valued], ordered[(state == "PRUNED") & valued]
+    if complete.empty:
+        raise UserError(
+            "figure 'trial history' needs a complete trial, the study has none; let it run longer"
+        )
+    values = complete["value"].to_numpy(dtype=float)
+    lower = direction == "minimize"
+    best = np.minimum.accumulate(values) if lower else np.maximum.accumulate(values)
+    numbers = tuple(int(i) for i in complete["trial"])
+    return TrialInfo(
+        numbers,
+        values,
+        best,
+        tuple(int(i) for i in pruned["trial"]),
+        pruned["value"].to_numpy(dtype=float),
+        tuple(int(i) for i in ordered.loc[state == "FAIL", "trial"]),
+        numbers[int(values.argmin() if lower else values.argmax())],
+        direction,
+    )
+
+
+def trial_history(
+    source: pd.DataFrame | TrialInfo, value: str = "Mean KL to dense (nat)", direction: Direction = "minimize"
+) -> Figure:
+    """Every trial's value, the best so far as a line, and the winner as a star.
+
+    Args:
+        source: a frame as `trial_history_info` takes it, or that information.
+        value: label of the value axis, with its unit.
+    """
+    info = source if isinstance(source, TrialInfo) else trial_history_info(source, direction)
+    with theme():
+        note = f"{len(info.complete)} complete, {len(info.pruned)} pruned, {len(info.failed)} failed"
+        figure = new_figure("How the search went", note)
+        ax = figure.subplots()
+        blue, orange = OKABE_ITO[0], OKABE_ITO[1]
+        end = max((*info.complete, *info.pruned, *info.failed))
+        ax.step(
+            [*info.complete, end],
+            [*info.best, info.best[-1]],
+            where="post",
+            color=orange,
+            label="Best so far",
+        )
+        ax.scatter(info.complete, info.values, s=46, color=blue, alpha=0.75, linewidths=0, label="Complete")
+        if info.pruned:
+            ax.scatter(
+                info.pruned,
+                info.pruned_values,
+                s=46,
+                facecolors="none",
+                edgecolors=SOFT,
+                label="Pruned (partial)",
+            )
+        if info.failed:
+            bottom = np.zeros(len(info.failed)) + 0.02
+            ax.scatter(
+                info.failed, bottom, marker="x", color=INK, transform=ax.get_xaxis_transform(), label="Failed"
+            )
+        found = float(info.best[-1])
+        ax.scatter([info.best_trial], [found], s=280, marker="*", color=orange, edgecolors="white", zorder=5)
+        ax.annotate(
+            f"trial {info.best_trial}: {found:.4g}",
+            (info.best_trial, found),
+            xytext=(0, -14 if info.direction == "minimize" else 14),
+            textcoords="offset points",
+            ha="right" if info.best_trial > end / 2 else "left",
+            va="top" if info.direction == "minimize" else "bottom",
+            fontsize=12.5,
+        )
+        ax.margins(y=0.14)
+        ax.set_xlabel("Trial")
+        ax.set_ylabel(f"{value}, {'lower' if info.direction == 'minimize' else 'higher'} is better")
+        ax.set_xlim(-0.02 * end - 0.6, 1.02 * end + 0.6)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        figure.legend(loc="outside right center")
+        return figure

@@ -1,0 +1,84 @@
+"""How far back in the text each layer reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from avlprof.plots.frames import Array, need, samples_note, table
+from avlprof.plots.style import SOFT, layer_colours, layer_key, log2_axis, new_figure, percent_axis, theme
+
+if TYPE_CHECKING:
+    from avlprof.analysis.profile import Profile
+
+SOURCES = (("decode", "generated", "generated tokens"), ("prefill", "last", "last prompt token"))
+
+
+@dataclass(frozen=True)
+class WindowInfo:
+    """Text attention at distances below each of `windows` (tokens): `held [layers, windows]`, shares.
+
+    `needed [layers]` is the smallest of the windows that holds `level` of it (NaN: none does).
+    """
+
+    layers: tuple[int, ...]
+    windows: tuple[int, ...]
+    held: Array
+    level: float
+    needed: Array
+    rows: str
+    note: str
+
+
+def window_info(frame: pd.DataFrame, level: float = 0.95) -> WindowInfo:
+    """Cumulative text attention by distance, of generated rows (of the last prompt row if none).
+
+    Args:
+        frame: `Profile.window_curve()`: `layer, phase, query, distance, mean` (and `n`).
+        level: share of the text attention that a window is to hold.
+
+    Raises:
+        UserError: a column is missing, or nothing was traced.
+    """
+    need(frame, ("layer", "phase", "query", "distance", "mean"), "text window")
+    for phase, query, rows in SOURCES:  # noqa: B007
+        part = frame[(frame["phase"] == phase) & (frame["query"] == query)]
+        if not part.empty:
+            break
+    wide = table(need(part, ("mean",), "text window"), "layer", "distance", "mean")
+    held, windows = wide.to_numpy(dtype=float), wide.columns.to_numpy(dtype=float)
+    enough = held >= level - 1e-9
+    needed = np.where(enough.any(axis=1), windows[enough.argmax(axis=1)], np.nan)
+    layers = tuple(int(i) for i in wide.index)
+    return WindowInfo(layers, tuple(int(w) for w in windows), held, level, needed, rows, samples_note(frame))
+
+
+def text_window(source: Profile | WindowInfo) -> Figure:
+    """A line per layer: the share of text attention within a window, and where it reaches the level."""
+    info = source if isinstance(source, WindowInfo) else window_info(source.window_curve())
+    with theme():
+        note = ", ".join(
+            text
+            for text in (f"{info.rows}, dots: {info.level:.0%} held, first text tokens aside", info.note)
+            if text
+        )
+        figure = new_figure("How far back in the text each layer reaches", note)
+        ax = figure.subplots()
+        ax.axhline(info.level, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
+        for line, need_, colour in zip(info.held, info.needed, layer_colours(info.layers), strict=True):
+            ax.plot(info.windows, line, color=colour)
+            if np.isfinite(need_):
+                at = line[info.windows.index(int(need_))]
+                ax.plot([need_], [at], "o", color=colour, markersize=10, markeredgecolor="white", zorder=5)
+        log2_axis(ax, [w for w in info.windows if w & (w - 1) == 0] or info.windows)
+        percent_axis(ax, "y", full=False)
+        ax.set_ylim(0.0, 1.03)
+        ax.text(0.005, info.level + 0.01, f"{info.level:.0%}", color=SOFT, transform=ax.get_yaxis_transform())
+        ax.set_xlabel("Text window (tokens, log scale)")
+        ax.set_ylabel("Share of text attention held")
+        layer_key(figure, ax, info.layers)
+        return figure

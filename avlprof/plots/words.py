@@ -1,0 +1,95 @@
+"""Where the model looks while it writes each word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from avlprof.errors import UserError
+from avlprof.plots.frames import need_vision
+from avlprof.plots.heatmap import HeatInfo, draw_heatmaps, heat_panel
+
+PANELS = 23
+"""Most words in one figure; with the picture itself that is 24 panels."""
+
+
+def group_words(pieces: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Words, and for each the places of its tokens.
+
+    A word begins where a token begins with a space or with a tokenizer's mark of one (`Ġ`, `▁`).
+
+    Args:
+        pieces: tokens as `tokenizer.convert_ids_to_tokens` gives them.
+    """
+    words: list[str] = []
+    places: list[list[int]] = []
+    for place, piece in enumerate(pieces):
+        text = piece.lstrip(" \n\tĠ▁Ċ")
+        if not words or text != piece:
+            words.append("")
+            places.append([])
+        words[-1] += text
+        places[-1].append(place)
+    return words, places
+
+
+def word_heatmaps_info(
+    image: Image.Image,
+    scores: ArrayLike,
+    grid: tuple[int, int],
+    words: Sequence[str],
+    layer: int | None = None,
+    steps: Sequence[Sequence[int]] | None = None,
+) -> HeatInfo:
+    """One overlay a word.
+
+    Args:
+        image: the picture that the model saw.
+        scores: `[steps, layers, vision]`; the row of a step is that of the token fed in, which
+            writes the *next* one. The first token is written by the prompt's last row, so put
+            that before the `decode` scores of a run to have a row for every generated token.
+        grid: rows and columns of vision tokens.
+        words: a label per word.
+        layer: which layer; None is the mean of all.
+        steps: for each word the steps that wrote it (their mean is drawn); None: one step a word.
+
+    Raises:
+        UserError: no vision tokens, a step or layer that does not exist, or labels and steps
+            of different number.
+    """
+    table = np.asarray(scores, dtype=float)
+    need_vision(table.ndim == 3 and table.shape[2] > 0, "word heatmaps")
+    count, depth = table.shape[:2]
+    if layer is not None and not 0 <= layer < depth:
+        raise UserError(f"layer must be in 0 to {depth - 1}, got {layer}")
+    groups = [[step] for step in range(count)] if steps is None else [list(group) for group in steps]
+    if len(groups) != len(words) or not words:
+        kind = "scored steps" if steps is None else "groups of steps"
+        raise UserError(f"words must have one label for each of the {len(groups)} {kind}, got {len(words)}")
+    wrong = next((step for group in groups for step in group if not 0 <= step < count), None)
+    if wrong is not None or not all(groups):
+        raise UserError(f"steps must name at least one step in 0 to {count - 1} a word, got {wrong}")
+    chosen = table.mean(axis=1) if layer is None else table[:, layer]
+    panels = tuple(
+        heat_panel(f"“{word}”", chosen[group].mean(axis=0), grid)
+        for word, group in zip(words[:PANELS], groups, strict=False)
+    )
+    where = f"mean of {depth} layers" if layer is None else f"layer {layer}"
+    shown = where if len(words) <= PANELS else f"{where}; first {PANELS} of {len(words)} words"
+    return HeatInfo("Where the model looks as it writes", np.asarray(image.convert("RGB")), panels, shown)
+
+
+def word_heatmaps(
+    image: Image.Image,
+    scores: ArrayLike,
+    grid: tuple[int, int],
+    words: Sequence[str],
+    layer: int | None = None,
+    steps: Sequence[Sequence[int]] | None = None,
+) -> Figure:
+    """The picture under the attention of each generated word (see `word_heatmaps_info`)."""
+    return draw_heatmaps(word_heatmaps_info(image, scores, grid, words, layer, steps))

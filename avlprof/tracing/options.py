@@ -1,0 +1,50 @@
+"""What a recorder measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avlprof.errors import UserError
+from avlprof.registry import unknown
+from avlprof.runs.meta import COVERAGES, DISTANCES, LAGS, TEXT_SINK
+
+ROWS = ("default", "all")
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What a recorder measures.
+
+    `rows` is `default` (all text and system rows, `vision_rows` evenly spaced vision rows) or
+    `all`; of each kind of prompt row at most `coverage_rows`, evenly spaced, are measured for
+    coverage. `block` and `held` bound memory and change no result.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    rows: str = "default"
+    vision_rows: int = 64
+    coverage_rows: int = 16
+    top_share: float = 0.1
+    text_sink: int = TEXT_SINK
+    coverages: tuple[int, ...] = COVERAGES
+    distances: tuple[int, ...] = DISTANCES
+    lags: tuple[int, ...] = LAGS
+    block: int = 64  # query rows of a prompt whose weights exist at a time
+    held: int = 1 << 18  # weights of decoding steps held back a layer, to measure them together
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise unknown("choice of rows", self.rows, ROWS)
+        for name, least in (("vision_rows", 0), ("coverage_rows", 0), ("text_sink", 0), ("block", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0.0 < self.top_share <= 1.0:
+            raise UserError(f"top_share must be in (0, 1], got {self.top_share}")
+        if any(lag < 1 for lag in self.lags) or any(not 0 < level <= 100 for level in self.coverages):
+            raise UserError(
+                f"lags must be at least 1 and coverages in (0, 100], got {self.lags} and {self.coverages}"
+            )
+        if list(self.distances) != sorted({d for d in self.distances if d > 0}):
+            raise UserError(f"distances must be ascending and above 0, got {self.distances}")

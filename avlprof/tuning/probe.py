@@ -1,0 +1,32 @@
+"""The sensitivity probe: what it costs to drop vision KV in one layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avlprof.policy import Policy, ScorerSpec
+from avlprof.runtime.forced import ForcedSet
+
+LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
+
+
+def probe(
+    forced: ForcedSet, layers: int, scorer: str, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.float64]:
+    """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
+
+    One forward per layer and level below 1, at which nothing is dropped and the damage is 0.
+    """
+    damage = np.zeros((layers, len(LEVELS)))
+    below = [i for i, level in enumerate(LEVELS) if level < 1]
+    for layer in range(layers):
+        for done, i in enumerate(below):
+            keep = tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers))
+            scores = forced.score(Policy(vision_keep=keep, scorer=ScorerSpec(name=scorer)))
+            damage[layer, i] = np.mean([score.kl for score in scores])
+            if progress:
+                progress(layer * len(below) + done + 1, layers * len(below))
+    return damage

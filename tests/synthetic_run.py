@@ -1,0 +1,109 @@
+"""A run directory of random attention, for tests of the analysis; no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avlprof.runs import RunDirectory, RunMeta, RunWriter
+
+LAYERS, HEADS, STEPS = 4, 2, 11
+MODALITIES = ("system", "vision", "text", "generated")
+
+
+def settings(**changes: Any) -> RunMeta:
+    """Settings of the synthetic run."""
+    fixed: dict[str, Any] = {
+        "model": "random",
+        "revision": "r1",
+        "model_hash": "h1",
+        "layers": LAYERS,
+        "heads": HEADS,
+        "kv_heads": 1,
+        "head_dim": 8,
+        "dtype": "float32",
+        "device": "cpu",
+        "task": "noise",
+        "max_new_tokens": STEPS + 1,
+        "lags": (1, 2, 4, 8),
+        "distances": (1, 2, 4, 8, 16, 32),
+        "versions": {"torch": "0"},
+    }
+    return RunMeta(**fixed | changes)
+
+
+def write_run(
+    path: Path, vision: tuple[int, ...], seed: int = 0, decode: bool = True, parts: int = 2
+) -> RunDirectory:
+    """A run with one sample for each entry of `vision`; layer 3 of sample 0 never looks at vision."""
+    rng = np.random.default_rng(seed)
+    meta = settings()
+    writer = RunWriter(path, meta)
+    for index, count in enumerate(vision):
+        steps = STEPS - index if decode else 0
+        scores = {
+            "last": _scores(rng, (LAYERS, count)),
+            "instruction": _scores(rng, (LAYERS, count)),
+            "decode": _scores(rng, (steps, LAYERS, count)),
+        }
+        if index == 0:
+            for values in scores.values():
+                values[..., 3, :] = 0.0
+        if index == 1:
+            scores["instruction"][:] = 0.0
+        sample = {
+            "sample": f"s{index}",
+            "group": "",
+            "prompt": "?",
+            "references": ["x"],
+            "answer": "x",
+            "system": 3 + index,
+            "vision": count,
+            "text": 6 + index % 3,
+            "generated": steps + 1,
+            "grid_rows": 0,
+            "grid_cols": 0,
+            "seconds": 0.1,
+        }
+        kinds = [("prefill", kind) for kind in ("system", "vision", "text", "last")]
+        kinds += [("decode", "generated")] if decode else []
+        stats = [
+            {"sample": f"s{index}", "layer": layer, "head": head, "phase": phase, "query": query}
+            | _statistics(rng, meta, count, phase)
+            for layer in range(LAYERS)
+            for head in range(HEADS)
+            for phase, query in kinds
+        ]
+        writer.add(sample, stats, scores)
+        if (index + 1) % max(len(vision) // parts, 1) == 0:
+            writer.flush()
+    writer.flush()
+    return RunDirectory(path)
+
+
+def _scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Softmax weights with a share of mass left for other modalities."""
+    weights = np.exp(2.5 * rng.normal(size=shape))
+    mass = rng.uniform(0.1, 0.9, size=(*shape[:-1], 1))
+    return (mass * weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _statistics(rng: np.random.Generator, meta: RunMeta, vision: int, phase: str) -> dict[str, Any]:
+    masses = rng.dirichlet(np.ones(4))
+    row: dict[str, Any] = {f"mass_{name}": float(m) for name, m in zip(MODALITIES, masses, strict=True)}
+    row |= {
+        "rows": 1,
+        "mass_sink": float(masses[0] / 2),
+        "entropy": float(rng.uniform(0, 4)),
+        "text_sink": 0.01,
+    }
+    few = np.sort(rng.integers(1, vision + 1, size=len(meta.coverages))) if vision else [np.nan] * 5
+    row |= {f"coverage_{level}": float(n) for level, n in zip(meta.coverages, few, strict=True)}
+    row["distance"] = (
+        (rng.dirichlet(np.ones(len(meta.distances) + 1)) * masses[2]).astype(np.float32).tolist()
+    )
+    for lag in meta.lags:
+        row[f"overlap_{lag}"] = float(rng.uniform(0.4, 0.9)) if phase == "decode" else float("nan")
+    return row

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avlprof.analysis import Profile, derive
+from avlprof.errors import UserError
+from avlprof.policy import (
+    Policy,
+    PromptShape,
+    TextPolicy,
+    dump_policy,
+    live_share,
+    parse_policy,
+    read_share,
+    tokens,
+)
+from tests.synthetic_run import LAYERS, write_run
+
+VISION = (37, 60, 60, 44)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return Profile.from_run(write_run(tmp_path_factory.mktemp("derive") / "run", VISION, seed=4))
+
+
+def a_token_a_layer(prompts: list[PromptShape]) -> float:
+    return len(prompts) / sum(prompt.total for prompt in prompts)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "coverage"])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
+def test_a_budget_is_met(profile: Profile, allocator: str, budget: float) -> None:
+    policy = derive(profile, budget=budget, allocator=allocator, mix=1.0)
+    prompts = profile.prompts()
+    used = live_share(policy, prompts, LAYERS)
+    assert budget - a_token_a_layer(prompts) < used <= budget
+    assert policy.vision_compute is None
+    assert policy.text.keeps_all
+    assert policy.layers == LAYERS
+    assert min(policy.keep(LAYERS)) >= 0.01
+
+
+@pytest.mark.parametrize("interval", [None, 0, 3, 16])
+def test_both_budgets_are_met(profile: Profile, interval: int | None) -> None:
+    policy = derive(profile, budget=0.6, read_budget=0.45, refresh_interval=interval)
+    prompts, steps = profile.prompts(), profile.answer_tokens
+    assert live_share(policy, prompts, LAYERS) <= 0.6
+    read = read_share(policy, prompts, LAYERS, steps)
+    assert 0.45 - a_token_a_layer(prompts) < read <= 0.45
+    if interval is not None:
+        assert policy.refresh_interval == interval
+    assert all(c <= k for c, k in zip(policy.compute(LAYERS), policy.keep(LAYERS), strict=True))
+
+
+def test_a_read_budget_that_does_not_bind_leaves_no_core(profile: Profile) -> None:
+    policy = derive(profile, budget=0.5, read_budget=0.9)
+    assert policy.vision_compute is None
+    assert policy.refresh_interval == 0
+
+
+def test_the_layer_that_needs_more_keeps_more(profile: Profile) -> None:
+    evidence = profile.evidence("store")
+    assert evidence.coverage is not None
+    need = [int((row < 0.8).sum()) for row in evidence.coverage]
+    keep = derive(profile, budget=0.5, mix=1.0).keep(LAYERS)
+    assert keep[int(np.argmax(need))] == max(keep)
+    assert keep[int(np.argmin(need))] == min(keep)
+    mild = derive(profile, budget=0.5, mix=0.2).keep(LAYERS)
+    flat = derive(profile, budget=0.5, mix=0.0).keep(LAYERS)
+    assert np.ptp(flat) <= 1 / 60 + 1e-6
+    assert np.ptp(flat) <= np.ptp(mild) <= np.ptp(keep)
+
+
+def test_coverage_holds_its_share_of_vision_and_text(profile: Profile) -> None:
+    policy = derive(profile, coverage=0.9)
+    curves = profile.coverage_curve().pivot(index=["query", "layer"], columns="share_kept", values="mean")
+
+    def held(query: str, layer: int, ratio: float) -> float:
+        row = curves.loc[(query, layer)]
+        count = tokens(ratio, 60)
+        return float(row.iloc[count - 1]) if count else 0.0
+
+    for layer in range(LAYERS):
+        kept, core = policy.keep(LAYERS)[layer], policy.compute(LAYERS)[layer]
+        assert core <= kept
+        assert min(held("last", layer, kept), held("answer", layer, kept)) >= 0.9 - 1e-9
+        assert min(held("last", layer, kept - 1 / 60), held("answer", layer, kept - 1 / 60)) < 0.9
+        assert held("step", layer, core) >= 0.9 - 1e-9 or core == kept
+        assert held("step", layer, core - 1 / 60) < 0.9
+        assert isinstance(policy.text.window, tuple)
+        text = profile.window_curve().query("layer == @layer and query == 'generated'")
+        enough = text[text["mean"] >= 0.9]["distance"].min()
+        assert policy.text.window[layer] == enough
+    assert policy.text.sink == profile.meta.settings.text_sink
+    assert policy.refresh_interval == 8, "overlaps are 0.65 on average at every lag, the longest is 8"
+    everything = derive(profile, coverage=1.0)
+    assert everything.keep(LAYERS)[0] == 1.0
+
+
+def test_provenance_says_where_it_comes_from(profile: Profile) -> None:
+    policy = derive(profile, budget=0.5, read_budget=0.4, name="mine", scorer="accumulated")
+    made = policy.provenance
+    assert made is not None
+    settings = profile.meta.settings
+    assert made.made_by.startswith("avlprof derive ")
+    assert (made.model, made.model_revision, made.model_hash) == ("random", "r1", "h1")
+    assert (made.task, made.samples, made.seed) == ("noise", 4, settings.seed)
+    assert (made.run, made.run_hash) == (profile.meta.run, profile.meta.run_hash)
+    assert (made.budget, made.read_budget, made.answer_tokens) == (0.5, 0.4, profile.answer_tokens)
+    assert made.measured_budget == pytest.approx(live_share(policy, profile.prompts(), LAYERS), abs=1e-6)
+    assert made.measured_read_budget == pytest.approx(
+        read_share(policy, profile.prompts(), LAYERS, profile.answer_tokens), abs=1e-6
+    )
+    assert set(made.versions) >= {"torch", "avlprof"}
+    assert policy.name == "mine"
+    assert policy.scorer.name == "accumulated"
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.4}, {"budget": 0.6, "read_budget": 0.4}, {"coverage": 0.8}])
+def test_survives_yaml(profile: Profile, options: dict[str, float]) -> None:
+    policy = profile.derive(**options)
+    assert parse_policy(dump_policy(policy)) == policy
+    assert Policy.model_validate(policy.model_dump(by_alias=True)) == policy
+
+
+def test_a_text_window_makes_a_small_budget_feasible(profile: Profile) -> None:
+    with pytest.raises(UserError, match="what system and text alone need") as caught:
+        derive(profile, budget=0.15)
+    enough = float(str(caught.value).split("below ")[1].split(",")[0])
+    assert derive(profile, budget=enough)
+    windowed = derive(profile, budget=0.15, text=TextPolicy(window=2))
+    assert live_share(windowed, profile.prompts(), LAYERS) <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, "give either budget or coverage to derive a policy, got neither"),
+        ({"budget": 0.5, "coverage": 0.9}, "got both"),
+        ({"coverage": 0.9, "read_budget": 0.5}, "leave read_budget and text out"),
+        ({"coverage": 1.9}, r"coverage must be in \[0, 1\], got 1.9"),
+        ({"budget": -0.1}, r"budget must be in \[0, 1\], got -0.1"),
+        ({"budget": 0.5, "read_budget": 7}, r"read_budget must be in \[0, 1\], got 7"),
+        ({"budget": 0.5, "read_budget": 0.01}, "read budget 0.01 is below"),
+        ({"budget": 0.5, "floor": 2}, r"floor must be in \[0, 1\], got 2"),
+        ({"budget": 0.5, "mix": -1}, r"mix must be in \[0, 1\], got -1"),
+        ({"budget": 0.5, "refresh_interval": -2}, "refresh_interval must be 0 or more steps, got -2"),
+        ({"budget": 0.5, "allocator": "coverge"}, "unknown allocator 'coverge'; did you mean coverage"),
+        ({"budget": 0.5, "scorer": "last_quary"}, "unknown scorer 'last_quary'; did you mean last_query"),
+    ],
+)
+def test_bad_options_are_one_sentence(profile: Profile, options: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        profile.derive(**options)
+
+
+def test_a_run_without_pictures_is_refused(tmp_path: Path) -> None:
+    blind = Profile.from_run(write_run(tmp_path / "run", (0, 0)))
+    for options in ({"budget": 1.0}, {"coverage": 0.9}):
+        with pytest.raises(UserError, match="no vision tokens"):
+            blind.derive(**options)
+
+
+def test_a_run_without_decoding_has_one_level(tmp_path: Path) -> None:
+    still = Profile.from_run(write_run(tmp_path / "run", (20, 25), decode=False))
+    policy = still.derive(coverage=0.9)
+    assert policy.vision_compute is None
+    assert policy.refresh_interval == 0
