@@ -6,15 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avlprof.api import Run, latest_run, trace
+    from avlprof.api import trace
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.runtime import AVLCache, apply
+    from avlprof.traced import Run, latest_run
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Run": "avlprof.api",
-    "latest_run": "avlprof.api",
+    "Run": "avlprof.traced",
+    "latest_run": "avlprof.traced",
     "trace": "avlprof.api",
     "AVLCache": "avlprof.runtime",
     "apply": "avlprof.runtime",

@@ -1,4 +1,4 @@
-"""The verbs for notebooks and scripts: trace, and what a traced run offers."""
+"""The verbs for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -7,104 +7,22 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-import pandas as pd
 from PIL import Image
 
-from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel, load_model
-from avlprof.pictures import ImageLike, find_pictures, own_task, save_pictures
+from avlprof.pictures import ImageLike, own_task, save_pictures
 from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
-from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.splits import ALL
+from avlprof.traced import RUNS, Run, latest_run
 from avlprof.tracing import RecordOptions, estimate_bytes, trace_samples
 from avlprof.tracing.trace import Progress, run_meta
 
-RUNS = Path("runs")
+__all__ = ["Run", "TracePlan", "latest_run", "plan_trace", "trace"]
+
 ROWS = ("default", "all")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A traced run: its tables, its scores, its pictures and its profile."""
-
-    directory: RunDirectory
-
-    @classmethod
-    def open(cls, path: Path | str) -> Run:
-        """The run in a directory; `UserError` when there is none."""
-        run = cls(RunDirectory(path))
-        _ = run.meta
-        return run
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-        return self.directory.path
-
-    @property
-    def meta(self) -> RunMeta:
-        """With what it was traced."""
-        return self.directory.meta
-
-    def profile(self, progress: Progress | None = None) -> Profile:
-        """What the model attends to, per layer; computed once and saved in the run directory."""
-        return Profile.of(self.directory, progress)
-
-    def samples(self) -> pd.DataFrame:
-        """One row a sample; see `avlprof.runs.RunDirectory`."""
-        return self.directory.samples()
-
-    def stats(self) -> pd.DataFrame:
-        """One row per sample, layer, head, phase and kind of query row."""
-        return self.directory.stats()
-
-    def scores(self, sample: str) -> Scores:
-        """Attention that the vision tokens of a sample received, by kind of query row."""
-        return self.directory.scores(sample)
-
-    def pictures(self, sample: str, task: Task | str | None = None) -> list[Image.Image]:
-        """The pictures of a traced sample.
-
-        They are not stored in a run, but found again: by the paths that the run noted, else in
-        its task by the name that it noted, else in `task`. `UserError` when that fails.
-        """
-        return find_pictures(self.directory, sample, load_task(task) if isinstance(task, str) else task)
-
-    def check_model(self, loaded: LoadedModel) -> None:
-        """`UserError` when the run was traced on another model, or another state of it."""
-        if not self.is_of(loaded):
-            theirs = f"{loaded.source} {loaded.revision or ''}".strip()
-            ours = f"{self.meta.model} {self.meta.model_hash}".strip()
-            raise UserError(
-                f"run {self.path} was traced on {ours}, the model here is {theirs}; trace this one"
-            )
-
-    def is_of(self, loaded: LoadedModel) -> bool:
-        """Whether the run was traced on this model in this state."""
-        return (self.meta.model, self.meta.model_hash) == (loaded.source, loaded.revision or "")
-
-
-def latest_run(
-    root: Path | str = RUNS, *, loaded: LoadedModel | None = None, task: str | None = None
-) -> Run | None:
-    """The run under `root` that was written to last and has samples; of this model and task, if given."""
-    found = []
-    for path in Path(root).glob("*/meta.json"):
-        parts = [part.stat().st_mtime for part in path.parent.glob("samples-*.parquet")]
-        if parts:
-            found.append((max(parts), path.parent))
-    for _, folder in sorted(found, reverse=True):
-        run = Run(RunDirectory(folder))
-        try:
-            fits = (loaded is None or run.is_of(loaded)) and task in (None, run.meta.task)
-        except UserError:
-            continue
-        if fits:
-            return run
-    return None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from avlprof.allocators import (
 from avlprof.allocators.coverage import Coverage, covering_shares
 from avlprof.allocators.fit import hand_out, ratio_of
 from avlprof.allocators.pyramid import Pyramid
+from avlprof.allocators.sensitivity import Sensitivity
 from avlprof.allocators.uniform import Uniform
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
@@ -41,6 +42,11 @@ class TestPyramid(AllocatorConformance):
 class TestCoverage(AllocatorConformance):
     def make(self) -> Allocator:
         return Coverage()
+
+
+class TestSensitivity(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Sensitivity()
 
 
 class TestBlend(AllocatorConformance):

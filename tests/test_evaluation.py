@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from typer.testing import CliRunner
 
 import avlprof
+from avlprof.cli.evaluate import app
 from avlprof.errors import UserError
 from avlprof.evaluation import (
     AnswerStore,
@@ -310,7 +312,7 @@ def test_latencies_are_positive_and_every_policy_takes_the_same_turns(tiny, samp
 @pytest.fixture(scope="module")
 def evaluation(tiny, tmp_path_factory):
     steps = []
-    task = load_task("shapes:describe,count", max_new_tokens=8)
+    task = load_task("shapes:describe,count", max_new_tokens=5)
     random = Policy(name="random", vision_keep=0.1, scorer=ScorerSpec(name="random"))
     found = evaluate(
         tiny,
@@ -413,3 +415,27 @@ def test_bad_input_is_one_sentence(tiny, options, message):
     task = load_task("shapes")
     with pytest.raises(UserError, match=message):
         evaluate(tiny, task, **({"policies": [LAYERED], "samples": 2} | options))
+
+
+def test_command_writes_its_results_and_resumes(tmp_path):
+    arguments = ["--policy", "uniform", "--task", "shapes:count", "-n", "2", "--max-new-tokens", "4"]
+    arguments += [
+        "--no-latency",
+        "--no-fidelity",
+        "--no-baselines",
+        "--out",
+        str(tmp_path),
+        "--format",
+        "json",
+    ]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    assert [row["policy"] for row in json.loads(first.stdout)] == ["dense", "uniform"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("answers.parquet", "pareto.png", "parts", "summary.csv", "summary.json")
+    }
+    parts = sorted((tmp_path / "parts").iterdir())
+    again = CliRunner().invoke(app, arguments)
+    assert again.stdout == first.stdout
+    assert sorted((tmp_path / "parts").iterdir()) == parts
+    assert "next: avlprof run" in again.stderr

@@ -111,7 +111,7 @@ def meet_read_budget(
     if not prompts:
         raise UserError("a read budget needs at least one prompt to be counted on; the run has no samples")
     largest = max(prompt.vision for prompt in prompts)
-    caps = np.array([tokens(share, largest) for share in keep])
+    caps = np.array([_within(share, largest) for share in keep])
     floors = np.minimum(floor_count(floor, largest), caps)
     relative = tuple(keep) if shares is None else tuple(shares)
 
@@ -139,6 +139,12 @@ def meet_read_budget(
             "raise --read-budget, lower --budget, refresh less often or set a text window"
         )
     return policy(_most(policy, used, prompts, int(caps.sum()), read_budget)).compute(layers)
+
+
+def _within(share: float, count: int) -> int:
+    """Tokens up to which a layer may compute; the last means `share` itself, also between two counts."""
+    whole = tokens(share, count)
+    return whole if share <= ratio_of(whole, count) else whole + 1
 
 
 def _most(

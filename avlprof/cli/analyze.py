@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from avlprof.analysis import Profile
-    from avlprof.api import Run
     from avlprof.tasks import Task
+    from avlprof.traced import Run
 
 app = typer.Typer()
 
@@ -86,11 +86,9 @@ def _figures(
 def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
     from avlprof.plots import vision_heatmap
 
-    table = run.samples().set_index("sample")
-    gridded = table[table["grid_rows"] > 0]
-    chosen = sample or (str(gridded.index[0]) if len(gridded) else None)
-    if chosen is None or not table.loc[chosen, "grid_rows"]:
+    rows = {str(row["sample"]): row for row in run.samples().to_dict("records")}
+    chosen = sample or next((name for name, row in rows.items() if row["grid_rows"] > 0), None)
+    if chosen is None or not rows[chosen]["grid_rows"]:
         raise UserError("the vision tokens of these samples lie in no single grid")
-    row = table.loc[chosen]
-    picture = run.pictures(chosen, task)[0]
-    return vision_heatmap(picture, run.scores(chosen)["last"], (int(row["grid_rows"]), int(row["grid_cols"])))
+    grid = (int(rows[chosen]["grid_rows"]), int(rows[chosen]["grid_cols"]))
+    return vision_heatmap(run.pictures(chosen, task)[0], run.scores(chosen)["last"], grid)

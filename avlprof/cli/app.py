@@ -18,6 +18,7 @@ COMMANDS: Final[dict[str, str]] = {
     "derive": "avlprof.cli.derive",
     "policy": "avlprof.cli.policy",
     "run": "avlprof.cli.run",
+    "evaluate": "avlprof.cli.evaluate",
     "models": "avlprof.cli.models",
     "tasks": "avlprof.cli.tasks",
 }

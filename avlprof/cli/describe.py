@@ -44,9 +44,13 @@ def differences(first: Policy, second: Policy) -> list[dict[str, Any]]:
     """One row a field, and a layer where the field differs between layers, in which two policies differ.
 
     Name, description, source and provenance do not count. Policies written for different numbers
-    of layers are compared field by field.
+    of layers are compared field by field. Without a core, `vision_compute` is `vision_keep`.
     """
     ours, theirs = flat(first), flat(second)
+    if ours["vision_compute"] != theirs["vision_compute"]:
+        for side in (ours, theirs):
+            if side["vision_compute"] is None:
+                side["vision_compute"] = side["vision_keep"]
     counts = {count for count in (first.layers, second.layers) if count is not None}
     rows = []
     for name in dict.fromkeys([*ours, *theirs]):
@@ -63,11 +67,8 @@ def differences(first: Policy, second: Policy) -> list[dict[str, Any]]:
 
 
 def flat(policy: Policy) -> dict[str, Any]:
-    """What a policy does as `text.window: value`, with every default filled in."""
+    """What a policy says as `text.window: value`, with every default filled in."""
     data = policy.model_dump(mode="json", by_alias=True, exclude=set(NAMING))
-    data["vision_compute"] = policy.vision_keep if policy.vision_compute is None else policy.vision_compute
-    if isinstance(data["vision_compute"], tuple):
-        data["vision_compute"] = list(data["vision_compute"])
     found: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
@@ -90,8 +91,8 @@ _LISTED = (
 
 def _per_layer(policy: Policy) -> list[str]:
     """Per-layer fields that this policy sets."""
-    plain = flat(Policy(name=policy.name))
-    return [name for name in _LISTED if name in flat(policy) and flat(policy)[name] != plain.get(name)]
+    ours, plain = flat(policy), flat(Policy(name=policy.name))
+    return [name for name in _LISTED if name in ours and ours[name] != plain.get(name)]
 
 
 def _tuple(value: Any) -> Any:

@@ -7,13 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
-from typing import Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any, Literal
 
 import typer
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """How a table of results is written."""
 
     table = "table"
@@ -133,8 +133,9 @@ def _draw(columns: list[str], texts: list[list[str]], numeric: list[bool], title
     from rich.table import Table
 
     table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, right in zip(columns, numeric, strict=True):
-        table.add_column(escape(name), justify="right" if right else "left", overflow="fold")
+    for index, (name, right) in enumerate(zip(columns, numeric, strict=True)):
+        side: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(escape(name), justify=side, overflow="fold", no_wrap=index == 0)
     for line in texts:
         table.add_row(*(escape(text) for text in line))
     Console().print(table)

@@ -9,12 +9,13 @@ from avlprof.cli.output import note
 from avlprof.cli.progress import progress
 
 if TYPE_CHECKING:
-    from avlprof.api import Run
+    from avlprof.traced import Run
 
 
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
-    from avlprof.api import RUNS, Run, latest_run, trace
+    from avlprof.api import trace
+    from avlprof.traced import RUNS, Run, latest_run
 
     if path is not None:
         return Run.open(path)

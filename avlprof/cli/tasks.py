@@ -24,7 +24,7 @@ def tasks(form: FormatOption = Format.table) -> None:
         )
         rows.append({"kind": "task", "name": name, "about": about})
     for name in METRICS.names():
-        about = (load_metric(name).__doc__ or "").strip().splitlines()
-        rows.append({"kind": "metric", "name": name, "about": about[0] if about else ""})
+        said = (load_metric(name).__doc__ or "").strip().splitlines()
+        rows.append({"kind": "metric", "name": name, "about": said[0] if said else ""})
     show(rows, form)
     note("next: avlprof trace --task NAME (also FILE.jsonl, a dataset folder, hf:NAME or ORG/NAME)")

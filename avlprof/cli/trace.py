@@ -12,7 +12,7 @@ from avlprof.cli.output import Format, FormatOption, finished, note, percent, sh
 from avlprof.cli.progress import progress
 
 if TYPE_CHECKING:
-    from avlprof.api import Run
+    from avlprof.traced import Run
 
 app = typer.Typer()
 _DATASET = "Hugging Face datasets"
@@ -76,10 +76,9 @@ def trace(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    every = " (every row of each prompt, which is slower)" if rows == "all" else ""
-    note(
-        f"{len(plan.samples)} samples to {plan.out}, at most about {size(plan.estimated_bytes)} on disk{every}"
-    )
+    price = " (every row of each prompt, which is slower)" if rows == "all" else ""
+    most = size(plan.estimated_bytes)
+    note(f"{len(plan.samples)} samples to {plan.out}, at most about {most} on disk{price}")
     with progress("trace", resumes=True) as report:
         run = plan.run(report)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}

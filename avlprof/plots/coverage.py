@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import Array, need, need_vision, samples_note, table
+from avlprof.plots.frames import NO_VISION, Array, need, samples_note, table
 from avlprof.plots.style import SOFT, layer_colours, layer_key, new_figure, percent_axis, theme
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ def coverage_info(frame: pd.DataFrame) -> CoverageInfo:
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
     """
-    if not frame.columns.empty:
-        need_vision(not frame.empty, "coverage curves")
-    need(frame, ("layer", "query", "share_kept", "mean"), "coverage curves")
+    need(frame, ("layer", "query", "share_kept", "mean"), "coverage curves", NO_VISION)
+    frame = need(frame[frame["query"].isin(list(TITLES))], (), "coverage curves", NO_VISION)
     panels = []
     for query, title in TITLES.items():
         part = frame[frame["query"] == query]
@@ -60,7 +59,6 @@ def coverage_info(frame: pd.DataFrame) -> CoverageInfo:
         panels.append(
             CoveragePanel(title, tuple(int(i) for i in wide.index), kept, np.hstack([start, curves]))
         )
-    need_vision(bool(panels), "coverage curves")
     return CoverageInfo(tuple(panels), samples_note(frame))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import Array, need, need_vision, samples_note, table
+from avlprof.plots.frames import Array, need, samples_note, table
 from avlprof.plots.style import (
     INK,
     SOFT,
@@ -56,9 +56,8 @@ def drift_info(frame: pd.DataFrame) -> DriftInfo:
     Raises:
         UserError: a column is missing, or no answer was long enough or had vision tokens.
     """
-    if not frame.columns.empty:
-        need_vision(not frame.empty, "drift across steps")
-    need(frame, ("layer", "lag", "mean", "low", "high"), "drift across steps")
+    empty = "no traced answer about an image has two decoding steps; use prompts with longer answers"
+    need(frame, ("layer", "lag", "mean", "low", "high"), "drift across steps", empty)
     wide = table(frame, "layer", "lag", "mean")
     ends = frame.groupby("lag")[["mean", "low", "high"]].mean().sort_index()
     mean, low, high = (ends[name].to_numpy(dtype=float) for name in ("mean", "low", "high"))

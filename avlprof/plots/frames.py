@@ -13,29 +13,23 @@ from avlprof.errors import UserError
 Array = NDArray[np.float64]
 
 
-def need(frame: pd.DataFrame, columns: Sequence[str], figure: str) -> pd.DataFrame:
+NO_ROWS = "the frame is empty; trace some samples first"
+NO_VISION = "no traced sample has vision tokens; use prompts with an image"
+
+
+def need(frame: pd.DataFrame, columns: Sequence[str], figure: str, empty: str = NO_ROWS) -> pd.DataFrame:
     """The frame, after a check that it has rows and these columns.
 
     Raises:
-        UserError: a column is missing, or there is no row.
+        UserError: a column is missing, or there is no row (and `empty` says why and what to do).
     """
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         have = ", ".join(str(name) for name in frame.columns)
-        raise UserError(f"figure '{figure}' needs the column '{missing[0]}', the frame has: {have}")
+        raise UserError(f"figure '{figure}' needs the column '{missing[0]}', the frame has: {have or 'none'}")
     if frame.empty:
-        raise UserError(
-            f"figure '{figure}' has nothing to draw: the frame is empty; trace some samples first"
-        )
+        raise UserError(f"figure '{figure}' has nothing to draw: {empty}")
     return frame
-
-
-def need_vision(known: bool, figure: str) -> None:
-    """`UserError` when nothing about vision tokens was measured."""
-    if not known:
-        raise UserError(
-            f"figure '{figure}' needs vision tokens, but no traced sample has any; use prompts with an image"
-        )
 
 
 def table(frame: pd.DataFrame, rows: Hashable, columns: Hashable, values: str) -> pd.DataFrame:

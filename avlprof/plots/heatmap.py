@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.plots.frames import Array, need_vision
+from avlprof.plots.frames import NO_VISION, Array
 from avlprof.plots.style import SOFT, new_figure, theme
 
 TITLE = 12.5
@@ -54,7 +54,8 @@ def heat_panel(title: str, scores: ArrayLike, grid: tuple[int, int]) -> HeatPane
         UserError: there is no score, or not one for every cell of the grid.
     """
     flat = np.asarray(scores, dtype=float)
-    need_vision(flat.size > 0, "vision heatmap")
+    if not flat.size:
+        raise UserError(f"a vision heatmap has nothing to draw: {NO_VISION}")
     rows, cols = grid
     if rows * cols != flat.size:
         raise UserError(

@@ -50,6 +50,9 @@ def mass_info(frame: pd.DataFrame) -> MassInfo:
         UserError: a column is missing, or neither kind of row was traced.
     """
     need(frame, ("layer", "phase", "query", "modality", "mean"), "modality mass")
+    wanted = [(phase, query) for phase, query, _ in PANELS]
+    known = pd.MultiIndex.from_frame(frame[["phase", "query"]]).isin(wanted)
+    need(frame[known], (), "modality mass")
     panels = []
     for phase, query, title in PANELS:
         part = frame[(frame["phase"] == phase) & (frame["query"] == query)]
@@ -59,7 +62,6 @@ def mass_info(frame: pd.DataFrame) -> MassInfo:
         names = tuple(name for name in MODALITY_COLOURS if name in wide.columns and wide[name].any())
         share = wide[list(names)].fillna(0.0).to_numpy(dtype=float)
         panels.append(MassPanel(title, tuple(int(i) for i in wide.index), names, share))
-    need(frame.head(len(panels)), ("mean",), "modality mass")
     return MassInfo(tuple(panels), samples_note(frame))
 
 

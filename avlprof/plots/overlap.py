@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from avlprof.plots.frames import Array, need, need_vision, samples_note
+from avlprof.plots.frames import NO_VISION, Array, need, samples_note
 from avlprof.plots.style import GRID, SOFT, new_figure, theme
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
     """
-    if not frame.columns.empty:
-        need_vision(not frame.empty, "layer overlap")
-    need(frame, ("layer_a", "layer_b", "query", "mean"), "layer overlap")
+    need(frame, ("layer_a", "layer_b", "query", "mean"), "layer overlap", NO_VISION)
+    frame = need(frame[frame["query"].isin(list(TITLES))], (), "layer overlap", NO_VISION)
     layers = sorted({int(i) for i in frame["layer_a"]} | {int(i) for i in frame["layer_b"]})
     panels, apart, most = [], [], float("nan")
     for query, title in TITLES.items():
@@ -70,7 +69,6 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
         known = others[np.isfinite(others)]
         apart.append(float(known.mean()) if known.size else float("nan"))
         most = float(np.nanmax([most, *known])) if known.size else most
-    need_vision(bool(panels), "layer overlap")
     return OverlapInfo(tuple(panels), tuple(apart), most, samples_note(frame))
 
 

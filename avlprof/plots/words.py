@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.plots.frames import need_vision
+from avlprof.plots.frames import NO_VISION
 from avlprof.plots.heatmap import HeatInfo, draw_heatmaps, heat_panel
 
 PANELS = 23
@@ -62,7 +62,10 @@ def word_heatmaps_info(
             of different number.
     """
     table = np.asarray(scores, dtype=float)
-    need_vision(table.ndim == 3 and table.shape[2] > 0, "word heatmaps")
+    if table.ndim != 3:
+        raise UserError(f"scores must be [steps, layers, vision], got {table.ndim} dimensions")
+    if not table.shape[2]:
+        raise UserError(f"word heatmaps have nothing to draw: {NO_VISION}")
     count, depth = table.shape[:2]
     if layer is not None and not 0 <= layer < depth:
         raise UserError(f"layer must be in 0 to {depth - 1}, got {layer}")

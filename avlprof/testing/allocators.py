@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 
@@ -15,7 +17,10 @@ TARGETS = (0.0, 0.003, 0.05, 0.2, 0.37, 0.5, 0.8, 0.99, 1.0)
 
 
 def random_evidence(layers: int, count: int, rng: np.random.Generator) -> Evidence:
-    """Evidence of random attention: layers from flat to peaked, some without any vision mass."""
+    """Evidence of random attention: layers from flat to peaked, some without any vision mass.
+
+    Damage falls with the kept share, but for noise.
+    """
     sharpness = rng.uniform(0.0, 8.0, size=(layers, 1))
     weights = np.exp(sharpness * rng.normal(size=(layers, count)))
     held = (-np.sort(-weights, axis=1)).cumsum(axis=1)
@@ -23,7 +28,11 @@ def random_evidence(layers: int, count: int, rng: np.random.Generator) -> Eviden
     mass = rng.uniform(0.0, 1.0, size=layers)
     empty = rng.uniform(size=layers) < 0.1
     curves[empty], mass[empty] = 1.0, 0.0
-    return Evidence(layers, count, curves, mass, rng.uniform(0.0, np.log(count + 1), size=layers))
+    levels = np.array([0.0, 0.02, 0.1, 0.3, 1.0])
+    damage = rng.exponential(size=(layers, 1)) * (1 - levels) ** rng.uniform(0.5, 9.0, size=(layers, 1))
+    noise = rng.normal(0.0, 0.02, size=damage.shape) * (levels < 1.0)
+    entropy = rng.uniform(0.0, np.log(count + 1), size=layers)
+    return Evidence(layers, count, curves, mass, entropy, damage + noise, levels)
 
 
 def random_prompts(rng: np.random.Generator, largest: int) -> list[PromptShape]:
@@ -46,7 +55,7 @@ class AllocatorConformance:
             for count in TOKENS:
                 yield random_evidence(layers, count, rng), rng
         flat = np.tile(np.arange(1, 82) / 81, (5, 1))
-        yield Evidence(5, 81, flat, np.ones(5), np.ones(5)), rng
+        yield Evidence(5, 81, flat, np.ones(5), np.ones(5), np.zeros((5, 2)), np.array([0.0, 1.0])), rng
 
     def test_names_its_source(self) -> None:
         doc = type(self.make()).__doc__
@@ -63,10 +72,11 @@ class AllocatorConformance:
 
     def test_leaves_the_evidence_alone_and_is_deterministic(self) -> None:
         for evidence, _ in self.cases():
-            before = None if evidence.coverage is None else evidence.coverage.copy()
+            before = copy.deepcopy(evidence)
             first = self.make().shares(evidence, 0.3)
             assert np.array_equal(first, self.make().shares(evidence, 0.3))
-            assert before is None or np.array_equal(before, evidence.coverage)
+            for field in fields(Evidence):
+                assert np.array_equal(getattr(before, field.name), getattr(evidence, field.name))
 
     def test_fits_the_target_to_the_token(self) -> None:
         for evidence, rng in self.cases():

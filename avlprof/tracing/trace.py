@@ -45,6 +45,7 @@ def run_meta(
         max_new_tokens=max_new_tokens,
         rows=options.rows,
         vision_rows=options.vision_rows,
+        coverage_rows=options.coverage_rows,
         top_share=options.top_share,
         text_sink=options.text_sink,
         coverages=options.coverages,
@@ -85,30 +86,46 @@ def trace_samples(
         UserError: `out` holds another run, or a picture cannot be read.
     """
     options = options or RecordOptions()
-    limit = max_new_tokens or task.max_new_tokens
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if limit < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {limit}")
     ids = [sample.id for sample in samples]
     if len(set(ids)) != len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise UserError(f"sample ids must be unique, '{twice}' occurs twice in task '{task.name}'")
     writer = RunWriter(out, run_meta(loaded, task, split, limit, options))
+    try:
+        _trace_missing(loaded, samples, limit, options, writer, progress)
+    finally:
+        try:
+            writer.flush()
+        finally:
+            writer.close()
+    return RunDirectory(out)
+
+
+def _trace_missing(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    limit: int,
+    options: RecordOptions,
+    writer: RunWriter,
+    progress: Progress | None,
+) -> None:
     done = writer.done()
     todo = [sample for sample in samples if sample.id not in done]
     finished = len(samples) - len(todo)
     flushed = time.monotonic()
     if progress:
         progress(finished, len(samples))
-    try:
-        for sample in todo:
-            _trace_one(loaded, sample, limit, options, writer)
-            finished += 1
-            if progress:
-                progress(finished, len(samples))
-            if writer.pending >= FLUSH_SAMPLES or time.monotonic() - flushed > FLUSH_SECONDS:
-                writer.flush()
-                flushed = time.monotonic()
-    finally:
-        writer.flush()
-    return RunDirectory(out)
+    for sample in todo:
+        _trace_one(loaded, sample, limit, options, writer)
+        finished += 1
+        if progress:
+            progress(finished, len(samples))
+        if writer.pending >= FLUSH_SAMPLES or time.monotonic() - flushed > FLUSH_SECONDS:
+            writer.flush()
+            flushed = time.monotonic()
 
 
 def _trace_one(

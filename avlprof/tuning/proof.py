@@ -92,8 +92,8 @@ def with_provenance(
     scores = {
         str(row["policy"]): Score(
             mean=round(float(row["score"]), 6),
-            low=round(float(row["score_low"]), 6),
-            high=round(float(row["score_high"]), 6),
+            low=round(float(row["low"]), 6),
+            high=round(float(row["high"]), 6),
             samples=int(row["samples"]),
         )
         for row in summary.to_dict("records")

@@ -1,0 +1,461 @@
+"""Figures: what they say is checked against plain arithmetic, how they look only for labels and leaks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from avlprof import plots
+from avlprof.errors import UserError
+from avlprof.plots.pareto import unbeaten
+from avlprof.plots.style import MODALITY_COLOURS, layer_colours, theme
+from avlprof.policy import JointPool, Policy, TextPolicy
+
+DEPTHS = (1, 6, 48)
+SETTINGS = dict(mpl.rcParams)
+
+
+def measured(rows: list[tuple], columns: list[str], seed: int = 0) -> pd.DataFrame:
+    """A shuffled frame with a random mean, an interval around it and 7 samples a row."""
+    random = np.random.default_rng(seed)
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["mean"] = random.random(len(frame))
+    frame["low"], frame["high"], frame["n"] = frame["mean"] - 0.1, frame["mean"] + 0.1, 7
+    return frame.sample(frac=1.0, random_state=seed)
+
+
+def mass_frame(layers: int) -> pd.DataFrame:
+    kinds = [("prefill", "text"), ("prefill", "last"), ("decode", "generated")]
+    rows = [(layer, *kind, name) for layer in range(layers) for kind in kinds for name in MODALITY_COLOURS]
+    frame = measured(rows, ["layer", "phase", "query", "modality"])
+    frame.loc[(frame["phase"] == "prefill") & (frame["modality"] == "generated"), "mean"] = 0.0
+    frame["mean"] /= frame.groupby(["layer", "phase", "query"])["mean"].transform("sum")
+    return frame
+
+
+def coverage_frame(layers: int) -> pd.DataFrame:
+    queries = ("last", "instruction", "step", "answer")
+    rows = [(layer, query, kept / 9) for layer in range(layers) for query in queries for kept in range(1, 10)]
+    return measured(rows, ["layer", "query", "share_kept"])
+
+
+def overlap_frame(layers: int) -> pd.DataFrame:
+    rows = list(itertools.product(range(layers), range(layers), ("last", "step")))
+    return measured(rows, ["layer_a", "layer_b", "query"])
+
+
+def drift_frame(layers: int) -> pd.DataFrame:
+    return measured(list(itertools.product(range(layers), (1, 2, 4, 8))), ["layer", "lag"])
+
+
+def window_frame(layers: int) -> pd.DataFrame:
+    kinds = [("decode", "generated"), ("prefill", "last"), ("prefill", "text")]
+    rows = [(layer, *kind, d) for layer in range(layers) for kind in kinds for d in (1, 2, 3, 8, 64, 70)]
+    frame = measured(rows, ["layer", "phase", "query", "distance"]).sort_values("distance")
+    frame["mean"] = frame.groupby(["layer", "phase", "query"])["mean"].cumsum()
+    frame["mean"] /= frame.groupby(["layer", "phase", "query"])["mean"].transform("max")
+    return frame
+
+
+def pareto_frame() -> pd.DataFrame:
+    random = np.random.default_rng(3)
+    rows = [("dense", "dense", 1.0, 0.8, 0.75, 0.85, 32)]
+    for family, cost in itertools.product(("tuned", "uniform", "random"), (0.1, 0.2, 0.5)):
+        score = float(random.random())
+        rows.append((f"{family}-{cost}", family, cost, score, score - 0.05, score + 0.05, 32))
+    columns = ["policy", "family", "live_share", "score", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns).sample(frac=1.0, random_state=1)
+
+
+def trials_frame(count: int = 30) -> pd.DataFrame:
+    random = np.random.default_rng(5)
+    state = random.choice(
+        ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"], count, p=[0.5, 0.2, 0.1, 0.1, 0.1]
+    )
+    state[0] = "COMPLETE"
+    value = np.where(np.isin(state, ["COMPLETE", "PRUNED"]), random.random(count), np.nan)
+    return pd.DataFrame({"trial": range(count), "value": value, "state": state}).sample(
+        frac=1.0, random_state=2
+    )
+
+
+def picture(width: int = 48, height: int = 32) -> Image.Image:
+    colours = np.random.default_rng(7).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(colours)
+
+
+def policies(layers: int) -> list[Policy]:
+    keep = tuple((i + 1) / (layers + 1) for i in range(layers))
+    return [
+        Policy(
+            name="tuned",
+            vision_keep=keep,
+            vision_compute=tuple(share / 2 for share in keep),
+            refresh_interval=4,
+            text=TextPolicy(window=tuple(10 + i for i in range(layers)), sink=2),
+        ),
+        Policy(name="shared", vision_keep=0.5, text=TextPolicy(keep=0.3)),
+        Policy(name="joint", pool="joint", joint=JointPool(keep=0.4)),
+    ]
+
+
+@functools.cache
+def every_figure(layers: int) -> dict[str, Figure]:
+    scores = np.random.default_rng(9).random((5, layers, 12))
+    return {
+        "mass": plots.modality_mass(plots.mass_info(mass_frame(layers))),
+        "coverage": plots.coverage_curves(plots.coverage_info(coverage_frame(layers))),
+        "overlap": plots.layer_overlap(plots.overlap_info(overlap_frame(layers)), 0.1),
+        "drift": plots.step_drift(plots.drift_info(drift_frame(layers)), 0.1),
+        "window": plots.text_window(plots.window_info(window_frame(layers))),
+        "policies": plots.policy_layers(policies(layers)),
+        "policy": plots.policy_layers(Policy(name="uniform", vision_keep=0.2)),
+        "pareto": plots.pareto_front(pareto_frame()),
+        "heatmap": plots.vision_heatmap(picture(), scores[0], (3, 4)),
+        "words": plots.word_heatmaps(picture(), scores, (3, 4), list("abcde")),
+        "trials": plots.trial_history(trials_frame()),
+        "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
+        "importances": plots.parameter_importances(
+            pd.DataFrame({"parameter": ["a", "b"], "importance": [0.2, 0.6]})
+        ),
+    }
+
+
+@pytest.mark.parametrize("layers", DEPTHS)
+def test_figures_are_labelled_and_leave_nothing_behind(layers: int) -> None:
+    for name, figure in every_figure(layers).items():
+        assert isinstance(figure, Figure), name
+        assert figure.get_suptitle(), name
+        visible = [ax for ax in figure.axes if ax.axison]
+        assert visible, name
+        labels = {ax.get_xlabel() for ax in visible} | {ax.get_ylabel() for ax in visible}
+        assert labels - {""}, name
+        if name not in ("heatmap", "words"):
+            drawn = [ax for ax in visible if ax.get_label() != "<colorbar>"]
+            assert any(ax.get_xlabel() for ax in drawn), name
+            assert any(ax.get_ylabel() for ax in drawn), name
+    assert dict(mpl.rcParams) == SETTINGS
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("layers", DEPTHS)
+def test_legends_do_not_grow_with_depth(layers: int) -> None:
+    for name, figure in every_figure(layers).items():
+        entries = sum(len(legend.get_texts()) for legend in figure.legends)
+        assert entries <= 8, name
+        bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+        if name in ("coverage", "drift", "window"):
+            assert len(bars) == (1 if layers > 8 else 0), name
+
+
+def test_text_stays_inside_the_figure() -> None:
+    for name, figure in every_figure(48).items():
+        FigureCanvasAgg(figure).draw()
+        width, height = figure.get_size_inches() * figure.dpi
+        texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+        for text in texts:
+            box = text.get_window_extent()
+            assert min(box.x0, box.y0) >= -1, (name, text.get_text())
+            assert max(box.x1 - width, box.y1 - height) <= 1, (name, text.get_text())
+
+
+def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
+    frame = mass_frame(5)
+    info = plots.mass_info(frame)
+    assert [panel.title.split(":")[0] for panel in info.panels] == ["Prefill", "Decode"]
+    assert info.panels[0].modalities == ("system", "vision", "text")
+    assert info.note == "mean over 7 samples"
+    for panel, query in zip(info.panels, ("last", "generated"), strict=True):
+        np.testing.assert_allclose(panel.share.sum(axis=1), 1.0)
+        for i, layer in enumerate(panel.layers):
+            for j, name in enumerate(panel.modalities):
+                chosen = frame[(frame.layer == layer) & (frame["query"] == query) & (frame.modality == name)]
+                assert panel.share[i, j] == pytest.approx(chosen["mean"].item())
+
+
+def test_a_run_without_decoding_has_one_panel() -> None:
+    frame = mass_frame(2)
+    info = plots.mass_info(frame[frame["phase"] == "prefill"])
+    assert len(info.panels) == 1
+    assert len(plots.modality_mass(info).axes) == 1
+
+
+def test_coverage_starts_at_nothing_and_follows_the_frame() -> None:
+    frame = coverage_frame(4)
+    info = plots.coverage_info(frame)
+    assert len(info.panels) == 3
+    for panel, query in zip(info.panels, ("last", "step", "answer"), strict=True):
+        assert panel.kept[0] == 0.0
+        assert (panel.attention[:, 0] == 0.0).all()
+        for layer, curve in zip(panel.layers, panel.attention, strict=True):
+            part = frame[(frame["query"] == query) & (frame["layer"] == layer)].sort_values("share_kept")
+            np.testing.assert_allclose(curve[1:], part["mean"])
+            np.testing.assert_allclose(panel.kept[1:], part["share_kept"])
+
+
+def test_overlap_matrix_and_its_mean_apart() -> None:
+    frame = overlap_frame(4)
+    info = plots.overlap_info(frame)
+    highest = []
+    for panel, apart, query in zip(info.panels, info.apart, ("last", "step"), strict=True):
+        total = []
+        for a, b in itertools.product(range(4), repeat=2):
+            pair = frame[(frame["layer_a"] == a) & (frame["layer_b"] == b) & (frame["query"] == query)]
+            assert panel.overlap[a, b] == pytest.approx(pair["mean"].item())
+            if a != b:
+                total.append(pair["mean"].item())
+        assert apart == pytest.approx(sum(total) / len(total))
+        highest += total
+    assert info.most == pytest.approx(max(highest))
+
+
+def test_overlap_with_holes_and_of_one_layer() -> None:
+    frame = overlap_frame(3)
+    holed = plots.overlap_info(frame[~((frame["layer_a"] == 0) & (frame["layer_b"] == 2))])
+    assert np.isnan(holed.panels[0].overlap[0, 2])
+    assert np.isfinite(holed.apart[0])
+    assert np.isnan(plots.overlap_info(overlap_frame(1)).apart[0])
+
+
+def test_drift_mean_is_over_layers() -> None:
+    frame = drift_frame(5)
+    info = plots.drift_info(frame)
+    assert info.lags == (1, 2, 4, 8)
+    for j, lag in enumerate(info.lags):
+        values = [frame[(frame["layer"] == i) & (frame["lag"] == lag)]["mean"].item() for i in range(5)]
+        np.testing.assert_allclose(info.overlap[:, j], values)
+        assert info.mean[j] == pytest.approx(sum(values) / 5)
+        assert info.high[j] - info.mean[j] == pytest.approx(0.1)
+
+
+def test_drift_of_one_sample_has_no_band() -> None:
+    frame = drift_frame(3).assign(low=np.nan, high=np.nan)
+    figure = plots.step_drift(plots.drift_info(frame))
+    assert not figure.axes[0].collections
+
+
+def test_window_needed_is_the_first_that_holds_enough() -> None:
+    frame = window_frame(6)
+    for level in (0.3, 0.95, 1.0):
+        info = plots.window_info(frame, level)
+        assert info.rows == "generated tokens"
+        for layer, needed in zip(info.layers, info.needed, strict=True):
+            part = frame[(frame["layer"] == layer) & (frame["phase"] == "decode")]
+            enough = [
+                d for d, held in zip(part["distance"], part["mean"], strict=True) if held >= level - 1e-9
+            ]
+            assert needed == min(enough)
+    never = plots.window_info(frame.assign(mean=frame["mean"] * 0.5))
+    assert np.isnan(never.needed).all()
+    assert isinstance(plots.text_window(never), Figure)
+
+
+def test_window_falls_back_on_the_last_prompt_row() -> None:
+    frame = window_frame(2)
+    assert plots.window_info(frame[frame["phase"] == "prefill"]).rows == "last prompt token"
+
+
+def test_policy_panels_are_the_policy() -> None:
+    tuned, shared, joint = plots.policy_layers_info(policies(3)).panels
+    assert tuned.keep == (0.25, 0.5, 0.75)
+    assert tuned.compute == (0.125, 0.25, 0.375)
+    assert tuned.text == (10.0, 11.0, 12.0)
+    assert not tuned.text_share
+    assert (shared.text, shared.text_share) == ((0.3, 0.3, 0.3), True)
+    assert (joint.keep, joint.joint, joint.text) == ((0.4, 0.4, 0.4), True, None)
+    assert plots.policy_layers_info(Policy(name="u", vision_keep=0.2)).scalar
+    assert not plots.policy_layers_info(Policy(name="u", vision_keep=0.2), layers=4).scalar
+
+
+def test_policies_of_other_depths_are_refused() -> None:
+    with pytest.raises(UserError, match="written for 3 layers, the model has 6"):
+        plots.policy_layers([policies(6)[0], policies(3)[0]])
+    with pytest.raises(UserError, match="at least one policy"):
+        plots.policy_layers([])
+
+
+def test_pareto_lines_and_front() -> None:
+    frame = pareto_frame()
+    info = plots.pareto_info(frame)
+    assert info.dense == (0.8, 0.75, 0.85)
+    rest = frame[frame["family"] != "dense"]
+    assert {line.family for line in info.lines} == set(rest["family"])
+    for line in info.lines:
+        assert list(line.cost) == sorted(line.cost)
+        for policy, cost, score, best in zip(line.policies, line.cost, line.score, line.front, strict=True):
+            row = rest[rest["policy"] == policy].iloc[0]
+            assert (cost, score) == (row["live_share"], row["score"])
+            beaten = False
+            for other in rest.itertuples():
+                no_worse = other.live_share <= cost and other.score >= score
+                beaten |= no_worse and (other.live_share < cost or other.score > score)
+            assert best == (not beaten)
+
+
+def test_a_hair_cheaper_is_not_cheaper() -> None:
+    assert unbeaten(np.array([0.2, 0.1998]), np.array([0.9, 0.5])) == [True, False]
+    assert unbeaten(np.array([0.2, 0.1]), np.array([0.9, 0.5])) == [True, True]
+    assert unbeaten(np.array([0.2, 0.2]), np.array([0.5, 0.5])) == [True, True]
+
+
+def test_pareto_without_dense_or_with_dense_alone() -> None:
+    frame = pareto_frame()
+    assert plots.pareto_info(frame[frame["family"] != "dense"]).dense is None
+    assert isinstance(plots.pareto_front(frame[frame["family"] == "dense"]), Figure)
+
+
+def test_heat_panels_keep_order_and_state_their_peak() -> None:
+    scores = np.random.default_rng(1).random((20, 12)) + 0.01
+    info = plots.vision_heatmap_info(picture(), scores, (3, 4))
+    assert len(info.panels) == 12
+    assert info.panels[0].title == "Layer 0"
+    assert info.panels[-1].title == "Layer 19"
+    assert info.picture.shape == (32, 48, 3)
+    for panel in info.panels:
+        row = scores[int(panel.title.split()[1])]
+        for i, j in itertools.product(range(3), range(4)):
+            assert panel.weight[i, j] == pytest.approx(row[4 * i + j] / max(row))
+        assert panel.peak == pytest.approx(max(row) / sum(row))
+
+
+def test_heatmap_of_a_layer_that_never_looks() -> None:
+    info = plots.vision_heatmap_info(picture(), np.zeros((1, 4)), (2, 2))
+    assert info.panels[0].peak == 0.0
+    assert (info.panels[0].weight == 0.0).all()
+    assert isinstance(plots.vision_heatmap(picture(), np.zeros((1, 4)), (2, 2)), Figure)
+
+
+def test_word_panels_average_steps_and_layers() -> None:
+    scores = np.random.default_rng(2).random((4, 3, 6))
+    info = plots.word_heatmaps_info(picture(), scores, (2, 3), ["one", "two"], steps=[[0], [1, 3]])
+    mean = (scores[1] + scores[3]).mean(axis=0) / 2
+    np.testing.assert_allclose(info.panels[1].weight.ravel(), mean / mean.max())
+    single = plots.word_heatmaps_info(picture(), scores, (2, 3), list("abcd"), layer=2)
+    np.testing.assert_allclose(single.panels[3].weight.ravel(), scores[3, 2] / scores[3, 2].max())
+    many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), (2, 3), ["w"] * 40)
+    assert len(many.panels) == 23
+    assert "23 of 40" in many.note
+
+
+def test_words_are_grouped_at_spaces() -> None:
+    words, places = plots.group_words(["▁a", "▁blue", "▁tri", "angle", ",", "Ġ", "C", "K", " end"])
+    assert words == ["a", "blue", "triangle,", "CK", "end"]
+    assert places == [[0], [1], [2, 3, 4], [5, 6, 7], [8]]
+    assert plots.group_words([]) == ([], [])
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_best_so_far_counts_complete_trials_alone(direction: str) -> None:
+    frame = trials_frame()
+    info = plots.trial_history_info(frame, direction)  # type: ignore[arg-type]
+    better = min if direction == "minimize" else max
+    seen: list[float] = []
+    for row in frame.sort_values("trial").itertuples():
+        if row.state == "COMPLETE":
+            seen.append(row.value)
+            assert info.best[len(seen) - 1] == better(seen)
+    assert len(info.complete) == len(seen)
+    assert frame.set_index("trial")["value"][info.best_trial] == better(seen)
+    assert set(info.failed) == set(frame[frame["state"] == "FAIL"]["trial"])
+
+
+def test_importances_are_sorted_shares() -> None:
+    frame = pd.DataFrame({"parameter": ["a", "b", "c"], "importance": [1.0, 3.0, 0.0]})
+    info = plots.parameter_importances_info(frame)
+    assert info.parameters == ("b", "a", "c")
+    np.testing.assert_allclose(info.shares, [0.75, 0.25, 0.0])
+    zeros = plots.parameter_importances_info(frame.assign(importance=0.0))
+    assert (zeros.shares == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: plots.coverage_info(coverage_frame(2).iloc[:0]), "no traced sample has vision tokens"),
+        (lambda: plots.overlap_info(overlap_frame(2).iloc[:0]), "no traced sample has vision tokens"),
+        (lambda: plots.drift_info(drift_frame(2).iloc[:0]), "longer answers"),
+        (lambda: plots.mass_info(mass_frame(2).iloc[:0]), "trace some samples first"),
+        (lambda: plots.mass_info(mass_frame(2).drop(columns="modality")), "needs the column 'modality'"),
+        (lambda: plots.vision_heatmap(picture(), np.zeros((2, 0)), (0, 0)), "vision tokens"),
+        (
+            lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), (2, 2)),
+            "2 x 2 has 4 cells.* 6 vision tokens",
+        ),
+        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), (2, 2), [2]), "0 to 1, got 2"),
+        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), (2, 2), []), "at least one layer"),
+        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 0)), (0, 0), ["a", "b"]), "vision tokens"),
+        (
+            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a"]),
+            "each of the 2 scored steps",
+        ),
+        (
+            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a"], steps=[[5]]),
+            "0 to 1.*got 5",
+        ),
+        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a", "b"], layer=1), "got 1"),
+        (lambda: plots.trial_history(trials_frame().assign(state="FAIL")), "needs a complete trial"),
+        (lambda: plots.pareto_info(pareto_frame(), "read_share"), "needs the column 'read_share'"),
+        (lambda: plots.save_figure(Figure(), "x.gif"), r"must end in .png, .svg or .pdf, got '.gif'"),
+    ],
+)
+def test_bad_input_is_one_sentence(call: object, says: str) -> None:
+    with pytest.raises(UserError, match=says) as raised:
+        call()  # type: ignore[operator]
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_saved_figures_are_whole_and_repeatable(tmp_path: Path, suffix: str, start: bytes) -> None:
+    paths = [tmp_path / "a" / f"one.{suffix}", tmp_path / f"two.{suffix}"]
+    for path in paths:
+        assert plots.save_figure(plots.text_window(plots.window_info(window_frame(2))), path) == path
+    first, second = (path.read_bytes() for path in paths)
+    assert first.startswith(start)
+    assert first == second
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [f"one.{suffix}", f"two.{suffix}"]
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    class Broken(Figure):
+        def savefig(self, *args: object, **options: object) -> None:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        plots.save_figure(Broken(), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_notebook_can_show_a_figure() -> None:
+    figure = plots.trial_history(trials_frame())
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+
+
+def fail_inside_the_theme() -> None:
+    with theme():
+        assert mpl.rcParams["font.size"] == 14
+        raise ValueError("inside")
+
+
+def test_the_theme_ends_even_on_errors() -> None:
+    with pytest.raises(ValueError, match="inside"):
+        fail_inside_the_theme()
+    assert dict(mpl.rcParams) == SETTINGS
+
+
+def test_layers_have_their_own_colours() -> None:
+    for count in DEPTHS:
+        assert len(set(layer_colours(range(count)))) == count

@@ -1,0 +1,287 @@
+"""The policy: YAML round trips, refusals in one sentence, and the arithmetic of tokens."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from avlprof.errors import UserError
+from avlprof.policy import (
+    DENSE,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    PromptShape,
+    Provenance,
+    Score,
+    ScorerSpec,
+    TextPolicy,
+    dump_policy,
+    find_policy,
+    live_share,
+    load_policy,
+    parse_policy,
+    read_share,
+    save_policy,
+    shipped,
+    sizes,
+)
+from avlprof.runtime.support import unsupported
+
+HEAD = "schema: avlprof.policy/1\n"
+FOLDER = Path(__file__).parent.parent / "policies"
+WORDS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=120)
+RATIO = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+@st.composite
+def policies(draw, runnable=False):
+    """A valid policy, with scalars or lists; `runnable` leaves out what the runtime refuses."""
+    layers = draw(st.integers(1, 5))
+
+    def per_layer(values):
+        return draw(st.one_of(values, st.tuples(*[values] * layers)))
+
+    fields = {"name": draw(WORDS.filter(bool)), "description": draw(WORDS), "source": draw(WORDS)}
+    if draw(st.booleans()):
+        decoding = "evict" if runnable else draw(st.sampled_from(["evict", "grow"]))
+        fields |= {
+            "pool": "joint",
+            "joint": JointPool(keep=per_layer(RATIO), sink=draw(st.integers(0, 9)), decoding=decoding),
+            "scorer": ScorerSpec(name="position"),
+        }
+    else:
+        keep = per_layer(RATIO)
+        fields["vision_keep"] = keep
+        if draw(st.booleans()):
+            share = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+            scaled = [share * k for k in keep] if isinstance(keep, tuple) else share * keep
+            fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
+        kinds = ["all", "window"] if runnable else ["all", "window", "keep"]
+        kind = draw(st.sampled_from(kinds))
+        if kind == "window":
+            window, sink = per_layer(st.integers(1, 40)), per_layer(st.integers(0, 5))
+            fields["text"] = TextPolicy(window=window, sink=sink)
+        elif kind == "keep":
+            fields["text"] = TextPolicy(
+                keep=per_layer(RATIO), minimum=draw(st.integers(0, 30)), scorer="history"
+            )
+        options = draw(st.dictionaries(st.sampled_from(["seed", "power"]), st.integers(-5, 5), max_size=2))
+        fields["scorer"] = ScorerSpec(name=draw(st.sampled_from(["last_query", "random"])), options=options)
+        if not runnable:
+            after = draw(st.lists(st.integers(1, 9), unique=True, max_size=2))
+            fields["prefill_filter"] = tuple(
+                PrefillFilter(after_layer=n, keep=draw(RATIO)) for n in sorted(after)
+            )
+    if draw(st.booleans()):
+        mean = draw(RATIO)
+        score = Score(mean=mean, low=mean / 3, high=mean, samples=draw(st.integers(1, 99)))
+        fields["provenance"] = Provenance(task=draw(WORDS), seed=3, budget=mean, scores={"dense": score})
+    return Policy(**fields)
+
+
+@settings(deadline=None)
+@given(policies())
+def test_yaml_round_trip_is_byte_stable(policy):
+    text = dump_policy(policy)
+    again = parse_policy(text)
+    assert again == policy
+    assert dump_policy(again) == text
+    assert again.hash == policy.hash
+
+
+def test_hash_is_of_what_a_policy_does():
+    base = Policy(vision_keep=0.5)
+    assert (
+        Policy(vision_keep=0.5, name="x", description="y", source="z", provenance=Provenance()).hash
+        == base.hash
+    )
+    others = [Policy(vision_keep=0.25), Policy(vision_keep=0.5, text=TextPolicy(window=9)), DENSE]
+    assert len({p.hash for p in (base, *others)}) == 4
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_policy(path):
+    text = path.read_text(encoding="utf-8")
+    policy = load_policy(path)
+    assert dump_policy(policy) == text
+    assert policy.name == path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert policy.description
+    assert policy.source
+    assert find_policy(policy.name) == policy
+
+
+def test_what_ships_and_what_of_it_runs():
+    runs = {name: unsupported(find_policy(name)) is None for name in shipped()}
+    assert {"uniform", "random", "streaming", "paper/a-vl", "paper/a-vl-prefill"} <= set(runs)
+    assert runs["uniform"]
+    assert runs["random"]
+    assert runs["streaming"]
+    assert runs["paper/a-vl-vision"]
+
+
+def test_save_and_find(tmp_path):
+    policy = Policy(name="mine", vision_keep=(0.5, 0.25))
+    path = save_policy(policy, tmp_path / "sub" / "mine.yaml")
+    assert find_policy(str(path)) == policy
+    assert find_policy("dense") is DENSE
+    with pytest.raises(ValidationError):
+        policy.name = "other"
+
+
+REFUSED = {
+    "vision_keep: 1.4": "vision_keep must be in [0, 1], got 1.4",
+    "vision_keep: [0.2, 0.3, -0.1]": "vision_keep[2] must be in [0, 1], got -0.1",
+    "vision_keep: .nan": "vision_keep",
+    "vision_keep: [0.5, x]": "vision_keep[1]",
+    "vision_keep: [0.2, 0.3]\nvision_compute: 0.25": (
+        "vision_compute[0] must not exceed vision_keep[0], got 0.25 > 0.2"
+    ),
+    "vision_keep: [0.2, 0.3]\nvision_compute: [0.1]": "vision_keep has 2, vision_compute has 1",
+    "vision_keep: [0.2, 0.3]\ntext: {window: [3, 4, 5]}": "text.window has 3",
+    "vison_keep: 0.2": "unknown policy key 'vison_keep'; did you mean vision_keep?",
+    "text: {windw: 3}": "unknown policy key 'text.windw'; did you mean text.window?",
+    "window: 3": "did you mean text.window?",
+    "joint: {kep: 0.2}\npool: joint": "unknown policy key 'joint.kep'; did you mean joint.keep?",
+    "prefill_filter: [{after_layer: 2, kep: 0.1}]": "unknown policy key 'prefill_filter[0].kep'",
+    "prefill_filter: [{after_layer: 2}]": "prefill_filter[0].keep is missing",
+    "prefill_filter: [{after_layer: 2, keep: 0.5}, {after_layer: 1, keep: 0.2}]": "ordered by after_layer",
+    "provenance: {scores: {dense: {mena: 1}}}": "did you mean provenance.scores.mean?",
+    "text: {window: 0}": "text.window must be 1 or more tokens, got 0",
+    "text: {window: 3, keep: 0.5}": "text.window and text.keep exclude each other",
+    "pool: joint": "pool: joint needs the field joint",
+    "pool: joint\njoint: {keep: 0.5}\nvision_keep: 0.5": "leave vision_keep",
+    "refresh_interval: -1": "refresh_interval",
+    "schema: avlprof.policy/2": "schema",
+    "a: [": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_refused_in_one_sentence(body):
+    text = body if body.startswith("schema") else HEAD + body
+    with pytest.raises(UserError) as caught:
+        parse_policy(text, "some.yaml")
+    said = str(caught.value)
+    assert REFUSED[body] in said
+    assert "some.yaml" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("text", ["", "- a", "3", "name: x"])
+def test_not_a_policy(text):
+    with pytest.raises(UserError, match=r"some\.yaml"):
+        parse_policy(text, "some.yaml")
+
+
+def test_unknown_names_and_files(tmp_path):
+    with pytest.raises(UserError, match="did you mean uniform"):
+        find_policy("unifrom")
+    with pytest.raises(UserError, match="does not exist"):
+        find_policy(str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_policy(tmp_path)
+
+
+def test_layer_count_of_another_model():
+    policy = Policy(name="two", vision_keep=(0.5, 0.25))
+    policy.check_layers(2)
+    with pytest.raises(UserError, match="'two' is written for 2 layers, the model has 6"):
+        sizes(policy, PromptShape(1, 2, 3), 6)
+    with pytest.raises(UserError, match="after_layer must be below"):
+        Policy(prefill_filter=(PrefillFilter(after_layer=6, keep=0.5),)).check_layers(6)
+
+
+PROMPTS = st.builds(PromptShape, st.integers(0, 6), st.integers(0, 40), st.integers(1, 30))
+
+
+def exact(ratio, count):
+    """Floor in rational numbers of a ratio that was written with few decimals."""
+    return math.floor(Fraction(ratio).limit_denominator(10**6) * count)
+
+
+def simulate(policy, prompt, layers, steps):
+    """Live prompt tokens and those read, by moving named tokens through lists, a step at a time."""
+
+    def at(value, layer):
+        return value[layer] if isinstance(value, tuple) else value
+
+    live, read = 0, 0
+    for layer in range(layers):
+        system = [("system", i) for i in range(prompt.system)]
+        vision = [("vision", i) for i in range(prompt.vision)]
+        text = [("text", i) for i in range(prompt.text)]
+        if policy.joint is not None:
+            everything = system + vision + text
+            count = min(len(everything), max(exact(at(policy.joint.keep, layer), len(everything)), 1))
+            sink = min(policy.joint.sink, count)
+            system, kept, core = [], [], []
+            text = everything[:sink] + everything[len(everything) - (count - sink) :]
+            limit = max(count, sink + 1) if policy.joint.decoding == "evict" else None
+        else:
+            for step in policy.prefill_filter:
+                if step.after_layer <= layer:
+                    vision = vision[: exact(step.keep, prompt.vision)]
+            kept = vision[: exact(at(policy.vision_keep, layer), prompt.vision)]
+            compute = policy.vision_keep if policy.vision_compute is None else policy.vision_compute
+            core = kept[: exact(at(compute, layer), prompt.vision)]
+            sink, limit = 0, None
+            if policy.text.window is not None:
+                sink = at(policy.text.sink, layer)
+                limit = sink + at(policy.text.window, layer)
+                text = text[:sink] + text[max(sink, len(text) - (limit - sink)) :]
+        live += len(system) + len(kept) + len(text)
+        for step in range(1, steps + 1):
+            text = [*text, ("generated", step)]
+            if limit is not None and len(text) > limit:
+                text.pop(sink)
+            refresh = policy.refresh_interval and step % policy.refresh_interval == 0
+            attended = system + (kept if refresh else core) + text
+            read += sum(kind != "generated" for kind, _ in attended)
+    return live, read
+
+
+@settings(deadline=None, max_examples=200)
+@given(policies(runnable=True), st.lists(PROMPTS, min_size=1, max_size=3), st.integers(1, 25))
+def test_shares_are_those_of_a_simulation(policy, prompts, steps):
+    layers = policy.layers or 3
+    whole = layers * sum(prompt.total for prompt in prompts)
+    counted = [simulate(policy, prompt, layers, steps) for prompt in prompts]
+    assert live_share(policy, prompts, layers) == pytest.approx(sum(live for live, _ in counted) / whole)
+    expected = sum(read for _, read in counted) / (steps * whole)
+    assert read_share(policy, prompts, layers, steps) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(PROMPTS, st.lists(RATIO, min_size=2, max_size=2, unique=True), RATIO)
+def test_prefill_filter_caps_the_layers_behind_it(prompt, filters, keep):
+    low, high = sorted(filters)
+    steps = (PrefillFilter(after_layer=1, keep=high), PrefillFilter(after_layer=3, keep=low))
+    policy = Policy(vision_keep=keep, prefill_filter=steps)
+    expected = sum(
+        min(exact(keep, prompt.vision), exact(share, prompt.vision)) for share in (1, high, high, low)
+    )
+    assert sum(size.vision for size in sizes(policy, prompt, 4)) == expected
+
+
+@settings(deadline=None)
+@given(policies(), PROMPTS)
+def test_sizes_are_within_the_prompt_and_monotone(policy, prompt):
+    layers = policy.layers or 10
+    if any(step.after_layer >= layers for step in policy.prefill_filter):
+        return
+    for size in sizes(policy, prompt, layers):
+        assert 0 <= size.core <= size.vision <= prompt.vision
+        assert 0 <= size.read <= size.stored <= prompt.total
+    assert sum(s.stored for s in sizes(DENSE, prompt, layers)) == layers * prompt.total
+
+
+def test_a_share_that_floats_miss_is_whole():
+    counts = [sizes(Policy(vision_keep=k), PromptShape(0, 2880, 1), 1)[0].vision for k in (0.1, 0.7, 1 - 0.9)]
+    assert counts == [288, 2016, 288]
