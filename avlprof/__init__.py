@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avlprof.api import trace
+    from avlprof.evaluation import evaluate
+    from avlprof.models import load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.runtime import AVLCache, apply
+    from avlprof.search import tune
+    from avlprof.tasks import load_task
     from avlprof.traced import Run, latest_run
+    from avlprof.tracing import record
+    from avlprof.tuning import Tuned
 
 __version__ = "0.1.0"
 
@@ -17,6 +23,12 @@ _LAZY = {
     "Run": "avlprof.traced",
     "latest_run": "avlprof.traced",
     "trace": "avlprof.api",
+    "tune": "avlprof.search",
+    "Tuned": "avlprof.tuning",
+    "record": "avlprof.tracing",
+    "evaluate": "avlprof.evaluation",
+    "load_model": "avlprof.models",
+    "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
     "apply": "avlprof.runtime",
     "Policy": "avlprof.policy",
@@ -29,12 +41,18 @@ __all__ = [
     "AVLCache",
     "Policy",
     "Run",
+    "Tuned",
     "apply",
+    "evaluate",
     "find_policy",
     "latest_run",
+    "load_model",
     "load_policy",
+    "load_task",
+    "record",
     "save_policy",
     "trace",
+    "tune",
 ]
 
 

@@ -18,6 +18,8 @@ COMMANDS: Final[dict[str, str]] = {
     "derive": "avlprof.cli.derive",
     "policy": "avlprof.cli.policy",
     "run": "avlprof.cli.run",
+    "tune": "avlprof.cli.tune",
+    "export": "avlprof.cli.export",
     "evaluate": "avlprof.cli.evaluate",
     "models": "avlprof.cli.models",
     "tasks": "avlprof.cli.tasks",

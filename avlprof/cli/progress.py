@@ -96,3 +96,21 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def phases() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of work in named phases: `report(phase, done, total)`; one bar or line a phase."""
+    with contextlib.ExitStack() as stack:
+        reports: dict[str, Report] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in reports:
+                stack.close()
+                reports[phase] = stack.enter_context(progress(phase, unit=_UNITS.get(phase, "samples")))
+            reports[phase](done, total)
+
+        yield report
+
+
+_UNITS = {"probe": "forwards", "trials": "trials", "finalists": "answers", "proof": "answers"}

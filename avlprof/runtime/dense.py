@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from avlprof.errors import UserError
 
-RESERVE = 128  # tokens allocated beyond what is stored; grown by half when used up
+RESERVE = 32  # tokens allocated beyond what is stored; grown by half when used up
 
 
 def grown(buffer: Tensor, capacity: int) -> Tensor:

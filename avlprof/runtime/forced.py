@@ -182,6 +182,8 @@ class ForcedSet:
         answers: list[list[int]] = [[] for _ in samples]
         batches = []
         end = _end_tokens(model)
+        if progress:
+            progress(0, len(samples))
         for start in range(0, len(samples), batch_size):
             rows = list(range(start, min(start + batch_size, len(samples))))
             inputs = adapter.encode(

@@ -21,6 +21,8 @@ def probe(
     One forward per layer and level below 1, at which nothing is dropped and the damage is 0.
     """
     damage = np.zeros((layers, len(LEVELS)))
+    if progress:
+        progress(0, layers * (len(LEVELS) - 1))
     below = [i for i, level in enumerate(LEVELS) if level < 1]
     for layer in range(layers):
         for done, i in enumerate(below):

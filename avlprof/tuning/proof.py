@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 import avlprof
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Evaluation, evaluate
+from avlprof.evaluation import Evaluation, equal_bytes, evaluate
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, Provenance, Score, ScorerSpec, live_share, read_share
 from avlprof.tasks import Task
@@ -44,6 +44,7 @@ def prove(
     loaded: LoadedModel,
     task: Task,
     winner: Policy,
+    budget: Budget,
     *,
     split: str,
     samples: int,
@@ -52,13 +53,16 @@ def prove(
 ) -> Evaluation:
     """Generate on held-out samples: dense, the winner, and baselines at its bytes.
 
-    The baselines are uniform with the winner's scorer, random with three seeds, and uniform with
-    A-VL's own scorer (`last_query`), all at the winner's live and read bytes.
+    The baselines are uniform with A-VL's own scorer (`last_query`), uniform with the winner's
+    scorer, and random with three seeds, all at the winner's live and read bytes.
     """
-    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER)})
-    policies = [winner]
-    if plain.hash != winner.hash:
-        policies.append(plain)
+    layers, steps = loaded.adapter.layers, budget.answer_tokens
+    rivals = {policy.name: policy for policy in equal_bytes(winner, budget.prompts, layers, steps)}
+    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
+    if winner.scorer.name != PLAIN_SCORER and "uniform" in rivals:
+        rivals["uniform, same scorer"] = rivals.pop("uniform")
+        rivals |= {p.name: p for p in equal_bytes(plain, budget.prompts, layers, steps) if p.name == "uniform"}
+    policies = [winner, *(policy.model_copy(update={"name": name}) for name, policy in rivals.items())]
     return evaluate(
         loaded,
         task,
@@ -69,7 +73,6 @@ def prove(
         batch_size=32,
         fidelity=False,
         latency=False,
-        baselines=True,
         progress=progress,
     )
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Evaluation, generate_answers
+from avlprof.evaluation import Evaluation, generate_answers, paired_difference
 from avlprof.files import write_text
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, parse_policy, save_policy
@@ -60,6 +60,21 @@ class Tuned:
     folder: Path
     study: optuna.Study
     proof: Evaluation
+
+    def comparisons(self) -> list[str]:
+        """The winner against each rival on the same held-out samples, in a sentence each."""
+        table = self.proof.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
+        ours = table[self.policy.name].to_numpy()
+        lines = []
+        for rival in self.proof.answers["policy"].unique():
+            if rival != self.policy.name:
+                paired = paired_difference(ours, table[rival].to_numpy())
+                gap = paired.difference
+                lines.append(
+                    f"{self.policy.name} - {rival}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], "
+                    f"p {paired.p_value:.3g}"
+                )
+        return lines
 
 
 def tune(
@@ -109,6 +124,7 @@ def tune(
         loaded,
         task,
         chosen,
+        budget,
         split=settings.proof_split,
         samples=settings.proof_samples,
         max_new_tokens=limit,
@@ -168,6 +184,7 @@ def _play_off(
     """Generate with the finalists on the search split; the task's metric decides, then the KL."""
     samples = task.samples(settings.split, settings.samples)
     ranked = []
+    tell("finalists", 0, len(best) * len(samples))
     for index, trial in enumerate(best):
         policy = parse_policy(trial.user_attrs["policy"], f"trial {trial.number}")
         answers = generate_answers(
