@@ -78,7 +78,9 @@ def tune(
     loaded = (
         model
         if isinstance(model, LoadedModel)
-        else load_model(model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        else load_model(
+            model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
     )
     traced = _run(run, loaded, chosen, max_new_tokens, progress)
     traced.check_model(loaded)

@@ -98,7 +98,10 @@ class Oracle:
         core_size = math.floor(per_layer(compute, layer) * count + 1e-6)
         scores = self._scores(weights)
         kept = [top(scores[g].mean(0).tolist(), self.vision, keep, trace) for g in groups]
-        core = [top(scores[g].mean(0).tolist(), sorted(k), core_size, trace) for g, k in zip(groups, kept, strict=True)]
+        core = [
+            top(scores[g].mean(0).tolist(), sorted(k), core_size, trace)
+            for g, k in zip(groups, kept, strict=True)
+        ]
         trace.kept[layer] = kept
         trace.cores[layer] = [core]
         text = [i for i in range(len(self.system), self.length) if i not in set(self.vision)]

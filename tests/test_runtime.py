@@ -46,7 +46,12 @@ def case(request):
 
 def generate(model, inputs, steps=STEPS, **options):
     return model.generate(
-        **inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
     )
 
 
@@ -243,10 +248,15 @@ def test_beams_and_returned_sequences_keep_their_rows_apart(case):
 def test_the_model_is_restored(case):
     inputs = case.inputs()
     before = generate(case.model, inputs, steps=4)
-    for error in (RuntimeError("x"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), avlprof.apply(case.model, POLICIES["evict"]):
+
+    def fail(error):
+        with avlprof.apply(case.model, POLICIES["evict"]):
             generate(case.model, inputs, steps=2)
             raise error
+
+    for error in (RuntimeError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(error)
     config = case.model.config.get_text_config()
     assert config._attn_implementation == "sdpa"
     assert not case.model._forward_pre_hooks

@@ -32,7 +32,9 @@ def vision_token_ids(config: Any) -> tuple[int, ...]:
     found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
     if not found:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise UserError(f"a model of type '{kind}' names no image token in its config, so it has no vision tokens")
+        raise UserError(
+            f"a model of type '{kind}' names no image token in its config, so it has no vision tokens"
+        )
     return found
 
 
@@ -59,5 +61,7 @@ def modality_map(input_ids: Tensor, attention_mask: Tensor | None, vision_ids: S
 
 def prompt_shapes(modality: Tensor) -> list[PromptShape]:
     """Token counts of each row of a modality map (padding is not counted)."""
-    counts = [(modality == code).sum(dim=1).tolist() for code in (Modality.SYSTEM, Modality.VISION, Modality.TEXT)]
+    counts = [
+        (modality == code).sum(dim=1).tolist() for code in (Modality.SYSTEM, Modality.VISION, Modality.TEXT)
+    ]
     return [PromptShape(*row) for row in zip(*counts, strict=True)]

@@ -10,7 +10,12 @@ from avlprof.attention.rows import row_weights
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention output of one query row per sequence, reading each key and value once.
 

@@ -63,4 +63,5 @@ def gather_rows(query: Tensor, rows: Tensor) -> Tensor:
 
 def group_mean(weights: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads of each KV head group: `[B, H, ...]` to `[B, Hkv, ...]`."""
-    return weights.unflatten(1, (kv_heads, -1)).mean(dim=2)
+    batch, heads, *rest = weights.shape
+    return weights.reshape(batch, kv_heads, heads // kv_heads, *rest).mean(dim=2)

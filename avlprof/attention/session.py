@@ -120,7 +120,9 @@ class Session:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
         self._states[cache] = _State(modality)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
@@ -133,7 +135,9 @@ class Session:
             cache = self._swapped(cache, past, values)
         if past == 0:
             if ids is None:
-                raise UserError("the prompt's input_ids are needed to tell vision tokens from text; pass input_ids")
+                raise UserError(
+                    "the prompt's input_ids are needed to tell vision tokens from text; pass input_ids"
+                )
             vision = vision_token_ids(self.model.config)
             state = _State(modality_map(ids, values.get("attention_mask"), vision))
         else:
@@ -169,7 +173,9 @@ class Session:
             raise UserError("a policy acts on the KV cache; call the model with use_cache=True")
         if cache is None or not runtime.owns(cache):
             if past > 0:
-                raise UserError("the cache was filled outside of this context; run the prompt inside the context")
+                raise UserError(
+                    "the cache was filled outside of this context; run the prompt inside the context"
+                )
             cache = runtime.new_cache()
         values["past_key_values"] = cache
         values["use_cache"] = True
@@ -244,8 +250,8 @@ def switched(
 
 
 @contextlib.contextmanager
-def _installed(model: PreTrainedModel, decoder: nn.Module) -> Iterator[Session]:
-    text_config = decoder.config
+def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
+    text_config: Any = decoder.config
     before: str = text_config._attn_implementation
     session = Session(model, _kernel(decoder, before))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
@@ -270,16 +276,22 @@ def _installed(model: PreTrainedModel, decoder: nn.Module) -> Iterator[Session]:
             _set_implementation(model, text_config, before)
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def _decoder(model: PreTrainedModel) -> Any:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "config"):
-        raise UserError(f"{type(model).__name__} has no decoder with layers, so its attention cannot be switched")
-    return decoder  # type: ignore[no-any-return]
+        raise UserError(
+            f"{type(model).__name__} has no decoder with layers, so its attention cannot be switched"
+        )
+    return decoder
 
 
 def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> None:
     """Switch the language model alone; vision towers keep their attention."""
-    keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text_config]
+    keys = [
+        key
+        for key in getattr(model.config, "sub_configs", {})
+        if getattr(model.config, key, None) is text_config
+    ]
     try:
         model.set_attn_implementation({keys[0]: name} if keys else name)
     except (ValueError, ImportError) as error:
@@ -294,13 +306,19 @@ def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> 
 def _kernel(decoder: nn.Module, name: str) -> Kernel:
     """The function behind an implementation's name; eager lives in the modeling file."""
     if name in ("eager", None):
-        attention = next((m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")), decoder)
-        eager: Kernel | None = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        attention = next(
+            (m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")), decoder
+        )
+        eager: Kernel | None = getattr(
+            sys.modules[type(attention).__module__], "eager_attention_forward", None
+        )
         if eager is None:
             raise UserError(f"{type(decoder).__name__} has no eager attention function; load it with sdpa")
         return _with_float_mask(eager)
     if name not in ("sdpa",):
-        raise UserError(f"attention implementation '{name}' is not supported; load the model with sdpa or eager")
+        raise UserError(
+            f"attention implementation '{name}' is not supported; load the model with sdpa or eager"
+        )
     kernel: Kernel = ALL_ATTENTION_FUNCTIONS[name]
     return kernel
 

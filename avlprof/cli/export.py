@@ -15,7 +15,9 @@ app = typer.Typer()
 @app.command()
 def export(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")],
-    trial: Annotated[int | None, typer.Option("--trial", help="Take this trial instead of the winner.")] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Take this trial instead of the winner.")
+    ] = None,
     max_read: Annotated[
         float | None,
         typer.Option("--max-read", help="Take the best trial that reads at most this share per step."),

@@ -23,7 +23,9 @@ app = typer.Typer()
 @app.command()
 def tune(
     model: given.ModelOption = "tiny",
-    task: Annotated[str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")] = "shapes",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
+    ] = "shapes",
     budget: Annotated[
         float, typer.Option("--budget", "-b", help="Prompt KV in memory after prefill, as a share of dense.")
     ] = 0.2,
@@ -33,16 +35,21 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option("--trials", help="Trials of the study in all.")] = 50,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples a trial is scored on.")] = 64,
-    proof_samples: Annotated[int, typer.Option("--proof-samples", help="Held-out samples of the proof.")] = 100,
+    proof_samples: Annotated[
+        int, typer.Option("--proof-samples", help="Held-out samples of the proof.")
+    ] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = 0,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Traced run; by default the newest that fits, or one is made.")
+        Path | None,
+        typer.Option("--run", help="Traced run; by default the newest that fits, or one is made."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the study; by default below studies/.")
     ] = None,
     max_new_tokens: given.MaxNewTokensOption = None,
-    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")] = True,
+    prune: Annotated[
+        bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
+    ] = True,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     revision: given.RevisionOption = None,
@@ -65,7 +72,9 @@ def tune(
     wrote = draw(found)
     print_proof(found, form)
     policy = found.folder / "policy.yaml"
-    finished([*wrote, found.folder / "proof.csv", policy], f"avlprof evaluate --policy {policy} --task {task}")
+    finished(
+        [*wrote, found.folder / "proof.csv", policy], f"avlprof evaluate --policy {policy} --task {task}"
+    )
 
 
 def _told() -> Any:

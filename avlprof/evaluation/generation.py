@@ -19,7 +19,7 @@ OnToken = Callable[[Any], None]
 """Called with the cache whenever a token has been chosen; first when prefill has just ended."""
 
 
-class _Listener(StoppingCriteria):  # type: ignore[misc]
+class _Listener(StoppingCriteria):
     """Never stops anything; transformers calls it once a generated token."""
 
     def __init__(self, told: Callable[[], None]) -> None:

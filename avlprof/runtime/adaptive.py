@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.rows import row_weights
+from avlprof.attention.rows import group_mean, row_weights
 from avlprof.attention.selection import best
 from avlprof.errors import UserError
 from avlprof.runtime.dense import RESERVE, BufferedLayer, grown
@@ -81,7 +81,9 @@ class AdaptiveLayer(BufferedLayer):
         self.plans, self.positions, self.reads = [], None, Reads()
         self._clear()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Take `[B, Hkv, q, D]`; returns the keys and values this step attends to."""
         new = key_states.shape[2]
         if self.seen == 0:
@@ -191,7 +193,7 @@ class AdaptiveLayer(BufferedLayer):
         return self._mask
 
     def _reduced(self, scores: Tensor, groups: int) -> Tensor:
-        return scores.unflatten(1, (groups, -1)).mean(dim=2)
+        return group_mean(scores, groups)
 
     def _buffer(self, states: Tensor, order: Tensor, room: int) -> Tensor:
         kept = order.shape[-1]

@@ -50,7 +50,9 @@ class Runtime:
         if layer.filling:
             out = call.stock()
             modality = as_joint(forward.modality) if self.policy.joint else forward.modality
-            prefill = Prefill(call.query, call.key, call.value, modality, call.scaling, call.layer, call.softcap)
+            prefill = Prefill(
+                call.query, call.key, call.value, modality, call.scaling, call.layer, call.softcap
+            )
             layer.compact(prefill, cache.row_plans(call.layer))
             return out, call
         positions, mask = layer.attended()

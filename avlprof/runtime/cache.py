@@ -118,7 +118,8 @@ def _layer(policy: Policy, index: int, count: int, template: Any) -> Any:
         return template
     if type(template) is not DynamicLayer:
         raise UserError(
-            f"layer {index} keeps its state in a {type(template).__name__}; policies act on full-attention layers"
+            f"layer {index} keeps its state in a {type(template).__name__}; "
+            "policies act on full-attention layers"
         )
     if is_dense(policy, index, count):
         return DenseLayer()

@@ -51,7 +51,9 @@ class BufferedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise UserError("a policy's cache cannot be cropped; assisted and prompt-lookup decoding are not supported")
+        raise UserError(
+            "a policy's cache cannot be cropped; assisted and prompt-lookup decoding are not supported"
+        )
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -92,7 +94,9 @@ class BufferedLayer(CacheLayerMixin):
 class DenseLayer(BufferedLayer):
     """The stock cache's content in a preallocated buffer: an append copies one token."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append `[B, Hkv, q, D]`; returns views of everything stored."""
         new = key_states.shape[2]
         if self.keys is None or self.values is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
+from avlprof.attention.rows import group_mean
 from avlprof.attention.session import AttentionCall, Forward, switched
 from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
@@ -70,7 +71,9 @@ class ForcedBatch:
         answers: token ids of each row's answer, its end token included.
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor], answers: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], answers: Sequence[Sequence[int]]
+    ) -> None:
         self.model, self.inputs = model, inputs
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
@@ -94,7 +97,7 @@ class ForcedBatch:
         check_supported(policy)
         scores = self._scored(policy.scorer)
         groups = self._prompts[0].key.shape[1] if policy.heads == "kv_head" else 1
-        reduced = [s.unflatten(1, (groups, -1)).mean(dim=2) for s in scores]
+        reduced = [group_mean(s, groups) for s in scores]
         runtime = ForcedRuntime(policy, self._prompts, reduced, self.modality)
         cache = runtime.new_cache()
         with switched(self.model, runtime=runtime) as session:
@@ -160,7 +163,9 @@ def _deltas(model: PreTrainedModel) -> Tensor | None:
 class ForcedSet:
     """Samples with the dense model's greedy answers, scored policy by policy."""
 
-    def __init__(self, samples: list[str], answers: list[list[int]], batches: list[tuple[list[int], ForcedBatch]]) -> None:
+    def __init__(
+        self, samples: list[str], answers: list[list[int]], batches: list[tuple[list[int], ForcedBatch]]
+    ) -> None:
         self.samples, self.answers, self._batches = samples, answers, batches
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from avlprof.attention.modality import Modality, prompt_shapes
-from avlprof.attention.rows import row_logits
+from avlprof.attention.rows import group_mean, row_logits
 from avlprof.attention.selection import best
 from avlprof.attention.session import AttentionCall, Forward
 from avlprof.policy import Policy
@@ -40,7 +40,9 @@ class PassThrough(BufferedLayer):
         super().__init__()
         self.seen = seen
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """The answer's own keys and values, unchanged."""
         return key_states, value_states
 
@@ -58,7 +60,9 @@ class ForcedRuntime:
     `scores` are the policy's scorer's, `[B, G, N]` per layer.
     """
 
-    def __init__(self, policy: Policy, prompts: list[PromptLayer], scores: list[Tensor], modality: Tensor) -> None:
+    def __init__(
+        self, policy: Policy, prompts: list[PromptLayer], scores: list[Tensor], modality: Tensor
+    ) -> None:
         self.policy, self.prompts, self.scores = policy, prompts, scores
         self.modality = as_joint(modality) if policy.joint else modality
         self.shapes = prompt_shapes(self.modality)
@@ -98,7 +102,7 @@ class ForcedRuntime:
     ) -> tuple[Tensor, list[Tensor]]:
         """Kept set `[B, G, N]`, and the core sets: prefill's, then one per refresh step."""
         scores = self.scores[layer]
-        batch, groups, length = scores.shape
+        groups, length = scores.shape[1:]
         vision = (self.modality == Modality.VISION)[:, None].expand_as(scores)
         kept = best(scores, vision, scores.new_tensor([p.vision for p in plans]))
         core_counts = scores.new_tensor([p.core for p in plans])
@@ -112,9 +116,11 @@ class ForcedRuntime:
         seen = _with_vision(always[:, rows], kept[:, :, None].expand(-1, -1, len(rows), -1))
         heads = logits.shape[1] // groups
         weights = (
-            logits[:, :, rows].masked_fill(~seen.repeat_interleave(heads, dim=1), float("-inf")).softmax(dim=-1)
+            logits[:, :, rows]
+            .masked_fill(~seen.repeat_interleave(heads, dim=1), float("-inf"))
+            .softmax(dim=-1)
         )
-        ranked = weights[..., :length].unflatten(1, (groups, heads)).mean(dim=2)
+        ranked = group_mean(weights[..., :length], groups)
         for i in range(len(rows)):
             cores.append(best(ranked[:, :, i], kept, core_counts))
         return kept, cores

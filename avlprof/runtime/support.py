@@ -16,7 +16,8 @@ def unsupported(policy: Policy) -> str | None:
         "prefill_filter": bool(policy.prefill_filter),
         "text.keep": policy.text.keep is not None,
         "text.heavy": any(heavy if isinstance(heavy, tuple) else (heavy,)),
-        "joint with a scorer other than position": policy.joint is not None and policy.scorer.name != "position",
+        "joint with a scorer other than position": policy.joint is not None
+        and policy.scorer.name != "position",
         "joint.decoding: grow": policy.joint is not None and policy.joint.decoding == "grow",
         "joint.recent": policy.joint is not None and policy.joint.recent > 0,
     }

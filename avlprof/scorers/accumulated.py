@@ -21,7 +21,7 @@ class Accumulated(Scorer):
 
     def score(self, prefill: Prefill) -> Tensor:
         length = prefill.query.shape[2]
-        total = prefill.query.new_zeros(prefill.query.shape[:2] + (length,), dtype=torch.float32)
+        total = prefill.query.new_zeros((*prefill.query.shape[:2], length), dtype=torch.float32)
         for start in range(0, length, self.block):
             rows = torch.arange(start, min(start + self.block, length), device=total.device)
             rows = rows.expand(total.shape[0], -1)

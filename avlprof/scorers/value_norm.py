@@ -17,5 +17,5 @@ class ValueNorm(Scorer):
     """
 
     def score(self, prefill: Prefill) -> Tensor:
-        norm = prefill.value.float().norm(dim=-1)
+        norm: Tensor = prefill.value.float().norm(dim=-1)
         return norm.repeat_interleave(prefill.query.shape[1] // prefill.key.shape[1], dim=1)

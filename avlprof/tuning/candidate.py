@@ -119,7 +119,9 @@ class Space:
         return known
 
 
-def feasible_refreshes(evidence: Evidence, budget: Budget, wanted: Sequence[int] = REFRESHES) -> tuple[int, ...]:
+def feasible_refreshes(
+    evidence: Evidence, budget: Budget, wanted: Sequence[int] = REFRESHES
+) -> tuple[int, ...]:
     """The refresh intervals at which uniform shares can meet both budgets.
 
     Raises:

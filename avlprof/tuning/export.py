@@ -33,7 +33,9 @@ def export_policy(folder: Path, trial: int | None = None, max_read: float | None
     if trial is not None:
         found = next((t for t in done if t.number == trial), None)
         if found is None:
-            raise UserError(f"trial {trial} of {folder} is not finished or does not exist; it has {len(done)}")
+            raise UserError(
+                f"trial {trial} of {folder} is not finished or does not exist; it has {len(done)}"
+            )
         return _policy(found, meta, folder)
     ranked = finalists(study, len(done))
     if max_read is not None:
@@ -64,7 +66,8 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
                 read_budget=meta.read_budget,
                 measured_budget=round(trial.user_attrs["live_share"], 6),
                 measured_read_budget=round(trial.user_attrs["read_share"], 6),
-                notes=f"KL to dense {trial.value:.4f} nat per token on the search split; not proved on held-out.",
+                notes=f"KL to dense {trial.value:.4f} nat per token on the search split; "
+                "not proved on held-out samples",
             ),
         }
     )

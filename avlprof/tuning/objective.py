@@ -9,7 +9,7 @@ import optuna
 
 from avlprof.policy import Policy, dump_policy, live_share, read_share
 from avlprof.runtime.forced import ForcedSet
-from avlprof.tuning.candidate import Budget, Candidate, Space
+from avlprof.tuning.candidate import Budget, Space
 
 
 @dataclass
@@ -48,5 +48,3 @@ class Objective:
 def mean_kl(forced: ForcedSet, policy: Policy) -> float:
     """Mean KL of a policy over the set's samples, in nat per answer token."""
     return float(np.mean([score.kl for score in forced.score(policy)]))
-
-

@@ -61,7 +61,9 @@ def prove(
     plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
     if winner.scorer.name != PLAIN_SCORER and "uniform" in rivals:
         rivals["uniform, same scorer"] = rivals.pop("uniform")
-        rivals |= {p.name: p for p in equal_bytes(plain, budget.prompts, layers, steps) if p.name == "uniform"}
+        rivals |= {
+            p.name: p for p in equal_bytes(plain, budget.prompts, layers, steps) if p.name == "uniform"
+        }
     policies = [winner, *(policy.model_copy(update={"name": name}) for name, policy in rivals.items())]
     return evaluate(
         loaded,
@@ -103,7 +105,8 @@ def with_provenance(
     }
     return policy.model_copy(
         update={
-            "description": f"Tuned for {loaded.name} on {task.name} at {settings.budget:.0%} of the dense prompt KV.",
+            "description": f"Tuned for {loaded.name} on {task.name} "
+            f"at {settings.budget:.0%} of the dense prompt KV.",
             "provenance": Provenance(
                 made_by=f"avlprof tune {avlprof.__version__}",
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -135,4 +138,3 @@ def with_provenance(
 def _mean(proof: Evaluation, policy: str, column: str) -> int:
     table = proof.answers
     return round(float(table.loc[table["policy"] == policy, column].mean()))
-

@@ -91,7 +91,7 @@ def give_up_running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
     Only for a study that no other process works on.
     """
-    left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    left: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in left:
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))

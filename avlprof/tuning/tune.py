@@ -110,7 +110,11 @@ def tune(
     _check_same_model(loaded, profile)
     claim_folder(folder, _meta(loaded, task, profile, samples, settings, limit))
     forced = ForcedSet.prepare(
-        loaded, samples, max_new_tokens=limit, batch_size=BATCH, progress=lambda d, t: tell("dense answers", d, t)
+        loaded,
+        samples,
+        max_new_tokens=limit,
+        batch_size=BATCH,
+        progress=lambda d, t: tell("dense answers", d, t),
     )
     steps = max(round(forced.answer_tokens), 1)
     budget = Budget(settings.budget, settings.read_budget, tuple(forced.shapes), steps)
@@ -202,7 +206,9 @@ def _play_off(
     return policy, trial
 
 
-def _probed(evidence: Evidence, forced: ForcedSet, folder: Path, tell: Callable[[int, int], None]) -> Evidence:
+def _probed(
+    evidence: Evidence, forced: ForcedSet, folder: Path, tell: Callable[[int, int], None]
+) -> Evidence:
     """Evidence with damage curves; they are kept beside the study and measured once."""
     path = folder / "probe.json"
     if path.exists():
@@ -223,7 +229,12 @@ def _check_same_model(loaded: LoadedModel, profile: Profile) -> None:
 
 
 def _meta(
-    loaded: LoadedModel, task: Task, profile: Profile, samples: Sequence[Sample], settings: Settings, limit: int
+    loaded: LoadedModel,
+    task: Task,
+    profile: Profile,
+    samples: Sequence[Sample],
+    settings: Settings,
+    limit: int,
 ) -> StudyMeta:
     ids = json.dumps([sample.id for sample in samples])
     return StudyMeta(

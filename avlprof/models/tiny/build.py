@@ -138,11 +138,26 @@ def _init_vision(model: LlavaForConditionalGeneration) -> None:
     with torch.no_grad():
         torch.nn.init.normal_(embeddings.patch_embedding.weight, std=0.05)
         embeddings.position_embedding.weight.zero_()
-        embeddings.position_embedding.weight[1:] = torch.cat([down, across], dim=-1).reshape(grid * grid, width) * 0.5
+        embeddings.position_embedding.weight[1:] = (
+            torch.cat([down, across], dim=-1).reshape(grid * grid, width) * 0.5
+        )
 
 
 def _template_text() -> list[str]:
-    words = [*COLORS, *SHAPES, *KINDS, *CELLS, "middle", "yes", "no", "row", "object", "objects", "text", "image"]
+    words = [
+        *COLORS,
+        *SHAPES,
+        *KINDS,
+        *CELLS,
+        "middle",
+        "yes",
+        "no",
+        "row",
+        "object",
+        "objects",
+        "text",
+        "image",
+    ]
     lines = [f" {word}" for word in words for _ in range(20)]
     lines += [f"{word}" for word in (*COLORS, *SHAPES, *CELLS, "yes", "no")]
     questions = [

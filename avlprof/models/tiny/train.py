@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from avlprof.files import replacing, write_text
 from avlprof.models.tiny.build import build_model, build_processor
 from avlprof.models.tiny.muon import Muon
 from avlprof.models.tiny.packing import Packer, collate
@@ -44,7 +44,7 @@ class Stage:
     batch: int
     adam_lr: float
     muon_lr: float
-    decay_share: float = 0.3
+    decay_share: float = 0.48
     warmup: int = 100  # steps
 
 
@@ -155,7 +155,6 @@ class Trainer:
         optimizers = self.optimizers(stage)
         step = self._load(stage, optimizers)
         steps = stage.images // stage.batch
-        tower = self.model.model.vision_tower
         saved = started = time.monotonic()
         shown = step
         self.model.train()
@@ -197,7 +196,6 @@ class Trainer:
             if time.monotonic() - saved > 60 * minutes_between_saves or step == steps:
                 self._save(stage, step, optimizers)
                 saved = time.monotonic()
-        del tower
 
     def export(self, folder: Path) -> None:
         """Write the model as fp16 safetensors with its processor, loadable by the Auto classes."""
@@ -235,13 +233,9 @@ class Trainer:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, param in enumerate(params):
                 tensors |= {f"optimizer.{o}.{i}.{k}": v.clone() for k, v in optimizer.state[param].items()}
-        for suffix, write in (
-            ("safetensors", lambda p: save_file(tensors, p)),
-            ("json", lambda p: p.write_text(json.dumps({"step": step, "stage": asdict(stage)}))),
-        ):
-            partial = self.work / f"{stage.name}.{suffix}.partial"
-            write(partial)
-            os.replace(partial, self.work / f"{stage.name}.{suffix}")
+        with replacing(self.work / f"{stage.name}.safetensors") as partial:
+            save_file(tensors, partial)
+        write_text(self.work / f"{stage.name}.json", json.dumps({"step": step, "stage": asdict(stage)}))
 
 
 def main() -> None:

@@ -58,7 +58,9 @@ class Item:
     @property
     def name(self) -> str:
         """The item without its place, as answers write it: `red circle`, `blue word CAT`."""
-        return f"{self.color} {self.value}" if self.kind == "shape" else f"{self.color} {self.kind} {self.value}"
+        return (
+            f"{self.color} {self.value}" if self.kind == "shape" else f"{self.color} {self.kind} {self.value}"
+        )
 
 
 @dataclass(frozen=True)

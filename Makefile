@@ -1,0 +1,38 @@
+# `make demo` shows the main job, `make test` passes the tests; both make .venv by themselves.
+# PIP_ARGS is handed to every pip call, for instance an index of CPU wheels of torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types notebooks check clean
+
+$(VENV)/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "avlprof needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null 2>&1; then true; else \
+	  $(BIN)/python -m pip install -q $(PIP_ARGS) -r constraints-cpu.txt; fi
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/avlprof demo --out demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+notebooks: $(VENV)/ready
+	$(BIN)/python notebooks/run.py
+
+check: test lint types notebooks
+
+clean:
+	rm -rf $(VENV) demo build dist
