@@ -1,4 +1,10 @@
-"""Trace, tune and run adaptive attention policies for large vision-language models."""
+"""Trace, tune and run adaptive attention policies for large vision-language models.
+
+`trace` records where a model looks and gives a `Run`, `Run.profile()` sums it up layer by layer,
+its `derive()` and `tune` make a `Policy`, `apply` runs a model under one, `evaluate` compares
+policies, and `record` measures a `generate()` of your own. `docs/python.md` shows each of them.
+Importing this package changes nothing and imports nothing heavy; names are loaded when used.
+"""
 
 from __future__ import annotations
 
@@ -60,3 +66,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'avlprof' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -165,6 +165,11 @@ class AdaptiveLayer(BufferedLayer):
         if self.positions is not None:
             self.positions = self.positions.index_select(0, rows.to(self.positions.device))
 
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind keys, values and the slots' positions."""
+        index = self.positions.untyped_storage().nbytes() if self.positions is not None else 0
+        return super().allocated_bytes() + index
+
     def stored_tokens(self) -> list[int]:
         """Tokens of each row in memory, prompt and generated."""
         return [p.system + p.vision + text for p, text in zip(self.plans, self._text, strict=True)]

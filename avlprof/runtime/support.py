@@ -6,7 +6,6 @@ from typing import Any
 
 from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.scorers import make_scorer
 
 
 def unsupported(policy: Policy) -> str | None:
@@ -26,6 +25,8 @@ def unsupported(policy: Policy) -> str | None:
 
 def check_supported(policy: Policy) -> None:
     """`UserError` when the runtime cannot run a policy, or its scorer is not known."""
+    from avlprof.scorers import make_scorer
+
     make_scorer(policy.scorer)
     what = unsupported(policy)
     if what:

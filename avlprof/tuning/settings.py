@@ -1,0 +1,53 @@
+"""What to tune and how hard to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avlprof.errors import UserError
+
+_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to tune and how hard to try.
+
+    `budget` and `read_budget` are shares of the dense prompt KV, in memory after prefill and read
+    per decoding step. `samples` are of the split that is searched on, `proof_samples` of the one
+    that the search never sees; `trials` counts all trials of the study, those of earlier calls
+    included. `max_new_tokens` is the longest answer, by default the task's.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    budget: float = 0.2
+    read_budget: float | None = None
+    trials: int = 50
+    samples: int = 64
+    proof_samples: int = 100
+    finalists: int = 3
+    seed: int = 0
+    prune: bool = True
+    split: str = "search"
+    proof_split: str = "held-out"
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "read_budget"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 <= share <= 1.0:
+                raise UserError(f"{name} must be in [0, 1], a share of the dense prompt KV, got {share}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2^32 - 1], got {self.seed}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 2:
+            raise UserError(
+                f"max_new_tokens must be 2 or more, got {self.max_new_tokens}; "
+                "the first token comes from prefill, which no policy changes"
+            )
+        if self.split == self.proof_split:
+            raise UserError(f"split and proof_split must differ, got '{self.split}' for both")
