@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avlprof.api import trace
+from avlprof.errors import UserError
 from avlprof.models import LoadedModel, load_model
 from avlprof.tasks import Task, load_task
-from avlprof.traced import Run, latest_run
-from avlprof.tuning import Settings, Space, Tuned
+from avlprof.traced import RUNS, Run, latest_run
+from avlprof.tuning import Settings, Space, Tuned, read_meta
 from avlprof.tuning import tune as search
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def tune(
         trials: trials of the study in all.
         samples: samples of the search split that a trial is scored on.
         proof_samples: held-out samples of the final comparison.
-        run: the traced run whose profile shapes the policies; by default the newest below
-            `runs/` of this model and task, or one is made.
+        run: the traced run whose profile shapes the policies; by default that of the study in
+            `out`, else the newest below `runs/` of this model and task, or one is made.
         out: folder of the study; by default one below `studies/` named after what it searches.
         progress: called with the name of a phase, units done and units in all.
         on_trial: called with study and trial after each trial.
@@ -82,9 +84,9 @@ def tune(
             model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
     )
-    traced = _run(run, loaded, chosen, max_new_tokens, progress)
-    traced.check_model(loaded)
     folder = Path(out) if out is not None else STUDIES / study_name(loaded, chosen, settings)
+    traced = _run(run, folder, loaded, chosen, max_new_tokens, progress)
+    traced.check_model(loaded)
     return search(
         loaded, chosen, traced.profile(), folder, settings, space=space, progress=progress, on_trial=on_trial
     )
@@ -102,6 +104,7 @@ def study_name(loaded: LoadedModel, task: Task, settings: Settings) -> str:
 
 def _run(
     run: Run | Path | str | None,
+    folder: Path,
     loaded: LoadedModel,
     task: Task,
     max_new_tokens: int | None,
@@ -111,9 +114,22 @@ def _run(
         return run
     if run is not None:
         return Run.open(run)
-    known = latest_run(loaded=loaded, task=task.name)
+    known = _run_of_study(folder) or latest_run(loaded=loaded, task=task.name)
     if known is not None:
         return known
     tell = None if progress is None else (lambda done, total: progress("trace", done, total))
     few = len(task.samples("search", TRACED_SAMPLES))
     return trace(loaded, task, few, max_new_tokens=max_new_tokens, progress=tell)
+
+
+def _run_of_study(folder: Path) -> Run | None:
+    """The run below `runs/` that the study in a folder was begun with, if both are there."""
+    if not (folder / "study.json").is_file():
+        return None
+    wanted = read_meta(folder).run_hash
+    for path in sorted(RUNS.glob("*/meta.json")):
+        with contextlib.suppress(UserError):
+            run = Run.open(path.parent)
+            if run.directory.hash == wanted:
+                return run
+    return None

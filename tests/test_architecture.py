@@ -62,6 +62,13 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, module
 
 
+def attributes(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every `name.attribute` in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield node.lineno, f"{node.value.id}.{node.attr}"
+
+
 def test_every_part_has_its_place():
     parts = {part_of(path) for path in MODULES} - {"__init__", "testing"}
     assert parts == set(RANK)
@@ -84,27 +91,26 @@ def test_imports_point_down():
 
 def test_the_root_is_used_for_its_version_alone():
     """`import avlprof` inside the package must not open a way around the order."""
-    wrong = []
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "avlprof" and node.attr != "__version__":
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} uses avlprof.{node.attr}")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} uses {name}"
+        for path in MODULES
+        for line, name in attributes(path)
+        if name.startswith("avlprof.") and name != "avlprof.__version__"
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_nothing_unpickles_or_shows_a_figure():
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    calls = {("torch", "load"), ("torch", "save"), ("plt", "show"), ("np", "load"), ("pd", "read_pickle")}
+    calls = {"torch.load", "torch.save", "plt.show", "np.load", "pd.read_pickle"}
     wrong = []
     for path in MODULES:
         for line, name in imports(path):
             if name.split(".")[0] in modules:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if (node.value.id, node.attr) in calls:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} uses {node.value.id}.{node.attr}")
+        for line, name in attributes(path):
+            if name in calls:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} uses {name}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -81,14 +81,40 @@ def _figures(
     yield "step-drift", lambda: plots.step_drift(profile, share)
     yield "text-window", lambda: plots.text_window(profile)
     yield "vision-heatmap", lambda: _heatmap(run, sample, task)
+    yield "word-heatmaps", lambda: _words(run, sample, task)
 
 
 def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
     from avlprof.plots import vision_heatmap
 
-    rows = {str(row["sample"]): row for row in run.samples().to_dict("records")}
-    chosen = sample or next((name for name, row in rows.items() if row["grid_rows"] > 0), None)
-    if chosen is None or not rows[chosen]["grid_rows"]:
+    row = _sample_with_grid(run, sample)
+    name = str(row["sample"])
+    return vision_heatmap(run.pictures(name, task)[0], run.scores(name)["last"], _grid(row))
+
+
+def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
+    """Row j of the scores is what wrote token j: the prompt's last row, then the decoding steps."""
+    import numpy as np
+
+    from avlprof.plots import group_words, word_heatmaps
+    from avlprof.plots.words import PANELS
+
+    row = _sample_with_grid(run, sample)
+    name = str(row["sample"])
+    scores = run.scores(name)
+    rows = np.concatenate([scores["last"][None], scores["decode"]])
+    words, places = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
+    return word_heatmaps(run.pictures(name, task)[0], rows, _grid(row), words[:PANELS], steps=places[:PANELS])
+
+
+def _sample_with_grid(run: Run, sample: str | None) -> dict[Hashable, Any]:
+    rows = run.samples().to_dict("records")
+    fits = (r for r in rows if r["grid_rows"] > 0 and sample in (None, r["sample"]))
+    chosen = next(fits, None)
+    if chosen is None:
         raise UserError("the vision tokens of these samples lie in no single grid")
-    grid = (int(rows[chosen]["grid_rows"]), int(rows[chosen]["grid_cols"]))
-    return vision_heatmap(run.pictures(chosen, task)[0], run.scores(chosen)["last"], grid)
+    return chosen
+
+
+def _grid(row: dict[Hashable, Any]) -> tuple[int, int]:
+    return int(row["grid_rows"]), int(row["grid_cols"])

@@ -72,9 +72,9 @@ def tune(
     wrote = draw(found)
     print_proof(found, form)
     policy = found.folder / "policy.yaml"
-    finished(
-        [*wrote, found.folder / "proof.csv", policy], f"avlprof evaluate --policy {policy} --task {task}"
-    )
+    other = "" if model == "tiny" else f" --model {model}"
+    then = f"avlprof evaluate{other} --policy {policy} --task {task}"
+    finished([*wrote, found.folder / "proof.csv", policy], then)
 
 
 def _told() -> Any:

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from avlprof.runtime.context import Runtime, apply
     from avlprof.runtime.cache import AVLCache, LayerUse
+    from avlprof.runtime.context import Runtime, apply
 
 __all__ = ["AVLCache", "LayerUse", "Runtime", "apply"]
 

@@ -57,7 +57,7 @@ class Runtime:
             return out, call
         positions, mask = layer.attended()
         out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
-        shown = replace(call, mask=None, positions=positions.clone(), valid=mask)
+        shown = replace(call, mask=None, positions=positions, valid=mask)
         layer.after_step(call.query, call.scaling, call.softcap)
         return out, shown
 

@@ -19,8 +19,8 @@ from avlprof.attention.rows import group_mean, row_logits
 from avlprof.attention.selection import best
 from avlprof.attention.session import AttentionCall, Forward
 from avlprof.policy import Policy
-from avlprof.runtime.context import as_joint
 from avlprof.runtime.cache import row_plan
+from avlprof.runtime.context import as_joint
 from avlprof.runtime.dense import BufferedLayer
 from avlprof.runtime.layout import RowPlan
 

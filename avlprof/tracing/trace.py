@@ -148,6 +148,7 @@ def _trace_one(
             "prompt": sample.prompt,
             "references": list(sample.answers),
             "answer": adapter.decode(ids[:, length:])[0],
+            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(ids[0, length:].tolist()),
             "system": shape.system,
             "vision": shape.vision,
             "text": shape.text,

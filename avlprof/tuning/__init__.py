@@ -1,9 +1,11 @@
 """Search for the best policy at a budget, and prove it."""
 
-from avlprof.tuning.candidate import Budget, Candidate, Space
+from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.export import export_policy
-from avlprof.tuning.storage import StudyMeta, open_study, read_meta
-from avlprof.tuning.tune import Settings, Tuned, tune
+from avlprof.tuning.settings import Settings
+from avlprof.tuning.space import Space
+from avlprof.tuning.storage import StudyMeta, read_meta, read_study
+from avlprof.tuning.tune import Tuned, tune
 
 __all__ = [
     "Budget",
@@ -13,7 +15,7 @@ __all__ = [
     "StudyMeta",
     "Tuned",
     "export_policy",
-    "open_study",
     "read_meta",
+    "read_study",
     "tune",
 ]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from optuna import Trial
 
 from avlprof.allocators import Evidence, make_allocator, meet_budget, meet_read_budget, vision_share
-from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, ScorerSpec
-
-REFRESHES = (0, 1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -79,63 +74,3 @@ class Candidate:
         if budget.read is None:
             del values["refresh_interval"], values["compute_temperature"]
         return values
-
-
-@dataclass(frozen=True)
-class Space:
-    """What the search may choose from."""
-
-    allocators: tuple[str, ...] = ("uniform", "pyramid", "coverage", "sensitivity")
-    scorers: tuple[str, ...] = ("last_query", "instruction", "accumulated", "key_diversity", "value_norm")
-    heads: tuple[str, ...] = ("shared", "kv_head")
-    refreshes: tuple[int, ...] = REFRESHES
-
-    def suggest(self, trial: Trial, budget: Budget) -> Candidate:
-        """Ask a trial for a candidate."""
-        candidate = Candidate(
-            allocator=trial.suggest_categorical("allocator", self.allocators),
-            mix=trial.suggest_float("mix", 0.0, 1.0),
-            temperature=trial.suggest_float("temperature", 0.25, 4.0, log=True),
-            floor=trial.suggest_float("floor", 0.0, min(0.1, budget.memory)),
-            scorer=trial.suggest_categorical("scorer", self.scorers),
-            heads=trial.suggest_categorical("heads", self.heads),
-        )
-        if budget.read is None:
-            return candidate
-        return Candidate(
-            **{
-                **asdict(candidate),
-                "refresh_interval": trial.suggest_categorical("refresh_interval", self.refreshes),
-                "compute_temperature": trial.suggest_float("compute_temperature", 0.25, 4.0, log=True),
-            }
-        )
-
-    def starts(self) -> list[Candidate]:
-        """The first trials: every allocator as it is, and uniform with every scorer."""
-        known = [Candidate(allocator=name) for name in self.allocators]
-        known.append(Candidate(allocator="coverage", mix=0.2))
-        known += [Candidate(scorer=name) for name in self.scorers if name != "last_query"]
-        known += [Candidate(allocator="sensitivity", scorer=s) for s in self.scorers if s != "last_query"]
-        return known
-
-
-def feasible_refreshes(
-    evidence: Evidence, budget: Budget, wanted: Sequence[int] = REFRESHES
-) -> tuple[int, ...]:
-    """The refresh intervals at which uniform shares can meet both budgets.
-
-    Raises:
-        UserError: there is none; the message is that of the least reading one.
-    """
-    if budget.read is None:
-        return tuple(wanted)
-    found, last = [], None
-    for interval in wanted:
-        try:
-            Candidate(refresh_interval=interval).policy(evidence, budget)
-            found.append(interval)
-        except UserError as error:
-            last = error
-    if not found and last is not None:
-        raise last
-    return tuple(found)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from avlprof.policy import Policy, dump_policy, live_share, read_share
+from avlprof.allocators import Evidence
+from avlprof.errors import UserError
+from avlprof.policy import dump_policy, live_share, read_share
 from avlprof.runtime.forced import ForcedSet
-from avlprof.tuning.candidate import Budget, Space
+from avlprof.tuning.candidate import Budget
+from avlprof.tuning.space import Space
 
 
 @dataclass
@@ -21,13 +24,13 @@ class Objective:
     """
 
     forced: ForcedSet
-    evidence: object
+    evidence: Evidence
     budget: Budget
     space: Space
 
     def __call__(self, trial: optuna.Trial) -> float:
         candidate = self.space.suggest(trial, self.budget)
-        policy = candidate.policy(self.evidence, self.budget)  # type: ignore[arg-type]
+        policy = candidate.policy(self.evidence, self.budget)
         trial.set_user_attr("policy", dump_policy(policy))
         layers = policy.layers or 1
         prompts = list(self.budget.prompts)
@@ -42,9 +45,7 @@ class Objective:
                 break
         trial.set_user_attr("samples", len(seen))
         trial.set_user_attr("complete", len(seen) == len(self.forced.samples))
-        return float(np.mean(seen))
-
-
-def mean_kl(forced: ForcedSet, policy: Policy) -> float:
-    """Mean KL of a policy over the set's samples, in nat per answer token."""
-    return float(np.mean([score.kl for score in forced.score(policy)]))
+        mean = float(np.mean(seen))
+        if not np.isfinite(mean):
+            raise UserError(f"trial {trial.number} has no finite KL to dense ({mean}); try --dtype float32")
+        return mean

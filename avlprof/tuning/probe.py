@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from avlprof.allocators import Evidence
+from avlprof.errors import UserError
+from avlprof.files import write_text
 from avlprof.policy import Policy, ScorerSpec
 from avlprof.runtime.forced import ForcedSet
 
 LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
+SCORER = "instruction"
 
 
 def probe(
@@ -32,3 +39,24 @@ def probe(
             if progress:
                 progress(layer * len(below) + done + 1, layers * len(below))
     return damage
+
+
+def probed(
+    evidence: Evidence, forced: ForcedSet, path: Path, progress: Callable[[int, int], None] | None = None
+) -> Evidence:
+    """Evidence with damage curves, which are measured once and kept in a JSON file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.exists():
+        measured = probe(forced, evidence.layers, SCORER, progress)
+        write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        damage, levels = np.array(held["damage"], dtype=float), np.array(held["levels"], dtype=float)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
+    if damage.shape != (evidence.layers, len(levels)):
+        raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
+    return replace(evidence, damage=damage, damage_levels=levels)

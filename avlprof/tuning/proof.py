@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -12,15 +11,13 @@ from optuna.trial import FrozenTrial, TrialState
 import avlprof
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Evaluation, equal_bytes, evaluate
+from avlprof.evaluation import AnswerStore, Evaluation, equal_bytes, evaluate
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, Provenance, Score, ScorerSpec, live_share, read_share
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget
+from avlprof.tuning.settings import Settings
 from avlprof.versions import versions
-
-if TYPE_CHECKING:
-    from avlprof.tuning.tune import Settings
 
 PLAIN_SCORER = "last_query"
 
@@ -40,6 +37,29 @@ def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     return list(best.values())[:count]
 
 
+def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
+    """Baselines at the winner's live and read bytes, without those that do what the winner does.
+
+    `uniform` with A-VL's own scorer (`last_query`, one set a layer), `uniform, same scorer` with
+    the winner's, and `random`.
+    """
+    prompts, steps = budget.prompts, budget.answer_tokens
+    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
+    uniform, same = (
+        next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == "uniform"), policy)
+        for policy in (plain, winner)
+    )
+    random = [p for p in equal_bytes(winner, prompts, layers, steps) if p.name == "random"]
+    named = [("uniform", uniform), ("uniform, same scorer", same), *(("random", p) for p in random)]
+    hashes = {winner.hash}
+    found = []
+    for name, policy in named:
+        if policy.hash not in hashes:
+            hashes.add(policy.hash)
+            found.append(policy.model_copy(update={"name": name}))
+    return found
+
+
 def prove(
     loaded: LoadedModel,
     task: Task,
@@ -49,22 +69,11 @@ def prove(
     split: str,
     samples: int,
     max_new_tokens: int,
+    store: AnswerStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Generate on held-out samples: dense, the winner, and baselines at its bytes.
-
-    The baselines are uniform with A-VL's own scorer (`last_query`), uniform with the winner's
-    scorer, and random with three seeds, all at the winner's live and read bytes.
-    """
-    layers, steps = loaded.adapter.layers, budget.answer_tokens
-    rivals = {policy.name: policy for policy in equal_bytes(winner, budget.prompts, layers, steps)}
-    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
-    if winner.scorer.name != PLAIN_SCORER and "uniform" in rivals:
-        rivals["uniform, same scorer"] = rivals.pop("uniform")
-        rivals |= {
-            p.name: p for p in equal_bytes(plain, budget.prompts, layers, steps) if p.name == "uniform"
-        }
-    policies = [winner, *(policy.model_copy(update={"name": name}) for name, policy in rivals.items())]
+    """Generate on held-out samples: dense, the winner, and its `rivals`; random with three seeds."""
+    policies = [winner, *rivals(winner, budget, loaded.adapter.layers)]
     return evaluate(
         loaded,
         task,
@@ -75,6 +84,7 @@ def prove(
         batch_size=32,
         fidelity=False,
         latency=False,
+        store=store,
         progress=progress,
     )
 

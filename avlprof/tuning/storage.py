@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
 
 JOURNAL = "journal.log"
+NAME = "avlprof"
 
 
 class StudyMeta(BaseModel):
@@ -32,10 +34,12 @@ class StudyMeta(BaseModel):
     samples: int
     sample_hash: str
     max_new_tokens: int
+    dtype: str
     budget: float
     read_budget: float | None
     seed: int
     run_hash: str
+    space: dict[str, tuple[int | str, ...]]
 
     def differences(self, asked: StudyMeta) -> list[str]:
         """Fields in which another study differs, in words."""
@@ -56,54 +60,89 @@ def read_meta(folder: Path) -> StudyMeta:
         raise UserError(f"{folder / 'study.json'} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def claim_folder(folder: Path, meta: StudyMeta) -> None:
-    """Make the folder of a study, or check that the one there is the same study."""
+def check_folder(folder: Path, meta: StudyMeta) -> None:
+    """`UserError` unless the folder holds this study, or is new or empty."""
     if (folder / "study.json").exists():
         different = read_meta(folder).differences(meta)
         if different:
             raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another --out")
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
         raise UserError(f"{folder} is not empty and not a study; choose another --out")
-    write_text(folder / "study.json", meta.model_dump_json(indent=2) + "\n")
 
 
-def open_study(
-    folder: Path,
-    sampler: optuna.samplers.BaseSampler | None = None,
-    pruner: optuna.pruners.BasePruner | None = None,
-) -> optuna.Study:
+def claim_folder(folder: Path, meta: StudyMeta) -> None:
+    """Make the folder of a study, or check that the one there is the same study."""
+    check_folder(folder, meta)
+    if not (folder / "study.json").exists():
+        write_text(folder / "study.json", meta.model_dump_json(indent=2) + "\n")
+
+
+def mend_journal(folder: Path) -> None:
+    """Undo what a killed process left half done: its lock on the journal and a torn last line.
+
+    Only for a study that no other process works on.
+    """
+    journal = folder / JOURNAL
+    journal.with_name(f"{JOURNAL}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        written = journal.read_bytes()
+        whole = written.rfind(b"\n") + 1
+        if whole < len(written):
+            os.truncate(journal, whole)
+
+
+def open_study(folder: Path, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
     """The Optuna study of a folder, made when it is not there yet; lower values are better."""
     with quiet():
-        storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
         return optuna.create_study(
-            study_name="avlprof",
-            storage=storage,
-            sampler=sampler,
+            study_name=NAME,
+            storage=_storage(folder),
             pruner=pruner or optuna.pruners.NopPruner(),
             direction="minimize",
             load_if_exists=True,
         )
 
 
-def give_up_running(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Mark trials that a killed process left running as failed and queue their parameters again.
+def read_study(folder: Path) -> optuna.Study:
+    """The Optuna study of a folder, to look at; nothing is written.
+
+    Raises:
+        UserError: no trial was begun yet.
+    """
+    with quiet(), contextlib.suppress(KeyError):
+        if (folder / JOURNAL).exists():
+            return optuna.load_study(
+                study_name=NAME, storage=_storage(folder), pruner=optuna.pruners.NopPruner()
+            )
+    raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+
+
+def give_up_running(study: optuna.Study) -> list[FrozenTrial]:
+    """Mark the trials that a killed process left running as failed; returns them.
 
     Only for a study that no other process works on.
     """
-    left: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    left: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in left:
         study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
     return left
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna's own log lines are shown from warnings on, inside the context."""
+    """Optuna's own log lines are shown from errors on, inside the context.
+
+    Its warnings would print the traceback of a trial that stopped; the exception itself goes on.
+    """
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.WARNING)
+    optuna.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def _storage(folder: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))

@@ -12,9 +12,9 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
-from avlprof.tuning.candidate import Space
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.settings import Settings
+from avlprof.tuning.space import Space
 from avlprof.tuning.storage import give_up_running, mend_journal, open_study, quiet
 
 Told = Callable[[int, int], None]

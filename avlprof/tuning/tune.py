@@ -5,51 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Evaluation, generate_answers, paired_difference
-from avlprof.files import write_text
+from avlprof.evaluation import AnswerStore, Evaluation, generate_answers, paired_difference
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, parse_policy, save_policy
+from avlprof.runs.lock import FolderLock
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task
-from avlprof.tuning.candidate import Budget, Space, feasible_refreshes
+from avlprof.tuning.candidate import Budget
 from avlprof.tuning.objective import Objective
-from avlprof.tuning.probe import LEVELS, probe
+from avlprof.tuning.probe import probed
 from avlprof.tuning.proof import finalists, prove, with_provenance
-from avlprof.tuning.storage import StudyMeta, claim_folder, give_up_running, open_study, quiet
+from avlprof.tuning.settings import Settings
+from avlprof.tuning.space import Space
+from avlprof.tuning.storage import StudyMeta, check_folder, claim_folder
+from avlprof.tuning.trials import run_trials
 
 Progress = Callable[[str, int, int], None]
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to tune and how hard to try.
-
-    `samples` are of the search split, `proof_samples` of the held-out one; `trials` counts all
-    trials of the study, those of earlier calls included.
-    """
-
-    budget: float = 0.2
-    read_budget: float | None = None
-    trials: int = 50
-    samples: int = 64
-    proof_samples: int = 100
-    finalists: int = 3
-    seed: int = 0
-    prune: bool = True
-    split: str = "search"
-    proof_split: str = "held-out"
-    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +81,16 @@ def tune(
         on_trial: called with study and trial after each trial.
 
     Raises:
-        UserError: a budget is infeasible, or `folder` holds another study.
+        UserError: a budget is infeasible, the profile is of another model, no dense answer has
+            a second token, or `folder` holds another study or is worked on by another process.
     """
     settings, space = settings or Settings(), space or Space()
     tell = progress or (lambda phase, done, total: None)
     samples = task.samples(settings.split, settings.samples)
     limit = settings.max_new_tokens or task.max_new_tokens
     _check_same_model(loaded, profile)
-    claim_folder(folder, _meta(loaded, task, profile, samples, settings, limit))
+    meta = _meta(loaded, task, profile, samples, settings, space, limit)
+    check_folder(folder, meta)
     forced = ForcedSet.prepare(
         loaded,
         samples,
@@ -116,77 +98,68 @@ def tune(
         batch_size=BATCH,
         progress=lambda d, t: tell("dense answers", d, t),
     )
-    steps = max(round(forced.answer_tokens), 1)
-    budget = Budget(settings.budget, settings.read_budget, tuple(forced.shapes), steps)
+    budget = _budget(settings, forced)
     evidence = profile.evidence()
-    space = replace(space, refreshes=feasible_refreshes(evidence, budget, space.refreshes))
-    evidence = _probed(evidence, forced, folder, lambda d, t: tell("probe", d, t))
-    study = _search(settings, space, Objective(forced, evidence, budget, space), folder, tell, on_trial)
-    best = finalists(study, settings.finalists)
-    chosen, trial = _play_off(loaded, task, best, settings, limit, tell)
-    proof = prove(
-        loaded,
-        task,
-        chosen,
-        budget,
-        split=settings.proof_split,
-        samples=settings.proof_samples,
-        max_new_tokens=limit,
-        progress=lambda d, t: tell("proof", d, t),
-    )
-    winner = with_provenance(chosen, trial, loaded, task, profile, settings, budget, proof, folder.name)
-    save_policy(winner, folder / "policy.yaml")
-    proof.to_parquet(folder / "proof.parquet")
-    proof.to_csv(folder / "proof.csv")
+    space = space.within(budget, evidence.layers)
+    lock = FolderLock(folder)
+    try:
+        claim_folder(folder, meta)
+        if "sensitivity" in space.allocators:
+            evidence = probed(evidence, forced, folder / "probe.json", lambda d, t: tell("probe", d, t))
+        objective = Objective(forced, evidence, budget, space)
+        study = run_trials(
+            folder,
+            settings,
+            space,
+            objective,
+            progress=lambda d, t: tell("trials", d, t),
+            on_trial=on_trial,
+        )
+        store = AnswerStore(folder / "answers")
+        best = finalists(study, settings.finalists)
+        chosen, trial = _play_off(loaded, task, best, samples, limit, store, tell)
+        proof = prove(
+            loaded,
+            task,
+            chosen,
+            budget,
+            split=settings.proof_split,
+            samples=settings.proof_samples,
+            max_new_tokens=limit,
+            store=store,
+            progress=lambda d, t: tell("proof", d, t),
+        )
+        name = folder.resolve().name
+        winner = with_provenance(chosen, trial, loaded, task, profile, settings, budget, proof, name)
+        proof.to_parquet(folder / "proof.parquet")
+        proof.to_csv(folder / "proof.csv")
+        save_policy(winner, folder / "policy.yaml")
+    finally:
+        lock.release()
     return Tuned(winner, folder, study, proof)
 
 
-def _search(
-    settings: Settings,
-    space: Space,
-    objective: Objective,
-    folder: Path,
-    tell: Progress,
-    on_trial: Callable[[optuna.Study, FrozenTrial], None] | None,
-) -> optuna.Study:
-    with quiet():
-        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-        if settings.prune:
-            pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.05, n_startup_steps=8)
-        sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=10)
-        study = open_study(folder, sampler, pruner)
-        give_up_running(study)
-        for start in space.starts():
-            study.enqueue_trial(start.params(objective.budget), skip_if_exists=True)
-
-        def counted(current: optuna.Study, trial: FrozenTrial) -> None:
-            tell("trials", finished_trials(current), settings.trials)
-            if on_trial:
-                on_trial(current, trial)
-            if finished_trials(current) >= settings.trials:
-                current.stop()
-
-        tell("trials", finished_trials(study), settings.trials)
-        if finished_trials(study) < settings.trials:
-            study.optimize(objective, callbacks=[counted])
-    return study
-
-
-def finished_trials(study: optuna.Study) -> int:
-    """Trials that have a value."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+def _budget(settings: Settings, forced: ForcedSet) -> Budget:
+    """The budget, counted on the prompts and answers that trials are scored on."""
+    if not forced.answer_tokens:
+        raise UserError(
+            "every dense answer ends at its first token, which no policy changes; "
+            "choose a task with longer answers"
+        )
+    steps = max(round(forced.answer_tokens), 1)
+    return Budget(settings.budget, settings.read_budget, tuple(forced.shapes), steps)
 
 
 def _play_off(
     loaded: LoadedModel,
     task: Task,
     best: Sequence[FrozenTrial],
-    settings: Settings,
+    samples: Sequence[Sample],
     limit: int,
+    store: AnswerStore,
     tell: Progress,
 ) -> tuple[Policy, FrozenTrial]:
-    """Generate with the finalists on the search split; the task's metric decides, then the KL."""
-    samples = task.samples(settings.split, settings.samples)
+    """Generate with the finalists on the searched samples; the task's metric decides, then the KL."""
     ranked = []
     tell("finalists", 0, len(best) * len(samples))
     for index, trial in enumerate(best):
@@ -198,25 +171,13 @@ def _play_off(
             max_new_tokens=limit,
             batch_size=BATCH,
             metric=task.metric,
+            store=store,
             progress=lambda d, t, i=index: tell("finalists", i * t + d, len(best) * t),  # type: ignore[misc]
         )
         mean = sum(answer.score for answer in answers) / len(answers)
         ranked.append((-mean, trial.value, trial.number, policy, trial))
     *_, policy, trial = min(ranked, key=lambda entry: entry[:3])
     return policy, trial
-
-
-def _probed(
-    evidence: Evidence, forced: ForcedSet, folder: Path, tell: Callable[[int, int], None]
-) -> Evidence:
-    """Evidence with damage curves; they are kept beside the study and measured once."""
-    path = folder / "probe.json"
-    if path.exists():
-        damage = np.array(json.loads(path.read_text())["damage"])
-    else:
-        damage = probe(forced, evidence.layers, "instruction", tell)
-        write_text(path, json.dumps({"levels": LEVELS, "damage": damage.tolist()}, indent=1) + "\n")
-    return replace(evidence, damage=damage, damage_levels=np.array(LEVELS))
 
 
 def _check_same_model(loaded: LoadedModel, profile: Profile) -> None:
@@ -234,19 +195,22 @@ def _meta(
     profile: Profile,
     samples: Sequence[Sample],
     settings: Settings,
+    space: Space,
     limit: int,
 ) -> StudyMeta:
-    ids = json.dumps([sample.id for sample in samples])
+    asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
     return StudyMeta(
         model=loaded.source,
         model_hash=loaded.revision or "",
         task=task.name,
         split=settings.split,
         samples=len(samples),
-        sample_hash=hashlib.sha256(ids.encode()).hexdigest()[:16],
+        sample_hash=hashlib.sha256(asked.encode()).hexdigest()[:16],
         max_new_tokens=limit,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
         budget=settings.budget,
         read_budget=settings.read_budget,
         seed=settings.seed,
         run_hash=profile.meta.run_hash,
+        space=space.described(),
     )

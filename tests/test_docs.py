@@ -1,0 +1,47 @@
+"""The documentation: its Python runs as it stands, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+RUN = ("python.md", "runtime.md")
+"""Pages whose blocks are one program, run in order."""
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder of its own for whatever the page writes, and one thread: the tensors are small."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_blocks_of_a_page_run(page, elsewhere, capsys):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    names: dict[str, object] = {"__name__": "__main__"}
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    assert len(blocks) > 5
+    for block in blocks:
+        # blank lines put the block at its own line of the page, for the traceback
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(ROOT / "docs" / page), "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert not plt.get_fignums(), "a figure is returned, not left in pyplot"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
