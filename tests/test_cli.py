@@ -91,7 +91,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trce"], "unknown command 'trce'; did you mean trace?"),
+        (["trce"], "unknown command 'trce'; did you mean trace"),
         (["--bogus"], "--bogus"),
         (["trace", "--bogus"], "--bogus"),
         (["derive", "--budget", "much"], "'--budget'"),

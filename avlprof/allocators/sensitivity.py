@@ -29,9 +29,9 @@ class Sensitivity(Allocator):
         grid = np.linspace(0.0, 1.0, _STEPS + 1)
         curves = [_convex(evidence.damage_levels, row, grid) for row in evidence.damage]
         gains = np.stack([-np.diff(curve) for curve in curves])
-        order = np.argsort(-gains, axis=None, kind="stable")
+        order = np.argsort(-gains.T, axis=None, kind="stable")
         taken = order[: round(target * _STEPS * evidence.layers)]
-        counts = np.bincount(taken // _STEPS, minlength=evidence.layers)
+        counts = np.bincount(taken % evidence.layers, minlength=evidence.layers)
         return counts / _STEPS
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avlprof.policy import PromptShape
 from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.runtime.dense import BufferedLayer
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def cache_bytes(cache: Any) -> int:
 
 
 def storage_bytes(layer: Any) -> int:
-    """Bytes of the storage behind one layer's keys and values; 0 before its first token."""
+    """Bytes of the storage behind one layer, the bookkeeping of slots included; 0 before its first token."""
+    if isinstance(layer, BufferedLayer):
+        return layer.allocated_bytes()
     tensors = [states for states in (layer.keys, layer.values) if isinstance(states, Tensor)]
     return sum(states.untyped_storage().nbytes() for states in tensors)
 

@@ -7,8 +7,9 @@ Two stages, both resumable from the last checkpoint in the work directory:
 2. `joint`: the whole model answers packed questions; the tower is frozen for the first
    part, then follows slowly while the patch labels keep it in place.
 
-The learning rate is warm-up, constant, then linear decay over the last part, so a run
-that stands in the constant part can be given more or fewer images and goes on.
+The learning rate is warm-up, constant, then linear decay over the last part. A run goes on
+from its checkpoint with whatever number of images and rates it is then given; `--until` stops a
+stage early, so that a schedule can be changed at a known place.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Stage:
     muon_lr: float
     decay_share: float = 0.48
     warmup: int = 100  # steps
+    until: int | None = None  # stop after so many images, before the stage is complete
 
 
 class Trainer:
@@ -155,11 +157,12 @@ class Trainer:
         optimizers = self.optimizers(stage)
         step = self._load(stage, optimizers)
         steps = stage.images // stage.batch
+        stop = steps if stage.until is None else min(stage.until // stage.batch, steps)
         saved = started = time.monotonic()
         shown = step
         self.model.train()
         mean: dict[str, float] = {}
-        while step < steps:
+        while step < stop:
             rate = min(1.0, (step + 1) / stage.warmup, (steps - step) / (stage.decay_share * steps))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -193,7 +196,7 @@ class Trainer:
                 words = " ".join(f"{k} {v:.3f}" for k, v in sorted(mean.items()))
                 print(f"{stage.name} {step}/{steps} {speed:.1f} images/s rate {rate:.2f} {words}", flush=True)
                 started, shown = time.monotonic(), step
-            if time.monotonic() - saved > 60 * minutes_between_saves or step == steps:
+            if time.monotonic() - saved > 60 * minutes_between_saves or step == stop:
                 self._save(stage, step, optimizers)
                 saved = time.monotonic()
 
@@ -242,9 +245,12 @@ def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description="Train the embedded model from scratch.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints; resumes from it")
-    parser.add_argument("--tower-images", type=int, default=24_000)
-    parser.add_argument("--joint-images", type=int, default=36_000)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tower-images", type=int, default=20_000)
+    parser.add_argument("--joint-images", type=int, default=40_000)
+    parser.add_argument("--joint-adam-lr", type=float, default=8e-4)
+    parser.add_argument("--joint-muon-lr", type=float, default=5e-3)
+    parser.add_argument("--until", type=int, default=None, help="stop the joint stage after so many images")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path, default=None, help="also write the finished model here")
     args = parser.parse_args()
@@ -253,7 +259,16 @@ def main() -> None:
     trainer = Trainer(args.work, args.seed)
     if not (args.work / "joint.safetensors").exists():
         trainer.run(Stage("tower", args.tower_images, batch=8, adam_lr=1.5e-3, muon_lr=0.02))
-    trainer.run(Stage("joint", args.joint_images, batch=8, adam_lr=2e-3, muon_lr=0.02))
+    trainer.run(
+        Stage(
+            "joint",
+            args.joint_images,
+            batch=8,
+            adam_lr=args.joint_adam_lr,
+            muon_lr=args.joint_muon_lr,
+            until=args.until,
+        )
+    )
     if args.export:
         trainer.export(args.export)
 

@@ -1,0 +1,87 @@
+"""Every scorer: its conformance, and its formula on plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from avlprof.attention.modality import Modality
+from avlprof.errors import UserError
+from avlprof.policy import ScorerSpec
+from avlprof.scorers import SCORERS, make_scorer
+from avlprof.testing.scorers import ScorerConformance, random_prefill
+
+
+@pytest.mark.parametrize("name", SCORERS.names())
+class TestConformance(ScorerConformance):
+    @pytest.fixture(autouse=True)
+    def _named(self, name):
+        self.name = name
+
+    def make(self):
+        return make_scorer(ScorerSpec(name=self.name))
+
+
+def plain_weights(prefill, row, head, position):
+    """Causal softmax of one query over the real keys, in double precision."""
+    group = head // (prefill.query.shape[1] // prefill.key.shape[1])
+    valid = [j for j in range(position + 1) if prefill.modality[row, j] != Modality.PAD]
+    logits = torch.stack(
+        [(prefill.query[row, head, position].double() @ prefill.key[row, group, j].double()) for j in valid]
+    )
+    found = torch.zeros(prefill.modality.shape[1], dtype=torch.double)
+    found[valid] = (logits * prefill.scaling).softmax(0)
+    return found
+
+
+@pytest.mark.parametrize("name", ["last_query", "accumulated", "instruction"])
+def test_attention_scorers_sum_the_right_rows(name):
+    prefill = random_prefill((13, 9), seed=4)
+    scores = make_scorer(ScorerSpec(name=name)).score(prefill)
+    width = prefill.modality.shape[1]
+    for row in range(2):
+        real = (prefill.modality[row] != Modality.PAD).nonzero()[:, 0].tolist()
+        text = (prefill.modality[row] == Modality.TEXT).nonzero()[:, 0].tolist()
+        rows = {"last_query": [width - 1], "accumulated": real, "instruction": text}[name]
+        for head in (0, 5):
+            wanted = sum(plain_weights(prefill, row, head, p) for p in rows)
+            wanted = wanted / len(rows) if name == "instruction" else wanted
+            torch.testing.assert_close(scores[row, head].double()[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_accumulated_does_not_depend_on_its_blocks():
+    prefill = random_prefill((31, 20))
+    whole = make_scorer(ScorerSpec(name="accumulated")).score(prefill)
+    for block in (1, 7, 31):
+        parts = make_scorer(ScorerSpec(name="accumulated", options={"block": block})).score(prefill)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_key_diversity_is_the_negative_cosine_with_the_mean_direction():
+    prefill = random_prefill((15,), seed=2)
+    scores = make_scorer(ScorerSpec(name="key_diversity")).score(prefill)
+    vision = (prefill.modality[0] == Modality.VISION).nonzero()[:, 0].tolist()
+    for head in (0, 4):
+        keys = prefill.key[0, head // 3]
+        unit = [k / k.norm() for k in keys]
+        mean = sum(unit[j] for j in vision) / len(vision)
+        for j in vision:
+            assert scores[0, head, j] == pytest.approx(-float(unit[j] @ mean / mean.norm()), abs=1e-5)
+
+
+def test_random_draws_are_even_and_differ_between_seeds_and_layers():
+    prefill = random_prefill((4000,), heads=2, kv_heads=1)
+    first = make_scorer(ScorerSpec(name="random")).score(prefill)[0, 0]
+    other = make_scorer(ScorerSpec(name="random", options={"seed": 1})).score(prefill)[0, 0]
+    assert first.min() >= 0
+    assert first.max() < 1
+    assert first.mean() == pytest.approx(0.5, abs=0.03)
+    assert torch.corrcoef(torch.stack([first, other]))[0, 1].abs() < 0.06
+    assert torch.corrcoef(torch.stack([first[1:], first[:-1]]))[0, 1].abs() < 0.06
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(UserError, match="takes no options, got 'seed'"):
+        make_scorer(ScorerSpec(name="last_query", options={"seed": 1}))
+    with pytest.raises(UserError, match="did you mean seed"):
+        make_scorer(ScorerSpec(name="random", options={"sed": 1}))
