@@ -23,18 +23,18 @@ class Modality(IntEnum):
     GENERATED = 3
 
 
+_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 MODALITIES = ("system", "vision", "text", "generated")
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:
     """Ids that stand for one vision token each in a processed prompt, from the model's config."""
-    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id"))
-    found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
+    found = tuple(
+        dict.fromkeys(int(token) for name in _IDS if (token := getattr(config, name, None)) is not None)
+    )
     if not found:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise UserError(
-            f"a model of type '{kind}' names no image token in its config, so it has no vision tokens"
-        )
+        raise UserError(f"model type '{kind}' has no vision tokens in its prompt; use a model that has")
     return found
 
 

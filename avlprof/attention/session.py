@@ -10,90 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
+from avlprof.attention.kernels import stock_kernel
 from avlprof.attention.modality import Modality, modality_map, vision_token_ids
 from avlprof.errors import UserError
 
 NAME = "avlprof"
 _SESSION = "_avlprof_session"
-Kernel = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What a layer's attention was handed.
-
-    `query [B, H, q, D]`, `key` and `value [B, Hkv, n, D]` are post-RoPE; `mask` is bool
-    `[B, 1, q, kv]` or None; `positions [B, 1 or Hkv, n]` are the logical positions of the key
-    columns, or None when column and position are the same.
-    """
-
-    layer: int
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-    softcap: float | None
-    kernel: Kernel
-    options: dict[str, Any]
-    positions: Tensor | None = None
-    valid: Tensor | None = None
-
-    def stock(self) -> Tensor:
-        """Output `[B, q, H, D]` of the implementation that the model had before the switch."""
-        mask = self.mask
-        return self.kernel(
-            self.module, self.query, self.key, self.value, mask, scaling=self.scaling, **self.options
-        )[0]
-
-
-@dataclass
-class Forward:
-    """One forward pass of the switched model.
-
-    `modality [B, n]` covers every position seen so far, this pass included; the last `new`
-    are this pass's. `step` is 0 in prefill and counts decoding passes from 1.
-    """
-
-    modality: Tensor
-    new: int
-    step: int
-
-
-class Observer(Protocol):
-    """Listens to the attention of a switched model."""
-
-    def begin(self, forward: Forward) -> None:
-        """Called before each forward pass."""
-
-    def attended(self, forward: Forward, call: AttentionCall) -> None:
-        """Called after each layer's attention, with the keys that it attended to."""
-
-
-class AttentionRuntime(Protocol):
-    """Takes over the cache and the attention of a switched model."""
-
-    def new_cache(self) -> Any:
-        """A fresh cache for a new sequence."""
-
-    def owns(self, cache: Any) -> bool:
-        """Whether a cache was made by this runtime."""
-
-    def attend(self, forward: Forward, cache: Any, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
-        """The layer's output `[B, q, H, D]`, and the call as the observers should see it."""
 
 
 @dataclass
@@ -253,7 +186,7 @@ def switched(
 def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     text_config: Any = decoder.config
     before: str = text_config._attn_implementation
-    session = Session(model, _kernel(decoder, before))
+    session = Session(model, stock_kernel(decoder, before))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -301,41 +234,3 @@ def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> 
             f"the attention of {type(model).__name__} cannot be switched; it does not use transformers' "
             "attention interface"
         )
-
-
-def _kernel(decoder: nn.Module, name: str) -> Kernel:
-    """The function behind an implementation's name; eager lives in the modeling file."""
-    if name in ("eager", None):
-        attention = next(
-            (m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")), decoder
-        )
-        eager: Kernel | None = getattr(
-            sys.modules[type(attention).__module__], "eager_attention_forward", None
-        )
-        if eager is None:
-            raise UserError(f"{type(decoder).__name__} has no eager attention function; load it with sdpa")
-        return _with_float_mask(eager)
-    if name not in ("sdpa",):
-        raise UserError(
-            f"attention implementation '{name}' is not supported; load the model with sdpa or eager"
-        )
-    kernel: Kernel = ALL_ATTENTION_FUNCTIONS[name]
-    return kernel
-
-
-def _with_float_mask(eager: Kernel) -> Kernel:
-    """Eager functions add a float mask and need the causal one spelled out."""
-
-    def run(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        new, total = query.shape[2], key.shape[2]
-        if mask is None and new > 1 and getattr(module, "is_causal", True):
-            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)[None, None]
-        if mask is not None and mask.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-        options.setdefault("dropout", 0.0)
-        return eager(module, query, key, value, mask, **options)
-
-    return run

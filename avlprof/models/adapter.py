@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
-
-_VISION_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ class Adapter:
     @cached_property
     def vision_token_ids(self) -> tuple[int, ...]:
         """Token ids that stand for one vision token each, of images and of videos."""
-        found = [getattr(self.model.config, name, None) for name in _VISION_IDS]
-        return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+        return vision_token_ids(self.model.config)
 
     @cached_property
     def sliding_layers(self) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.packed import packed_attention
-from avlprof.attention.session import AttentionCall, Forward, switched
+from avlprof.attention.session import switched
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.cache import AVLCache

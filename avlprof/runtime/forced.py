@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.rows import group_mean
-from avlprof.attention.session import AttentionCall, Forward, switched
+from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced_attention import ForcedRuntime, PromptLayer

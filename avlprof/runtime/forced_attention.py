@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality, prompt_shapes
 from avlprof.attention.rows import group_mean, row_logits
 from avlprof.attention.selection import best
-from avlprof.attention.session import AttentionCall, Forward
 from avlprof.policy import Policy
 from avlprof.runtime.cache import row_plan
 from avlprof.runtime.context import as_joint

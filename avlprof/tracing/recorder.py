@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.rows import row_weights
-from avlprof.attention.session import AttentionCall, Forward, switched
+from avlprof.attention.session import switched
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.record import RowRecord
 

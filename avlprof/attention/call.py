@@ -1,0 +1,77 @@
+"""One layer's attention as it is handed over, and who may listen or take over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer's attention was handed.
+
+    `query [B, H, q, D]`, `key` and `value [B, Hkv, n, D]` are post-RoPE; `mask` is bool
+    `[B, 1, q, kv]` or None; `positions [B, 1 or Hkv, n]` are the logical positions of the key
+    columns, or None when column and position are the same.
+    """
+
+    layer: int
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    kernel: Kernel
+    options: dict[str, Any]
+    positions: Tensor | None = None
+    valid: Tensor | None = None
+
+    def stock(self) -> Tensor:
+        """Output `[B, q, H, D]` of the implementation that the model had before the switch."""
+        mask = self.mask
+        return self.kernel(
+            self.module, self.query, self.key, self.value, mask, scaling=self.scaling, **self.options
+        )[0]
+
+
+@dataclass
+class Forward:
+    """One forward pass of the switched model.
+
+    `modality [B, n]` covers every position seen so far, this pass included; the last `new`
+    are this pass's. `step` is 0 in prefill and counts decoding passes from 1.
+    """
+
+    modality: Tensor
+    new: int
+    step: int
+
+
+class Observer(Protocol):
+    """Listens to the attention of a switched model."""
+
+    def begin(self, forward: Forward) -> None:
+        """Called before each forward pass."""
+
+    def attended(self, forward: Forward, call: AttentionCall) -> None:
+        """Called after each layer's attention, with the keys that it attended to."""
+
+
+class AttentionRuntime(Protocol):
+    """Takes over the cache and the attention of a switched model."""
+
+    def new_cache(self) -> Any:
+        """A fresh cache for a new sequence."""
+
+    def owns(self, cache: Any) -> bool:
+        """Whether a cache was made by this runtime."""
+
+    def attend(self, forward: Forward, cache: Any, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
+        """The layer's output `[B, q, H, D]`, and the call as the observers should see it."""
