@@ -74,30 +74,31 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
     cols = min(len(info.panels), COLUMNS)
     bands = math.ceil(len(info.panels) / cols)
     with theme():
-        size = (max(9.0, 1.2 + 3.9 * cols), 6.4 * bands)
+        spoken = any(panel.text is not None for panel in info.panels)
+        size = (max(9.0, 1.2 + 3.9 * cols), (6.4 if spoken else 4.6) * bands)
         one = len(info.panels) == 1
         title = (
             f"What policy “{info.panels[0].name}” keeps in each layer" if one else "What each policy keeps"
         )
-        figure = new_figure(title, "", size)
-        axes = figure.subplots(2 * bands, cols, squeeze=False, height_ratios=[2, 1] * bands)
+        note = "" if spoken or any(panel.joint for panel in info.panels) else "all text stays"
+        figure = new_figure(title, note, size)
+        rows = 2 if spoken else 1
+        axes = figure.subplots(rows * bands, cols, squeeze=False, height_ratios=[2, 1][:rows] * bands)
         longest = _longest_window(info)
         for place in range(bands * cols):
             band, col = divmod(place, cols)
-            vision, text = axes[2 * band][col], axes[2 * band + 1][col]
+            own = [axes[rows * band + row][col] for row in range(rows)]
             if place >= len(info.panels):
-                vision.set_axis_off()
-                text.set_axis_off()
+                for ax in own:
+                    ax.set_axis_off()
                 continue
-            _draw_vision(info.panels[place], info, vision, named=not one)
-            _draw_text(info.panels[place], info, text, longest)
-        handles = [axes[0][0].bar(0, 0, color=colour) for colour in (STORED, COMPUTED, SPOKEN)]
-        figure.legend(
-            handles,
-            ["Kept in memory", "Read at every step", "Text kept"],
-            loc="outside lower center",
-            ncols=3,
-        )
+            _draw_vision(info.panels[place], info, own[0], named=not one, label=not spoken)
+            if spoken:
+                _draw_text(info.panels[place], info, own[1], longest)
+        named = {"Kept in memory": STORED, "Read at every step": COMPUTED}
+        named |= {"Text kept": SPOKEN} if spoken else {}
+        handles = [axes[0][0].bar(0, 0, color=colour) for colour in named.values()]
+        figure.legend(handles, list(named), loc="outside lower center", ncols=len(named))
         return figure
 
 
@@ -120,7 +121,7 @@ def _longest_window(info: PolicyInfo) -> float:
     return max(windows, default=1.0)
 
 
-def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool) -> None:
+def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool, label: bool) -> None:
     where = list(range(info.layers))
     ax.bar(where, panel.keep, 0.82, color=STORED)
     ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED)
@@ -130,7 +131,7 @@ def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool) ->
     ax.set_title(f"{panel.name}\n{how}".strip() if named else how, fontsize=13)
     ax.set_ylabel("Prompt KV" if panel.joint else "Vision KV")
     percent_axis(ax, "y")
-    _layers(ax, info, label=False)
+    _layers(ax, info, label)
 
 
 def _draw_text(panel: PolicyPanel, info: PolicyInfo, ax: Axes, longest: float) -> None:
