@@ -30,6 +30,7 @@ FIRST_WORD: Final = 4
 VOCABULARY: Final = 101
 
 Pixels = Callable[[int, torch.Generator, bool], tuple[list[int], dict[str, Tensor]]]
+Companions = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class TinyCase:
     """One row of the test matrix: a random model in eval mode and a maker of its inputs.
 
     `pixels(images, generator, uneven)` gives the number of vision tokens of each image and the
-    pixel tensors of all of them; with `uneven` the images may differ in size.
+    pixel tensors of all of them; with `uneven` the images may differ in size. `companions(ids)`
+    gives what the family takes beside the ids of prompts with images, `[batch, tokens]` each.
     """
 
     name: str
     model: Any
     vision_token_ids: tuple[int, ...]
     pixels: Pixels
+    companions: Companions = lambda ids: {}
 
     def inputs(
         self,
@@ -62,8 +65,7 @@ class TinyCase:
 
         Returns:
             `input_ids` and `attention_mask`, int64 [batch, tokens]; `pixel_values` and the
-            family's companions of them, absent if no row has an image. `mm_token_type_ids`,
-            where the family takes it, is int64 [batch, tokens].
+            family's companions of them and of the ids, absent if no row has an image.
         """
         generator = torch.Generator().manual_seed(seed)
         counts = [images_per_row] * batch if isinstance(images_per_row, int) else list(images_per_row)
@@ -79,8 +81,8 @@ class TinyCase:
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if "image_grid_thw" in extra:
-            inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+        if extra:
+            inputs |= self.companions(ids)
         for name, value in extra.items():
             inputs[name] = value.to(self.model.dtype) if value.is_floating_point() else value
         return {name: value.to(self.model.device) for name, value in inputs.items()}
@@ -120,7 +122,7 @@ def random_llava(
         }
 
     name = f"llava-{heads}q{kv_heads}kv"
-    return TinyCase(name, _finish(LlavaForConditionalGeneration, config, seed), (IMAGE,), pixels)
+    return TinyCase(name, finished(LlavaForConditionalGeneration, config, seed), (IMAGE,), pixels)
 
 
 def random_qwen2_5_vl(
@@ -168,7 +170,8 @@ def random_qwen2_5_vl(
         return cells.prod(dim=1).tolist(), {"pixel_values": values, "image_grid_thw": grids}
 
     name = f"qwen2_5_vl-{heads}q{kv_heads}kv"
-    return TinyCase(name, _finish(Qwen2_5_VLForConditionalGeneration, config, seed), (IMAGE, VIDEO), pixels)
+    model = finished(Qwen2_5_VLForConditionalGeneration, config, seed)
+    return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"))
 
 
 def cases() -> list[tuple[str, Callable[[], TinyCase]]]:
@@ -190,7 +193,13 @@ def _row(words: int, sizes: list[int], generator: torch.Generator) -> list[int]:
     return row if sizes else row + rest
 
 
-def _finish(kind: Any, config: Any, seed: int) -> Any:
+def image_types(name: str) -> Companions:
+    """Companions of one tensor `name`, int64: 1 on image tokens and 0 elsewhere."""
+    return lambda ids: {name: (ids == IMAGE).long()}
+
+
+def finished(kind: Any, config: Any, seed: int) -> Any:
+    """A model of class `kind` in eval mode, its weights spread as the module says."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).eval()
