@@ -41,10 +41,17 @@ def per_layer(value, layer):
 
 
 class Oracle:
-    """Eager attention of one row under a policy; `vision` and `system` come from the prompt."""
+    """Eager attention of one row under a policy; `vision` and `system` come from the prompt.
 
-    def __init__(self, model, policy: Policy, vision_ids: tuple[int, ...]) -> None:
+    `answer_types` are the token types that the model gives to generated tokens. The prompt attends
+    by the model's own mask where it makes one; sliding layers do so throughout.
+    """
+
+    def __init__(
+        self, model, policy: Policy, vision_ids: tuple[int, ...], answer_types: dict[str, int] | None = None
+    ) -> None:
         self.model, self.policy, self.vision_ids = model, policy, vision_ids
+        self.answer_types = {"mm_token_type_ids": 0} | (answer_types or {})
 
     def run(self, inputs: dict[str, Tensor], answer: list[int]) -> tuple[Tensor, Trace]:
         """Logits `[len(answer) + 1, V]` of the tokens behind the prompt, and the sets."""
@@ -57,20 +64,22 @@ class Oracle:
         full = dict(inputs)
         full["input_ids"] = torch.tensor([prompt + answer])
         full["attention_mask"] = torch.ones_like(full["input_ids"])
-        if "mm_token_type_ids" in full:
-            extra = torch.zeros(1, len(answer), dtype=torch.long)
-            full["mm_token_type_ids"] = torch.cat([full["mm_token_type_ids"], extra], dim=1)
+        for name, kind in self.answer_types.items():
+            if name in full:
+                extra = torch.full((1, len(answer)), kind)
+                full[name] = torch.cat([full[name], extra], dim=1)
         AttentionInterface.register("test_oracle", self._attention)
         AttentionMaskInterface.register("test_oracle", sdpa_mask)
+        before = self.model.config.get_text_config()._attn_implementation
         self.model.set_attn_implementation({"text_config": "test_oracle"})
         try:
             with torch.no_grad():
                 logits = self.model(**full, use_cache=False).logits[0, self.length - 1 :]
         finally:
-            self.model.set_attn_implementation({"text_config": "sdpa"})
+            self.model.set_attn_implementation({"text_config": before})
         return logits, self.trace
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def _attention(self, module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
         layer = module.layer_idx
         heads, groups = query.shape[1], key.shape[1]
         k = key.repeat_interleave(heads // groups, dim=1)[0].double()
@@ -78,11 +87,16 @@ class Oracle:
         q = query[0].double()
         total = q.shape[1]
         logits = q @ k.mT * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         out = torch.zeros(heads, total, v.shape[-1], dtype=torch.double)
-        prompt = logits[:, : self.length].masked_fill(
-            torch.ones(self.length, total, dtype=torch.bool).triu(1), -math.inf
-        )
-        weights = prompt.softmax(-1)
+        seen = torch.ones(total, total, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            seen = attention_mask[0, 0]
+        if getattr(module, "sliding_window", None) is not None:
+            out = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
+            return out.transpose(0, 1)[None].to(query.dtype), None
+        weights = logits[:, : self.length].masked_fill(~seen[: self.length], -math.inf).softmax(-1)
         out[:, : self.length] = weights @ v
         self._scan(layer, heads // groups, logits, weights, v, out)
         return out.transpose(0, 1)[None].to(query.dtype), None
