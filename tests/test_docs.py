@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
-RUN = ("python.md", "runtime.md")
+RUN = ("docs/python.md", "docs/runtime.md", "README.md")
 """Pages whose blocks are one program, run in order."""
 
 
@@ -26,16 +26,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_blocks_of_a_page_run(page, elsewhere, capsys):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+def test_the_blocks_of_a_page_run(page, elsewhere):
+    text = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "__main__"}
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
-    assert len(blocks) > 5
+    assert blocks
     for block in blocks:
         # blank lines put the block at its own line of the page, for the traceback
         line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(ROOT / "docs" / page), "exec"), names)
-    assert capsys.readouterr().out.strip()
+        exec(compile("\n" * line + block[1], str(ROOT / page), "exec"), names)
     assert not plt.get_fignums(), "a figure is returned, not left in pyplot"
 
 

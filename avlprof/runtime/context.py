@@ -51,10 +51,7 @@ class Runtime:
         if layer.filling:
             out = call.stock()
             modality = as_joint(forward.modality) if self.policy.joint else forward.modality
-            prefill = Prefill(
-                call.query, call.key, call.value, modality, call.scaling, call.layer, call.softcap
-            )
-            layer.compact(prefill, cache.row_plans(call.layer))
+            layer.compact(Prefill.of(call, modality), cache.row_plans(call.layer))
             return out, call
         positions, mask = layer.attended()
         out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)

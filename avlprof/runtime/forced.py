@@ -56,9 +56,7 @@ class _Capture:
     def attended(self, forward: Forward, call: AttentionCall) -> None:
         """Keep one layer; layers come in order."""
         self.layers.append(PromptLayer(call.key, call.value))
-        prefill = Prefill(
-            call.query, call.key, call.value, forward.modality, call.scaling, call.layer, call.softcap
-        )
+        prefill = Prefill.of(call, forward.modality)
         for name, scorer in self.scorers.items():
             self.scores[name].append(scorer.score(prefill))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import Modality
 from avlprof.attention.rows import causal_rows, gather_rows, row_weights
 
@@ -17,7 +18,9 @@ class Prefill:
     """One layer right after it attended to the prompt.
 
     `query [B, H, N, D]`, `key` and `value [B, Hkv, N, D]` are post-RoPE, `modality [B, N]`
-    holds `Modality` codes (padding included), `layer` counts from 0.
+    holds `Modality` codes (padding included), `layer` counts from 0. `mask` is what the layer
+    attended by, bool `[B or 1, 1, N, N]`; without one it was causal, or with `causal` False
+    every token saw every other.
     """
 
     query: Tensor
@@ -27,6 +30,23 @@ class Prefill:
     scaling: float
     layer: int
     softcap: float | None = None
+    mask: Tensor | None = None
+    causal: bool = True
+
+    @classmethod
+    def of(cls, call: AttentionCall, modality: Tensor) -> Prefill:
+        """The prompt that a layer was just handed; `modality [B, N]`."""
+        return cls(
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            modality=modality,
+            scaling=call.scaling,
+            layer=call.layer,
+            softcap=call.softcap,
+            mask=call.mask,
+            causal=bool(getattr(call.module, "is_causal", True)),
+        )
 
     @property
     def valid(self) -> Tensor:
@@ -40,9 +60,19 @@ class Prefill:
         return torch.where(self.valid, positions, -1).amax(dim=1)
 
     def weights(self, rows: Tensor) -> Tensor:
-        """Causal attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""
-        mask = causal_rows(rows, self.valid)
-        return row_weights(gather_rows(self.query, rows), self.key, self.scaling, mask, self.softcap)
+        """Attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""
+        seen = self._seen(rows)
+        return row_weights(gather_rows(self.query, rows), self.key, self.scaling, seen, self.softcap)
+
+    def _seen(self, rows: Tensor) -> Tensor:
+        """bool `[B, 1, R, N]`: which keys the rows attend to."""
+        if self.mask is not None:
+            mask = self.mask.expand(rows.shape[0], -1, -1, -1)
+            index = rows[:, None, :, None].expand(-1, -1, -1, mask.shape[-1])
+            return mask.gather(2, index) & self.valid[:, None, None]
+        if self.causal:
+            return causal_rows(rows, self.valid)
+        return self.valid[:, None, None]
 
 
 class Scorer(ABC):
