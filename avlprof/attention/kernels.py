@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avlprof.attention.call import Kernel
@@ -37,15 +38,22 @@ def stock_kernel(decoder: nn.Module, name: str) -> Kernel:
     return kernel
 
 
+def explicit_mask(*args: Any, **options: Any) -> Tensor | None:
+    """The mask that transformers gives eager attention, as booleans: causal rows are spelled out.
+
+    Without one sdpa follows `module.is_causal`, which eager functions never read; on a model that
+    says False the two differ.
+    """
+    mask: Tensor | None = sdpa_mask(*args, **options | {"allow_is_causal_skip": False})
+    return mask
+
+
 def _with_float_mask(eager: Kernel) -> Kernel:
-    """Eager functions add a float mask and need the causal one spelled out."""
+    """Eager functions add a float mask."""
 
     def run(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        new, total = query.shape[2], key.shape[2]
-        if mask is None and new > 1 and getattr(module, "is_causal", True):
-            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)[None, None]
         if mask is not None and mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)

@@ -21,11 +21,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
-from avlprof.attention.kernels import stock_kernel
+from avlprof.attention.kernels import explicit_mask, stock_kernel
 from avlprof.attention.modality import Modality, modality_map, vision_token_ids
 from avlprof.errors import UserError
 
-NAME = "avlprof"
+NAMES = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
 _SESSION = "_avlprof_session"
 
 
@@ -188,8 +188,9 @@ def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     before: str = text_config._attn_implementation
     session = Session(model, stock_kernel(decoder, before))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name, mask in zip(NAMES.values(), (sdpa_mask, explicit_mask), strict=True):
+        AttentionInterface.register(name, _attention)
+        AttentionMaskInterface.register(name, mask)
     hooks = [
         model.register_forward_pre_hook(session.before, with_kwargs=True),
         model.register_forward_hook(session.after, with_kwargs=True, always_call=True),
@@ -197,7 +198,7 @@ def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     try:
         for module in (decoder, *modules):
             setattr(module, _SESSION, session)
-        _set_implementation(model, text_config, NAME)
+        _set_implementation(model, text_config, NAMES[before or "eager"])
         yield session
     finally:
         for hook in hooks:

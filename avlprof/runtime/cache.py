@@ -47,10 +47,9 @@ class AVLCache(Cache):
     def __init__(self, policy: Policy, text_config: Any) -> None:
         self.policy = policy
         self.rows: list[PromptShape] = []
-        template = DynamicCache(config=text_config).layers
-        count = len(template)
-        policy.check_layers(count)
-        super().__init__(layers=[_layer(policy, i, count, layer) for i, layer in enumerate(template)])
+        stock = stock_layers(text_config)
+        policy.check_layers(len(stock))
+        super().__init__(layers=[_layer(policy, i, len(stock), layer) for i, layer in enumerate(stock)])
 
     def plan(self, modality: Tensor) -> None:
         """Fix the token counts of every row from the prompt's modality map `[B, N]`."""
@@ -113,14 +112,35 @@ class AVLCache(Cache):
         self.rows = [shape for shape in self.rows for _ in range(repeats)]
 
 
-def _layer(policy: Policy, index: int, count: int, template: Any) -> Any:
-    if isinstance(template, DynamicSlidingWindowLayer):
-        return template
-    if type(template) is not DynamicLayer:
+def stock_layers(text_config: Any) -> list[Any]:
+    """The stock cache's layers: full attention, or a sliding window that policies leave as it is.
+
+    Raises:
+        UserError: a layer keeps its state in another way, or all of them are sliding.
+    """
+    layers = DynamicCache(config=text_config).layers
+    if layers and all(is_sliding(layer) for layer in layers):
         raise UserError(
-            f"layer {index} keeps its state in a {type(template).__name__}; "
-            "policies act on full-attention layers"
+            "every layer attends by a sliding window, which policies leave as it is; "
+            "use a model with full-attention layers"
         )
+    for index, layer in enumerate(layers):
+        if not is_sliding(layer) and type(layer) is not DynamicLayer:
+            raise UserError(
+                f"layer {index} keeps its state in a {type(layer).__name__}; "
+                "policies act on full-attention layers"
+            )
+    return list(layers)
+
+
+def is_sliding(layer: Any) -> bool:
+    """Whether a stock layer holds a sliding window."""
+    return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def _layer(policy: Policy, index: int, count: int, stock: Any) -> Any:
+    if is_sliding(stock):
+        return stock
     if is_dense(policy, index, count):
         return DenseLayer()
     return AdaptiveLayer(make_scorer(policy.scorer), policy.refresh_interval, policy.heads == "kv_head")

@@ -97,7 +97,8 @@ class ForcedBatch:
         scores = self._scored(policy.scorer)
         groups = self._prompts[0].key.shape[1] if policy.heads == "kv_head" else 1
         reduced = [group_mean(s, groups) for s in scores]
-        runtime = ForcedRuntime(policy, self._prompts, reduced, self.modality)
+        text_config = self.model.config.get_text_config(decoder=True)
+        runtime = ForcedRuntime(policy, self._prompts, reduced, self.modality, text_config)
         cache = runtime.new_cache()
         with switched(self.model, runtime=runtime) as session:
             session.adopt(cache, self.modality)

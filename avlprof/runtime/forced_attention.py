@@ -9,6 +9,7 @@ every policy and never copied.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from avlprof.attention.modality import Modality, prompt_shapes
 from avlprof.attention.rows import group_mean, row_logits
 from avlprof.attention.selection import best
 from avlprof.policy import Policy
-from avlprof.runtime.cache import row_plan
+from avlprof.runtime.cache import is_sliding, row_plan, stock_layers
 from avlprof.runtime.context import as_joint
 from avlprof.runtime.dense import BufferedLayer
 from avlprof.runtime.layout import RowPlan
@@ -57,13 +58,23 @@ class ForcedCache(Cache):
 class ForcedRuntime:
     """Attention of all answer rows under a policy, against prompts that were prefilled once.
 
-    `scores` are the policy's scorer's, `[B, G, N]` per layer.
+    `scores` are the policy's scorer's, `[B, G, N]` per layer. Layers with a sliding window attend
+    by it, whatever the policy says.
+
+    Raises:
+        UserError: a layer of `text_config`'s model attends in yet another way.
     """
 
     def __init__(
-        self, policy: Policy, prompts: list[PromptLayer], scores: list[Tensor], modality: Tensor
+        self,
+        policy: Policy,
+        prompts: list[PromptLayer],
+        scores: list[Tensor],
+        modality: Tensor,
+        text_config: Any,
     ) -> None:
         self.policy, self.prompts, self.scores = policy, prompts, scores
+        self.sliding = [is_sliding(layer) for layer in stock_layers(text_config)]
         self.modality = as_joint(modality) if policy.joint else modality
         self.shapes = prompt_shapes(self.modality)
 
@@ -78,8 +89,6 @@ class ForcedRuntime:
     def attend(self, forward: Forward, cache: object, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """Output `[B, T, H, D]` of every answer row over what the policy lets it see."""
         prompt = self.prompts[call.layer]
-        layers = len(self.prompts)
-        plans = [row_plan(self.policy, shape, call.layer, layers) for shape in self.shapes]
         logits = torch.cat(
             [
                 row_logits(call.query, prompt.key, call.scaling, call.softcap),
@@ -87,15 +96,21 @@ class ForcedRuntime:
             ],
             dim=-1,
         )
-        groups = self.scores[call.layer].shape[1]
-        always = _always_visible(self.modality, plans, logits.shape[2])
-        kept, cores = self._vision_sets(call.layer, plans, logits, always)
-        visible = self._visible(always, kept, cores)
-        heads = logits.shape[1] // groups
-        weights = logits.masked_fill(~visible.repeat_interleave(heads, dim=1), float("-inf")).softmax(dim=-1)
+        visible = call.mask if self.sliding[call.layer] else self._governed(call.layer, logits)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, float("-inf"))
+        weights = logits.softmax(dim=-1)
         length = prompt.key.shape[2]
         out = _mix(weights[..., :length], prompt.value) + _mix(weights[..., length:], call.value)
         return out.transpose(1, 2).to(call.query.dtype), call
+
+    def _governed(self, layer: int, logits: Tensor) -> Tensor:
+        """bool `[B, H, T, N + T]`: what each answer row sees in a layer under the policy."""
+        plans = [row_plan(self.policy, shape, layer, len(self.prompts)) for shape in self.shapes]
+        always = _always_visible(self.modality, plans, logits.shape[2])
+        kept, cores = self._vision_sets(layer, plans, logits, always)
+        heads = logits.shape[1] // self.scores[layer].shape[1]
+        return self._visible(always, kept, cores).repeat_interleave(heads, dim=1)
 
     def _vision_sets(
         self, layer: int, plans: list[RowPlan], logits: Tensor, always: Tensor

@@ -80,7 +80,7 @@ class FamilyConformance:
         assert bool(shown[:, -1].all())
         assert not bool(shown.all())
         last = int(shown.shape[0]) - 1  # the row without images can run alone
-        alone = {"input_ids": batch["input_ids"][last:, shown[last]]}
+        alone = {n: t[last:, shown[last]] for n, t in batch.items() if t.shape == shown.shape}
         with torch.no_grad():
             padded = self.case.model(**batch).logits[last, -1]
             bare = self.case.model(**alone).logits[0, -1]

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 
 from avlprof.testing.models import (
     BOS,
     IMAGE,
     VIDEO,
     VOCABULARY,
-    Pixels,
     TinyCase,
     finished,
     image_types,
 )
+from avlprof.testing.pixels import any_size, flat_patches, squares, tiles
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 3
 WIDTH = HEADS * HEAD_DIM
@@ -41,7 +41,7 @@ def random_llava_next(seed: int = 0) -> TinyCase:
         image_grid_pinpoints=[[tile, 2 * tile], [2 * tile, tile]],
     )
     model = finished(hf.LlavaNextForConditionalGeneration, config, seed)
-    return TinyCase("llava_next", model, (IMAGE,), _tiles(tile))
+    return TinyCase("llava_next", model, (IMAGE,), tiles(tile, PATCH))
 
 
 def random_llava_onevision(seed: int = 0) -> TinyCase:
@@ -55,7 +55,7 @@ def random_llava_onevision(seed: int = 0) -> TinyCase:
         image_grid_pinpoints=[[tile, 2 * tile], [2 * tile, tile]],
     )
     model = finished(hf.LlavaOnevisionForConditionalGeneration, config, seed)
-    return TinyCase("llava_onevision", model, (IMAGE, VIDEO), _tiles(tile))
+    return TinyCase("llava_onevision", model, (IMAGE, VIDEO), tiles(tile, PATCH))
 
 
 def random_vipllava(seed: int = 0) -> TinyCase:
@@ -68,7 +68,7 @@ def random_vipllava(seed: int = 0) -> TinyCase:
         vision_feature_layer=[-1, -2],
     )
     model = finished(hf.VipLlavaForConditionalGeneration, config, seed)
-    return TinyCase("vipllava", model, (IMAGE,), _squares(5 * PATCH, 25))
+    return TinyCase("vipllava", model, (IMAGE,), squares(5 * PATCH, 25))
 
 
 def random_qwen2_vl(seed: int = 0) -> TinyCase:
@@ -100,29 +100,17 @@ def random_internvl(seed: int = 0) -> TinyCase:
         tie_word_embeddings=False,
     )
     model = finished(hf.InternVLForConditionalGeneration, config, seed)
-    return TinyCase("internvl", model, (IMAGE,), _squares(side, 9, tiles=3))
+    return TinyCase("internvl", model, (IMAGE,), squares(side, 9, most=3))
 
 
 def random_idefics3(seed: int = 0) -> TinyCase:
     """Sub-images that are merged by a pixel shuffle."""
-    config = hf.Idefics3Config(
-        text_config=hf.LlamaConfig(**_text()),
-        vision_config=_tower_sizes(6 * PATCH),
-        image_token_id=IMAGE,
-    )
-    model = finished(hf.Idefics3ForConditionalGeneration, config, seed)
-    return TinyCase("idefics3", model, (IMAGE,), _squares(6 * PATCH, 9, tiles=3, nested=True))
+    return _idefics("idefics3", hf.Idefics3ForConditionalGeneration, hf.Idefics3Config, seed)
 
 
 def random_smolvlm(seed: int = 1) -> TinyCase:
     """As Idefics3."""
-    config = hf.SmolVLMConfig(
-        text_config=hf.LlamaConfig(**_text()),
-        vision_config=_tower_sizes(6 * PATCH),
-        image_token_id=IMAGE,
-    )
-    model = finished(hf.SmolVLMForConditionalGeneration, config, seed)
-    return TinyCase("smolvlm", model, (IMAGE,), _squares(6 * PATCH, 9, tiles=3, nested=True))
+    return _idefics("smolvlm", hf.SmolVLMForConditionalGeneration, hf.SmolVLMConfig, seed)
 
 
 def random_mistral3(seed: int = 0) -> TinyCase:
@@ -136,17 +124,8 @@ def random_mistral3(seed: int = 0) -> TinyCase:
         tie_word_embeddings=False,
     )
 
-    def pixels(images: int, generator: torch.Generator, uneven: bool) -> tuple[list[int], dict[str, Tensor]]:
-        cells = torch.tensor([[4, 5]] * images)
-        if uneven:
-            cells = cells + torch.randint(0, 3, cells.shape, generator=generator)
-        sizes = cells * merge * PATCH
-        height, width = sizes.amax(dim=0).tolist()
-        values = torch.randn(images, 3, height, width, generator=generator)
-        return cells.prod(dim=1).tolist(), {"pixel_values": values, "image_sizes": sizes}
-
     model = finished(hf.Mistral3ForConditionalGeneration, config, seed)
-    return TinyCase("mistral3", model, (IMAGE,), pixels)
+    return TinyCase("mistral3", model, (IMAGE,), any_size(merge * PATCH))
 
 
 def random_aya_vision(seed: int = 0) -> TinyCase:
@@ -158,7 +137,7 @@ def random_aya_vision(seed: int = 0) -> TinyCase:
         tie_word_embeddings=False,
     )
     model = finished(hf.AyaVisionForConditionalGeneration, config, seed)
-    return TinyCase("aya_vision", model, (IMAGE,), _squares(8 * PATCH, 16))
+    return TinyCase("aya_vision", model, (IMAGE,), squares(8 * PATCH, 16))
 
 
 def random_gemma3(seed: int = 0) -> TinyCase:
@@ -178,7 +157,7 @@ def random_gemma3(seed: int = 0) -> TinyCase:
     nn.init.normal_(  # the library leaves it at zero, which would make all pictures alike
         projection, std=projection.shape[0] ** -0.5, generator=torch.Generator().manual_seed(seed)
     )
-    pixels = _squares(8 * PATCH, 16)
+    pixels = squares(8 * PATCH, 16)
     return TinyCase("gemma3", model, (IMAGE,), pixels, image_types("token_type_ids"))
 
 
@@ -251,40 +230,6 @@ def _tower(kind: Any, side: int) -> Any:
     return kind(**_tower_sizes(side), **({"vision_use_head": False} if "Siglip" in kind.__name__ else {}))
 
 
-def _squares(side: int, tokens: int, tiles: int = 1, nested: bool = False) -> Pixels:
-    """Square pictures of `tokens` vision tokens a tile; uneven ones have 1 or `tiles` of them.
-
-    With `nested` the pixels are one row of tiles, as the Idefics families take them.
-    """
-
-    def pixels(images: int, generator: torch.Generator, uneven: bool) -> tuple[list[int], dict[str, Tensor]]:
-        counts = torch.ones(images, dtype=torch.long)
-        if uneven:
-            counts += (tiles - 1) * torch.randint(0, 2, (images,), generator=generator)
-        values = torch.randn(int(counts.sum()), 3, side, side, generator=generator)
-        return (counts * tokens).tolist(), {"pixel_values": values[None] if nested else values}
-
-    return pixels
-
-
-def _tiles(tile: int) -> Pixels:
-    """Pictures of two tiles, side by side or (where they may differ) one above the other.
-
-    A picture is the overview, then the rows of both tiles, a newline token behind each row.
-    """
-    cells = tile // PATCH
-
-    def pixels(images: int, generator: torch.Generator, uneven: bool) -> tuple[list[int], dict[str, Tensor]]:
-        tall = torch.randint(0, 2, (images,), generator=generator) if uneven else torch.zeros(images)
-        sizes = [[2 * tile, tile] if high else [tile, 2 * tile] for high in tall.tolist()]
-        grids = [(2 * cells, cells) if high else (cells, 2 * cells) for high in tall.tolist()]
-        values = torch.randn(images, 3, 3, tile, tile, generator=generator)
-        counts = [cells**2 + rows * (columns + 1) for rows, columns in grids]
-        return counts, {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
-
-    return pixels
-
-
 def _qwen(name: str, kind: Any, config_kind: Any, vision: dict[str, Any], seed: int) -> TinyCase:
     merge = 2
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -297,17 +242,16 @@ def _qwen(name: str, kind: Any, config_kind: Any, vision: dict[str, Any], seed: 
         vision_end_token_id=VOCABULARY - 2,
     )
 
-    def pixels(images: int, generator: torch.Generator, uneven: bool) -> tuple[list[int], dict[str, Tensor]]:
-        cells = torch.tensor([[5, 4]] * images)
-        if uneven:
-            cells = cells + torch.randint(0, 3, cells.shape, generator=generator)
-        grids = torch.cat([torch.ones(images, 1, dtype=torch.long), cells * merge], dim=1)
-        width = 3 * int(config.vision_config.temporal_patch_size) * PATCH**2
-        values = torch.randn(int(grids.prod(dim=1).sum()), width, generator=generator)
-        return cells.prod(dim=1).tolist(), {"pixel_values": values, "image_grid_thw": grids}
-
     model = finished(kind, config, seed)
+    pixels = flat_patches(PATCH, merge, int(config.vision_config.temporal_patch_size))
     return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"))
+
+
+def _idefics(name: str, kind: Any, config_kind: Any, seed: int) -> TinyCase:
+    text, vision = hf.LlamaConfig(**_text()), _tower_sizes(6 * PATCH)
+    config = config_kind(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    pixels = squares(6 * PATCH, 9, most=3, nested=True)
+    return TinyCase(name, finished(kind, config, seed), (IMAGE,), pixels)
 
 
 def _paligemma(name: str, text: Any, seed: int) -> TinyCase:
@@ -321,5 +265,5 @@ def _paligemma(name: str, text: Any, seed: int) -> TinyCase:
         tie_word_embeddings=False,
     )
     model = finished(hf.PaliGemmaForConditionalGeneration, config, seed)
-    pixels = _squares(5 * PATCH, 25)
+    pixels = squares(5 * PATCH, 25)
     return TinyCase(name, model, (IMAGE,), pixels, lambda ids: {"token_type_ids": torch.zeros_like(ids)})

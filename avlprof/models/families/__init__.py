@@ -11,6 +11,10 @@ FAMILIES: Final[Registry[type[Adapter]]] = Registry(
     "adapter",
     {
         "llava": "avlprof.models.families.llava:LlavaAdapter",
+        "vipllava": "avlprof.models.families.square:SquareAdapter",
+        "paligemma": "avlprof.models.families.square:SquareAdapter",
+        "gemma3": "avlprof.models.families.square:SquareAdapter",
+        "mistral3": "avlprof.models.families.mistral3:Mistral3Adapter",
         "qwen2_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen2_5_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen3_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
