@@ -1,0 +1,206 @@
+"""The run directory: parts that are written whole, read as one.
+
+A part is `scores-<part>.safetensors`, `stats-<part>.parquet` and `samples-<part>.parquet`; the
+last is written last and makes the part count. A killed process loses at most the part in hand,
+and what it left behind is written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import safe_open, save_file
+
+from avlprof.errors import UserError
+from avlprof.files import replacing, write_text
+from avlprof.runs.lock import FolderLock
+from avlprof.runs.meta import RunMeta
+
+SCORES = ("last", "instruction", "decode")
+Scores = dict[str, NDArray[np.float32]]
+
+
+class RunDirectory:
+    """A traced run on disk.
+
+    Tables:
+        samples: one row a sample: `sample, group, prompt, references, answer, tokens, system, vision,
+            text, generated, grid_rows, grid_cols, seconds`.
+        stats: one row per `sample, layer, head, phase, query`, where `query` names the query
+            rows averaged over: `system`, `vision`, `text` or `last` in prefill, `generated`
+            while decoding. Columns: `rows` (how many), `mass_system`, `mass_vision`,
+            `mass_text`, `mass_generated` (sum 1), `mass_sink` (first position), `entropy` (nat),
+            `coverage_50` ... (vision tokens), `text_sink` and `distance` (mass on the first text
+            tokens, and list of masses by distance in text tokens on the others), `overlap_1` ...
+            (share of the top set kept after that many decoding steps; NaN in prefill).
+        scores: per sample the head-mean attention that vision tokens received, fp32: `last` and
+            `instruction` `[layers, vision]`, `decode [steps, layers, vision]`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "meta.json").is_file():
+            raise UserError(
+                f"{self.path} is not a run directory (no meta.json); make one with 'avlprof trace'"
+            )
+
+    @cached_property
+    def meta(self) -> RunMeta:
+        """Settings of the run."""
+        try:
+            return RunMeta.model_validate_json((self.path / "meta.json").read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError, OSError) as error:
+            raise _unreadable(self.path / "meta.json", error) from None
+
+    def parts(self) -> list[str]:
+        """Names of the finished parts, in order."""
+        return sorted(p.stem.removeprefix("samples-") for p in self.path.glob("samples-*.parquet"))
+
+    def samples(self) -> pd.DataFrame:
+        """One row a traced sample, in the order of the parts."""
+        return self._table("samples")
+
+    def stats(self) -> pd.DataFrame:
+        """Attention statistics, one row per sample, layer, head, phase and kind of query row."""
+        return self._table("stats")
+
+    def scores(self, sample: str) -> Scores:
+        """Vision scores of a sample; `UserError` when it was not traced."""
+        part, index = self._places.get(sample, ("", -1))
+        if index < 0:
+            raise UserError(f"sample '{sample}' is not in run {self.path}")
+        path = self.path / f"scores-{part}.safetensors"
+        try:
+            with safe_open(path, framework="np") as file:
+                return {name: file.get_tensor(f"{index}.{name}") for name in SCORES}
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from None
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of settings and traced sample ids."""
+        ids = sorted(self._places)
+        text = self.meta.model_dump_json(exclude={"created"}) + json.dumps(ids)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, int]]:
+        places: dict[str, tuple[str, int]] = {}
+        for part in self.parts():
+            ids = _read_table(self.path / f"samples-{part}.parquet", ["sample"])["sample"]
+            places |= {str(sample): (part, i) for i, sample in enumerate(ids)}
+        return places
+
+    def _table(self, kind: str) -> pd.DataFrame:
+        parts = [_read_table(self.path / f"{kind}-{part}.parquet") for part in self.parts()]
+        if not parts:
+            raise UserError(
+                f"run {self.path} holds no finished sample yet; run the same 'avlprof trace' again"
+            )
+        return pd.concat(parts, ignore_index=True)
+
+
+class RunWriter:
+    """Adds samples to a run directory, a part at a time; resumes by sample id.
+
+    `part_prefix` keeps processes that share a directory apart: one process may write under a
+    prefix at a time, until `close` or its end. What a killed one left unfinished is removed.
+
+    Raises:
+        UserError: `path` is something else, holds a run of other settings, or is being written.
+    """
+
+    def __init__(self, path: Path, meta: RunMeta, part_prefix: str = "") -> None:
+        self.path, self.meta, self._prefix = path, meta, part_prefix
+        known = _known_meta(path)
+        different = known.differences(meta) if known else []
+        if different:
+            raise UserError(f"{path} holds another run ({'; '.join(different)}); choose another --out")
+        self._lock = FolderLock(path, part_prefix)
+        for left in path.glob(".*.partial"):
+            if re.search(rf"-{re.escape(part_prefix)}\d{{5,}}\.", left.name):
+                left.unlink(missing_ok=True)
+        if known is None:
+            write_text(path / "meta.json", meta.model_dump_json(indent=2) + "\n")
+        self._clear()
+
+    def done(self) -> set[str]:
+        """Ids of the samples in finished parts."""
+        return set(RunDirectory(self.path)._places)
+
+    def add(self, sample: dict[str, Any], stats: list[dict[str, Any]], scores: Scores) -> None:
+        """Take one traced sample; it is on disk after the next `flush`."""
+        index = len(self._samples)
+        self._samples.append(sample)
+        self._stats.extend(stats)
+        self._scores |= {f"{index}.{name}": np.ascontiguousarray(value) for name, value in scores.items()}
+
+    @property
+    def pending(self) -> int:
+        """Samples taken and not yet on disk."""
+        return len(self._samples)
+
+    def flush(self) -> None:
+        """Write the samples in hand as one part; they stay in hand if the disk refuses."""
+        if not self._samples:
+            return
+        part = f"{self._prefix}{self._next_part():05d}"
+        with replacing(self.path / f"scores-{part}.safetensors") as partial:
+            try:
+                save_file(self._scores, str(partial))
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
+        for kind, rows in (("stats", self._stats), ("samples", self._samples)):
+            with replacing(self.path / f"{kind}-{part}.parquet") as partial:
+                pd.DataFrame(rows).to_parquet(partial, index=False)
+        self._clear()
+
+    def close(self) -> None:
+        """Let another process write under this prefix; samples not flushed are dropped."""
+        self._clear()
+        self._lock.release()
+
+    def _next_part(self) -> int:
+        number = re.compile(rf"samples-{re.escape(self._prefix)}(\d{{5,}})\.parquet")
+        found = (number.fullmatch(path.name) for path in self.path.iterdir())
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def _clear(self) -> None:
+        self._samples: list[dict[str, Any]] = []
+        self._stats: list[dict[str, Any]] = []
+        self._scores: Scores = {}
+
+
+def _known_meta(path: Path) -> RunMeta | None:
+    """Settings of the run in `path`, None where one can be started.
+
+    Hidden files do not count: a process killed early leaves some.
+    """
+    if (path / "meta.json").exists():
+        return RunDirectory(path).meta
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a run directory; choose another --out")
+    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(f"{path} is not empty and not a run directory; choose another --out")
+    return None
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read: {' '.join(str(error).split())}; trace into another --out")
