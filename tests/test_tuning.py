@@ -735,7 +735,7 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
     assert [row["policy"] for row in rows][:2] == ["dense", "tuned"]
     assert f"wrote {folder / 'policy.yaml'}" in result.stderr
     assert {path.name for path in (folder / "figures").iterdir()} == {
-        *("trials.png", "layers.png", "proof.png", "importances.png")
+        *("trials.png", "layers.png", "proof.png")
     }
     last = result.stderr.rstrip().splitlines()[-1]
     assert last == f"next: avlprof evaluate --policy {folder / 'policy.yaml'} --task {TASK}"

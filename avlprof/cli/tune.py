@@ -95,7 +95,6 @@ def _told() -> Any:
 
 def draw(found: Tuned) -> list[Path]:
     """The figures of a study: score by trial, the winner's layers, and the proof."""
-    import optuna
     import pandas as pd
 
     from avlprof import plots
@@ -115,10 +114,6 @@ def draw(found: Tuned) -> list[Path]:
         "layers": plots.policy_layers(found.policy, layers=found.policy.layers or 1),
         "proof": plots.pareto_front(found.proof.pareto(), score=label),
     }
-    if len(trials) >= 10:
-        weights = optuna.importance.get_param_importances(found.study)
-        frame = pd.DataFrame({"parameter": list(weights), "importance": list(weights.values())})
-        figures["importances"] = plots.parameter_importances(frame)
     for name, figure in figures.items():
         plots.save_figure(figure, folder / f"{name}.png")
     return [folder]

@@ -38,7 +38,7 @@ def parameter_importances_info(frame: pd.DataFrame) -> ImportanceInfo:
 
 
 def parameter_importances(source: pd.DataFrame | ImportanceInfo) -> Figure:
-    """Bars: the share of the objective's variance that each searched parameter explains."""
+    """Bars: how much each searched parameter mattered, by whatever measure the caller took."""
     info = source if isinstance(source, ImportanceInfo) else parameter_importances_info(source)
     with theme():
         figure = new_figure("Which knobs mattered", "", (10.0, 1.9 + 0.5 * len(info.parameters)))
@@ -51,6 +51,6 @@ def parameter_importances(source: pd.DataFrame | ImportanceInfo) -> Figure:
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.grid(False, axis="y")
         ax.tick_params(axis="y", length=0)
-        ax.set_xlabel("Share of the explained variance")
+        ax.set_xlabel("Share of importance")
         ax.set_ylabel("Parameter")
         return figure
