@@ -377,7 +377,7 @@ def test_text_only_and_two_pictures(tmp_path, tiny, task):
     assert run.scores("none")["last"].shape == (run.meta.layers, 0)
     assert run.scores("two")["last"].shape == (run.meta.layers, table.loc["two", "vision"])
     stats = run.stats().query("sample == 'none'")
-    assert set(stats["query"]) == {"system", "last", "generated"}
+    assert set(stats["query"]) - {"generated"} == {"system", "last"}, "an answer may end at once"
     assert (stats["mass_vision"] == 0).all()
     assert stats["coverage_90"].isna().all()
 
