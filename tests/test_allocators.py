@@ -13,6 +13,7 @@ from avlprof.allocators import (
     Allocator,
     Blend,
     Evidence,
+    Sharp,
     fit_keep,
     make_allocator,
     meet_budget,
@@ -47,6 +48,11 @@ class TestCoverage(AllocatorConformance):
 class TestSensitivity(AllocatorConformance):
     def make(self) -> Allocator:
         return Sensitivity()
+
+
+class TestSharp(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Sharp(Pyramid(), 2.5)
 
 
 class TestBlend(AllocatorConformance):

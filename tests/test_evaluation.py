@@ -28,7 +28,6 @@ from avlprof.evaluation import (
 )
 from avlprof.evaluation.contenders import contenders, with_baselines
 from avlprof.evaluation.evaluation import COLUMNS, Evaluation
-from avlprof.evaluation.generation import answer_length
 from avlprof.models import load_model
 from avlprof.policy import (
     DENSE,
@@ -41,6 +40,7 @@ from avlprof.policy import (
     read_share,
     sizes,
 )
+from avlprof.runtime.ends import answer_length
 from avlprof.tasks import load_task
 
 LAYERED = Policy(

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import avlprof
+from avlprof.attention.session import switched
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, JointPool, Policy, PromptShape, ScorerSpec, TextPolicy, sizes
 from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.runtime.dense import RESERVE
 from avlprof.testing.models import cases, random_llava
 
 from .oracle import Oracle
@@ -173,8 +175,13 @@ def test_live_bytes_are_the_policys_sizes(case, name):
     for use, layer in zip(runtime.cache.use(), runtime.cache.layers, strict=True):
         wanted = sum(sizes(policy, shape, layers)[use.layer].stored for shape in runtime.cache.rows)
         assert use.live == use.prompt == wanted * layer.bytes_per_token()
-        slack = 3 * (32 + 64) * layer.bytes_per_token() + 3 * use.live
-        assert use.live <= use.allocated <= use.live + slack
+        slots, index = 3 * inputs["input_ids"].shape[1] + 3 * RESERVE, 0
+        if isinstance(layer, AdaptiveLayer):
+            plans = runtime.cache.row_plans(use.layer)
+            text = max(RESERVE + p.text if p.limit is None else max(p.limit, p.text) for p in plans)
+            slots = 3 * (max(p.system + p.vision for p in plans) + text)
+            index = 8 * slots * layer.positions.shape[1]
+        assert use.allocated == slots * layer.bytes_per_token() + index
 
 
 def test_evicted_memory_is_freed():
@@ -190,20 +197,39 @@ def test_evicted_memory_is_freed():
     assert kept <= 0.25 * dense + reserve
 
 
+class Attended:
+    """Keeps what every layer was handed to attend to."""
+
+    def __init__(self):
+        self.calls = []
+
+    def begin(self, forward):
+        """Nothing to prepare."""
+
+    def attended(self, forward, call):
+        self.calls.append(call)
+
+
 def test_an_ordinary_step_copies_nothing():
     case = random_llava()
     inputs = case.inputs(batch=2)
     policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=4)
     with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
         cache = case.model(**inputs, use_cache=True).past_key_values
-        layer = cache.layers[1]
-        buffer = layer.keys.data_ptr()
-        token = torch.full((2, 1), 7)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-        case.model(input_ids=token, attention_mask=mask, past_key_values=cache)
-        view, _ = layer.keys[:, :, layer._view()[0] : layer._view()[1]], None
-        assert layer.keys.data_ptr() == buffer
-        assert view.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+        buffers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        seen = Attended()
+        with switched(case.model, observers=(seen,)):
+            mask = inputs["attention_mask"]
+            for _ in range(3):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+                case.model(input_ids=torch.full((2, 1), 7), attention_mask=mask, past_key_values=cache)
+        assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == buffers
+        assert len(seen.calls) == 3 * len(cache.layers)
+        for call in seen.calls:
+            layer = cache.layers[call.layer]
+            for attended, buffer in ((call.key, layer.keys), (call.value, layer.values)):
+                assert attended.shape[2] < layer.seen
+                assert attended.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
         assert runtime.cache is cache
 
 

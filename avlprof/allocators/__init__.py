@@ -8,6 +8,7 @@ from avlprof.allocators.allocator import Allocator, Evidence
 from avlprof.allocators.blend import Blend
 from avlprof.allocators.budget import meet_budget, meet_read_budget, vision_share
 from avlprof.allocators.fit import fit_keep
+from avlprof.allocators.sharp import Sharp
 from avlprof.errors import UserError
 from avlprof.registry import Registry, unknown
 
@@ -22,8 +23,8 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
 )
 
 
-def make_allocator(name: str, mix: float = 1.0, **options: float) -> Allocator:
-    """The allocator of a name, mixed with `1 - mix` parts of uniform.
+def make_allocator(name: str, mix: float = 1.0, temperature: float = 1.0, **options: float) -> Allocator:
+    """The allocator of a name, sharpened by `temperature`, then mixed with `1 - mix` parts of uniform.
 
     `UserError` for an unknown name or option, with its nearest neighbours.
     """
@@ -34,7 +35,7 @@ def make_allocator(name: str, mix: float = 1.0, **options: float) -> Allocator:
             if not known:
                 raise UserError(f"allocator '{name}' takes no options, got '{option}'")
             raise unknown(f"option of allocator '{name}'", option, known)
-    return Blend(made(**options), mix)
+    return Blend(Sharp(made(**options), temperature), mix)
 
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Allocator",
     "Blend",
     "Evidence",
+    "Sharp",
     "fit_keep",
     "make_allocator",
     "meet_budget",

@@ -12,11 +12,12 @@ import torch
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.evaluation.answers_store import AnswerStore, model_key
 from avlprof.evaluation.footprint import Footprint, footprints
-from avlprof.evaluation.generation import answer_length, end_tokens, generate_tokens, running
+from avlprof.evaluation.generation import generate_tokens, running
 from avlprof.evaluation.record import STOCK, Answer
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
+from avlprof.runtime.ends import answer_length, end_tokens
 from avlprof.tasks import Sample, load_metric
 
 FLUSH_SECONDS = 10.0

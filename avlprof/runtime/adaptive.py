@@ -61,7 +61,6 @@ class AdaptiveLayer(BufferedLayer):
         self._text: list[int] = []
         self._prompt_text: list[int] = []
         self._ring: list[int] = []
-        self._start = 0
         self._step = 0
         self._mask: Tensor | None = None
 
@@ -111,7 +110,7 @@ class AdaptiveLayer(BufferedLayer):
         """
         modality = prefill.modality
         groups = prefill.key.shape[1] if self.per_kv_head else 1
-        scores = self._reduced(self.scorer.score(prefill), groups)
+        scores = group_mean(self.scorer.score(prefill), groups)
         vision = (modality == Modality.VISION)[:, None].expand_as(scores)
         system = (modality == Modality.SYSTEM)[:, None].expand_as(scores)
         kept = best(scores, vision, scores.new_tensor([p.vision for p in plans]))
@@ -138,7 +137,7 @@ class AdaptiveLayer(BufferedLayer):
         assert self.keys is not None and self.positions is not None
         start, end = self._view()
         weights = row_weights(query, self.keys[:, :, start:end], scaling, self._mask, softcap)[:, :, 0]
-        scores = self._reduced(weights, self.positions.shape[1])[..., : self._left - start]
+        scores = group_mean(weights, self.positions.shape[1])[..., : self._left - start]
         column = torch.arange(start, self._left, device=query.device)
         system = column >= self._left - self._per_row([p.system for p in self.plans])
         vision = ~system & (column >= self._left - self._per_row([p.system + p.vision for p in self.plans]))
@@ -192,14 +191,6 @@ class AdaptiveLayer(BufferedLayer):
         start, end = self._view()
         return self.positions[:, :, start:end], self._mask
 
-    @property
-    def mask(self) -> Tensor | None:
-        """bool `[B, 1, 1, n]` of the current view, or None when every slot of it is real."""
-        return self._mask
-
-    def _reduced(self, scores: Tensor, groups: int) -> Tensor:
-        return group_mean(scores, groups)
-
     def _buffer(self, states: Tensor, order: Tensor, room: int) -> Tensor:
         kept = order.shape[-1]
         buffer = states.new_zeros((*states.shape[:2], kept + room, states.shape[3]))
@@ -238,14 +229,16 @@ class AdaptiveLayer(BufferedLayer):
             self._prompt_text[row] -= 1
         return slot
 
+    def _left_seen(self) -> list[int]:
+        """System and vision tokens of each row that the current step attends to."""
+        refresh = self.refreshing
+        return [p.system + (p.vision if refresh else p.core) for p in self.plans]
+
     def _view(self) -> tuple[int, int]:
-        vision = [p.vision if self.refreshing else p.core for p in self.plans]
-        seen_left = max(p.system + v for p, v in zip(self.plans, vision, strict=True))
-        return self._left - seen_left, self._left + max(self._text)
+        return self._left - max(self._left_seen()), self._left + max(self._text)
 
     def _ragged_mask(self, start: int, end: int) -> Tensor | None:
-        vision = [p.vision if self.refreshing else p.core for p in self.plans]
-        left = [p.system + v for p, v in zip(self.plans, vision, strict=True)]
+        left = self._left_seen()
         if len(set(left)) == 1 and len(set(self._text)) == 1:
             return None
         column = torch.arange(start, end, device=self.device)
@@ -257,9 +250,8 @@ class AdaptiveLayer(BufferedLayer):
         return torch.tensor(counts, device=self.device)[:, None, None]
 
     def _count_reads(self) -> None:
-        refresh = self.refreshing
         self.reads.steps += 1
-        self.reads.refreshes += int(refresh)
-        for plan, text, prompt_text in zip(self.plans, self._text, self._prompt_text, strict=True):
-            self.reads.prompt += plan.system + (plan.vision if refresh else plan.core) + prompt_text
+        self.reads.refreshes += int(self.refreshing)
+        for left, text, prompt_text in zip(self._left_seen(), self._text, self._prompt_text, strict=True):
+            self.reads.prompt += left + prompt_text
             self.reads.generated += text - prompt_text

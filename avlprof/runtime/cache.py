@@ -47,13 +47,10 @@ class AVLCache(Cache):
     def __init__(self, policy: Policy, text_config: Any) -> None:
         self.policy = policy
         self.rows: list[PromptShape] = []
+        self._prompt_length = 0
         stock = stock_layers(text_config)
         policy.check_layers(len(stock))
         super().__init__(layers=[_layer(policy, i, len(stock), layer) for i, layer in enumerate(stock)])
-
-    def plan(self, modality: Tensor) -> None:
-        """Fix the token counts of every row from the prompt's modality map `[B, N]`."""
-        self.rows = prompt_shapes(modality)
 
     def row_plans(self, layer: int) -> list[RowPlan]:
         """What each row of the batch keeps in a layer."""
@@ -91,8 +88,8 @@ class AVLCache(Cache):
         return found
 
     def begin(self, modality: Tensor) -> None:
-        """Note a new prompt: its modality map and padded length."""
-        self.plan(modality)
+        """Note a new prompt: token counts of every row, and the padded length, of `modality [B, N]`."""
+        self.rows = prompt_shapes(modality)
         self._prompt_length = modality.shape[1]
 
     def select_rows(self, rows: Tensor) -> None:

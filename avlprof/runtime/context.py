@@ -75,8 +75,7 @@ def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runti
         policy = find_policy(str(policy))
     runtime = Runtime(policy, model.config.get_text_config(decoder=True))
     check_supported(policy)
-    runtime.new_cache()
-    runtime.cache = None
+    AVLCache(policy, runtime.text_config)  # refuses a policy that does not fit before anything runs
     with switched(model, runtime=runtime):
         yield runtime
 

@@ -20,6 +20,7 @@ from avlprof.attention.rows import group_mean
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
+from avlprof.runtime.ends import answer_length, end_tokens
 from avlprof.runtime.forced_attention import ForcedRuntime, PromptLayer
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill, Scorer, make_scorer
@@ -186,7 +187,7 @@ class ForcedSet:
         model, adapter = loaded.model, loaded.adapter
         answers: list[list[int]] = [[] for _ in samples]
         batches = []
-        end = _end_tokens(model)
+        ends = end_tokens(model)
         if progress:
             progress(0, len(samples))
         for start in range(0, len(samples), batch_size):
@@ -196,7 +197,8 @@ class ForcedSet:
             )
             ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             for row, i in enumerate(rows):
-                answers[i] = _until(ids[row, inputs["input_ids"].shape[1] :].tolist(), end)
+                new = ids[row, inputs["input_ids"].shape[1] :].tolist()
+                answers[i] = new[: answer_length(new, ends)]
             batches.append((rows, ForcedBatch(model, inputs, [answers[i] for i in rows])))
             if progress:
                 progress(rows[-1] + 1, len(samples))
@@ -221,18 +223,3 @@ class ForcedSet:
     def score(self, policy: Policy) -> list[ForcedScore]:
         """Scores of a policy on every sample, in their order."""
         return [score for part in self.parts(policy) for score in part]
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    end = model.generation_config.eos_token_id
-    if end is None:
-        return set()
-    return set(end) if isinstance(end, list) else {int(end)}
-
-
-def _until(tokens: list[int], end: set[int]) -> list[int]:
-    """Tokens up to and including the first end token."""
-    for index, token in enumerate(tokens):
-        if token in end:
-            return tokens[: index + 1]
-    return tokens

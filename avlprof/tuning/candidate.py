@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from avlprof.allocators import Evidence, make_allocator, meet_budget, meet_read_budget, vision_share
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 
@@ -43,9 +41,7 @@ class Candidate:
         """The policy at the budget: never above it, at most one token a layer below."""
         prompts = budget.prompts
         target = vision_share(prompts, evidence.layers, budget.memory)
-        sharp = make_allocator(self.allocator).shares(evidence, target) ** self.temperature
-        mean = float(sharp.mean())
-        shares = self.mix * (sharp / mean if mean > 0 else np.ones(evidence.layers)) + (1 - self.mix)
+        shares = make_allocator(self.allocator, self.mix, self.temperature).shares(evidence, target)
         keep = meet_budget(shares.tolist(), prompts, budget.memory, floor=self.floor)
         compute = None
         refresh = 0

@@ -117,7 +117,7 @@ def tune(
         )
         store = AnswerStore(folder / "answers")
         best = finalists(study, settings.finalists)
-        chosen, trial = _play_off(loaded, task, best, samples, limit, store, tell)
+        chosen, trial = _play_off(loaded, task, best, samples, forced, limit, store, tell)
         proof = prove(
             loaded,
             task,
@@ -155,12 +155,14 @@ def _play_off(
     task: Task,
     best: Sequence[FrozenTrial],
     samples: Sequence[Sample],
+    forced: ForcedSet,
     limit: int,
     store: AnswerStore,
     tell: Progress,
 ) -> tuple[Policy, FrozenTrial]:
     """Generate with the finalists on the searched samples; the task's metric decides, then the KL."""
     ranked = []
+    lengths = {name: shape.total for name, shape in zip(forced.samples, forced.shapes, strict=True)}
     tell("finalists", 0, len(best) * len(samples))
     for index, trial in enumerate(best):
         policy = parse_policy(trial.user_attrs["policy"], f"trial {trial.number}")
@@ -171,6 +173,7 @@ def _play_off(
             max_new_tokens=limit,
             batch_size=BATCH,
             metric=task.metric,
+            lengths=lengths,
             store=store,
             progress=lambda d, t, i=index: tell("finalists", i * t + d, len(best) * t),  # type: ignore[misc]
         )
