@@ -70,7 +70,10 @@ def policies(draw, runnable=False):
             fields["text"] = TextPolicy(window=window, sink=sink)
         elif kind == "keep":
             fields["text"] = TextPolicy(
-                keep=per_layer(RATIO), minimum=draw(st.integers(0, 30)), scorer="history"
+                keep=per_layer(RATIO),
+                minimum=draw(st.integers(1, 30)),
+                recent=draw(RATIO),
+                scorer=draw(st.sampled_from(["position", "history", "accumulated"])),
             )
         options = draw(st.dictionaries(st.sampled_from(["seed", "power"]), st.integers(-5, 5), max_size=2))
         fields["scorer"] = ScorerSpec(name=draw(st.sampled_from(["last_query", "random"])), options=options)

@@ -69,6 +69,81 @@ def test_key_diversity_is_the_negative_cosine_with_the_mean_direction():
             assert scores[0, head, j] == pytest.approx(-float(unit[j] @ mean / mean.norm()), abs=1e-5)
 
 
+def made(name, **options):
+    return make_scorer(ScorerSpec(name=name, options=options))
+
+
+def real_positions(prefill, row):
+    return (prefill.modality[row] != Modality.PAD).nonzero()[:, 0].tolist()
+
+
+def test_window_is_the_mean_of_the_newest_rows():
+    prefill = random_prefill((21, 9), seed=5)
+    scores = made("window", rows=12).score(prefill)
+    for row in range(2):
+        real = real_positions(prefill, row)
+        rows = real[-12:]
+        for head in (1, 3):
+            wanted = sum(plain_weights(prefill, row, head, p) for p in rows) / len(rows)
+            torch.testing.assert_close(scores[row, head].double()[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_text_rows_are_weighted_by_what_text_gives_them():
+    prefill = random_prefill((18, 11), seed=6)
+    scores = made("text_weighted").score(prefill)
+    for row in range(2):
+        text = (prefill.modality[row] == Modality.TEXT).nonzero()[:, 0].tolist()
+        for head in (0, 5):
+            rows = {p: plain_weights(prefill, row, head, p) for p in text}
+            received = {j: float(sum(rows[p][j] for p in text)) for j in text}
+            wanted = sum(rows[p] * received[p] for p in text) / sum(received.values())
+            real = real_positions(prefill, row)
+            torch.testing.assert_close(scores[row, head].double()[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_pooling_looks_at_neighbours(mode):
+    prefill = random_prefill((14, 8), seed=7)
+    plain = made("window").score(prefill)
+    pooled = made("pooled", of="window", kernel=3, mode=mode).score(prefill)
+    for row in range(2):
+        real = real_positions(prefill, row)
+        for j in real:
+            near = [float(plain[row, 2, i]) if i in real else 0.0 for i in (j - 1, j, j + 1)]
+            wanted = sum(near) / 3 if mode == "mean" else max(near)
+            assert float(pooled[row, 2, j]) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_norms_of_keys_and_values():
+    prefill = random_prefill((12,), seed=8)
+    keys, valued = made("key_norm").score(prefill), made("valued", of="accumulated").score(prefill)
+    accumulated = made("accumulated").score(prefill)
+    for head in (0, 2, 5):
+        for j in range(12):
+            assert keys[0, head, j] == pytest.approx(-float(prefill.key[0, head // 3, j].norm()), abs=1e-5)
+            norm = float(prefill.value[0, head // 3, j].norm())
+            assert valued[0, head, j] == pytest.approx(float(accumulated[0, head, j]) * norm, abs=1e-4)
+
+
+def test_knobs_out_of_range_are_refused():
+    for name, options in (
+        ("pooled", {"of": "pooled"}),
+        ("pooled", {"kernel": 4}),
+        ("pooled", {"mode": "median"}),
+        ("valued", {"of": "valued"}),
+        ("valued", {"of": 3}),
+        ("window", {"rows": "many"}),
+    ):
+        with pytest.raises(UserError, match=name):
+            made(name, **options)
+
+
+def test_no_rows_are_refused():
+    for name in ("window", "instruction", "text_weighted"):
+        with pytest.raises(UserError, match="rows of a scorer must be at least 1, got 0"):
+            made(name, rows=0)
+
+
 def test_random_draws_are_even_and_differ_between_seeds_and_layers():
     prefill = random_prefill((4000,), heads=2, kv_heads=1)
     first = make_scorer(ScorerSpec(name="random")).score(prefill)[0, 0]

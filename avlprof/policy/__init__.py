@@ -3,6 +3,8 @@
 from avlprof.policy.provenance import Provenance, Score
 from avlprof.policy.schema import (
     DENSE,
+    EVICTING,
+    AllocatorSpec,
     JointPool,
     Policy,
     PrefillFilter,
@@ -10,11 +12,13 @@ from avlprof.policy.schema import (
     TextPolicy,
     broadcast,
 )
-from avlprof.policy.sizes import LayerSizes, PromptShape, live_share, read_share, sizes, text_limits, tokens
+from avlprof.policy.sizes import LayerSizes, PromptShape, live_share, read_share, sizes, text_room, tokens
 from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_policy, save_policy, shipped
 
 __all__ = [
     "DENSE",
+    "EVICTING",
+    "AllocatorSpec",
     "JointPool",
     "LayerSizes",
     "Policy",
@@ -34,6 +38,6 @@ __all__ = [
     "save_policy",
     "shipped",
     "sizes",
-    "text_limits",
+    "text_room",
     "tokens",
 ]

@@ -12,6 +12,7 @@ from avlprof.errors import UserError
 from avlprof.policy.provenance import Provenance
 
 SCHEMA = "avlprof.policy/1"
+EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
 N = TypeVar("N", int, float)
 
 Ratio = float | tuple[float, ...]
@@ -45,19 +46,38 @@ class ScorerSpec(_Part):
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
+class AllocatorSpec(_Part):
+    """Which allocator spreads a policy's kept share over the layers (see `avlprof.allocators`).
+
+    `mix` parts of it and the rest uniform, sharpened (> 1) or flattened (< 1) by `temperature`; no
+    layer keeps less than `floor`.
+    """
+
+    name: str
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    mix: float = Field(default=1.0, ge=0.0, le=1.0)
+    temperature: float = Field(default=1.0, gt=0.0)
+    floor: float = Field(default=0.0, ge=0.0, le=1.0)
+
+
 class TextPolicy(_Part):
     """What stays of text and generated tokens; system text is protected and not counted.
 
     Either `window` (the newest tokens, beside `sink` first ones and `heavy` heavy hitters)
-    or `keep` (a share of the growing text, at least `minimum` tokens, as A-VL's authors do;
-    half of it recent, half by `scorer`). Neither means that all text stays.
+    or `keep` (a share of the growing text, at least `minimum` tokens, as A-VL's authors do:
+    `recent` of that budget are the newest tokens, the rest the best by `scorer`; by `position`
+    all of it is the newest). Neither means that all text stays.
+
+    `history` is A-VL's score, `accumulated` H2O's; both choose a set per KV head. `heavy` tokens
+    are ranked by `accumulated`.
     """
 
     window: Count | None = None
     sink: Count = 0
     heavy: Count = 0
     keep: Ratio | None = None
-    minimum: int = 20
+    minimum: int = Field(default=20, ge=1)
+    recent: float = Field(default=0.5, ge=0.0, le=1.0)
     scorer: Literal["position", "history", "accumulated"] = "position"
 
     @model_validator(mode="after")
@@ -70,7 +90,21 @@ class TextPolicy(_Part):
         for index, window in _each(self.window) if self.window is not None else []:
             if window < 1:
                 raise ValueError(f"text.window{index} must be 1 or more tokens, got {window}")
+        if self.keep is not None and (self.sink or self.heavy):
+            raise ValueError("text.sink and text.heavy go with text.window; leave them out beside text.keep")
+        has_heavy = any(heavy for _, heavy in _each(self.heavy))
+        if has_heavy and (self.window is None or self.scorer != "accumulated"):
+            raise ValueError("text.heavy needs text.window and text.scorer: accumulated")
+        if self.keep is None and not has_heavy and self.scorer != "position":
+            raise ValueError(f"text.scorer: {self.scorer} needs text.keep or text.heavy to rank for")
+        if self.keep is None and self.scorer == "history":
+            raise ValueError("text.scorer: history needs text.keep, whose deleted share is its quantile")
         return self
+
+    @property
+    def scored(self) -> bool:
+        """Whether some text stays for its score, so that sets differ by KV head."""
+        return self.scorer != "position"
 
     @property
     def keeps_all(self) -> bool:
@@ -79,21 +113,30 @@ class TextPolicy(_Part):
 
 
 class JointPool(_Part):
-    """All prompt tokens compete for `keep` of the prompt; `sink` first and `recent` newest are safe.
+    """All prompt tokens compete for `keep` of the prompt; `sink` first and the newest are safe.
 
-    While decoding the pool either keeps its size (`evict`: each new token pushes one out) or
-    grows by the generated tokens (`grow`).
+    The newest are `recent` tokens, or `recent_share` of the pool. While decoding the pool either
+    keeps its size (`evict`: after each step the token with the lowest score goes) or grows by the
+    generated tokens (`grow`).
     """
 
     keep: Ratio
     sink: int = Field(default=4, ge=0)
     recent: int = Field(default=0, ge=0)
+    recent_share: float = Field(default=0.0, ge=0.0, le=1.0)
     decoding: Literal["evict", "grow"] = "evict"
 
     @model_validator(mode="after")
     def _valid(self) -> JointPool:
         _check_ratio("joint.keep", self.keep)
+        if self.recent and self.recent_share:
+            raise ValueError("joint.recent and joint.recent_share exclude each other; give one of them")
         return self
+
+    def newest(self, held: int) -> int:
+        """Newest tokens that are safe in a pool of `held` tokens, its sinks aside."""
+        asked = self.recent or int(self.recent_share * held + 1e-6)
+        return min(asked, max(held - self.sink, 0))
 
 
 class PrefillFilter(_Part):
@@ -108,6 +151,10 @@ class Policy(_Part):
 
     All ratios are *kept* shares of the prompt's original number of vision tokens; windows
     are in tokens. The words are those of `docs/design.md`.
+
+    A refresh step attends to all kept vision tokens (`full`), or reads their keys alone to pick the
+    core anew and attends to that (`score_only`). With an `allocator`, `vision_keep` (or `joint.keep`)
+    is the mean over layers, and `avlprof.allocators.resolved` turns it into one share a layer.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -118,6 +165,8 @@ class Policy(_Part):
     vision_keep: Ratio = 1.0
     vision_compute: Ratio | None = None
     refresh_interval: Annotated[int, Field(ge=0)] = 0
+    refresh: Literal["full", "score_only"] = "full"
+    allocator: AllocatorSpec | None = None
     scorer: ScorerSpec = ScorerSpec()
     heads: Literal["shared", "kv_head"] = "shared"
     text: TextPolicy = TextPolicy()
@@ -127,9 +176,9 @@ class Policy(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
-    @field_validator("scorer", mode="before")
+    @field_validator("scorer", "allocator", mode="before")
     @classmethod
-    def _scorer_by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -155,6 +204,16 @@ class Policy(_Part):
                 raise ValueError(
                     f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
                 )
+        evicts = self.joint is not None and self.joint.decoding == "evict"
+        if evicts and self.scorer.name not in EVICTING:
+            raise ValueError(
+                f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
+                f"got {self.scorer.name}; use joint.decoding: grow"
+            )
+        if self.allocator is not None:
+            spread = self.joint.keep if self.joint else self.vision_keep
+            if isinstance(spread, tuple):
+                raise ValueError("allocator spreads one kept share over the layers; give no list beside it")
         last = 0
         for step in self.prefill_filter:
             if step.after_layer <= last:
@@ -195,6 +254,11 @@ class Policy(_Part):
             raise UserError(
                 f"policy '{self.name}' is written for {self.layers} layers, the model has {layers}; "
                 "derive or tune one for this model"
+            )
+        if self.allocator is not None:
+            raise UserError(
+                f"policy '{self.name}' leaves the share of each layer to allocator '{self.allocator.name}'; "
+                "resolve it for the model first (avlprof.allocators.resolved, or 'avlprof derive')"
             )
         for step in self.prefill_filter:
             if step.after_layer >= layers:

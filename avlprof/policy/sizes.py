@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avlprof.policy.schema import Policy, broadcast
+from avlprof.policy.schema import N, Policy, broadcast
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]:
             LayerSizes(0, 0, 0, min(prompt.total, max(tokens(share, prompt.total), 1))) for share in shares
         ]
     present = vision_left(policy, prompt.vision, layers)
-    text = [min(prompt.text, limit) for limit in text_limits(policy, prompt.text, layers)]
+    text = [min(prompt.text, text_room(policy, prompt.text, 0, layer)[0]) for layer in range(layers)]
     return [
         LayerSizes(
             prompt.system,
@@ -90,17 +90,6 @@ def vision_left(policy: Policy, vision: int, layers: int) -> list[int]:
     return left
 
 
-def text_limits(policy: Policy, seen: int, layers: int) -> list[int]:
-    """Most text and generated tokens each layer holds once `seen` of them have passed."""
-    text = policy.text
-    if text.keep is not None:
-        return [max(round(keep * seen), text.minimum) for keep in broadcast(text.keep, layers)]
-    if text.window is None:
-        return [seen] * layers
-    parts = (broadcast(part, layers) for part in (text.window, text.sink, text.heavy))
-    return [sum(part) for part in zip(*parts, strict=True)]
-
-
 def live_share(policy: Policy, prompts: Sequence[PromptShape], layers: int) -> float:
     """The budget a policy uses: prompt KV live after prefill over the dense cache's.
 
@@ -114,34 +103,63 @@ def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answ
     """Mean prompt KV read per decoding step, refreshes included, over the dense cache's.
 
     `answer_tokens` is the number of decoding steps (forward passes after prefill). Text that
-    generated tokens push out of a window is no longer read as prompt.
+    generated tokens push out of a window is no longer read as prompt; where scores decide what
+    goes, as much of the prompt stays as can. A refresh that only scores reads keys, half the bytes.
     """
     steps = max(answer_tokens, 1)
     every = policy.refresh_interval
+    share = 0.5 if policy.refresh == "score_only" else 1.0
     read = 0.0
     for prompt in prompts:
         gone = _text_pushed_out(policy, prompt, layers, steps)
         for size, pushed in zip(sizes(policy, prompt, layers), gone, strict=True):
             refreshes = steps // every if every and size.core < size.vision else 0
-            read += steps * size.read + refreshes * (size.vision - size.core) - pushed
+            read += steps * size.read + refreshes * share * (size.vision - size.core) - pushed
     return read / (steps * layers * sum(prompt.total for prompt in prompts))
 
 
 def _text_pushed_out(policy: Policy, prompt: PromptShape, layers: int, steps: int) -> list[int]:
-    """Per layer, prompt text tokens missing from the window, summed over the steps."""
+    """Per layer, prompt text tokens that are missing at a step, summed over the steps; at least."""
+    held = [size.text for size in sizes(policy, prompt, layers)]
     if policy.joint is not None:
         if policy.joint.decoding == "grow":
             return [0] * layers
-        held = [size.text for size in sizes(policy, prompt, layers)]
-        safe = [policy.joint.sink] * layers
-    elif policy.text.window is not None:
-        held = [size.text for size in sizes(policy, prompt, layers)]
-        safe = list(broadcast(policy.text.sink, layers))
-    else:
+        return [_pushed_out(policy, prompt, layer, kept, steps) for layer, kept in enumerate(held)]
+    if policy.text.keeps_all:
         return [0] * layers
-    limits = held if policy.joint is not None else text_limits(policy, prompt.text, layers)
-    gone = []
-    for kept, limit, sink in zip(held, limits, safe, strict=True):
-        most = max(kept - sink, 0)
-        gone.append(sum(min(max(kept + step - limit, 0), most) for step in range(1, steps + 1)))
+    return [_pushed_out(policy, prompt, layer, kept, steps) for layer, kept in enumerate(held)]
+
+
+def _pushed_out(policy: Policy, prompt: PromptShape, layer: int, held: int, steps: int) -> int:
+    """One layer of `_text_pushed_out`: of the `held` tokens of the prompt, those that must go."""
+    gone = 0
+    for step in range(1, steps + 1):
+        limit, newest = text_room(policy, prompt.text + step, held, layer)
+        gone += held - min(held, max(limit - min(newest, step), 0))
     return gone
+
+
+def text_room(policy: Policy, seen: int, held: int, layer: int) -> tuple[int, int]:
+    """Most tokens that the text part of a layer holds, and how many of them are the newest.
+
+    Args:
+        seen: text and generated tokens that have passed; not used for a joint pool.
+        held: tokens of the prompt that the part holds after prefill: a joint pool's size.
+        layer: index of the layer, for policies with one value a layer.
+    """
+    if policy.joint is not None:
+        sink = min(policy.joint.sink, held)
+        limit = max(held, sink + 1)
+        return limit, limit - sink if policy.scorer.name == "position" else policy.joint.newest(limit)
+    text = policy.text
+    if text.keep is not None:
+        limit = max(round(_at(text.keep, layer) * seen), text.minimum)
+        return limit, int(text.recent * limit + 1e-6) if text.scored else limit
+    if text.window is None:
+        return seen, seen
+    window = _at(text.window, layer)
+    return _at(text.sink, layer) + _at(text.heavy, layer) + window, window
+
+
+def _at(value: N | tuple[N, ...], layer: int) -> N:
+    return value[layer] if isinstance(value, tuple) else value

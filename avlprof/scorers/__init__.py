@@ -15,6 +15,11 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "last_query": "avlprof.scorers.last_query:LastQuery",
         "accumulated": "avlprof.scorers.accumulated:Accumulated",
         "instruction": "avlprof.scorers.instruction:Instruction",
+        "window": "avlprof.scorers.window:Window",
+        "text_weighted": "avlprof.scorers.text_weighted:TextWeighted",
+        "pooled": "avlprof.scorers.pooled:Pooled",
+        "valued": "avlprof.scorers.valued:Valued",
+        "key_norm": "avlprof.scorers.key_norm:KeyNorm",
         "key_diversity": "avlprof.scorers.key_diversity:KeyDiversity",
         "value_norm": "avlprof.scorers.value_norm:ValueNorm",
         "position": "avlprof.scorers.position:Position",
@@ -26,12 +31,16 @@ SCORERS: Registry[type[Scorer]] = Registry(
 def make_scorer(spec: ScorerSpec) -> Scorer:
     """The scorer of a policy; `UserError` names an unknown scorer or option."""
     made = SCORERS.get(spec.name)
-    known = [f.name for f in fields(made)]  # type: ignore[arg-type]
-    for option in spec.options:
+    defaults = {f.name: f.default for f in fields(made)}  # type: ignore[arg-type]
+    known = list(defaults)
+    for option, value in spec.options.items():
         if option not in known:
             if not known:
                 raise UserError(f"scorer '{spec.name}' takes no options, got '{option}'")
             raise unknown(f"option of scorer '{spec.name}'", option, known)
+        kind = type(defaults[option])
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"option {option} of scorer '{spec.name}' must be {kind.__name__}, got {value!r}")
     return made(**spec.options)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers.scorer import Prefill, Scorer, at_least_one
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Instruction(Scorer):
     """
 
     rows: int = 64
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "rows")
 
     def score(self, prefill: Prefill) -> Tensor:
         text = prefill.modality == Modality.TEXT

@@ -11,6 +11,7 @@ from torch import Tensor
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import Modality
 from avlprof.attention.rows import causal_rows, gather_rows, row_weights
+from avlprof.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class Prefill:
         if self.causal:
             return causal_rows(rows, self.valid)
         return self.valid[:, None, None]
+
+
+def at_least_one(scorer: Scorer, name: str) -> None:
+    """`UserError` unless a scorer's number of rows is above 0."""
+    value = getattr(scorer, name)
+    if value < 1:
+        raise UserError(f"{name} of a scorer must be at least 1, got {value}")
 
 
 class Scorer(ABC):

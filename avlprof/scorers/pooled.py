@@ -1,0 +1,43 @@
+"""Another scorer's score, spread over neighbouring tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from avlprof.errors import UserError
+from avlprof.policy import ScorerSpec
+from avlprof.scorers.scorer import Prefill, Scorer
+
+
+@dataclass(frozen=True)
+class Pooled(Scorer):
+    """The score of scorer `of`, which must not be negative, pooled over `kernel` positions.
+
+    Neighbours of a chosen token are then chosen with it. `mode` is `mean` or `max`.
+
+    Source: the clustering by pooling of SnapKV, arXiv 2404.14469, whose code has a kernel of 5 and
+    means; positions beyond the prompt count as 0 there and here.
+    """
+
+    of: str = "window"
+    kernel: int = 5
+    mode: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.of == "pooled":
+            raise UserError("scorer 'pooled' spreads another scorer, got of: pooled")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"kernel of scorer 'pooled' must be odd and above 0, got {self.kernel}")
+        if self.mode not in ("mean", "max"):
+            raise UserError(f"mode of scorer 'pooled' must be mean or max, got {self.mode}")
+
+    def score(self, prefill: Prefill) -> Tensor:
+        from avlprof.scorers import make_scorer
+
+        scores = make_scorer(ScorerSpec(name=self.of)).score(prefill) * prefill.valid[:, None]
+        pool = F.avg_pool1d if self.mode == "mean" else F.max_pool1d
+        pooled: Tensor = pool(scores, self.kernel, stride=1, padding=self.kernel // 2)
+        return pooled
