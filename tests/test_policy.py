@@ -114,7 +114,7 @@ def test_shipped_policy(path):
     text = path.read_text(encoding="utf-8")
     policy = load_policy(path)
     assert dump_policy(policy) == text
-    assert policy.name == path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert policy.name == path.relative_to(FOLDER).with_suffix("").as_posix().removeprefix("baselines/")
     assert policy.description
     assert policy.source
     assert find_policy(policy.name) == policy
@@ -122,10 +122,10 @@ def test_shipped_policy(path):
 
 def test_what_ships_and_what_of_it_runs():
     runs = {name: unsupported(find_policy(name)) is None for name in shipped()}
-    assert {"uniform", "random", "streaming", "paper/a-vl", "paper/a-vl-prefill"} <= set(runs)
+    assert {"uniform", "random", "streaming-llm", "paper/a-vl", "paper/a-vl-prefill"} <= set(runs)
     assert runs["uniform"]
     assert runs["random"]
-    assert runs["streaming"]
+    assert runs["streaming-llm"]
     assert runs["paper/a-vl-vision"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from avlprof.policy import DENSE, Policy, broadcast
+from avlprof.policy import DENSE, JointPool, Policy, broadcast
 
 NAMING = ("name", "description", "source", "provenance")
 
@@ -13,15 +13,20 @@ def sets(policy: Policy) -> str:
     """What a policy does, in the schema's words: `vision_keep 0.5, vision_compute 0.25 every 5`."""
     parts = []
     if policy.joint is not None:
-        parts.append(f"joint pool keep {_range(policy.joint.keep)}, sink {policy.joint.sink}")
+        parts.append(_pool(policy.joint))
     else:
         parts.append(f"vision_keep {_range(policy.vision_keep)}")
     if policy.vision_compute is not None:
         refresh = f"every {policy.refresh_interval}" if policy.refresh_interval else "fixed"
-        parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}")
+        scored = ", scoring only" if policy.refresh == "score_only" else ""
+        parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}{scored}")
+    if policy.allocator is not None:
+        parts.append(f"spread by {policy.allocator.name}")
     text = policy.text
     if text.window is not None:
         parts.append(f"text.window {_range(text.window)}, text.sink {_range(text.sink)}")
+    if text.scored and text.keep is None:
+        parts.append(f"text.heavy {_range(text.heavy)}")
     if text.keep is not None:
         parts.append(f"text.keep {_range(text.keep)} by {text.scorer}")
     parts += [f"prefill_filter {f.keep:g} after {f.after_layer}" for f in policy.prefill_filter]
@@ -30,8 +35,21 @@ def sets(policy: Policy) -> str:
     return ", ".join(parts)
 
 
+def _pool(joint: JointPool) -> str:
+    newest = f", newest {joint.recent}" if joint.recent else ""
+    newest = f", newest {joint.recent_share:g} of it" if joint.recent_share else newest
+    grows = ", growing" if joint.decoding == "grow" else ""
+    return f"joint pool keep {_range(joint.keep)}, sink {joint.sink}{newest}{grows}"
+
+
 def layer_rows(policy: Policy, layers: int) -> list[dict[str, Any]]:
-    """One row a layer: the per-layer fields that the policy sets."""
+    """One row a layer: the per-layer fields that the policy sets, its allocator's shares worked out.
+
+    `UserError` when the policy is of another number of layers, or its allocator needs a profile.
+    """
+    from avlprof.allocators.resolve import resolved_blindly
+
+    policy = resolved_blindly(policy, layers)
     policy.check_layers(layers)
     fields = {name: value for name, value in flat(policy).items() if name in _per_layer(policy)}
     if policy.joint is None:

@@ -47,7 +47,7 @@ def show_policy(
     from avlprof.policy import dump_policy, find_policy
 
     found = find_policy(policy)
-    if layers is not None:
+    if layers is not None and found.allocator is None:
         found.check_layers(layers)
     if form is Format.json:
         typer.echo(json.dumps(found.model_dump(mode="json", by_alias=True), indent=2))
@@ -71,7 +71,7 @@ def validate(
     for name in policies:
         try:
             policy = find_policy(name)
-            if layers is not None:
+            if layers is not None and policy.allocator is None:
                 policy.check_layers(layers)
             runs = _runs(policy)
         except UserError as error:
@@ -106,6 +106,38 @@ def diff(first: PolicyArgument, second: PolicyArgument, form: FormatOption = For
 
 
 @app.command()
+def resolve(
+    policy: PolicyArgument,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory whose profile the allocator looks at.")
+    ] = None,
+    layers: LayersOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to a file instead.")] = None,
+) -> None:
+    """Work out the share of each layer that a policy leaves to an allocator."""
+    from avlprof.allocators import Evidence
+    from avlprof.allocators.resolve import resolved
+    from avlprof.cli.output import finished
+    from avlprof.policy import dump_policy, find_policy, save_policy
+
+    found = find_policy(policy)
+    if run is not None:
+        from avlprof.traced import Run
+
+        evidence = Run.open(run).profile().evidence()
+    elif layers is not None:
+        evidence = Evidence(layers=layers, tokens=0)
+    else:
+        raise UserError("give --run, or --layers for an allocator that looks at nothing else")
+    clear = resolved(found, evidence)
+    if out is None:
+        typer.echo(dump_policy(clear), nl=False)
+    else:
+        save_policy(clear, out)
+        finished([out], f"avlprof run --policy {out}")
+
+
+@app.command()
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to a file instead.")] = None,
 ) -> None:
@@ -123,10 +155,20 @@ def schema(
 
 
 def _runs(policy: Any) -> str:
-    """`yes`, or what this version cannot run; `UserError` for an unknown scorer."""
+    """`yes`, what it needs first, or what this version cannot run; `UserError` for an unknown scorer."""
+    from avlprof.allocators import ALLOCATORS
+    from avlprof.allocators.resolve import resolved_blindly
     from avlprof.runtime.support import unsupported
     from avlprof.scorers import make_scorer
 
     make_scorer(policy.scorer)
     what = unsupported(policy)
-    return "yes" if what is None else f"not yet: {what}"
+    if what is not None:
+        return f"not yet: {what}"
+    if policy.allocator is not None:
+        ALLOCATORS.get(policy.allocator.name)
+        try:
+            resolved_blindly(policy, 8)
+        except UserError:
+            return "with a profile"
+    return "yes"

@@ -75,12 +75,13 @@ def load_policy(path: Path | str) -> Policy:
 
 
 def shipped() -> dict[str, Path]:
-    """The policies that come with avlprof, by name (`uniform`, `paper/a-vl`, ...)."""
+    """The policies that come with avlprof, by name (`paper/a-vl`; baselines without their folder)."""
     package = Path(__file__).resolve().parent.parent
     folder = next((f for f in (package / "policies", package.parent / "policies") if f.is_dir()), None)
     if folder is None:
         return {}
-    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+    paths = sorted(folder.rglob("*.yaml"))
+    return {p.relative_to(folder).with_suffix("").as_posix().removeprefix("baselines/"): p for p in paths}
 
 
 def find_policy(name: str) -> Policy:
