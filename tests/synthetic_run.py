@@ -35,18 +35,28 @@ def settings(**changes: Any) -> RunMeta:
 
 
 def write_run(
-    path: Path, vision: tuple[int, ...], seed: int = 0, decode: bool = True, parts: int = 2
+    path: Path,
+    vision: tuple[int, ...],
+    seed: int = 0,
+    decode: bool = True,
+    parts: int = 2,
+    averaged: bool = False,
+    first: int = 0,
+    **changes: Any,
 ) -> RunDirectory:
-    """A run with one sample for each entry of `vision`; layer 3 of sample 0 never looks at vision."""
+    """A run with one sample for each entry of `vision`; layer 3 of sample 0 never looks at vision.
+
+    `averaged` writes the averages of the heads in their place; sample ids count from `first`.
+    """
     rng = np.random.default_rng(seed)
-    meta = settings()
+    meta = settings(**changes)
     writer = RunWriter(path, meta)
     for index, count in enumerate(vision):
         steps = STEPS - index if decode else 0
         scores = {
-            "last": _scores(rng, (LAYERS, count)),
-            "instruction": _scores(rng, (LAYERS, count)),
-            "decode": _scores(rng, (steps, LAYERS, count)),
+            "last": _scores(rng, (meta.layers, count)),
+            "instruction": _scores(rng, (meta.layers, count)),
+            "decode": _scores(rng, (steps, meta.layers, count)),
         }
         if index == 0:
             for values in scores.values():
@@ -54,7 +64,7 @@ def write_run(
         if index == 1:
             scores["instruction"][:] = 0.0
         sample = {
-            "sample": f"s{index}",
+            "sample": f"s{first + index}",
             "group": "",
             "prompt": "?",
             "references": ["x"],
@@ -70,17 +80,35 @@ def write_run(
         kinds = [("prefill", kind) for kind in ("system", "vision", "text", "last")]
         kinds += [("decode", "generated")] if decode else []
         stats = [
-            {"sample": f"s{index}", "layer": layer, "head": head, "phase": phase, "query": query}
+            {"sample": f"s{first + index}", "layer": layer, "head": head, "phase": phase, "query": query}
             | _statistics(rng, meta, count, phase)
-            for layer in range(LAYERS)
+            for layer in range(meta.layers)
             for head in range(HEADS)
             for phase, query in kinds
         ]
+        stats = _averages(stats) if averaged else stats
         writer.add(sample, stats, scores)
         if (index + 1) % max(len(vision) // parts, 1) == 0:
             writer.flush()
     writer.flush()
     return RunDirectory(path)
+
+
+def _averages(stats: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `head` -1: the mean of each number over the heads of a layer and query, NaN left out."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in stats:
+        groups.setdefault((row["sample"], row["layer"], row["phase"], row["query"]), []).append(row)
+    means = []
+    for rows in groups.values():
+        mean = dict(rows[0]) | {"head": -1}
+        for name in mean.keys() - {"sample", "layer", "head", "phase", "query", "rows"}:
+            values = np.array([row[name] for row in rows], dtype=np.float64)
+            seen = values[~np.isnan(values).reshape(len(values), -1).any(axis=1)]
+            average = seen.mean(axis=0) if len(seen) else np.full(values.shape[1:], np.nan)
+            mean[name] = average.tolist()
+        means.append(mean)
+    return means
 
 
 def _scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -99,7 +127,11 @@ def _statistics(rng: np.random.Generator, meta: RunMeta, vision: int, phase: str
         "entropy": float(rng.uniform(0, 4)),
         "text_sink": 0.01,
     }
-    few = np.sort(rng.integers(1, vision + 1, size=len(meta.coverages))) if vision else [np.nan] * 5
+    few = (
+        np.sort(rng.integers(1, vision + 1, size=len(meta.coverages)))
+        if vision
+        else [np.nan] * len(meta.coverages)
+    )
     row |= {f"coverage_{level}": float(n) for level, n in zip(meta.coverages, few, strict=True)}
     row["distance"] = (
         (rng.dirichlet(np.ones(len(meta.distances) + 1)) * masses[2]).astype(np.float32).tolist()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -21,9 +22,13 @@ from avlprof.allocators import (
     vision_share,
 )
 from avlprof.allocators.coverage import Coverage, covering_shares
+from avlprof.allocators.entropy import Entropy
 from avlprof.allocators.fit import hand_out, ratio_of
 from avlprof.allocators.pyramid import Pyramid
 from avlprof.allocators.sensitivity import Sensitivity
+from avlprof.allocators.sigmoid import Sigmoid
+from avlprof.allocators.sparsity import Sparsity
+from avlprof.allocators.strength import Strength
 from avlprof.allocators.uniform import Uniform
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
@@ -48,6 +53,26 @@ class TestCoverage(AllocatorConformance):
 class TestSensitivity(AllocatorConformance):
     def make(self) -> Allocator:
         return Sensitivity()
+
+
+class TestSigmoid(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Sigmoid(midpoint=0.3, steepness=25.0)
+
+
+class TestSparsity(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Sparsity()
+
+
+class TestEntropy(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Entropy()
+
+
+class TestStrength(AllocatorConformance):
+    def make(self) -> Allocator:
+        return Strength()
 
 
 class TestSharp(AllocatorConformance):
@@ -78,9 +103,33 @@ def test_an_unknown_name_or_option_suggests_its_neighbour() -> None:
         make_allocator("pyramid", beta=0.5)
 
 
-def test_coverage_without_curves_is_refused() -> None:
-    with pytest.raises(UserError, match="needs the coverage curves"):
-        Coverage().shares(Evidence(3, 10), 0.5)
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("coverage", "the coverage curves of a profile; analyze a run first"),
+        ("sparsity", "the attention sparsity of a profile; analyze a run first"),
+        ("entropy", "the attention entropy of a profile; analyze a run first"),
+        ("strength", "the attention on vision of a profile and its skewness; analyze a run first"),
+        ("sensitivity", "a sensitivity probe, which 'avlprof tune' runs"),
+    ],
+)
+def test_missing_evidence_is_refused(name: str, needs: str) -> None:
+    with pytest.raises(UserError, match=f"^allocator '{name}' needs {needs}"):
+        make_allocator(name).shares(Evidence(3, 10), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"midpoint": 1.5}, r"midpoint of allocator 'sigmoid' must be in \[0, 1\], got 1.5"),
+        ({"steepness": -1.0}, "steepness of allocator 'sigmoid' must be 0 or more and finite, got -1"),
+        ({"steepness": float("inf")}, "must be 0 or more and finite, got inf"),
+        ({"midpoint": float("nan")}, r"midpoint of allocator 'sigmoid' must be in \[0, 1\], got nan"),
+    ],
+)
+def test_knobs_out_of_range_are_refused(options: dict[str, float], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        make_allocator("sigmoid", **options)
 
 
 # fit_keep --------------------------------------------------------------------------------------
@@ -213,6 +262,42 @@ def test_pyramid_is_a_falling_line_at_the_mean() -> None:
         assert shares.mean() == pytest.approx(target)
         assert shares[0] <= 1 + 1e-12
     assert Pyramid(beta=20).shares(Evidence(8, 100), 0.2)[-1] == pytest.approx(0.01)
+
+
+def test_sigmoid_is_the_logistic_function_of_depth() -> None:
+    for layers, midpoint, steepness in ((2, 0.5, 10.0), (7, 0.0, 3.0), (28, 0.9, 40.0), (80, 0.4, 600.0)):
+        shares = Sigmoid(midpoint, steepness).shares(Evidence(layers, 10), 0.3)
+        for layer, share in enumerate(shares):
+            power = steepness * (layer / (layers - 1) - midpoint)
+            assert share == pytest.approx(1 / (1 + math.exp(power)) if power < 700 else 0.0, abs=1e-12)
+        assert (np.diff(shares) <= 0).all()
+    assert np.allclose(Sigmoid(0.3, 0.0).shares(Evidence(9, 10), 0.3), 0.5)
+    assert Sigmoid().shares(Evidence(1, 10), 0.3)[0] > 0
+
+
+def test_sparsity_entropy_and_strength_follow_their_papers() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        found = random_evidence(6, 90, rng)
+        assert found.sparsity is not None
+        assert found.entropy is not None
+        assert found.vision_mass is not None
+        assert found.skewness is not None
+        dense = [1 - share for share in found.sparsity]
+        tokens_seen = [math.exp(entropy) for entropy in found.entropy]
+        heads = [max(skew, 0.0) for skew in found.skewness]
+        both = [
+            0.5 * mass / sum(found.vision_mass) + 0.5 * head / sum(heads)
+            for mass, head in zip(found.vision_mass, heads, strict=True)
+        ]
+        for allocator, wanted in ((Sparsity(), dense), (Entropy(), tokens_seen), (Strength(), both)):
+            shares = allocator.shares(found, 0.3)
+            assert np.allclose(shares / shares.sum(), np.array(wanted) / sum(wanted))
+
+
+def test_strength_without_a_skewed_layer_follows_the_mass() -> None:
+    evidence = Evidence(3, 9, vision_mass=np.array([0.1, 0.2, 0.3]), skewness=np.array([-1.0, 0.0, -2.0]))
+    assert np.allclose(Strength().shares(evidence, 0.3), [0.75, 1.0, 1.25])
 
 
 def test_blend_is_a_weighted_mean_with_uniform() -> None:

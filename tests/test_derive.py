@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avlprof.allocators import ALLOCATORS
 from avlprof.analysis import Profile, derive
 from avlprof.errors import UserError
 from avlprof.policy import (
@@ -31,7 +32,10 @@ def a_token_a_layer(prompts: list[PromptShape]) -> float:
     return len(prompts) / sum(prompt.total for prompt in prompts)
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "coverage"])
+FROM_A_PROFILE = [name for name in ALLOCATORS.names() if name != "sensitivity"]
+
+
+@pytest.mark.parametrize("allocator", FROM_A_PROFILE)
 @pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
 def test_a_budget_is_met(profile: Profile, allocator: str, budget: float) -> None:
     policy = derive(profile, budget=budget, allocator=allocator, mix=1.0)
@@ -42,6 +46,34 @@ def test_a_budget_is_met(profile: Profile, allocator: str, budget: float) -> Non
     assert policy.text.keeps_all
     assert policy.layers == LAYERS
     assert min(policy.keep(LAYERS)) >= 0.01
+
+
+@pytest.mark.parametrize("allocator", FROM_A_PROFILE)
+def test_every_allocator_gives_compute_shares_at_a_read_budget(profile: Profile, allocator: str) -> None:
+    policy = derive(profile, budget=0.6, read_budget=0.45, allocator=allocator, mix=1.0, refresh_interval=4)
+    prompts = profile.prompts()
+    assert policy.vision_compute is not None
+    read = read_share(policy, prompts, LAYERS, profile.answer_tokens)
+    assert 0.45 - a_token_a_layer(prompts) < read <= 0.45
+    assert live_share(policy, prompts, LAYERS) <= 0.6
+    assert all(c <= k for c, k in zip(policy.compute(LAYERS), policy.keep(LAYERS), strict=True))
+
+
+def test_sensitivity_is_left_to_tune(profile: Profile) -> None:
+    with pytest.raises(UserError, match="needs a sensitivity probe, which 'avlprof tune' runs"):
+        derive(profile, budget=0.5, allocator="sensitivity")
+
+
+def test_knobs_reach_the_allocator(profile: Profile) -> None:
+    def keep(**options: float) -> tuple[float, ...]:
+        policy = derive(profile, budget=0.5, allocator="sigmoid", allocator_options=options, mix=1.0)
+        return policy.keep(LAYERS)
+
+    flat, steep = keep(steepness=0.0), keep(midpoint=0.5, steepness=50.0)
+    assert np.ptp(flat) <= 1 / 60 + 1e-6
+    assert min(steep[:2]) > max(steep[2:])
+    with pytest.raises(UserError, match="takes no options, got 'steepness'"):
+        derive(profile, budget=0.5, allocator="coverage", allocator_options={"steepness": 1.0})
 
 
 @pytest.mark.parametrize("interval", [None, 0, 3, 16])
@@ -141,7 +173,7 @@ def test_a_text_window_makes_a_small_budget_feasible(profile: Profile) -> None:
     [
         ({}, "give either budget or coverage to derive a policy, got neither"),
         ({"budget": 0.5, "coverage": 0.9}, "got both"),
-        ({"coverage": 0.9, "read_budget": 0.5}, "leave read_budget and text out"),
+        ({"coverage": 0.9, "read_budget": 0.5}, "leave read_budget, text and text_share out"),
         ({"coverage": 1.9}, r"coverage must be in \[0, 1\], got 1.9"),
         ({"budget": -0.1}, r"budget must be in \[0, 1\], got -0.1"),
         ({"budget": 0.5, "read_budget": 7}, r"read_budget must be in \[0, 1\], got 7"),

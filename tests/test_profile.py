@@ -275,9 +275,13 @@ def test_evidence_is_the_need_of_prompt_and_answer(profile: Profile) -> None:
     assert store.tokens == 40
     assert np.allclose(store.coverage, np.minimum(curves.loc["last"], curves.loc["answer"]))
     assert np.allclose(compute.coverage, curves.loc["step"])
-    assert store.vision_mass is not None
-    decode = profile.mass().query("query == 'generated' and modality == 'vision'")
-    assert np.allclose(store.vision_mass, decode["mean"])
+    mass, spread = profile.mass().query("modality == 'vision'"), profile.concentration()
+    for evidence, traced, scored in ((store, "text", "instruction"), (compute, "generated", "step")):
+        assert evidence.vision_mass is not None
+        assert np.allclose(evidence.vision_mass, mass[mass["query"] == traced]["mean"])
+        for name in ("sparsity", "entropy", "skewness"):
+            wanted = spread[(spread["query"] == scored) & (spread["statistic"] == name)].sort_values("layer")
+            assert np.allclose(getattr(evidence, name), wanted["mean"])
 
 
 def test_per_layer_table(profile: Profile) -> None:
@@ -300,6 +304,9 @@ def test_a_run_without_decoding(tmp_path: Path) -> None:
     store, compute = profile.evidence("store").coverage, profile.evidence("compute").coverage
     assert store is not None
     assert np.array_equal(store, compute)
+    for name in ("vision_mass", "entropy", "sparsity", "skewness"):
+        ours, theirs = (getattr(profile.evidence(use), name) for use in ("store", "compute"))
+        assert np.array_equal(ours, theirs)
 
 
 def test_a_run_without_pictures(tmp_path: Path) -> None:

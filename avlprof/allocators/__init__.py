@@ -17,7 +17,11 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
     {
         "uniform": "avlprof.allocators.uniform:Uniform",
         "pyramid": "avlprof.allocators.pyramid:Pyramid",
+        "sigmoid": "avlprof.allocators.sigmoid:Sigmoid",
         "coverage": "avlprof.allocators.coverage:Coverage",
+        "sparsity": "avlprof.allocators.sparsity:Sparsity",
+        "entropy": "avlprof.allocators.entropy:Entropy",
+        "strength": "avlprof.allocators.strength:Strength",
         "sensitivity": "avlprof.allocators.sensitivity:Sensitivity",
     },
 )

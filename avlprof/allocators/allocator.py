@@ -21,7 +21,9 @@ class Evidence:
         coverage: `[layers, N]`; entry `[l, k - 1]` is the share of layer l's vision attention
             that its best k tokens hold, mean over samples. Rows never fall and end at 1.
         vision_mass: `[layers]` share of a row's attention that goes to vision.
-        entropy: `[layers]` mean row entropy in nat.
+        entropy: `[layers]` entropy in nat of how that attention is spread over the vision tokens.
+        sparsity: `[layers]` share of the vision tokens whose score is below 1% of the largest.
+        skewness: `[layers]` of the scores of the vision tokens; may be negative.
         damage: `[layers, levels]` measured cost (KL to dense, nat per token) of keeping only the
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
     """
@@ -31,6 +33,8 @@ class Evidence:
     coverage: Array | None = None
     vision_mass: Array | None = None
     entropy: Array | None = None
+    sparsity: Array | None = None
+    skewness: Array | None = None
     damage: Array | None = None
     damage_levels: Array | None = None
 

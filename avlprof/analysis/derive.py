@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import avlprof
-from avlprof.allocators import make_allocator, meet_budget, meet_read_budget, vision_share
+from avlprof.allocators import Allocator, make_allocator, meet_budget, meet_read_budget, vision_share
 from avlprof.allocators.coverage import covering_shares
 from avlprof.allocators.fit import check_unit, floor_count, ratio_of
 from avlprof.analysis.drift import refresh_from_drift
+from avlprof.analysis.window import windows_for
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
 
@@ -26,11 +28,13 @@ def derive(
     read_budget: float | None = None,
     coverage: float | None = None,
     allocator: str = "coverage",
+    allocator_options: Mapping[str, float] | None = None,
     mix: float = 0.2,
     floor: float = 0.01,
     refresh_interval: int | None = None,
     scorer: str = "last_query",
     text: TextPolicy | None = None,
+    text_share: float | None = None,
     name: str | None = None,
 ) -> Policy:
     """The policy that a profile suggests, either at a `budget` or at a `coverage`.
@@ -45,11 +49,14 @@ def derive(
             computes with what holds it for a single step, and has the text window that holds it
             beside the first text tokens.
         allocator: how a budget is spread over layers (`avlprof.allocators`).
+        allocator_options: knobs of the allocator, such as `steepness` of `sigmoid`.
         mix: weight of the allocator against uniform, in [0, 1].
         floor: smallest kept and computed share of a layer, as far as the budget allows.
         refresh_interval: steps between refreshes of the core; by default `refresh_from_drift`.
         scorer: how the runtime ranks vision tokens.
         text: what stays of text at a budget; by default all of it.
+        text_share: in place of `text`: each layer has the smallest recorded text window that
+            holds this share of its text attention beside the first text tokens.
         name: of the policy; by default it says how it was derived.
 
     Raises:
@@ -65,14 +72,16 @@ def derive(
         raise UserError(f"refresh_interval must be 0 or more steps, got {interval}")
     _check_scorer(scorer)
     if budget is not None:
-        policy = _at_budget(
-            profile, budget, read_budget, allocator, mix, floor, interval, text or TextPolicy()
-        )
+        if text_share is not None:
+            text = _text(profile, text_share, text)
+        spread = make_allocator(allocator, mix, **(allocator_options or {}))
+        policy = _at_budget(profile, budget, read_budget, spread, floor, interval, text or TextPolicy())
     else:
         assert coverage is not None
-        if read_budget is not None or text is not None:
+        if not (read_budget is None and text is None and text_share is None):
             raise UserError(
-                "coverage sets reads and text by itself; leave read_budget and text out, or give budget"
+                "coverage sets reads and text by itself; leave read_budget, text and text_share out, "
+                "or give budget"
             )
         check_unit("coverage", coverage)
         policy = _at_coverage(profile, coverage, floor, interval)
@@ -94,13 +103,11 @@ def _at_budget(
     profile: Profile,
     budget: float,
     read_budget: float | None,
-    allocator: str,
-    mix: float,
+    spread: Allocator,
     floor: float,
     interval: int,
     text: TextPolicy,
 ) -> Policy:
-    spread = make_allocator(allocator, mix)
     prompts, layers = profile.prompts(), profile.layers
     target = vision_share(prompts, layers, budget, text)
     shares = spread.shares(profile.evidence("store"), target)
@@ -127,7 +134,7 @@ def _at_coverage(profile: Profile, coverage: float, floor: float, interval: int)
 
     kept = counts(store.coverage)
     core = [min(few, count) for few, count in zip(counts(single.coverage), kept, strict=True)]
-    text = TextPolicy(window=_windows(profile, coverage), sink=profile.meta.settings.text_sink)
+    text = _text(profile, coverage, None)
     keep, compute = (tuple(ratio_of(count, tokens) for count in each) for each in (kept, core))
     return _two_level(keep, compute, interval, text)
 
@@ -141,17 +148,13 @@ def _two_level(
     return Policy(vision_keep=keep, vision_compute=compute, refresh_interval=interval, text=text)
 
 
-def _windows(profile: Profile, share: float) -> tuple[int, ...]:
-    """Per layer, the smallest recorded text window whose mean share of text mass is `share` or more.
-
-    Generated rows count, or the last prompt row in a run without decoding. A layer that never
-    looked at text beyond the sinks gets a window of one token.
-    """
-    curve = profile.window_curve()
-    query = "generated" if (curve["query"] == "generated").any() else "last"
-    held = curve[(curve["query"] == query) & (curve["mean"] >= share - 1e-9)]
-    first = held.groupby("layer")["distance"].min()
-    return tuple(int(first.get(layer, 1)) for layer in range(profile.layers))
+def _text(profile: Profile, share: float, text: TextPolicy | None) -> TextPolicy:
+    """Windows of every layer that hold a share of its text attention."""
+    if text is not None:
+        raise UserError("give either text or text_share, got both")
+    check_unit("text_share", share)
+    windows = windows_for(profile.window_curve(), share, profile.layers)
+    return TextPolicy(window=windows, sink=profile.meta.settings.text_sink)
 
 
 def _provenance(

@@ -1,4 +1,4 @@
-"""Means over samples with two-sided 95% confidence intervals (Student's t)."""
+"""Means over samples with two-sided 95% confidence intervals (Student's t, Welch's)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ def t_interval(mean: Any, variance: Any, n: Any) -> tuple[Array, Array]:
     many = np.where(n > 1, n, np.nan)
     half = stdtrit(many - 1, 0.975) * np.sqrt(variance / many)
     return mean - half, mean + half
+
+
+def welch_interval(
+    mean: Any, variance: Any, n: Any, other_mean: Any, other_variance: Any, other_n: Any
+) -> tuple[Array, Array]:
+    """Ends of Welch's 95% interval of the difference of two independent means; NaN below two samples.
+
+    Arguments as in `t_interval`; the difference is the first mean less the other.
+    """
+    given = (mean, variance, n, other_mean, other_variance, other_n)
+    mean, variance, n, other_mean, other_variance, other_n = (np.asarray(x, dtype=np.float64) for x in given)
+    n, other_n = np.where(n > 1, n, np.nan), np.where(other_n > 1, other_n, np.nan)
+    a, b = variance / n, other_variance / other_n
+    squares = a**2 / (n - 1) + b**2 / (other_n - 1)
+    # without any variance the interval has no width, whatever the degrees of freedom
+    freedom = np.divide((a + b) ** 2, squares, out=np.ones_like(squares), where=squares > 0)
+    half = stdtrit(freedom, 0.975) * np.sqrt(a + b)
+    return mean - other_mean - half, mean - other_mean + half
 
 
 def over_samples(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from avlprof.allocators import Evidence
+from avlprof.analysis.by_sample import by_sample
 from avlprof.analysis.coverage import coverage
 from avlprof.analysis.derive import derive
+from avlprof.analysis.diff import diff
 from avlprof.analysis.drift import drift
+from avlprof.analysis.evidence import Use, evidence
 from avlprof.analysis.head_mean import head_mean
+from avlprof.analysis.heads import HeadMoments
+from avlprof.analysis.horizon import horizon
 from avlprof.analysis.mass import entropy, mass
+from avlprof.analysis.per_layer import per_layer
 from avlprof.analysis.scan import Progress, scan_scores
+from avlprof.analysis.sinks import sinks
 from avlprof.analysis.window import reach, window, window_curve
 from avlprof.errors import UserError
 from avlprof.files import replacing, write_text
@@ -35,6 +41,10 @@ FRAMES = (
     "drift",
     "window",
     "window_curve",
+    "sinks",
+    "concentration",
+    "heads",
+    "by_sample",
 )
 
 
@@ -54,11 +64,11 @@ class ProfileMeta(BaseModel):
 class Profile:
     """Per-layer statistics of a run as tidy frames.
 
-    Every frame but `samples` has the columns `mean, low, high` (95% t-interval over samples, NaN
-    with fewer than two) and `n`, the samples counted. `layer` counts from 0; `phase` and `query`
-    name the query rows as in the run directory. Curves and overlaps come from the vision scores
-    and have the queries `last`, `instruction`, `step` (one decoding step, mean over steps) and
-    `answer` (all steps together).
+    Every frame but `samples` and `by_sample` has the columns `mean, low, high` (95% t-interval
+    over samples, NaN with fewer than two) and `n`, the samples counted. `layer` counts from 0;
+    `phase` and `query` name the query rows as in the run directory. Curves, overlaps and
+    concentration come from the vision scores and have the queries `last`, `instruction`, `step`
+    (one decoding step, mean over steps) and `answer` (all steps together).
     """
 
     meta: ProfileMeta
@@ -73,20 +83,29 @@ class Profile:
         """
         samples, settings = run.samples(), run.meta
         vision = samples.set_index("sample")["vision"]
-        parts = (pd.read_parquet(run.path / f"stats-{part}.parquet") for part in run.parts())
-        rows = pd.concat([head_mean(part) for part in parts], ignore_index=True)
+        heads, means = HeadMoments(settings.layers, settings.heads), []
+        for part in run.parts():
+            stats = pd.read_parquet(run.path / f"stats-{part}.parquet")
+            heads.add(stats)
+            means.append(head_mean(stats))
+        rows = pd.concat(means, ignore_index=True)
+        levels = settings.coverages
         reached = reach(rows, settings.distances, int((samples["text"] + samples["generated"]).max()))
-        curves, overlap = scan_scores(run, list(vision.index[vision > 0]), int(vision.max()), progress)
+        scanned = scan_scores(run, list(vision.index[vision > 0]), int(vision.max()), progress)
         frames = {
             "samples": samples[["sample", "system", "vision", "text", "generated"]],
             "mass": mass(rows),
             "entropy": entropy(rows),
-            "coverage": coverage(rows, vision, settings.coverages),
-            "coverage_curve": curves,
-            "overlap": overlap,
+            "coverage": coverage(rows, vision, levels),
+            "coverage_curve": scanned.curves,
+            "overlap": scanned.overlap,
             "drift": drift(rows, settings.lags),
-            "window": window(reached, settings.coverages),
+            "window": window(reached, levels),
             "window_curve": window_curve(reached),
+            "sinks": sinks(rows),
+            "concentration": scanned.concentration,
+            "heads": heads.table(),
+            "by_sample": by_sample(rows, vision, reached, levels, settings.lags),
         }
         meta = ProfileMeta(run=str(run.path), run_hash=run.hash, samples=len(samples), settings=settings)
         return cls(meta, frames)
@@ -177,69 +196,44 @@ class Profile:
         """`layer, phase, query, distance`: share of text mass, sinks aside, below a distance."""
         return self.frames["window_curve"].copy()
 
-    def evidence(self, use: Literal["store", "compute"] = "store") -> Evidence:
-        """What allocators may look at.
+    def sinks(self) -> pd.DataFrame:
+        """`layer, phase, query, sink`: share of attention on the `first` token and the `text` sink."""
+        return self.frames["sinks"].copy()
 
-        To `store`, a layer must serve the prompt's last row and the whole answer, so its curve is
-        the lower of `last` and `answer`; to `compute`, it must serve a single `step`. A run
-        without decoding has `last` alone.
+    def concentration(self) -> pd.DataFrame:
+        """`layer, query, statistic`: `sparsity`, `entropy` (nat) and `skewness` of the vision scores."""
+        return self.frames["concentration"].copy()
 
-        Raises:
-            UserError: no sample has vision tokens.
+    def heads(self) -> pd.DataFrame:
+        """`layer, head, phase, query, statistic`: `vision` and `sink` (shares), `entropy` (nat) by head.
+
+        `UserError` in a run of head averages.
         """
-        curves = self.frames["coverage_curve"]
-        if curves.empty:
-            raise UserError(
-                f"run {self.meta.run} has no vision tokens to spread a budget over; trace with images"
-            )
-        wanted = {"store": ("last", "answer"), "compute": ("step",)}[use]
-        found = [query for query in wanted if (curves["query"] == query).any()] or ["last"]
-        tokens = int(self.frames["samples"]["vision"].max())
-        tables = [
-            curves[curves["query"] == query].pivot(index="layer", columns="share_kept", values="mean")
-            for query in found
-        ]
-        counts = np.arange(1, tokens + 1) / tokens
-        lower = np.minimum.reduce([table.to_numpy() for table in tables])
-        shares = np.concatenate([[0.0], tables[0].columns.to_numpy(dtype=np.float64)])
-        held = [np.interp(counts, shares, np.concatenate([[0.0], row])) for row in lower]
-        per_layer = self.per_layer()
-        decoded = per_layer["vision_decode"].notna().all()
-        return Evidence(
-            layers=self.layers,
-            tokens=tokens,
-            coverage=np.stack(held),
-            vision_mass=per_layer["vision_decode" if decoded else "vision_last"].to_numpy(),
-            entropy=per_layer["entropy"].to_numpy(),
-        )
+        if self.frames["heads"].empty:
+            raise UserError(f"run {self.meta.run} holds averages over heads only; trace with --per-head")
+        return self.frames["heads"].copy()
+
+    def by_sample(self) -> pd.DataFrame:
+        """`sample, layer, phase, query` and a column a statistic: what the means are made of."""
+        return self.frames["by_sample"].copy()
+
+    def horizon(self, threshold: float = 0.01) -> pd.DataFrame:
+        """`query`: first layer from which on vision gets less than `threshold` of the attention.
+
+        Columns and rule as in `avlprof.analysis.horizon`; samples without vision do not count.
+        """
+        samples, rows = self.frames["samples"], self.frames["by_sample"]
+        seeing = samples.loc[samples["vision"] > 0, "sample"]
+        return horizon(rows[rows["sample"].isin(seeing)], self.layers, threshold)
+
+    def diff(self, other: Profile) -> pd.DataFrame:
+        """`layer, phase, query, statistic`: this profile less another, as in `avlprof.analysis.diff`."""
+        return diff(self, other)
+
+    def evidence(self, use: Use = "store") -> Evidence:
+        """What allocators may look at, as in `avlprof.analysis.evidence`."""
+        return evidence(self, use)
 
     def per_layer(self) -> pd.DataFrame:
-        """One row a layer for the terminal; means over samples, NaN where nothing was recorded.
-
-        `vision_last` and `vision_decode` are attention on vision by the last prompt row and
-        while decoding. The others are of decoding steps, or of the last prompt row in a run
-        without: `coverage_90` (share of vision tokens), `overlap_8` (drift), `window_95` (text
-        tokens), `entropy` (nat).
-        """
-        vision = self.frames["mass"].query("modality == 'vision'")
-        decoded = (self.frames["entropy"]["query"] == "generated").any()
-        query = "generated" if decoded else "last"
-
-        def column(name: str, **where: Any) -> pd.Series[float]:
-            table = vision if name == "vision" else self.frames[name]
-            for key, value in where.items():
-                table = table[table[key] == value]
-            return table.set_index("layer")["mean"]
-
-        found = pd.DataFrame(
-            {
-                "vision_last": column("vision", query="last"),
-                "vision_decode": column("vision", query="generated"),
-                "coverage_90": column("coverage", query=query, level=90),
-                "overlap_8": column("drift", lag=8),
-                "window_95": column("window", query=query, level=95),
-                "entropy": column("entropy", query=query),
-            },
-            index=pd.RangeIndex(self.layers, name="layer"),
-        )
-        return found.reset_index()
+        """One row a layer, means over samples, as in `avlprof.analysis.per_layer`."""
+        return per_layer(self.frames, self.layers)

@@ -1,12 +1,14 @@
-"""One pass over the vision scores of a run: coverage curves and overlap of layers."""
+"""One pass over the vision scores of a run: coverage curves, overlap of layers, concentration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from avlprof.analysis.concentration import STATISTICS, concentration
 from avlprof.analysis.coverage import Array, as_shares, mass_curves, share_grid
 from avlprof.analysis.intervals import Moments
 from avlprof.analysis.overlap import layer_overlap
@@ -14,29 +16,41 @@ from avlprof.runs import RunDirectory
 
 CURVES = ("last", "instruction", "step", "answer")
 SETS = ("last", "step")
+ROWS = ("last", "instruction", "step")
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """Tables of the vision scores, each with `mean, low, high, n`.
+
+    `curves`: `layer, query, share_kept`; `overlap`: `layer_a, layer_b, query`; `concentration`:
+    `layer, query, statistic`. Of the queries, `step` is a single decoding step (mean over steps),
+    `answer` what all steps of an answer attend to taken together.
+    """
+
+    curves: pd.DataFrame
+    overlap: pd.DataFrame
+    concentration: pd.DataFrame
 
 
 def scan_scores(
     run: RunDirectory, samples: Sequence[str], most: int, progress: Progress | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables of coverage curves and of layer overlap, from the scores of each sample in turn.
+) -> Scanned:
+    """Coverage curves, overlap of layers and concentration, from the scores of each sample in turn.
+
+    Rows in which no layer looks at vision count as not recorded.
 
     Args:
         run: the traced run; samples may differ in their number of vision tokens.
         samples: ids to read.
         most: largest number of vision tokens of a sample.
         progress: called with samples done and their total.
-
-    Returns:
-        `layer, query, share_kept, mean, low, high, n` and `layer_a, layer_b, query, mean, low,
-        high, n`. `step` is a single decoding step (mean over steps), `answer` what all steps of
-        an answer attend to taken together. Rows in which no layer looks at vision count as not
-        recorded.
     """
     layers, grid = range(run.meta.layers), share_grid(max(most, 1))
     curves = Moments((len(layers), len(CURVES), len(grid)))
     overlaps = Moments((len(layers), len(layers), len(SETS)))
+    spreads = Moments((len(layers), len(ROWS), len(STATISTICS)))
     for done, sample in enumerate(samples, start=1):
         scores = run.scores(sample)
         steps = _recorded(scores["decode"])
@@ -48,10 +62,14 @@ def scan_scores(
         }
         curves.add(np.stack([_mean_curve(rows[name], grid) for name in CURVES], axis=1))
         overlaps.add(np.stack([layer_overlap(rows[name], run.meta.top_share) for name in SETS], axis=2))
+        spreads.add(np.stack([concentration(rows[name]) for name in ROWS], axis=1))
         if progress:
             progress(done, len(samples))
-    curve_table = curves.table({"layer": layers, "query": CURVES, "share_kept": grid})
-    return curve_table, overlaps.table({"layer_a": layers, "layer_b": layers, "query": SETS})
+    return Scanned(
+        curves.table({"layer": layers, "query": CURVES, "share_kept": grid}),
+        overlaps.table({"layer_a": layers, "layer_b": layers, "query": SETS}),
+        spreads.table({"layer": layers, "query": ROWS, "statistic": STATISTICS}),
+    )
 
 
 def _recorded(scores: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Array:

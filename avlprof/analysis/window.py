@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from avlprof.analysis.head_mean import ROW
 from avlprof.analysis.intervals import over_samples
 from avlprof.analysis.mass import KEYS
 
 QUERIES = ("text", "last", "generated")
+ROUNDING = 1e-6  # masses are stored in fp32, so a share may miss a level by as much
 
 
 def reach(rows: pd.DataFrame, edges: Sequence[int], longest: int) -> pd.DataFrame:
@@ -23,8 +25,8 @@ def reach(rows: pd.DataFrame, edges: Sequence[int], longest: int) -> pd.DataFram
         longest: most text and generated tokens of a sample; it closes the last bin.
 
     Returns:
-        `layer, phase, query` and one column a window in tokens: the share of the row's text mass,
-        first tokens (sinks) aside, at distances below it. Rows without text mass are left out.
+        `sample, layer, phase, query` and one column a window in tokens: the share of the row's text
+        mass, first tokens (sinks) aside, at distances below it. Rows without text mass are left out.
     """
     ours = rows[rows["query"].isin(QUERIES)]
     masses = ours[[f"distance_{i}" for i in range(len(edges) + 1)]].to_numpy(dtype=np.float64)
@@ -32,7 +34,7 @@ def reach(rows: pd.DataFrame, edges: Sequence[int], longest: int) -> pd.DataFram
     shares = masses[total > 0].cumsum(axis=1) / total[total > 0, None]
     windows = [*(edge for edge in edges if edge < longest), max(longest, 1)]
     held = np.column_stack([shares[:, : len(windows) - 1], np.ones(len(shares))])
-    reached: pd.DataFrame = ours.loc[total > 0, KEYS].reset_index(drop=True)
+    reached: pd.DataFrame = ours.loc[total > 0, ROW].reset_index(drop=True)
     return reached.join(pd.DataFrame(held, columns=windows))
 
 
@@ -41,22 +43,42 @@ def window_curve(reached: pd.DataFrame) -> pd.DataFrame:
 
     `reached` is a table of `reach`.
     """
-    long = reached.melt(KEYS, var_name="distance", value_name="share").astype({"distance": "int64"})
+    long = reached.melt(ROW, var_name="distance", value_name="share").astype({"distance": "int64"})
     return over_samples(long, [*KEYS, "distance"], "share")
 
 
-def window(reached: pd.DataFrame, levels: Sequence[int]) -> pd.DataFrame:
-    """`layer, phase, query, level, mean, low, high, n`: smallest window in tokens holding `level` percent.
+def smallest_windows(reached: pd.DataFrame, levels: Sequence[int]) -> pd.DataFrame:
+    """`sample, layer, phase, query` and `window_<level>`: smallest window in tokens holding `level` percent.
 
     Windows are edges of the distance histogram. `reached` is a table of `reach`.
     """
-    windows = reached.columns.drop(KEYS)
+    windows = reached.columns.drop(ROW)
     held = reached[windows].to_numpy()
+    found = reached[ROW].copy()
+    for level in levels:
+        first = (held >= level / 100 - ROUNDING).argmax(axis=1)
+        found[f"window_{level}"] = windows.to_numpy(dtype=np.float64)[first]
+    return found
+
+
+def window(reached: pd.DataFrame, levels: Sequence[int]) -> pd.DataFrame:
+    """`layer, phase, query, level, mean, low, high, n`: the `smallest_windows` of the samples."""
+    found = smallest_windows(reached, levels)
     tables = []
     for level in levels:
-        first = (held >= level / 100 - 1e-9).argmax(axis=1)
-        found = reached[KEYS].assign(window=windows.to_numpy(dtype=np.float64)[first])
-        table = over_samples(found, KEYS, "window")
+        table = over_samples(found, KEYS, f"window_{level}")
         table.insert(len(KEYS), "level", level)
         tables.append(table)
     return pd.concat(tables, ignore_index=True).sort_values([*KEYS, "level"], ignore_index=True)
+
+
+def windows_for(curve: pd.DataFrame, share: float, layers: int) -> tuple[int, ...]:
+    """Per layer, the smallest recorded window whose mean share of text mass is `share` or more.
+
+    `curve` is a table of `window_curve`. Generated rows count, or the last prompt row in a run
+    without decoding. A layer that never looked at text beyond the sinks gets a window of one token.
+    """
+    query = "generated" if (curve["query"] == "generated").any() else "last"
+    held = curve[(curve["query"] == query) & (curve["mean"] >= share - ROUNDING)]
+    first = held.groupby("layer")["distance"].min()
+    return tuple(int(first.get(layer, 1)) for layer in range(layers))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, percent, show
+from avlprof.cli.output import Format, FormatOption, finished, note, show
 from avlprof.cli.progress import progress
 from avlprof.cli.runs import run_or_newest
+from avlprof.cli.tables import cells_of, print_differences, records
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,10 +25,35 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
+VIEWS = (
+    "per_layer",
+    "mass",
+    "entropy",
+    "coverage",
+    "coverage_curve",
+    "concentration",
+    "overlap",
+    "drift",
+    "window",
+    "window_curve",
+    "sinks",
+    "horizon",
+    "heads",
+    "by_sample",
+)
+
+
 @app.command()
 def analyze(
     run: given.RunArgument = None,
-    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw figures as well.")] = True,
+    what: Annotated[str, typer.Option("--what", help=f"Table to print: {', '.join(VIEWS)}.")] = "per_layer",
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Another run: print how this one differs from it.")
+    ] = None,
+    figures: Annotated[
+        bool | None,
+        typer.Option("--figures/--no-figures", help="Draw figures; by default without --what and --against."),
+    ] = None,
     sample: Annotated[
         str | None,
         typer.Option("--sample", help="Sample of the heatmap; by default the first that has a grid."),
@@ -37,9 +63,14 @@ def analyze(
     ] = None,
     form: FormatOption = Format.table,
 ) -> None:
-    """Compute what each layer attends to; writes RUN/profile/ and RUN/figures/."""
+    """Say what each layer attends to; writes RUN/profile/ and RUN/figures/."""
+    from avlprof.registry import unknown
     from avlprof.tasks import load_task
 
+    if what not in VIEWS:
+        raise unknown("table", what, VIEWS)
+    if against is not None and what != VIEWS[0]:
+        raise UserError(f"give either --what or --against, got --what {what} and --against {against}")
     pictures = load_task(task) if task is not None else None
     traced = run_or_newest(run)
     if sample is not None:
@@ -47,13 +78,36 @@ def analyze(
     with progress("analyze") as report:
         profile = traced.profile(report)
     wrote = [traced.path / "profile"]
-    if figures:
+    summary = what == VIEWS[0] and against is None
+    if summary if figures is None else figures:
         wrote.append(_draw(traced, profile, sample, pictures))
-    shares = dict.fromkeys(("vision_last", "vision_decode", "coverage_90", "overlap_8"), percent)
-    table = profile.per_layer().to_dict("records")
-    title = f"{traced.meta.model} on {traced.meta.task}, {profile.meta.samples} samples"
-    show([{str(name): value for name, value in row.items()} for row in table], form, title, shares)
+    if against is not None:
+        print_differences(profile, _other(against), form)
+    else:
+        show(records(getattr(profile, what)()), form, _title(profile), cells_of(what))
+    if summary:
+        _say(profile, form)
     finished(wrote, f"avlprof derive {traced.path} --budget 0.4")
+
+
+def _other(path: Path) -> Profile:
+    from avlprof.traced import Run
+
+    with progress("analyze") as report:
+        return Run.open(path).profile(report)
+
+
+def _say(profile: Profile, form: Format) -> None:
+    """The findings: below a table on stdout, else on stderr, where they spoil no data."""
+    from avlprof.analysis import findings
+
+    for sentence in findings(profile):
+        typer.echo(sentence, err=form is not Format.table)
+
+
+def _title(profile: Profile) -> str:
+    settings = profile.meta.settings
+    return f"{settings.model} on {settings.task}, {profile.meta.samples} samples"
 
 
 def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None) -> Path:

@@ -11,6 +11,7 @@ from avlprof.cli import options as given
 from avlprof.cli.output import Format, FormatOption, finished, note, show
 from avlprof.cli.progress import progress
 from avlprof.cli.runs import run_or_newest
+from avlprof.errors import UserError
 
 app = typer.Typer()
 
@@ -29,8 +30,17 @@ def derive(
         float | None, typer.Option("--coverage", help="In place of a budget: share of attention to hold.")
     ] = None,
     allocator: Annotated[
-        str, typer.Option("--allocator", help="How the budget is spread: uniform, pyramid or coverage.")
+        str,
+        typer.Option(
+            "--allocator",
+            help="How the budget is spread: uniform, pyramid, sigmoid, coverage, sparsity, entropy, strength "
+            "(sensitivity needs the probe of 'avlprof tune').",
+        ),
     ] = "coverage",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="NAME=VALUE", help="A knob of the allocator, as steepness=6."),
+    ] = None,
     mix: Annotated[float, typer.Option("--mix", help="Weight of the allocator against uniform.")] = 0.2,
     floor: Annotated[float, typer.Option("--floor", help="Smallest kept share of a layer.")] = 0.01,
     refresh_interval: Annotated[
@@ -38,6 +48,10 @@ def derive(
         typer.Option("--refresh-interval", help="Steps between refreshes; by default from the drift."),
     ] = None,
     scorer: Annotated[str, typer.Option("--scorer", help="How vision tokens are ranked.")] = "last_query",
+    text_share: Annotated[
+        float | None,
+        typer.Option("--text-share", help="Give each layer the text window that holds this share of text."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the policy.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Policy file; by default RUN/<name>.yaml, - is stdout.")
@@ -56,10 +70,12 @@ def derive(
         read_budget=read_budget,
         coverage=coverage,
         allocator=allocator,
+        allocator_options=_numbers(option or []),
         mix=mix,
         floor=floor,
         refresh_interval=refresh_interval,
         scorer=scorer,
+        text_share=text_share,
         name=name,
     )
     if str(out) == "-":
@@ -74,3 +90,15 @@ def derive(
             f"live {found.measured_budget:.4g}, read {found.measured_read_budget:.4g} a step"
         )
     finished([path], f"avlprof run --policy {path} --model {traced.meta.model} --explain")
+
+
+def _numbers(pairs: list[str]) -> dict[str, float]:
+    """Knobs by name; `UserError` for what is not NAME=NUMBER."""
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise UserError(f"--option must be NAME=NUMBER, got '{pair}'") from None
+    return found

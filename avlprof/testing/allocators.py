@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
-from avlprof.allocators import Allocator, Evidence, fit_keep, meet_budget, meet_read_budget
+from avlprof.allocators import Allocator, Evidence, fit_keep, meet_budget, meet_read_budget, vision_share
+from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, live_share, read_share, tokens
 
 LAYERS = (1, 2, 3, 7, 28, 80)
@@ -31,8 +32,45 @@ def random_evidence(layers: int, count: int, rng: np.random.Generator) -> Eviden
     levels = np.array([0.0, 0.02, 0.1, 0.3, 1.0])
     damage = rng.exponential(size=(layers, 1)) * (1 - levels) ** rng.uniform(0.5, 9.0, size=(layers, 1))
     noise = rng.normal(0.0, 0.02, size=damage.shape) * (levels < 1.0)
-    entropy = rng.uniform(0.0, np.log(count + 1), size=layers)
-    return Evidence(layers, count, curves, mass, entropy, damage + noise, levels)
+    looks = ~empty
+    return Evidence(
+        layers=layers,
+        tokens=count,
+        coverage=curves,
+        vision_mass=mass,
+        entropy=rng.uniform(0.0, np.log(count + 1), size=layers) * looks,
+        sparsity=np.where(looks, rng.uniform(0.0, 1.0, size=layers), 1.0),
+        skewness=rng.normal(1.0, 3.0, size=layers) * looks,
+        damage=damage + noise,
+        damage_levels=levels,
+    )
+
+
+def flat_evidence(layers: int, count: int) -> Evidence:
+    """Evidence of layers that do not differ, in which nothing hurts."""
+    return Evidence(
+        layers=layers,
+        tokens=count,
+        coverage=np.tile(np.arange(1, count + 1) / count, (layers, 1)),
+        vision_mass=np.ones(layers),
+        entropy=np.full(layers, np.log(count)),
+        sparsity=np.zeros(layers),
+        skewness=np.zeros(layers),
+        damage=np.zeros((layers, 2)),
+        damage_levels=np.array([0.0, 1.0]),
+    )
+
+
+def blind_evidence(layers: int, count: int) -> Evidence:
+    """Evidence of layers that never look at vision."""
+    nothing = np.zeros(layers)
+    return replace(
+        flat_evidence(layers, count),
+        coverage=np.ones((layers, count)),
+        vision_mass=nothing,
+        entropy=nothing,
+        sparsity=np.ones(layers),
+    )
 
 
 def random_prompts(rng: np.random.Generator, largest: int) -> list[PromptShape]:
@@ -49,18 +87,36 @@ class AllocatorConformance:
         raise AssertionError("define make() in the inheriting class")
 
     def cases(self) -> Iterator[tuple[Evidence, np.random.Generator]]:
-        """Evidence for every number of layers and vision tokens, flat evidence included."""
+        """Evidence for every number of layers and vision tokens, flat and blind layers included."""
         rng = np.random.default_rng(0)
         for layers in LAYERS:
             for count in TOKENS:
                 yield random_evidence(layers, count, rng), rng
-        flat = np.tile(np.arange(1, 82) / 81, (5, 1))
-        yield Evidence(5, 81, flat, np.ones(5), np.ones(5), np.zeros((5, 2)), np.array([0.0, 1.0])), rng
+        yield flat_evidence(5, 81), rng
+        yield blind_evidence(5, 81), rng
 
     def test_names_its_source(self) -> None:
         doc = type(self.make()).__doc__
         assert doc is not None
         assert "Source" in doc, "the docstring must give the allocator's source"
+
+    def test_names_what_evidence_it_lacks(self) -> None:
+        bare, full = Evidence(layers=4, tokens=20), random_evidence(4, 20, np.random.default_rng(3))
+        lacking = [bare]
+        for field in fields(Evidence):
+            if getattr(bare, field.name) is None:
+                lacking.append(copy.copy(full))
+                object.__setattr__(lacking[-1], field.name, None)
+        for evidence in lacking:
+            said = " needs "
+            try:
+                shares = self.make().shares(evidence, 0.3)
+            except UserError as error:
+                said = str(error)
+            else:
+                assert np.isfinite(shares).all()
+            assert " needs " in said, "say which evidence is needed"
+            assert "\n" not in said
 
     def test_shares_are_finite_and_not_negative(self) -> None:
         for evidence, _ in self.cases():
@@ -95,6 +151,21 @@ class AllocatorConformance:
                 now = [tokens(ratio, evidence.tokens) for ratio in keep]
                 assert all(new >= old - 1 for new, old in zip(now, before, strict=True))
                 before = now
+
+    def test_a_larger_budget_takes_no_more_than_a_rounding_token_from_a_layer(self) -> None:
+        rng = np.random.default_rng(2)
+        for layers in (2, 9):
+            evidence = random_evidence(layers, 120, rng)
+            prompts = random_prompts(rng, 120)
+            least = live_share(Policy(vision_keep=0.0), prompts, layers)
+            before = [0] * layers
+            for budget in np.linspace(least, 1.0, 9):
+                target = vision_share(prompts, layers, float(budget))
+                keep = meet_budget(tuple(self.make().shares(evidence, target)), prompts, float(budget))
+                now = [tokens(ratio, 120) for ratio in keep]
+                assert all(new >= old - 1 for new, old in zip(now, before, strict=True))
+                before = now
+            assert before == [120] * layers, "a budget of 1 keeps everything"
 
     def test_meets_a_memory_and_a_read_budget_on_mixed_prompts(self) -> None:
         rng = np.random.default_rng(1)

@@ -1,0 +1,29 @@
+"""Layers that look at many vision tokens keep many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avlprof.allocators.allocator import Allocator, Array, Evidence
+from avlprof.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sparsity(Allocator):
+    """Shares in proportion to one minus the sparsity of the attention on vision.
+
+    Source: VL-Cache, arXiv 2410.23317: sparsity is the share of entries below 1% of their row's
+    largest, in the rows of the text behind the vision tokens ("post-vision attention"). There it
+    is measured on every prompt, for each row and head, over text and vision keys; here over
+    vision tokens alone, on scores averaged over heads (and over the text rows of a prompt), as a
+    mean over samples. Averaged scores are less sparse than single rows. The lower clip of a
+    layer's share is the `floor` of the budget.
+    """
+
+    def shares(self, evidence: Evidence, target: float) -> Array:
+        if evidence.sparsity is None:
+            raise UserError(
+                "allocator 'sparsity' needs the attention sparsity of a profile; "
+                "analyze a run first or use allocator 'uniform'"
+            )
+        return 1.0 - evidence.sparsity
