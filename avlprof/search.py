@@ -1,23 +1,24 @@
-"""`avlprof.tune`: the search with everything it needs found or made."""
+"""`avlprof.tune` and its kin: the search with everything it needs found or made."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avlprof import tuning
 from avlprof.api import trace
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel, load_model
 from avlprof.tasks import Task, load_task
 from avlprof.traced import RUNS, Run, latest_run
-from avlprof.tuning import Settings, Space, Tuned, read_meta
-from avlprof.tuning import tune as search
+from avlprof.tuning import Settings, Smallest, Space, Sweep, Tuned, read_meta
 
 if TYPE_CHECKING:
-    import optuna
+    from avlprof.tuning.tune import OnTrial
 
 STUDIES = Path("studies")
 TRACED_SAMPLES = 32
@@ -30,9 +31,13 @@ def tune(
     *,
     budget: float = 0.2,
     read_budget: float | None = None,
+    objective: str = "fidelity",
+    sampler: str = "tpe",
     trials: int = 50,
+    refine: int | None = None,
     samples: int = 64,
     proof_samples: int = 100,
+    margin: float = 0.02,
     seed: int = 0,
     run: Run | Path | str | None = None,
     out: Path | str | None = None,
@@ -44,7 +49,8 @@ def tune(
     trust_remote_code: bool = False,
     space: Space | None = None,
     progress: Progress | None = None,
-    on_trial: Callable[[optuna.Study, optuna.trial.FrozenTrial], None] | None = None,
+    on_trial: OnTrial | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Tuned:
     """Find the best policy at a budget of prompt KV and prove it; the same call resumes.
 
@@ -54,79 +60,199 @@ def tune(
         budget: prompt KV live after prefill over dense, in [0, 1].
         read_budget: mean prompt KV read per decoding step over dense; with it, compute shares
             and refresh interval are tuned as well.
+        objective: what trials are scored by: `fidelity` (KL to the dense model on its own answers),
+            `likelihood` (of the references) or `accuracy` (the task's metric on generated answers).
+        sampler: who proposes trials: `tpe`, `gp`, `cmaes` or `random`.
         trials: trials of the study in all.
+        refine: how many of them refine the best scalars layer by layer; a third unless told.
         samples: samples of the search split that a trial is scored on.
         proof_samples: held-out samples of the final comparison.
+        margin: loss of the metric that still counts as not inferior to the strongest rival.
         run: the traced run whose profile shapes the policies; by default that of the study in
             `out`, else the newest below `runs/` of this model and task, or one is made.
         out: folder of the study; by default one below `studies/` named after what it searches.
         progress: called with the name of a phase, units done and units in all.
         on_trial: called with study and trial after each trial.
+        told: called with sentences for the reader.
 
     Raises:
         UserError: an infeasible budget, a run of another model, or a folder of another study.
     """
-    chosen = load_task(task) if isinstance(task, str) else task
     settings = Settings(
-        budget=budget,
-        read_budget=read_budget,
-        trials=trials,
-        samples=samples,
-        proof_samples=proof_samples,
-        seed=seed,
-        prune=prune,
-        max_new_tokens=max_new_tokens,
-    )
-    loaded = (
-        model
-        if isinstance(model, LoadedModel)
-        else load_model(
-            model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-        )
-    )
-    folder = Path(out) if out is not None else STUDIES / study_name(loaded, chosen, settings)
-    traced = _run(run, folder, loaded, chosen, max_new_tokens, progress)
-    traced.check_model(loaded)
-    return search(
-        loaded, chosen, traced.profile(), folder, settings, space=space, progress=progress, on_trial=on_trial
-    )
+        budget=budget, read_budget=read_budget, trials=trials, refine=refine, samples=samples,
+        proof_samples=proof_samples, margin=margin, objective=objective, sampler=sampler, seed=seed,
+        prune=prune, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    asked = _asked(model, task, device, dtype, revision, trust_remote_code)
+    folder = _folder(out, asked, settings, f"b{budget:g}")
+    profile = asked.run(run, folder, max_new_tokens, progress).profile()
+    return tuning.tune(
+        asked.loaded, asked.task, profile, folder, settings,
+        space=space, progress=progress, on_trial=on_trial, told=told,
+    )  # fmt: skip
 
 
-def study_name(loaded: LoadedModel, task: Task, settings: Settings) -> str:
-    """`<model>-<task>-b<budget>`, with the read budget and the seed where they are not the default."""
-    parts = [Path(loaded.name).name, task.name, f"b{settings.budget:g}"]
+def sweep(
+    model: str | LoadedModel = "tiny",
+    task: str | Task = "shapes",
+    budgets: Sequence[float] = (0.1, 0.2, 0.4),
+    settings: Settings | None = None,
+    *,
+    run: Run | Path | str | None = None,
+    out: Path | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    space: Space | None = None,
+    progress: Progress | None = None,
+    on_trial: OnTrial | None = None,
+    on_budget: Callable[[float], None] | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Tune and prove at several budgets, each started from its neighbour's best; resumes.
+
+    Args:
+        budgets: shares of the dense prompt KV in memory after prefill.
+        settings: everything else about the search; its own budget does not count.
+        on_budget: called with each budget before its study.
+
+    The other arguments are those of `tune`.
+
+    Raises:
+        UserError: as `tune`.
+    """
+    settings = settings or Settings()
+    asked = _asked(model, task, device, dtype, revision, trust_remote_code)
+    folder = _folder(out, asked, settings, "sweep")
+    profile = asked.run(run, folder, settings.max_new_tokens, progress).profile()
+    return tuning.sweep(
+        asked.loaded, asked.task, profile, folder, budgets, settings,
+        space=space, progress=progress, on_trial=on_trial, on_budget=on_budget, told=told,
+    )  # fmt: skip
+
+
+def smallest(
+    model: str | LoadedModel = "tiny",
+    task: str | Task = "shapes",
+    max_drop: float = 0.01,
+    settings: Settings | None = None,
+    *,
+    run: Run | Path | str | None = None,
+    out: Path | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    space: Space | None = None,
+    progress: Progress | None = None,
+    on_trial: OnTrial | None = None,
+    on_budget: Callable[[float], None] | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Smallest:
+    """Find the smallest budget whose tuned policy loses at most `max_drop` of the metric; resumes.
+
+    Budgets are judged on the search split, and the one that is found is tested on held-out samples,
+    once. The other arguments are those of `sweep`.
+
+    Raises:
+        UserError: as `tune`, or no budget holds the drop.
+    """
+    settings = settings or Settings()
+    asked = _asked(model, task, device, dtype, revision, trust_remote_code)
+    folder = _folder(out, asked, settings, f"drop{max_drop:g}")
+    profile = asked.run(run, folder, settings.max_new_tokens, progress).profile()
+    return tuning.smallest(
+        asked.loaded, asked.task, profile, folder, max_drop, settings,
+        space=space, progress=progress, on_trial=on_trial, on_budget=on_budget, told=told,
+    )  # fmt: skip
+
+
+def study_name(loaded: LoadedModel, task: Task, settings: Settings, what: str | None = None) -> str:
+    """`<model>-<task>-b<budget>`, with the read budget, objective, sampler and seed that are not default.
+
+    `what` takes the place of the budget.
+    """
+    parts = [Path(loaded.name).name, task.name, what or f"b{settings.budget:g}"]
     if settings.read_budget is not None:
         parts.append(f"r{settings.read_budget:g}")
+    usual = Settings()
+    parts += [
+        value
+        for value, default in ((settings.objective, usual.objective), (settings.sampler, usual.sampler))
+        if value != default
+    ]
     if settings.seed:
         parts.append(f"s{settings.seed}")
     return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
-def _run(
-    run: Run | Path | str | None,
-    folder: Path,
-    loaded: LoadedModel,
-    task: Task,
-    max_new_tokens: int | None,
-    progress: Progress | None,
-) -> Run:
-    if isinstance(run, Run):
-        return run
-    if run is not None:
-        return Run.open(run)
-    known = _run_of_study(folder) or latest_run(loaded=loaded, task=task.name)
-    if known is not None:
-        return known
-    tell = None if progress is None else (lambda done, total: progress("trace", done, total))
-    few = len(task.samples("search", TRACED_SAMPLES))
-    return trace(loaded, task, few, max_new_tokens=max_new_tokens, progress=tell)
+@dataclass(frozen=True)
+class _Asked:
+    """A loaded model and a task."""
+
+    loaded: LoadedModel
+    task: Task
+
+    def run(
+        self,
+        given: Run | Path | str | None,
+        folder: Path,
+        max_new_tokens: int | None,
+        progress: Progress | None,
+    ) -> Run:
+        """The run to take the profile from; traced here when there is none."""
+        found = self._found(given, folder, max_new_tokens, progress)
+        found.check_model(self.loaded)
+        return found
+
+    def _found(
+        self,
+        given: Run | Path | str | None,
+        folder: Path,
+        max_new_tokens: int | None,
+        progress: Progress | None,
+    ) -> Run:
+        if isinstance(given, Run):
+            return given
+        if given is not None:
+            return Run.open(given)
+        known = _run_of_study(folder) or latest_run(loaded=self.loaded, task=self.task.name)
+        if known is not None:
+            return known
+        tell = None if progress is None else (lambda done, total: progress("trace", done, total))
+        few = len(self.task.samples("search", TRACED_SAMPLES))
+        return trace(self.loaded, self.task, few, max_new_tokens=max_new_tokens, progress=tell)
+
+
+def _asked(
+    model: str | LoadedModel,
+    task: str | Task,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> _Asked:
+    chosen = load_task(task) if isinstance(task, str) else task
+    if isinstance(model, LoadedModel):
+        return _Asked(model, chosen)
+    loaded = load_model(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return _Asked(loaded, chosen)
+
+
+def _folder(out: Path | str | None, asked: _Asked, settings: Settings, what: str) -> Path:
+    return Path(out) if out is not None else STUDIES / study_name(asked.loaded, asked.task, settings, what)
 
 
 def _run_of_study(folder: Path) -> Run | None:
-    """The run below `runs/` that the study in a folder was begun with, if both are there."""
-    if not (folder / "study.json").is_file():
+    """The run below `runs/` that the study (or the first of a sweep) in a folder was begun with."""
+    places = [folder / "study.json", *sorted(folder.glob("b*/study.json"))]
+    noted = next((path for path in places if path.is_file()), None)
+    if noted is None:
         return None
-    wanted = read_meta(folder).run_hash
+    wanted = read_meta(noted.parent).run_hash
     for path in sorted(RUNS.glob("*/meta.json")):
         with contextlib.suppress(UserError):
             run = Run.open(path.parent)

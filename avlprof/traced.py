@@ -84,7 +84,10 @@ class Run:
 def latest_run(
     root: Path | str = RUNS, *, loaded: LoadedModel | None = None, task: str | None = None
 ) -> Run | None:
-    """The run under `root` that was written to last and has samples; of this model and task, if given."""
+    """The run under `root` that was written to last and has samples; of this model and task, if given.
+
+    For a model only dense runs count: what it attends to under a policy is not what it needs.
+    """
     found = []
     for path in Path(root).glob("*/meta.json"):
         parts = [part.stat().st_mtime for part in path.parent.glob("samples-*.parquet")]
@@ -93,7 +96,8 @@ def latest_run(
     for _, folder in sorted(found, reverse=True):
         run = Run(RunDirectory(folder))
         try:
-            fits = (loaded is None or run.is_of(loaded)) and task in (None, run.meta.task)
+            dense = loaded is None or (run.is_of(loaded) and not run.meta.policy)
+            fits = dense and task in (None, run.meta.task)
         except UserError:
             continue
         if fits:

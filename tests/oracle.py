@@ -1,7 +1,7 @@
 """A plain, slow, dense oracle of a policy: eager attention, explicit masks, no cache.
 
-One unpadded row at a time. The whole sequence is recomputed in one forward; in each layer the
-rows behind the prompt are processed in order, each with its own mask, exactly as the A-VL paper's
+One unpadded row at a time. A whole conversation is recomputed in one forward; in each layer its
+tokens are processed in order, each with its own visible set, exactly as the A-VL paper's
 algorithm words it. Nothing of avlprof's runtime is used.
 """
 
@@ -20,10 +20,12 @@ from avlprof.policy import Policy
 
 @dataclass
 class Trace:
-    """What the oracle chose: per layer the kept set, and per step the core set; score gaps."""
+    """What the oracle chose: kept sets, and the core and text sets after each step; score gaps."""
 
     kept: dict[int, list[set[int]]] = field(default_factory=dict)
     cores: dict[int, list[list[set[int]]]] = field(default_factory=dict)
+    text: dict[int, list[list[set[int]]]] = field(default_factory=dict)
+    alive: dict[int, int] = field(default_factory=dict)  # tokens of the last turn that enter a layer
     gap: float = math.inf  # smallest relative gap between the last chosen and the first left out
 
 
@@ -32,7 +34,7 @@ def top(scores: list[float], candidates: list[int], count: int, trace: Trace) ->
     ranked = sorted(candidates, key=lambda i: (-scores[i], i))
     if 0 < count < len(ranked):
         last, left = scores[ranked[count - 1]], scores[ranked[count]]
-        trace.gap = min(trace.gap, (last - left) / last)
+        trace.gap = min(trace.gap, (last - left) / max(abs(last), abs(left), 1e-30))
     return set(ranked[:count])
 
 
@@ -40,10 +42,14 @@ def per_layer(value, layer):
     return value[layer] if isinstance(value, tuple) else value
 
 
-class Oracle:
-    """Eager attention of one row under a policy; `vision` and `system` come from the prompt.
+def share(ratio, count):
+    return math.floor(ratio * count + 1e-6)
 
-    `answer_types` are the token types that the model gives to generated tokens. The prompt attends
+
+class Oracle:
+    """Eager attention of one row under a policy; vision and system come from the prompt.
+
+    `answer_types` are the token types that the model gives to generated tokens. Prompts attend
     by the model's own mask where it makes one; sliding layers do so throughout.
     """
 
@@ -55,103 +61,298 @@ class Oracle:
 
     def run(self, inputs: dict[str, Tensor], answer: list[int]) -> tuple[Tensor, Trace]:
         """Logits `[len(answer) + 1, V]` of the tokens behind the prompt, and the sets."""
-        prompt = inputs["input_ids"][0].tolist()
-        self.length = len(prompt)
-        self.vision = [i for i, t in enumerate(prompt) if t in self.vision_ids]
-        first = self.vision[0] if self.vision else self.length
-        self.system = list(range(first))
+        logits, trace = self.converse([(inputs, answer)])
+        return logits[0], trace
+
+    def converse(self, turns: list[tuple[dict[str, Tensor], list[int]]]) -> tuple[list[Tensor], Trace]:
+        """The same for several turns, each `(inputs, answer)`; one tensor of logits a turn."""
+        full = joined(turns, self.answer_types)
+        ids = full["input_ids"][0].tolist()
+        self.turns, at = [], 0
+        for inputs, answer in turns:
+            end = at + inputs["input_ids"].shape[1]
+            self.turns.append((at, end, end + len(answer)))
+            at = end + len(answer)
+        given = {i for start, end, _ in self.turns for i in range(start, end)}
+        self.vision = {i for i in given if ids[i] in self.vision_ids}
+        first = min(self.vision, default=len(ids))
+        self.system = {i for i in given if i < first}
+        self.dropped: set[int] = set()
+        self.next_dropped: set[int] = set()
         self.trace = Trace()
-        full = dict(inputs)
-        full["input_ids"] = torch.tensor([prompt + answer])
-        full["attention_mask"] = torch.ones_like(full["input_ids"])
-        for name, kind in self.answer_types.items():
-            if name in full:
-                extra = torch.full((1, len(answer)), kind)
-                full[name] = torch.cat([full[name], extra], dim=1)
         AttentionInterface.register("test_oracle", self._attention)
         AttentionMaskInterface.register("test_oracle", sdpa_mask)
         before = self.model.config.get_text_config()._attn_implementation
         self.model.set_attn_implementation({"text_config": "test_oracle"})
         try:
             with torch.no_grad():
-                logits = self.model(**full, use_cache=False).logits[0, self.length - 1 :]
+                logits = self.model(**full, use_cache=False).logits[0]
         finally:
             self.model.set_attn_implementation({"text_config": before})
-        return logits, self.trace
+        return [logits[end - 1 : last] for _, end, last in self.turns], self.trace
 
     def _attention(self, module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
-        layer = module.layer_idx
         heads, groups = query.shape[1], key.shape[1]
         k = key.repeat_interleave(heads // groups, dim=1)[0].double()
         v = value.repeat_interleave(heads // groups, dim=1)[0].double()
-        q = query[0].double()
-        total = q.shape[1]
-        logits = q @ k.mT * scaling
+        total = query.shape[2]
+        logits = query[0].double() @ k.mT * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        out = torch.zeros(heads, total, v.shape[-1], dtype=torch.double)
         seen = torch.ones(total, total, dtype=torch.bool).tril()
         if attention_mask is not None:
             seen = attention_mask[0, 0]
         if getattr(module, "sliding_window", None) is not None:
             out = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
-            return out.transpose(0, 1)[None].to(query.dtype), None
-        weights = logits[:, : self.length].masked_fill(~seen[: self.length], -math.inf).softmax(-1)
-        out[:, : self.length] = weights @ v
-        self._scan(layer, heads // groups, logits, weights, v, out)
+        else:
+            out = Scan(self, module.layer_idx, heads // groups, logits, seen, v).run()
         return out.transpose(0, 1)[None].to(query.dtype), None
 
-    def _scan(self, layer, size, logits, weights, v, out):
-        policy, trace = self.policy, self.trace
-        heads, total = logits.shape[0], logits.shape[1]
-        shared = policy.heads == "shared"
-        groups = [list(range(heads))] if shared else [list(range(g, g + size)) for g in range(0, heads, size)]
-        count = len(self.vision)
-        keep = math.floor(per_layer(policy.vision_keep, layer) * count + 1e-6)
+
+def joined(turns, answer_types):
+    """All turns and their answers as the inputs of one forward."""
+    full = {}
+    for inputs, answer in turns:
+        extra = torch.tensor([answer], dtype=torch.long).view(1, -1)
+        part = {"input_ids": torch.cat([inputs["input_ids"], extra], dim=1)}
+        for name, value in inputs.items():
+            if name in answer_types:
+                more = torch.full((1, len(answer)), answer_types[name])
+                part[name] = torch.cat([value, more], dim=1)
+            elif name not in ("input_ids", "attention_mask"):
+                part[name] = value
+        for name in answer_types:
+            known = any(name in other for other, _ in turns)
+            if known and name not in part:
+                part[name] = torch.zeros_like(part["input_ids"])
+        for name, value in part.items():
+            wide = value.shape[:1] == (1,) and value.shape == part["input_ids"].shape
+            full[name] = torch.cat([full[name], value], dim=1 if wide else 0) if name in full else value
+    full["attention_mask"] = torch.ones_like(full["input_ids"])
+    return full
+
+
+class Scan:
+    """One layer, token by token."""
+
+    def __init__(self, oracle, layer, size, logits, seen, v):
+        self.o, self.policy, self.trace, self.layer = oracle, oracle.policy, oracle.trace, layer
+        self.logits, self.seen, self.v = logits, seen, v
+        self.heads, self.total = logits.shape[:2]
+        per_kv = [list(range(g, g + size)) for g in range(0, self.heads, size)]
+        whole = [list(range(self.heads))]
+        policy = self.policy
+        self.vgroups = whole if policy.heads == "shared" else per_kv
+        self.joint = policy.joint
+        if self.joint is not None:
+            self.tgroups = self.vgroups
+            evicts = self.joint.decoding == "evict"
+            self.kind = policy.scorer.name if evicts else "grow"
+        else:
+            self.tgroups = per_kv if policy.text.scorer != "position" else whole
+            self.kind = policy.text.scorer if not policy.text.keeps_all else "grow"
+        self.out = torch.zeros(self.heads, self.total, v.shape[-1], dtype=torch.double)
+        self.system: list[int] = []
+        self.kept = [set() for _ in self.vgroups]
+        self.core = [set() for _ in self.vgroups]
+        self.core_size = 0
+        self.text = [[] for _ in self.tgroups]
+        self.h = [{} for _ in self.tgroups]
+        self.seen_text = self.pool = 0
+
+    def run(self):
+        self.trace.cores[self.layer], self.trace.text[self.layer] = [], []
+        for start, end, last in self.o.turns:
+            self.turn(start, end)
+            for step, t in enumerate(range(end, last), 1):
+                self.step(t, step)
+        self.trace.kept[self.layer] = self.kept
+        return self.out
+
+    def attend(self, t, visible):
+        """Attend from row t, each head to its own set; returns the weights `[heads, total]`."""
+        spread = torch.zeros(self.heads, self.total, dtype=torch.double)
+        for head in range(self.heads):
+            columns = sorted(visible(head))
+            row = self.logits[head, t, columns].softmax(-1)
+            spread[head, columns] = row
+            self.out[head, t] = row @ self.v[head, columns]
+        return spread
+
+    def held(self, head, vision):
+        vg = next(i for i, g in enumerate(self.vgroups) if head in g)
+        tg = next(i for i, g in enumerate(self.tgroups) if head in g)
+        return {*self.system, *vision[vg], *self.text[tg]}
+
+    def turn(self, start, end):
+        policy, trace, vision_all = self.policy, self.trace, self.o.vision
+        for step in policy.prefill_filter:
+            if step.after_layer == self.layer:
+                self.o.dropped |= self.o.next_dropped
+        alive = [i for i in range(start, end) if i not in self.o.dropped]
+        trace.alive[self.layer] = len(alive)
+        weights = {}
+        for t in alive:
+            weights[t] = self.attend(
+                t,
+                lambda head: {j for j in {*self.held(head, self.kept), *alive} if self.seen[t, j]},  # noqa: B023
+            )
+        new = [i for i in range(start, end) if i in vision_all]
+        here = [i for i in new if i in alive]
+        scores = self.scores(weights, end)
+        for step in policy.prefill_filter:
+            if step.after_layer == self.layer + 1:
+                wanted = min(share(step.keep, len(new)), len(here))
+                left = top(scores.mean(0).tolist(), here, wanted, trace)
+                self.o.next_dropped |= set(here) - left
+        if self.joint is not None:
+            self.joint_turn(start, end, weights, scores)
+            return
+        self.system += [i for i in alive if i in self.o.system]
+        keep = min(share(per_layer(policy.vision_keep, self.layer), len(new)), len(here))
         compute = policy.vision_keep if policy.vision_compute is None else policy.vision_compute
-        core_size = math.floor(per_layer(compute, layer) * count + 1e-6)
-        scores = self._scores(weights)
-        kept = [top(scores[g].mean(0).tolist(), self.vision, keep, trace) for g in groups]
-        core = [
-            top(scores[g].mean(0).tolist(), sorted(k), core_size, trace)
-            for g, k in zip(groups, kept, strict=True)
-        ]
-        trace.kept[layer] = kept
-        trace.cores[layer] = [core]
-        text = [i for i in range(len(self.system), self.length) if i not in set(self.vision)]
-        for t in range(self.length, total):
-            step = t - self.length + 1
+        core_size = min(share(per_layer(compute, self.layer), len(new)), keep)
+        self.core_size += core_size
+        for g, members in enumerate(self.vgroups):
+            best = scores[members].mean(0).tolist()
+            self.kept[g] = self.kept[g] | top(best, here, keep, trace)
+            if start > 0:
+                best = weights[end - 1][members].mean(0).tolist()
+            self.core[g] = top(best, sorted(self.kept[g]), self.core_size, trace)
+        trace.cores[self.layer].append(list(self.core))
+        text = [i for i in alive if i not in vision_all and i not in self.o.system]
+        self.seen_text += len(text)
+        self.score_rows(text, text, weights)
+        for g in range(len(self.tgroups)):
+            self.text[g] = self.cut([*self.text[g], *text], g)
+        trace.text[self.layer].append([set(t) for t in self.text])
+
+    def joint_turn(self, start, end, weights, scores):
+        tokens = list(range(start, end))
+        size = min(len(tokens), max(share(per_layer(self.joint.keep, self.layer), len(tokens)), 1))
+        self.pool += size
+        if self.kind in ("accumulated", "last_query"):
+            self.score_rows(tokens, tokens, weights)
+        for g, members in enumerate(self.tgroups):
+            if self.kind == "grow":
+                best = scores[members].mean(0).tolist()
+                sink = min(self.joint.sink, size) if start == 0 else 0
+                newest = min(self.joint.recent or int(self.joint.recent_share * size + 1e-6), size - sink)
+                self.text[g] = self.text[g] + sorted(self.choose(tokens, best, size, sink, newest))
+            else:
+                self.text[g] = self.cut([*self.text[g], *tokens], g, self.pool)
+        self.trace.cores[self.layer].append([set() for _ in self.core])
+        self.trace.text[self.layer].append([set(t) for t in self.text])
+
+    def step(self, t, step):
+        policy, trace = self.policy, self.trace
+        self.seen_text += 1
+        for text in self.text:
             text.append(t)
-            refresh = policy.refresh_interval > 0 and step % policy.refresh_interval == 0
-            refresh = refresh and core_size < keep
-            seen = []
-            for g, members in enumerate(groups):
-                vision = kept[g] if refresh else core[g]
-                visible = sorted({*self.system, *vision, *self._text(text, layer)})
-                rows = logits[members, t][:, visible].softmax(-1)
-                for row, head in zip(rows, members, strict=True):
-                    out[head, t] = row @ v[head, visible]
-                spread = torch.zeros(total, dtype=torch.double)
-                spread[visible] = rows.mean(0)
-                seen.append(spread.tolist())
-            if refresh:
-                core = [top(s, sorted(k), core_size, trace) for s, k in zip(seen, kept, strict=True)]
-            trace.cores[layer].append(core)
+        if self.kind == "position":  # what falls out of a window falls out before the step attends
+            self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
+        every = policy.refresh_interval
+        refresh = every > 0 and step % every == 0 and any(len(k) > self.core_size for k in self.kept)
+        full = refresh and policy.refresh == "full"
+        if refresh and not full:
+            before = self.out.clone()
+            self.pick(self.attend(t, lambda head: self.held(head, self.kept)))
+            self.out = before
+        row = self.attend(t, lambda head: self.held(head, self.kept if full else self.core))
+        if full:
+            self.pick(row)
+        if self.kind in ("history", "accumulated", "last_query"):
+            self.update(t, row)
+            self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
+        trace.cores[self.layer].append(list(self.core))
+        trace.text[self.layer].append([set(text) for text in self.text])
 
-    def _text(self, text, layer):
-        window = self.policy.text.window
-        if window is None:
+    def pick(self, row):
+        self.core = [
+            top(row[members].mean(0).tolist(), sorted(kept), self.core_size, self.trace)
+            for members, kept in zip(self.vgroups, self.kept, strict=True)
+        ]
+
+    def update(self, t, row):
+        """Scores after a decoding row."""
+        for g, members in enumerate(self.tgroups):
+            mean = row[members].mean(0)
+            text, h = self.text[g], self.h[g]
+            if self.kind == "last_query":
+                self.h[g] = {j: float(mean[j]) for j in text}
+                continue
+            q = 0.0
+            if self.kind == "history":
+                q = float(torch.quantile(mean[text], self.deleted))
+            for j in text:
+                h[j] = float(mean[j]) if j == t else h[j] + float(mean[j]) - q
+
+    def score_rows(self, rows, columns, weights):
+        """Scores after the rows of a turn; older text is scored by them too."""
+        if self.kind not in ("history", "accumulated", "last_query"):
+            return
+        for g, members in enumerate(self.tgroups):
+            h = self.h[g]
+            for t in rows:
+                mean = weights[t][members].mean(0)
+                if self.joint is not None and self.kind == "accumulated":
+                    for j in [*self.text[g], *columns]:  # a mask may let a row look at later tokens
+                        h[j] = h.get(j, 0.0) + float(mean[j])
+                    continue
+                older = [*self.text[g], *(j for j in columns if j < t)]
+                if self.kind == "last_query":
+                    self.h[g] = h = {j: float(mean[j]) for j in older}
+                    h[t] = float(mean[t])
+                    continue
+                q = 0.0
+                if self.kind == "history" and older:
+                    q = float(torch.quantile(mean[older], self.deleted))
+                for j in older:
+                    h[j] += float(mean[j]) - q
+                h[t] = float(mean[t])
+
+    @property
+    def deleted(self):
+        return 1.0 - per_layer(self.policy.text.keep, self.layer)
+
+    def room(self, pool):
+        """Most tokens, sinks, and newest ones that are safe."""
+        if self.joint is not None:
+            sink = min(self.joint.sink, self.pool)
+            limit = max(self.pool, sink + 1) if pool is None else pool
+            newest = min(self.joint.recent or int(self.joint.recent_share * limit + 1e-6), limit - sink)
+            return limit, sink, newest
+        text = self.policy.text
+        if text.keep is not None:
+            limit = max(round(per_layer(text.keep, self.layer) * self.seen_text), text.minimum)
+            return limit, 0, int(text.recent * limit + 1e-6)
+        sink, window = per_layer(text.sink, self.layer), per_layer(text.window, self.layer)
+        return sink + window + per_layer(text.heavy, self.layer), sink, window
+
+    def cut(self, text, g, pool=None):
+        if self.kind == "grow":
             return text
-        sink = per_layer(self.policy.text.sink, layer)
-        rest = text[sink:]
-        return text[:sink] + rest[-per_layer(window, layer) :]
+        limit, sink, newest = self.room(pool)
+        if len(text) <= limit:
+            return text
+        scores = self.h[g]
+        if self.kind == "position":
+            scores = {j: j for j in text}
+        return sorted(self.choose(text, scores, limit, sink, newest))
 
-    def _scores(self, weights):
+    def choose(self, tokens, scores, count, sink, newest):
+        tokens = sorted(tokens)
+        safe = {*tokens[:sink], *tokens[len(tokens) - newest :]}
+        others = [j for j in tokens if j not in safe]
+        return safe | top(scores, others, count - len(safe), self.trace)
+
+    def scores(self, weights, end):
+        """Scores `[heads, total]` of a turn's tokens."""
         name = self.policy.scorer.name
         if name == "last_query":
-            return weights[:, self.length - 1]
+            return weights[end - 1]
         if name == "accumulated":
-            return weights.sum(1)
+            return sum(weights.values())
         if name == "position":
-            return torch.arange(weights.shape[-1], dtype=torch.double).expand(weights.shape[0], -1)
+            return torch.arange(self.total, dtype=torch.double).expand(self.heads, -1)
         raise AssertionError(name)

@@ -15,13 +15,16 @@ import avlprof
 
 ROOT = Path(avlprof.__file__).parent
 ORDER = (
+    ("__main__",),
     ("cli",),
+    ("lmms",),
     ("search",),
     ("api",),
     ("traced",),
     ("pictures",),
     ("tuning",),
     ("evaluation",),
+    ("report",),
     ("plots",),
     ("analysis",),
     ("tracing", "runtime"),

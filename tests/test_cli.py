@@ -129,6 +129,65 @@ def test_trace_refuses(arguments, said, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--policy", "unifrom"], "unknown policy 'unifrom'; did you mean uniform"),
+        (["--history", "2"], "must be in (0, 1], got 2.0"),
+        (["--device-map", "atuo"], "unknown device map 'atuo'; did you mean auto?"),
+        (["--device-map", "auto", "--device", "cpu"], "give a device or a device map, not both"),
+    ],
+)
+def test_trace_refuses_inputs(arguments, said, tmp_path):
+    out = tmp_path / "run"
+    assert said in refused(invoke("trace", *arguments, "--out", out))
+    assert not out.exists()
+
+
+def test_trace_over_references_under_a_policy(tmp_path):
+    out = tmp_path / "run"
+    path = save_policy(Policy(name="third", vision_keep=0.3), tmp_path / "p.yaml")
+    command = ["trace", "-n", 3, "--batch-size", 2, "--forced", "--policy", path, "--out", out]
+    result = invoke(*command, "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert f"3 samples to {out}, at most about " in result.stderr
+    found = avlprof.Run.open(out)
+    assert found.meta.forced
+    assert found.meta.policy.startswith("third ")
+    table = found.samples()
+    assert [row["answer"] == row["references"][0] for _, row in table.iterrows()] == [True] * 3
+    said = refused(invoke("trace", "-n", 3, "--out", out))
+    assert "forced: True here, False asked" in said
+    assert "policy: 'third " in said
+
+
+def test_trace_of_your_own_picture_has_no_reference(picture, tmp_path):
+    command = ["trace", "--image", picture, "--prompt", "what?", "--forced", "--out", tmp_path / "run"]
+    assert "has no reference answer" in refused(invoke(*command))
+    assert not (tmp_path / "run").exists()
+
+
+def test_trace_by_two_processes(tmp_path):
+    """One table in all, from the first process, which says what is still missing."""
+    out = tmp_path / "run"
+    results = []
+    for rank in "01":
+        environment = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        command = ["trace", "-n", "5", "--max-new-tokens", "1", "--out", str(out), "--format", "csv"]
+        results.append(CliRunner().invoke(app, command, prog_name="avlprof", env=environment))
+    first, second = results
+    assert first.exit_code == second.exit_code == 0
+    assert "5 samples by 2 processes to" in first.stderr
+    assert "2 of 5 samples are not there yet; the other processes write them" in first.stderr
+    assert next(csv.DictReader(io.StringIO(first.stdout)))["samples"] == "3"
+    assert second.stdout == ""
+    assert second.stderr == f"process 2 of 2 has finished; 5 of 5 samples are in {out}\n"
+    again = invoke("trace", "-n", 5, "--max-new-tokens", 1, "--out", out, "--format", "csv")
+    assert next(csv.DictReader(io.StringIO(again.stdout)))["samples"] == "5"
+    assert "not there yet" not in again.stderr
+
+
 @pytest.mark.parametrize("command", [["trace"], ["run", "--policy", "uniform"]])
 def test_corrupt_image(command, tmp_path):
     path = tmp_path / "broken.png"

@@ -32,6 +32,10 @@ class TestTokenF1(MetricConformance):
     metric = "token_f1"
 
 
+class TestRougeL(MetricConformance):
+    metric = "rouge_l"
+
+
 class TestContains(MetricConformance):
     metric = "contains"
 
@@ -221,6 +225,38 @@ def test_token_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
         precision, recall = Fraction(hits, len(found)), Fraction(hits, len(wanted))
         expected = 2 * precision * recall / (precision + recall) if hits else Fraction(0)
         score = load_metric("token_f1")(", ".join(found), [" ".join(wanted)])
+        assert score == pytest.approx(float(expected), abs=1e-12)
+
+
+# Lin (2004), section 3.1: against "police killed the gunman" the two candidates get 3/4 and 2/4;
+# section 3.2: two references in one.
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("police kill the gunman", ["police killed the gunman"], 3 / 4),
+        ("the gunman kill police", ["police killed the gunman"], 2 / 4),
+        ("the gunman police killed", ["police killed the gunman"], 2 / 4),
+        ("A dog, running!", ["a dog running"], 1),
+        ("a dog", ["a big brown dog", "a cat"], 2 * 2 / (2 + 4)),
+    ],
+)
+def test_rouge_l_values(prediction: str, answers: list[str], score: float) -> None:
+    assert load_metric("rouge_l")(prediction, answers) == pytest.approx(score, abs=1e-12)
+
+
+def test_rouge_l_is_f1_of_the_longest_common_subsequence() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = (rng.choices("xyz", k=rng.randint(1, 7)) for _ in range(2))
+        subsequences = {picked for size in range(len(b) + 1) for picked in itertools.combinations(b, size)}
+        longest = max(
+            size
+            for size in range(len(a) + 1)
+            if any(picked in subsequences for picked in itertools.combinations(a, size))
+        )
+        recall, precision = Fraction(longest, len(b)), Fraction(longest, len(a))
+        expected = 2 * recall * precision / (recall + precision) if longest else Fraction(0)
+        score = load_metric("rouge_l")(" ".join(a), [" ".join(b)])
         assert score == pytest.approx(float(expected), abs=1e-12)
 
 

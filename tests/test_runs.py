@@ -102,6 +102,25 @@ def test_what_was_written_is_read(tmp_path):
         run.scores("z")
 
 
+def test_a_run_larger_than_memory_is_read_by_part(tmp_path):
+    writer = RunWriter(tmp_path, META)
+    for i, name in enumerate("abcde"):
+        row, stats, scores = sample(name, i)
+        writer.add(row, stats, scores | {"extra": np.full((2, 3), i, np.float32)} if name == "c" else scores)
+        if i % 2:
+            writer.flush()
+    writer.flush()
+    run = RunDirectory(tmp_path)
+    parts = list(run.stats_by_part(["entropy", "layer"]))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    whole = pd.concat(parts, ignore_index=True)
+    pd.testing.assert_frame_equal(whole, run.stats()[["entropy", "layer"]])
+    assert run.ids() == list("abcde") == list(run.samples()["sample"])
+    assert set(run.scores("c")) == {"last", "instruction", "decode", "extra"}
+    assert set(run.scores("b")) == {"last", "instruction", "decode"}
+    assert (run.scores("c")["extra"] == 2).all()
+
+
 def test_no_pickle_and_a_meta_that_people_can_read(tmp_path):
     writer = RunWriter(tmp_path, META)
     writer.add(*sample("a"))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import threading
 import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import avlprof
+from avlprof.attention.packed import packed_attention
+from avlprof.attention.rows import row_weights
 from avlprof.attention.session import switched
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, JointPool, Policy, PromptShape, ScorerSpec, TextPolicy, sizes
+from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, PromptShape, ScorerSpec, TextPolicy, sizes
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.dense import RESERVE
 from avlprof.testing.models import cases, random_llava
@@ -36,6 +41,46 @@ POLICIES = {
         vision_keep=KEEP, vision_compute=CORE, refresh_interval=5, scorer=ScorerSpec(name="accumulated")
     ),
     "position": Policy(vision_keep=0.5, scorer=ScorerSpec(name="position")),
+    "score only": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=3, refresh="score_only", heads="kv_head"
+    ),
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "h2o text": Policy(
+        vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=5, recent=0.3, scorer="accumulated")
+    ),
+    "newest share": Policy(text=TextPolicy(keep=(0.5, 0.3, 0.9), minimum=3), vision_keep=0.4),
+    "heavy": Policy(
+        vision_keep=KEEP, text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 0), scorer="accumulated")
+    ),
+    "streaming": Policy(pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position")),
+    "h2o": Policy(
+        pool="joint",
+        joint=JointPool(keep=(0.3, 0.5, 0.2), sink=1, recent_share=0.5),
+        scorer=ScorerSpec(name="accumulated"),
+        heads="kv_head",
+    ),
+    "tova": Policy(pool="joint", joint=JointPool(keep=0.4, sink=0), scorer=ScorerSpec(name="last_query")),
+    "snapkv": Policy(
+        pool="joint",
+        joint=JointPool(keep=0.4, sink=0, recent=5, decoding="grow"),
+        scorer=ScorerSpec(name="last_query"),
+        heads="kv_head",
+    ),
+    "filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        vision_compute=(0.5, 0.2, 0.2),
+        refresh_interval=3,
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
+    "two filters": Policy(
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.7), PrefillFilter(after_layer=2, keep=0.3)),
+        text=TextPolicy(keep=0.6, minimum=4, scorer="history"),
+    ),
 }
 STEPS = 24
 NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
@@ -106,11 +151,13 @@ def test_agrees_with_the_dense_oracle(case, name):
         if not isinstance(layer, AdaptiveLayer):
             continue
         kept, core = layer.vision_positions(0)
-        assert [set(row.tolist()) for row in kept] == trace.kept[index]
-        assert [set(row.tolist()) for row in core] == trace.cores[index][-1]
+        if policy.joint is None:
+            assert [set(row.tolist()) for row in kept] == trace.kept[index]
+            assert [set(row.tolist()) for row in core] == trace.cores[index][-1]
+        assert [set(row.tolist()) for row in layer.text_positions(0)] == trace.text[index][-1]
 
 
-@pytest.mark.parametrize("name", ["core, k=3", "core and window", "per head", "window"])
+@pytest.mark.parametrize("name", list(POLICIES))
 def test_a_row_of_a_batch_is_the_row_alone(case, name):
     policy = POLICIES[name]
     batch = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
@@ -178,9 +225,14 @@ def test_live_bytes_are_the_policys_sizes(case, name):
         slots, index = 3 * inputs["input_ids"].shape[1] + 3 * RESERVE, 0
         if isinstance(layer, AdaptiveLayer):
             plans = runtime.cache.row_plans(use.layer)
-            text = max(RESERVE + p.text if p.limit is None else max(p.limit, p.text) for p in plans)
-            slots = 3 * (max(p.system + p.vision for p in plans) + text)
+            most = max(p.text for p in plans)
+            running = layer.rule.running is not None
+            room = max(0, max(p.limit or 0 for p in plans) - most) + running
+            if any(p.limit is None for p in plans):
+                room = RESERVE
+            slots = 3 * (max(p.system + p.vision for p in plans) + most + room)
             index = 8 * slots * layer.positions.shape[1]
+            index += 4 * 3 * (most + room) * layer.positions.shape[1] if running else 0
         assert use.allocated == slots * layer.bytes_per_token() + index
 
 
@@ -271,6 +323,102 @@ def test_beams_and_returned_sequences_keep_their_rows_apart(case):
     assert torch.equal(stock, ours)
 
 
+@pytest.mark.parametrize("name", ["core and window", "history", "heavy", "h2o", "tova", "newest share"])
+def test_beams_take_their_state_along(name):
+    """Reordered rows go on as if each had been alone: against the oracle of the winning answer."""
+    case, policy = random_llava(), POLICIES[name]
+    inputs = case.inputs(batch=2, pad=True, seed=6)
+    with avlprof.apply(case.model, policy):
+        found = case.model.generate(
+            **inputs,
+            max_new_tokens=12,
+            num_beams=3,
+            num_return_sequences=2,
+            do_sample=False,
+            suppress_tokens=list(case.vision_token_ids),
+            output_scores=True,
+            return_dict_in_generate=True,
+            length_penalty=1.0,
+        )
+    width = inputs["input_ids"].shape[1]
+    for index, ids in enumerate(found.sequences):
+        answer = ids[width:].tolist()
+        logits, _ = Oracle(case.model, policy, case.vision_token_ids).run(
+            one_row(case, inputs, index // 2), answer[:-1]
+        )
+        said = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+        assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["core, k=1", "core, k=3", "per head", "score only", "history"])
+def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
+    """The form that devices run, which never asks how many swaps there are."""
+    case, policy = random_llava(), POLICIES[name]
+    inputs = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
+    found = []
+    for fixed in (False, True):
+        with avlprof.apply(case.model, policy) as runtime:
+            cache = runtime.new_cache()
+            for layer in cache.layers:
+                layer.fixed_shapes = fixed
+            out = generate(case.model, inputs, past_key_values=cache)
+        cores = [layer.vision_positions(row) for layer in cache.layers for row in range(3)]
+        found.append((torch.stack(out.logits), [[set(r.tolist()) for r in core] for _, core in cores]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1] == found[1][1]
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations by which the host would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["core, k=1", "history", "h2o", "tova", "score only", "core and window"])
+def test_a_step_asks_the_device_nothing(name):
+    case, policy = random_llava(), POLICIES[name]
+    generator = torch.Generator().manual_seed(0)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        inputs = case.inputs(batch=2, text=15)
+        cache = runtime.new_cache()
+        case.model(**inputs, past_key_values=cache, use_cache=True)
+        layer, (kv, size) = cache.layers[0], (2, 16)
+        states = [torch.randn(2, kv, 1, size, generator=generator) for _ in range(2)]
+        query = torch.randn(2, 4, 1, size, generator=generator)
+        for fixed in (True, False):
+            layer.fixed_shapes = fixed
+            with HostReads() as asked:
+                for _ in range(12):
+                    layer.update(*states)
+                    layer.before_step(query, 0.25, None)
+                    layer.after_step(query, 0.25, None)
+            assert bool(asked.found) == (not fixed and policy.refresh_interval > 0)
+
+
+def test_buffers_grow_geometrically():
+    case = random_llava()
+    for name in ("history", "evict", "newest share"):
+        with avlprof.apply(case.model, POLICIES[name]) as runtime, torch.no_grad():
+            cache = case.model(**case.inputs(), use_cache=True).past_key_values
+            layer = cache.layers[0]
+            capacities, states = [], torch.ones(1, 2, 1, 16)
+            for _ in range(400):
+                layer.update(states, states)
+                layer.after_step(torch.ones(1, 4, 1, 16), 0.25, None)
+                capacities.append(layer.keys.shape[2])
+            assert runtime.cache is cache
+        grown = sorted(set(capacities))
+        assert all(b >= 1.4 * a for a, b in itertools.pairwise(grown[2:]))
+        assert layer.positions.shape[2] == capacities[-1]
+
+
 def test_the_model_is_restored(case):
     inputs = case.inputs()
     before = generate(case.model, inputs, steps=4)
@@ -312,6 +460,57 @@ def test_two_models_with_two_policies_in_one_process():
     assert torch.equal(alone, both)
 
 
+def test_two_models_with_two_policies_in_two_threads():
+    cases_of = [random_llava(0), MODELS["qwen2_5_vl-6q2kv"]()]
+    policies = [POLICIES["history"], POLICIES["filter"]]
+    inputs = [case.inputs(batch=2, seed=3, pad=True) for case in cases_of]
+
+    def answer(index):
+        with avlprof.apply(cases_of[index].model, policies[index]):
+            return generate(cases_of[index].model, inputs[index], steps=16).sequences
+
+    alone = [answer(0), answer(1)]
+    start, found = threading.Barrier(2), {}
+
+    def run(index):
+        start.wait()
+        found[index] = [answer(index) for _ in range(2)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert all(torch.equal(ids, alone[index]) for ids in found[index])
+
+
+def test_recording_sees_what_was_attended_to_before_text_is_forgotten():
+    case, policy = random_llava(), POLICIES["history"]
+    inputs = case.inputs(seed=3, text=13)
+    seen = []
+
+    class Watcher:
+        def begin(self, forward):
+            """Nothing to prepare."""
+
+        def attended(self, forward, call):
+            if forward.step:
+                newest = forward.modality.shape[1] - 1
+                assert all(newest in row for row in call.positions[0].tolist())
+                weights = row_weights(call.query, call.key, call.scaling, call.valid)[0, :, 0]
+                out = weights.view(2, 2, -1) @ call.value[0]
+                expected = packed_attention(call.query, call.key, call.value, call.scaling, call.valid)
+                torch.testing.assert_close(out.view(1, 1, 4, -1), expected, atol=1e-5, rtol=1e-4)
+                seen.append([sorted(row) for row in call.positions[0].tolist()])
+
+    with avlprof.apply(case.model, policy), switched(case.model, observers=(Watcher(),)):
+        ours = generate(case.model, inputs)
+    assert all(len(set(row)) == len(row) for rows in seen for row in rows)
+    with avlprof.apply(case.model, policy):
+        assert torch.equal(generate(case.model, inputs).sequences, ours.sequences)
+
+
 def test_misuse_is_refused_in_a_sentence():
     case = random_llava()
     inputs = case.inputs()
@@ -325,8 +524,9 @@ def test_misuse_is_refused_in_a_sentence():
             pass
     with avlprof.apply(case.model, POLICIES["evict"]), torch.no_grad():
         cache = case.model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(UserError, match="one token a step"):
-            case.model(input_ids=torch.full((1, 3), 7), past_key_values=cache)
+        embeddings = case.model.get_input_embeddings()(torch.full((1, 3), 7))
+        with pytest.raises(UserError, match="input_ids of a turn"):
+            case.model(inputs_embeds=embeddings, past_key_values=cache)
     with pytest.raises(UserError, match="did you mean last_query"):
         with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
             pass

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.tasks import Task, load_task
+from avlprof.tasks import Task, load_metric, load_preset, load_task, presets
 from avlprof.tasks.huggingface import parse_columns
 from avlprof.tasks.shapes.questions import QUESTIONS
 from avlprof.tasks.shapes.scene import render, sample_scene
+from avlprof.tasks.wording import Wording
 
 
 def solid(color: str, size: int = 8) -> Image.Image:
@@ -108,7 +109,8 @@ def test_metric_of_shapes_follows_the_types(spec: str, metric: str) -> None:
     ("call", "message"),
     [
         (lambda: load_task("shape"), "unknown task 'shape'; did you mean shapes"),
-        (lambda: load_task("zzzz"), "unknown task 'zzzz'; known: shapes"),
+        (lambda: load_task("zzzz"), "unknown task 'zzzz'; known: ai2d, chartqa"),
+        (lambda: load_task("textvqq"), "unknown task 'textvqq'; did you mean textvqa"),
         (lambda: load_task("shapes:descrbe"), "'descrbe'; did you mean describe"),
         (lambda: load_task("shapes:read,,row"), "unknown question type"),
         (lambda: load_task("shapes", metric="anl"), "unknown metric 'anl'; did you mean anls"),
@@ -402,7 +404,7 @@ def test_pictures_are_decoded_only_when_opened(tmp_path: Path, monkeypatch: pyte
         ("image=pictur", "did you mean picture"),
         ("image=picture,id=answers", "column 'answers' (for id) of dataset"),
         ("image=picture,prompt=question_id", "column 'question_id' must hold a prompt, got 100"),
-        ("image=picture,picture=image", "unknown field of columns 'picture'"),
+        ("image=picture,photo=image", "unknown field of columns 'photo'"),
         ("picture", "columns must be FIELD=COLUMN,..., got 'picture'"),
         ("image=a,image=b", "columns names field 'image' twice"),
     ],
@@ -436,8 +438,8 @@ def test_class_labels_answer_by_name_and_repeated_ids_are_not_taken(tmp_path: Pa
     assert [s.id for s in samples] == ["all-00000", "all-00001", "all-00002"]
     with pytest.raises(UserError, match=r"column 'id' \(for id\) .* must not repeat a value"):
         load_task(str(tmp_path / "set"), columns="id=id")
-    with pytest.raises(UserError, match="unknown field of columns 'picture'"):
-        load_task(str(tmp_path / "set"), columns={"picture": "image"})
+    with pytest.raises(UserError, match="unknown field of columns 'photo'"):
+        load_task(str(tmp_path / "set"), columns={"photo": "image"})
 
 
 def test_parse_columns() -> None:
@@ -464,3 +466,148 @@ def test_a_folder_without_data_is_one_sentence(tmp_path: Path) -> None:
         load_task(str(tmp_path))
     assert str(caught.value).startswith(f"dataset '{tmp_path}' cannot be loaded: ")
     assert "\n" not in str(caught.value)
+
+
+# -- presets --------------------------------------------------------------------------------
+
+TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
+PICTURE, TEXTS = datasets.Image(), datasets.Sequence(TEXT)
+
+# Columns as the public dataset cards give them, with two rows each, and what the rows must become:
+# (prompt, answers, group) of the first row.
+PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], tuple[str, tuple[str, ...], str]]] = {
+    "textvqa": (
+        {"image_id": TEXT, "question_id": datasets.Value("int32"), "question": TEXT, "question_tokens": TEXTS,
+         "image": PICTURE, "answers": TEXTS, "ocr_tokens": TEXTS},
+        [{"image_id": "ab", "question_id": 34602 + i, "question": "what brand is it?", "question_tokens": [],
+          "answers": ["nokia"] * 10, "ocr_tokens": []} for i in range(2)],
+        ("what brand is it?\nAnswer the question using a single word or phrase.", ("nokia",) * 10, ""),
+    ),
+    "docvqa": (
+        {"questionId": TEXT, "question": TEXT, "question_types": TEXTS, "image": PICTURE, "docId": NUMBER,
+         "ucsf_document_id": TEXT, "answers": TEXTS, "data_split": TEXT},
+        [{"questionId": str(i), "question": "Which year?", "question_types": ["form"], "docId": 1,
+          "ucsf_document_id": "x", "answers": ["1984", "in 1984"], "data_split": "val"} for i in range(2)],
+        ("Which year?\nAnswer the question using a single word or phrase.", ("1984", "in 1984"), ""),
+    ),
+    "chartqa": (
+        {"type": TEXT, "question": TEXT, "answer": TEXT, "image": PICTURE},
+        [{"type": "human_test", "question": "How many {bars}?", "answer": "14"}] * 2,
+        ("How many {bars}?\nAnswer the question with a single word.", ("14",), "human_test"),
+    ),
+    "vqav2": (
+        {"question_type": TEXT, "multiple_choice_answer": TEXT,
+         "answers": [{"answer": TEXT, "answer_confidence": TEXT, "answer_id": NUMBER}],
+         "image_id": NUMBER, "answer_type": TEXT, "question_id": NUMBER, "question": TEXT, "image": PICTURE},
+        [{"question_type": "what", "multiple_choice_answer": "net", "image_id": 262148,
+          "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": 1} for a in ("net", "nets")],
+          "answer_type": "other", "question_id": 262148000 + i, "question": "Where is he looking?"}
+         for i in range(2)],
+        ("Where is he looking?\nAnswer the question using a single word or phrase.", ("net", "nets"),
+         "other"),
+    ),
+    "flickr30k": (
+        {"image": PICTURE, "caption": TEXTS, "sentids": TEXTS, "img_id": TEXT, "filename": TEXT},
+        [{"caption": ["A dog.", "One dog runs."], "sentids": ["0", "1"], "img_id": "0", "filename": "a"}] * 2,
+        ("Provide a one-sentence caption for the provided image.", ("A dog.", "One dog runs."), ""),
+    ),
+    "nocaps": (
+        {"image": PICTURE, "image_id": datasets.Value("int32"), "image_file_name": TEXT,
+         "annotations_ids": datasets.Sequence(datasets.Value("int32")), "annotations_captions": TEXTS},
+        [{"image_id": i, "image_file_name": "a", "annotations_ids": [0], "annotations_captions": ["A baby."]}
+         for i in range(2)],
+        ("Provide a one-sentence caption for the provided image.", ("A baby.",), ""),
+    ),
+    "ocrbench": (
+        {"dataset": TEXT, "question": TEXT, "question_type": TEXT, "answer": TEXTS, "image": PICTURE},
+        [{"dataset": "IIIT5K", "question": "what is written in the image?",
+          "question_type": "Regular Text Recognition", "answer": ["CENTRE"]}] * 2,
+        ("what is written in the image?", ("CENTRE",), "Regular Text Recognition"),
+    ),
+    "scienceqa": (
+        {"image": PICTURE, "question": TEXT, "choices": TEXTS, "answer": datasets.Value("int8"), "hint": TEXT,
+         "task": TEXT, "grade": TEXT, "subject": TEXT, "lecture": TEXT},
+        [{"question": "Which is west?", "choices": ["Ohio", "Utah"], "answer": 1, "hint": hint, "task": "",
+          "grade": "", "subject": "social science", "lecture": ""} for hint in ("", "A map.")],
+        ("Which is west?\nA. Ohio\nB. Utah\nAnswer with the option's letter from the given choices directly.",
+         ("B",), "social science"),
+    ),
+    "ai2d": (
+        {"question": TEXT, "options": TEXTS, "answer": TEXT, "image": PICTURE},
+        [{"question": "What eats A?", "options": ["owl", "fox", "hen"], "answer": "2"}] * 2,
+        ("What eats A?\nA. owl\nB. fox\nC. hen\n"
+         "Answer with the option's letter from the given choices directly.", ("C",), ""),
+    ),
+}  # fmt: skip
+
+
+def saved(folder: Path, name: str, rows: list[dict[str, Any]] | None = None) -> Path:
+    features, published, _ = PUBLISHED[name]
+    table = [{**row, "image": solid("red")} for row in rows or published]
+    split = load_preset(name).split
+    whole = datasets.Dataset.from_list(table, features=datasets.Features(features))
+    datasets.DatasetDict({split: whole}).save_to_disk(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", presets())
+def test_preset_reads_the_columns_of_the_dataset_card(name: str, tmp_path: Path) -> None:
+    task = load_task(f"{name}:{saved(tmp_path, name)}")
+    first, second = task.samples("all")
+    assert (first.prompt, first.answers, first.group) == PUBLISHED[name][2]
+    assert first.id != second.id
+    assert first.open_images()[0].getpixel((0, 0)) == (255, 0, 0)
+    assert task.name == name
+    preset = load_preset(name)
+    assert (task.metric, task.max_new_tokens) == (preset.metric, preset.max_new_tokens)
+    assert load_metric(task.metric)(f" {first.answers[0]}", first.answers) > 0.2
+    assert load_task(f"{name}:{tmp_path / name}", metric="contains", max_new_tokens=3).max_new_tokens == 3
+    assert "not run on the hub" in " ".join(preset.checked.split())
+    assert preset.source.startswith("https://")
+
+
+def test_halves_of_a_preset_share_no_picture(tmp_path: Path) -> None:
+    rows = [
+        {**PUBLISHED["textvqa"][1][0], "question_id": i, "image_id": f"picture{i % 7}"} for i in range(60)
+    ]
+    task = load_task(f"textvqa:{saved(tmp_path, 'textvqa', rows)}")
+    pictures = [{int(s.id) % 7 for s in task.samples(half)} for half in ("search", "held-out")]
+    assert pictures[0] | pictures[1] == set(range(7))
+    assert not pictures[0] & pictures[1]
+
+
+def test_empty_line_of_a_template_is_left_out_and_a_full_one_is_not(tmp_path: Path) -> None:
+    _, hinted = load_task(f"scienceqa:{saved(tmp_path, 'scienceqa')}").samples("all")
+    assert hinted.prompt.startswith("Context: A map.\nWhich is west?\nA. Ohio")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "9"}, "the answer must be an index into 3 choices, got '9'"),
+        ({"answer": "owl"}, "the answer must be an index into 3 choices, got 'owl'"),
+        ({"options": None}, "column 'options' must hold a list of choices"),
+    ],
+)
+def test_preset_names_the_row_that_does_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "ai2d", [PUBLISHED["ai2d"][1][0] | change])
+    with pytest.raises(UserError, match="row 0 of split 'test'") as caught:
+        load_task(f"ai2d:{folder}").samples("all")
+    assert message in str(caught.value)
+
+
+def test_preset_on_other_columns_is_refused_with_their_names(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "ai2d")
+    with pytest.raises(UserError, match=r"column .* of dataset"):
+        load_task(f"scienceqa:{folder}")
+    with pytest.raises(UserError, match=r"split of dataset .* 'validation'"):
+        load_task(f"textvqa:{folder}")
+    assert load_task(f"ai2d:{folder}", columns="group=question").samples("all")[0].group == "What eats A?"
+
+
+@pytest.mark.parametrize(
+    ("template", "choices"), [("{question}", "options"), ("{choices}", None), ("{question", None)]
+)
+def test_wording_refuses_what_it_could_not_fill(template: str, choices: str | None) -> None:
+    with pytest.raises(UserError, match="template"):
+        Wording(template, choices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,13 +19,14 @@ from transformers import (
 )
 
 import avlprof
+from avlprof.analysis.head_mean import head_mean
 from avlprof.attention.modality import MODALITIES
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
-from avlprof.tracing import Recorder, RecordOptions, record, statistics
+from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 
-from .oracle import Oracle, per_layer
+from . import oracle
 
 MODELS = dict(cases())
 STEPS = 20
@@ -40,8 +42,10 @@ FEW = RecordOptions(
     coverages=LEVELS,
     distances=EDGES,
     lags=LAGS,
-    block=3,
+    block=2000,
     held=1500,
+    per_head=True,
+    history=0.6,
 )
 ALL = RecordOptions(
     rows="all",
@@ -51,7 +55,8 @@ ALL = RecordOptions(
     coverages=LEVELS,
     distances=EDGES,
     lags=LAGS,
-    block=5,
+    block=700,
+    per_head=True,
 )
 
 
@@ -276,10 +281,24 @@ def check(recorded, seen, options):
                     assert got[f"overlap_{lag}"] == pytest.approx(want, abs=1e-6, nan_ok=True)
     if vision:
         assert clear > heads * len(seen.weights) / 2, "near-ties hid most of the overlaps"
-    check_scores(recorded.scores(), seen, vision)
+    check_scores(recorded.scores(), seen, vision, options)
 
 
-def check_scores(scores, seen, vision):
+def history(weights, seen, kept):
+    """A-VL's score of each text token, one head's weights `[N, N]`, row by row."""
+    text = [i for i, code in enumerate(seen.codes) if code in (TEXT, GENERATED)]
+    score = {}
+    for t in text:
+        older = [j for j in text if j < t]
+        over = older if t < seen.prompt else [*older, t]
+        below = np.quantile(weights[t, over], 1 - kept) if over else 0.0
+        for j in older:
+            score[j] += weights[t, j] - below
+        score[t] = weights[t, t]
+    return [score[j] for j in text]
+
+
+def check_scores(scores, seen, vision, options):
     text = [i for i in range(seen.prompt) if seen.codes[i] == TEXT]
     for layer, weights in enumerate(seen.weights):
         mean = weights.mean(axis=0)[:, vision]
@@ -288,6 +307,13 @@ def check_scores(scores, seen, vision):
         np.testing.assert_allclose(scores["instruction"][layer], want, atol=1e-5)
         if vision:
             np.testing.assert_allclose(scores["decode"][:, layer], mean[seen.prompt :], atol=1e-5)
+        if options.rows == "all":
+            np.testing.assert_allclose(scores["all"][layer], mean[: seen.prompt].sum(axis=0), atol=1e-5)
+        if options.history is not None:
+            want = np.mean([history(head, seen, options.history) for head in weights], axis=0)
+            np.testing.assert_allclose(scores["history"][layer], want, atol=1e-5)
+    assert ("all" in scores) == (options.rows == "all")
+    assert ("history" in scores) == (options.history is not None)
     assert scores["decode"].shape[1:] == scores["last"].shape == scores["instruction"].shape
     assert all(array.dtype == np.float32 for array in scores.values())
 
@@ -334,6 +360,23 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(case):
         check(found, seen, FEW)
         ours, theirs = (pd.DataFrame(r.frame()).drop(columns="distance") for r in (found, alone.records[0]))
         pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_by_default_heads_are_averaged(case):
+    """One row a layer and kind: what the analysis makes of the rows of all heads."""
+    inputs = case.inputs(1, seed=5, text=11)
+    frames = []
+    for per_head in (True, False):
+        with record(case.model, replace(FEW, per_head=per_head)) as recorder:
+            generate(case, inputs, 6)
+        frames.append(pd.DataFrame(recorder.records[0].frame()).assign(sample="s"))
+    heads, mean = frames
+    assert set(heads["head"]) == set(range(case.model.config.text_config.num_attention_heads))
+    assert set(mean["head"]) == {-1}
+    keys = ["layer", "phase", "query"]
+    assert not mean.duplicated(keys).any()
+    ours, theirs = (head_mean(frame).sort_values(keys, ignore_index=True) for frame in (mean, heads))
+    pd.testing.assert_frame_equal(ours, theirs, check_like=True, rtol=0, atol=1e-7)
 
 
 def test_sliding_windows():
@@ -430,32 +473,23 @@ def test_the_model_is_restored(error, before):
     assert torch.equal(case.model(**inputs).logits, stock)
 
 
-class Watched(Oracle):
+class Watched(oracle.Scan):
     """The policy's oracle that also remembers the attention of each decoding step."""
 
-    def _scan(self, layer, size, logits, weights, v, out):
-        super()._scan(layer, size, logits, weights, v, out)
-        kept, cores = self.trace.kept[layer], self.trace.cores[layer]
-        text = [i for i in range(len(self.system), self.length) if i not in set(self.vision)]
-        rows = []
-        for at in range(self.length, logits.shape[1]):
-            step = at - self.length + 1
-            text.append(at)
-            every = self.policy.refresh_interval
-            refresh = every > 0 and step % every == 0
-            row = torch.zeros(logits.shape[0], logits.shape[1], dtype=torch.double)
-            for head in range(logits.shape[0]):
-                group = head // size if len(kept) > 1 else 0
-                vision = kept[group] if refresh else cores[step - 1][group]
-                visible = sorted({*self.system, *vision, *self._text(text, layer)})
-                row[head, visible] = logits[head, at, visible].softmax(-1)
-            rows.append(row)
-        self.rows = {**getattr(self, "rows", {}), layer: torch.stack(rows, dim=1)}
+    rows: ClassVar[dict[int, dict[int, torch.Tensor]]] = {}
+
+    def attend(self, t, visible):
+        row = super().attend(t, visible)
+        if t >= self.o.turns[0][1]:
+            self.rows.setdefault(self.layer, {})[t] = row
+        return row
 
 
 @pytest.mark.parametrize("heads", ["shared", "kv_head"])
 @pytest.mark.parametrize("outer", ["policy", "recorder"])
-def test_under_a_policy_it_records_what_the_policy_attends_to(case, outer, heads):
+def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads):
+    monkeypatch.setattr(oracle, "Scan", Watched)
+    monkeypatch.setattr(Watched, "rows", {})
     policy = Policy(
         vision_keep=(0.7, 0.5, 1.0),
         vision_compute=(0.3, 0.2, 1.0),
@@ -471,30 +505,32 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(case, outer, heads
         ids = generate(case, inputs).sequences[0].tolist()
     recorder = second if outer == "policy" else first
     prompt = inputs["input_ids"].shape[1]
-    oracle = Watched(case.model, policy, case.vision_token_ids)
-    _, trace = oracle.run(inputs, ids[prompt:-1])
+    _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
     assert trace.gap > 1e-5, "near-ties decide the sets; choose another seed"
     modality = codes(ids[:prompt], case.vision_token_ids) + [GENERATED] * (len(ids) - 1 - prompt)
     frame = pd.DataFrame(recorder.records[0].frame())
     frame = frame[frame["phase"] == "decode"].set_index(["layer", "head"])
     scores = recorder.records[0].scores()["decode"]
     vision = [i for i, code in enumerate(modality) if code == VISION]
-    for layer, rows in oracle.rows.items():
+    assert len(Watched.rows) == 3
+    for layer, steps in Watched.rows.items():
+        rows = torch.stack([steps[t] for t in sorted(steps)], dim=1)
         np.testing.assert_allclose(scores[:, layer], rows.mean(dim=0)[:, vision], atol=1e-5)
         for head, weights in enumerate(rows.mean(dim=1).tolist()):
             for code, name in enumerate(MODALITIES):
                 want = sum(w for w, c in zip(weights, modality, strict=True) if c == code)
                 assert frame.loc[(layer, head), f"mass_{name}"] == pytest.approx(want, abs=1e-5)
         evicted = sorted(set(vision) - set().union(*trace.kept[layer]))
-        assert len(evicted) or per_layer(policy.vision_keep, layer) == 1 or heads == "kv_head"
+        assert len(evicted) or oracle.per_layer(policy.vision_keep, layer) == 1 or heads == "kv_head"
         assert not scores[:, layer][:, [vision.index(i) for i in evicted]].any()
 
 
 def test_blocks_and_holding_back_change_nothing(case):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
     found = []
-    for block, held in ((1, 0), (7, 3000), (1000, 1 << 20)):
-        with record(case.model, RecordOptions(rows="all", block=block, held=held, lags=LAGS)) as recorder:
+    for block, held in ((1, 0), (700, 3000), (100_000, 1 << 20)):
+        options = RecordOptions(rows="all", block=block, held=held, lags=LAGS, history=0.4)
+        with record(case.model, options) as recorder:
             generate(case, inputs, 36)
         frames = [pd.DataFrame(r.frame()) for r in recorder.records]
         found.append((frames, [r.scores() for r in recorder.records]))
@@ -505,7 +541,7 @@ def test_blocks_and_holding_back_change_nothing(case):
             pd.testing.assert_frame_equal(ours, theirs.drop(columns="distance"), rtol=0, atol=1e-6)
         for ours, theirs in zip(scores, found[0][1], strict=True):
             for name in ours:
-                np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
+                np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
 
 
 def test_looking_in_while_generating_changes_nothing(case):
@@ -572,7 +608,7 @@ def test_memory_stays_linear(monkeypatch, rows):
     case = random_llava(grid=12)
     inputs = case.inputs(2, pad=True, text=12, images_per_row=3)
     tokens, heads = inputs["input_ids"].shape[1], 4
-    options = RecordOptions(rows=rows, block=8, held=4096, lags=(1, 4))
+    options = RecordOptions(rows=rows, block=tokens * heads * 8, held=4096, lags=(1, 4))
     largest, blocks = Largest(), []
 
     def watched(method):
@@ -582,22 +618,26 @@ def test_memory_stays_linear(monkeypatch, rows):
 
         return run
 
-    real = statistics.modality_mass
+    real = prompt.row_values
     monkeypatch.setattr(Recorder, "attended", watched(Recorder.attended))
-    monkeypatch.setattr(statistics, "modality_mass", lambda w, m: blocks.append(w.shape) or real(w, m))
+    monkeypatch.setattr(prompt, "row_values", lambda w, *args: blocks.append(w.numel()) or real(w, *args))
     with record(case.model, options) as recorder:
         generate(case, inputs, 24)
     assert recorder.records[0].frame()
-    assert max(shape[1] for shape in blocks) == 8
-    linear = tokens * heads * 16  # a layer's queries; a block of weights is half of it
+    assert options.block / 2 < max(blocks) <= options.block
+    linear = tokens * heads * 16  # a layer's queries
     assert largest.elements <= linear
     assert linear < tokens**2 / 4
 
 
 def test_statistics_of_rows_that_can_be_worked_out():
     weights = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]]])
-    torch.testing.assert_close(statistics.entropy(weights), torch.tensor([[1.5 * np.log(2.0), 0.0]]).float())
-    found = statistics.coverage(weights, torch.tensor([0, 1, 2]), (50, 51, 75, 76, 100))
+    logits = weights.log().clamp(min=-1e30) + 7.0
+    found = statistics.entropy(logits, weights)
+    torch.testing.assert_close(found, torch.tensor([[1.5 * np.log(2.0), 0.0]]).float())
+    ordered = statistics.descending(weights[..., :3])
+    assert ordered.tolist() == [[[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]]]
+    found = statistics.coverage(ordered, torch.tensor([0.5, 0.51, 0.75, 0.76, 1.0], dtype=torch.float64))
     assert found[0, 0].tolist() == [1, 2, 2, 3, 3]
     assert found[0, 1].isnan().all(), "a row that gives vision nothing has no coverage"
     tied = torch.tensor([0.1, 0.3, 0.3, 0.3, 0.0])
@@ -621,6 +661,8 @@ def test_statistics_of_rows_that_can_be_worked_out():
         ("distances", (4, 2)),
         ("lags", (0,)),
         ("block", 0),
+        ("history", 0.0),
+        ("history", 1.5),
     ],
 )
 def test_bad_options_are_refused(field, value):

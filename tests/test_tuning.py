@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from typer.testing import CliRunner
 
 import avlprof
+from avlprof.allocators import Evidence
 from avlprof.allocators.sensitivity import Sensitivity
 from avlprof.cli.app import app
 from avlprof.errors import UserError
@@ -30,6 +31,7 @@ from avlprof.policy import (
     Policy,
     PromptShape,
     ScorerSpec,
+    TextPolicy,
     dump_policy,
     live_share,
     load_policy,
@@ -44,13 +46,16 @@ from avlprof.tasks import load_task
 from avlprof.testing.allocators import random_evidence
 from avlprof.traced import Run
 from avlprof.tuning import Budget, Candidate, Settings, Space, export_policy, read_meta, read_study
+from avlprof.tuning.layers import Moved
 from avlprof.tuning.objective import Objective
+from avlprof.tuning.places import JOURNAL
 from avlprof.tuning.probe import LEVELS, probed
-from avlprof.tuning.proof import finalists, rivals
-from avlprof.tuning.storage import JOURNAL, mend_journal
+from avlprof.tuning.proof import finalists
+from avlprof.tuning.rivals import rivals
 from avlprof.tuning.trials import finished_trials, run_trials
 
 ALLOCATORS = ("uniform", "pyramid", "coverage", "sensitivity")
+SPACE = Space(ALLOCATORS, ("last_query", "instruction", "accumulated", "key_diversity", "value_norm"))
 TASK, SAMPLES, LIMIT = "shapes:read", 6, 6
 BUDGET, READ = 0.4, 0.35
 
@@ -74,11 +79,13 @@ def test_every_candidate_meets_its_budgets(seed):
     # one shape, or several: then each prompt rounds down by itself
     sizes = [count] if seed % 2 else [count, *rng.integers(1, count + 1, size=2).tolist()]
     prompts = tuple(PromptShape(int(rng.integers(0, 4)), n, int(rng.integers(1, 6))) for n in sizes)
-    always = live_share(Policy(vision_keep=0.0), prompts, layers)
+    window = seed % 3 == 0
+    text = TextPolicy(window=1) if window else TextPolicy()
+    always = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
     memory = float(rng.uniform(always, 1.0))
     read = float(rng.uniform(always, 1.0)) if seed % 4 > 1 else None
     budget = Budget(memory, read, prompts, int(rng.integers(1, 12)))
-    space = Space().within(budget, layers)
+    space = Space(text="trade" if window else "all").within(budget, layers).supported(evidence)
     dense = layers * sum(prompt.total for prompt in prompts)
     slack = layers * len(prompts) / dense
     for _ in range(6):
@@ -87,24 +94,83 @@ def test_every_candidate_meets_its_budgets(seed):
             mix=float(rng.uniform()),
             temperature=float(rng.uniform(0.25, 4)),
             floor=float(rng.uniform(0, min(0.1, memory))),
+            midpoint=float(rng.uniform(0.05, 0.95)),
             scorer=str(rng.choice(space.scorers)),
             heads=str(rng.choice(space.heads)),
             refresh_interval=int(rng.choice(space.refreshes)),
+            refresh=str(rng.choice(space.refresh)),
             compute_temperature=float(rng.uniform(0.25, 4)),
+            text_share=float(rng.uniform(0.02, 1)) if window else None,
+            text_sink=int(rng.integers(0, 5)) if window else 0,
         )
         policy = candidate.policy(evidence, budget)
-        assert policy.scorer.name == candidate.scorer
+        check_budgets(policy, budget, layers, slack)
+        assert policy.scorer.name == candidate.scorer.partition(":")[0]
         assert policy.heads == candidate.heads
-        live = live_share(policy, prompts, layers)
-        assert live <= memory
-        assert live > memory - slack - 1e-9 or set(policy.keep(layers)) == {1.0}
-        if read is None:
-            assert policy.compute(layers) == policy.keep(layers)
-            continue
-        used = read_share(policy, prompts, layers, budget.answer_tokens)
-        assert used <= read
-        assert used > read - slack - 1e-9 or policy.compute(layers) == policy.keep(layers)
-        assert policy.refresh_interval == candidate.refresh_interval
+        if not window:
+            assert policy.text == TextPolicy()
+        elif policy.text.window is not None:
+            asked = max(round(candidate.text_share * budget.text_room), 1)
+            assert policy.text.window <= asked
+            assert policy.text.sink <= candidate.text_sink
+        if read is not None:
+            assert policy.refresh_interval == candidate.refresh_interval
+            moved = Moved(policy, *(tuple(rng.uniform(-1, 1, layers)) for _ in range(2)))
+        else:
+            moved = Moved(policy, tuple(rng.uniform(-1, 1, layers)))
+        found = moved.policy(evidence, budget)
+        check_budgets(found, budget, layers, slack)
+        assert (found.text, found.scorer, found.refresh) == (policy.text, policy.scorer, policy.refresh)
+
+
+def check_budgets(policy, budget, layers, slack):
+    """Never above a budget, and at most one token a layer and prompt below, unless all is kept or read."""
+    live = live_share(policy, budget.prompts, layers)
+    assert live <= budget.memory
+    assert live > budget.memory - slack - 1e-9 or set(policy.keep(layers)) == {1.0}
+    if budget.read is None:
+        assert policy.compute(layers) == policy.keep(layers)
+        return
+    used = read_share(policy, budget.prompts, layers, budget.answer_tokens)
+    assert used <= budget.read
+    assert used > budget.read - slack - 1e-9 or policy.compute(layers) == policy.keep(layers)
+
+
+def test_a_budget_below_the_text_cuts_the_text():
+    """80 text tokens of 100: at 30% a window must do, and `all` refuses."""
+    prompts, layers = (PromptShape(2, 18, 80),), 3
+    evidence = probed_evidence(layers, 18, 1)
+    for read in (None, 0.2):
+        budget = Budget(0.3, read, prompts, 8)
+        space = Space().within(budget, layers).supported(evidence)
+        assert space.text == "trade"
+        for start in space.starts():
+            policy = start.policy(evidence, budget)
+            assert 0 < policy.text.window <= 30 - 2
+            check_budgets(policy, budget, layers, layers / 100)
+        with pytest.raises(UserError, match=r"^budget 0\.3 is below 0\.82, what system and text alone need"):
+            Space(text="all").within(budget, layers)
+    assert Space().within(Budget(0.9, None, prompts, 8), layers).text == "all"
+    assert Space(text="trade").within(Budget(0.9, None, prompts, 8), layers).text == "trade"
+    with pytest.raises(UserError, match=r"^budget 0\.01 is below 0\.03"):
+        Space().within(Budget(0.01, None, prompts, 8), layers)
+
+
+def test_a_start_that_keeps_all_text_is_the_policy_without_a_window():
+    prompts = (PromptShape(1, 30, 9), PromptShape(1, 30, 5))
+    budget, evidence = Budget(0.6, None, prompts, 7), probed_evidence(3, 30, 1)
+    all_of_it = Candidate(text_share=1.0).policy(evidence, budget)
+    assert all_of_it.hash == Candidate().policy(evidence, budget).hash
+    some = Candidate(text_share=0.25).policy(evidence, budget)
+    assert some.text.window == 4
+    assert sum(some.keep(3)) > sum(all_of_it.keep(3))
+
+
+def test_allocators_without_evidence_are_left_out():
+    bare = Evidence(layers=4, tokens=30)
+    assert Space().supported(bare).allocators == ("uniform", "pyramid", "sigmoid")
+    with pytest.raises(UserError, match="allocator 'coverage' needs the coverage curves"):
+        Space(("coverage", "sensitivity")).supported(bare)
 
 
 def test_floor_and_mix_do_what_they_say():
@@ -123,19 +189,22 @@ def test_infeasible_budgets_name_what_is_enough():
     prompts, layers = (PromptShape(3, 20, 7), PromptShape(1, 10, 9)), 4
     for budget in (Budget(0.1, None, prompts, 8), Budget(0.1, 0.9, prompts, 8)):
         with pytest.raises(UserError, match=r"^budget 0\.1 is below 0\.4, what system and text alone need"):
-            Space().within(budget, layers)
+            Space(text="all").within(budget, layers)
     with pytest.raises(UserError, match=r"^read budget 0\.3 is below 0\.4, what system, text"):
-        Space().within(Budget(0.7, 0.3, prompts, 8), layers)
+        Space(text="all").within(Budget(0.7, 0.3, prompts, 8), layers)
     # without 'never' the least is one refresh in 8 steps: 0.4 + (0.7 - 0.4) / 8
     with pytest.raises(UserError, match=r"^read budget 0\.42 is below 0\.438"):
-        Space(refreshes=(1, 8)).within(Budget(0.7, 0.42, prompts, 8), layers)
-    assert Space().within(Budget(0.7, 0.42, prompts, 8), layers).refreshes == (0, 16, 32)
-    assert Space(refreshes=(1, 8)).within(Budget(0.7, 0.438, prompts, 8), layers).refreshes == (8,)
+        Space(refreshes=(1, 8), text="all").within(Budget(0.7, 0.42, prompts, 8), layers)
+    assert Space(text="all").within(Budget(0.7, 0.42, prompts, 8), layers).refreshes == (0, 16, 32)
+    assert Space(refreshes=(1, 8), text="all").within(Budget(0.7, 0.438, prompts, 8), layers).refreshes == (
+        8,
+    )
 
 
 def test_starts_are_points_of_the_space():
     starts = Space().starts()
-    assert [start.allocator for start in starts[:4]] == list(ALLOCATORS)
+    assert starts[0] == Candidate()
+    assert {start.allocator for start in starts} == set(Space().allocators)
     assert {start.scorer for start in starts} == set(Space().scorers)
     assert len(set(starts)) == len(starts)
     small = Space(("pyramid", "uniform"), ("value_norm",), ("kv_head",), (0, 16, 32))
@@ -144,6 +213,23 @@ def test_starts_are_points_of_the_space():
         ("pyramid", "value_norm", "kv_head", 16),
     ]
     assert Space(refreshes=(0, 2, 4)).starts()[0].refresh_interval == 4
+    window = Space(text="trade").starts()
+    assert {start.text_share for start in window} == {1.0, 0.25}
+
+
+def test_warm_starts_are_brought_into_reach():
+    """What another budget's winner holds may not be on offer here."""
+    warm = (
+        Candidate("pyramid", mix=0.3, scorer="value_norm", refresh_interval=3, text_share=0.5),
+        Candidate("coverage"),
+        Candidate("strength"),
+    )
+    space = replace(SPACE, refreshes=(0, 4, 16), scorers=("last_query", "instruction"), warm=warm)
+    added = space.starts()[len(replace(space, warm=()).starts()) :]
+    assert [(c.allocator, c.mix, c.scorer, c.refresh_interval, c.text_share) for c in added] == [
+        ("pyramid", 0.3, "last_query", 4, None)
+    ]
+    assert space.described() == replace(space, warm=()).described()
 
 
 @pytest.mark.parametrize(
@@ -156,6 +242,10 @@ def test_starts_are_points_of_the_space():
         ({"samples": 1}, "samples must be 2 or more, got 1"),
         ({"proof_samples": 1}, "proof_samples must be 2 or more, got 1"),
         ({"finalists": 0}, "finalists must be 1 or more"),
+        ({"objective": "kl"}, "unknown objective 'kl'; known: accuracy, fidelity, likelihood"),
+        ({"sampler": "tpee"}, "unknown sampler 'tpee'; did you mean tpe"),
+        ({"margin": 0.0}, "margin must be above 0 and below 1.*got 0.0"),
+        ({"trials": 5, "refine": 5}, r"refine must be 0 or more and below trials \(5\), got 5"),
         ({"seed": -1}, "seed must be in"),
         ({"max_new_tokens": 1}, "max_new_tokens must be 2 or more, got 1; the first token"),
         ({"proof_split": "search"}, "split and proof_split must differ"),
@@ -174,6 +264,9 @@ def test_settings_refuse(values, said):
         ({"heads": ("all",)}, "unknown kind of heads 'all'"),
         ({"refreshes": (-1,)}, "refreshes of the search space must be 0 or more, got -1"),
         ({"scorers": ()}, "scorers of the search space must name at least one"),
+        ({"scorers": ("valued:instrction",)}, "unknown scorer 'instrction'; did you mean instruction"),
+        ({"refresh": ("half",)}, "unknown kind of refresh 'half'"),
+        ({"text": "none"}, "unknown text of the search space 'none'"),
     ],
 )
 def test_space_refuses(values, said):
@@ -280,12 +373,15 @@ class FakeForced:
     def score(self, policy):
         return [score for part in self.parts(policy) for score in part]
 
+    def score_many(self, policies):
+        return [self.score(policy) for policy in policies]
+
 
 def searched(folder, trials, forced=None, space=None, seed=0, on_trial=None, read=None):
     folder.mkdir(exist_ok=True)
     evidence = probed_evidence(3, 30, 5)
     budget = Budget(0.5, read, (PromptShape(1, 30, 5),), 6)
-    space = (space or Space()).within(budget, 3)
+    space = (space or SPACE).within(budget, 3)
     objective = Objective(forced or FakeForced(), evidence, budget, space)
     return run_trials(folder, Settings(trials=trials, seed=seed), space, objective, on_trial=on_trial)
 
@@ -305,7 +401,7 @@ def whole(tmp_path_factory):
 
 
 def test_starts_come_first_and_once(whole):
-    starts = [start.params(Budget(0.5, None, (), 1)) for start in Space().starts()]
+    starts = [start.params(Budget(0.5, None, (), 1)) for start in SPACE.starts()]
     assert [params for params, *_ in whole[: len(starts)]] == starts
     assert all(params not in starts for params, *_ in whole[len(starts) :])
 
@@ -352,18 +448,17 @@ def test_a_torn_journal_and_a_stale_lock_are_mended(tmp_path, whole):
     (tmp_path / f"{JOURNAL}.lock").symlink_to(journal)
     assert finished_trials(read_study(tmp_path)) == 5
     assert outcome(searched(tmp_path, 17)) == whole
-    mend_journal(tmp_path / "nothing here")
 
 
 def test_progress_counts_finished_trials(tmp_path):
     told, seen = [], []
     evidence, budget = probed_evidence(3, 30, 5), Budget(0.5, None, (PromptShape(1, 30, 5),), 6)
     for trials in (2, 4):
-        objective = Objective(FakeForced(), evidence, budget, Space())
+        objective = Objective(FakeForced(), evidence, budget, SPACE)
         run_trials(
             tmp_path,
             Settings(trials=trials),
-            Space(),
+            SPACE,
             objective,
             progress=lambda *now: told.append(now),
             on_trial=lambda study, trial: seen.append(trial.number),
@@ -506,6 +601,7 @@ def options(study_or_run, out):
         "budget": BUDGET,
         "read_budget": READ,
         "trials": 15,
+        "refine": 0,
         "samples": SAMPLES,
         "proof_samples": 4,
         "max_new_tokens": LIMIT,
@@ -542,7 +638,7 @@ def forced(tiny):
 def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
     trials = study.tuned.study.get_trials()
     assert len(trials) == 15
-    assert [trial.params["allocator"] for trial in trials[:4]] == list(ALLOCATORS)
+    assert [trial.params["allocator"] for trial in trials[:8]] == list(Space().allocators)
     for trial in trials:
         policy = parse_policy(trial.user_attrs["policy"])
         wanted = np.mean([score.kl for score in forced.score(policy)])
@@ -552,7 +648,7 @@ def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
         assert trial.user_attrs["live_share"] == live_share(policy, forced.shapes, 6) <= BUDGET
         steps = max(round(forced.answer_tokens), 1)
         assert trial.user_attrs["read_share"] == read_share(policy, forced.shapes, 6, steps) <= READ
-    assert study.phases == ["dense answers", "probe", "trials", "finalists", "proof"]
+    assert study.phases == ["dense answers", "probe", "trials", "finalists", "proof", "knobs"]
 
 
 def test_the_metric_decides_among_the_finalists(study, tiny):
@@ -585,8 +681,10 @@ def test_the_winner_is_proved_on_held_out_samples(study):
         score = note.scores[row["policy"]]
         assert score.low <= score.mean <= score.high
         assert (score.mean, score.samples) == (pytest.approx(row["score"], abs=1e-6), 4)
-    assert len(study.tuned.comparisons()) == len(note.scores) - 1
-    assert all(line.startswith("tuned - ") for line in study.tuned.comparisons())
+    lines = study.tuned.comparisons()
+    assert len(lines) == len(note.scores)
+    assert all(line.startswith("tuned - ") for line in lines[:-1])
+    assert lines[-1].startswith(f"not inferior to {note.proof.strongest}")
 
 
 def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
@@ -608,6 +706,8 @@ def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
         ({"samples": 5}, "samples: 6 here, 5 asked"),
         ({"seed": 7}, "seed: 0 here, 7 asked"),
         ({"space": Space(("uniform",))}, "space: {"),
+        ({"objective": "accuracy"}, "objective: 'fidelity' here, 'accuracy' asked"),
+        ({"sampler": "random"}, "sampler: 'tpe' here, 'random' asked"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -678,6 +778,7 @@ def refused(*arguments):
 
 def command(study, out, *more):
     arguments = ["tune", "--task", TASK, "--budget", BUDGET, "--read-budget", READ, "--trials", 15]
+    arguments += ["--refine", 0]
     arguments += ["-n", SAMPLES, "--proof-samples", 4, "--max-new-tokens", LIMIT, "--run", study.run.path]
     return [str(argument) for argument in (*arguments, "--device", "cpu", "--out", out, *more)]
 
@@ -735,7 +836,7 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
     assert [row["policy"] for row in rows][:2] == ["dense", "tuned"]
     assert f"wrote {folder / 'policy.yaml'}" in result.stderr
     assert {path.name for path in (folder / "figures").iterdir()} == {
-        *("trials.png", "layers.png", "proof.png")
+        *("trials.png", "layers.png", "proof.png", "knobs.png")
     }
     last = result.stderr.rstrip().splitlines()[-1]
     assert last == f"next: avlprof evaluate --policy {folder / 'policy.yaml'} --task {TASK}"

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 
 import avlprof
 from avlprof.policy import Policy, TextPolicy
@@ -21,6 +21,12 @@ POLICY = Policy(
     vision_compute=(0.33, 0.1, 0.2),
     refresh_interval=3,
     text=TextPolicy(window=6, sink=1),
+)
+SCORED = Policy(
+    vision_keep=0.5,
+    vision_compute=0.25,
+    refresh_interval=3,
+    text=TextPolicy(keep=0.5, minimum=4, scorer="history"),
 )
 STEPS = 20
 
@@ -46,9 +52,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
-def greedy(case, inputs):
-    """Ids of the answer that `generate` gives under the policy, `[B, STEPS]`."""
-    with avlprof.apply(case.model, POLICY):
+def greedy(case, inputs, policy=POLICY):
+    """Ids of the answer that `generate` gives under a policy, `[B, STEPS]`."""
+    with avlprof.apply(case.model, policy):
         ids = case.model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
     return ids[:, inputs["input_ids"].shape[1] :]
 
@@ -138,10 +144,52 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
     assert torch.equal(torch.cat(answer, dim=1), wanted)
 
 
-def test_recording_under_a_policy_changes_no_token(case):
+@pytest.fixture(scope="module")
+def tiny():
+    return avlprof.load_model("tiny")
+
+
+@pytest.mark.parametrize("policy", ["paper/a-vl", "paper/a-vl-prefill", "uniform"])
+def test_a_pipeline_of_transformers(tiny, policy):
+    """The embedded model: a pipeline says under a policy what `generate` says."""
+    sample = avlprof.load_task("shapes:describe").samples("held-out", 1)[0]
+    picture = sample.open_images()[0]
+    ask = pipeline("image-text-to-text", model=tiny.model, processor=tiny.processor)
+    words = [{"type": "image", "image": picture}, {"type": "text", "text": sample.prompt}]
+    options = {"max_new_tokens": 40, "do_sample": False}
+    told = []
+    with avlprof.apply(tiny.model, policy) as runtime:
+        for _ in range(2):
+            out = ask(
+                text=[{"role": "user", "content": words}], generate_kwargs=options, return_full_text=False
+            )
+            told.append(out[0]["generated_text"])
+        use = runtime.cache.use()
+    inputs = tiny.adapter.encode([sample.prompt], [[picture]])
+    with avlprof.apply(tiny.model, policy):
+        ids = tiny.model.generate(**inputs, **options)
+    wanted = tiny.adapter.decode(ids[:, inputs["input_ids"].shape[1] :])[0]
+    assert told == [wanted] * 2
+    assert sum(u.prompt for u in use) < 0.75 * sum(u.dense_prompt for u in use)
+
+
+def test_a_streamer_of_the_embedded_model(tiny):
+    sample = avlprof.load_task("shapes:describe").samples("held-out", 1)[0]
+    inputs = tiny.adapter.encode([sample.prompt], [sample.open_images()])
+    options = {"max_new_tokens": 40, "do_sample": False}
+    streamer = Told(tiny.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with avlprof.apply(tiny.model, "paper/a-vl"):
+        ids = tiny.model.generate(**inputs, **options, streamer=streamer)
+    wanted = tiny.adapter.decode(ids[:, inputs["input_ids"].shape[1] :])[0]
+    assert "".join(streamer.pieces).strip() == wanted.strip()
+    assert sum(bool(piece) for piece in streamer.pieces) > 3
+
+
+@pytest.mark.parametrize("policy", [POLICY, SCORED])
+def test_recording_under_a_policy_changes_no_token(case, policy):
     inputs = case.inputs(batch=2, seed=5)
-    wanted = greedy(case, inputs)
-    with avlprof.apply(case.model, POLICY), avlprof.record(case.model) as recorder:
+    wanted = greedy(case, inputs, policy)
+    with avlprof.apply(case.model, policy), avlprof.record(case.model) as recorder:
         ids = case.model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
     assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], wanted)
     assert [record.steps for record in recorder.records] == [STEPS - 1] * 2

@@ -17,7 +17,8 @@ class AttentionCall:
 
     `query [B, H, q, D]`, `key` and `value [B, Hkv, n, D]` are post-RoPE; `mask` is bool
     `[B, 1, q, kv]` or None; `positions [B, 1 or Hkv, n]` are the logical positions of the key
-    columns, or None when column and position are the same.
+    columns, or None when column and position are the same. `after` is what the runtime does once
+    the observers have seen the call: until then nothing moves in the buffers that it views.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class AttentionCall:
     options: dict[str, Any]
     positions: Tensor | None = None
     valid: Tensor | None = None
+    after: Callable[[], None] | None = None
 
     def stock(self) -> Tensor:
         """Output `[B, q, H, D]` of the implementation that the model had before the switch."""

@@ -59,6 +59,26 @@ def modality_map(input_ids: Tensor, attention_mask: Tensor | None, vision_ids: S
     return codes
 
 
+def turn_map(
+    input_ids: Tensor, attention_mask: Tensor | None, vision_ids: Sequence[int], before: Tensor
+) -> Tensor:
+    """Modality of the tokens of a further turn, int8 `[B, n]`.
+
+    Args:
+        input_ids: `[B, n]` ids of the turn.
+        attention_mask: `[B, N + n]` over the whole conversation; None means no padding.
+        vision_ids: ids of vision tokens.
+        before: `[B, N]` map of what has passed. Text is system as long as no vision token came.
+    """
+    new = input_ids.shape[1]
+    codes = modality_map(input_ids, None, vision_ids)
+    seen = (before == Modality.VISION).any(dim=1, keepdim=True)
+    codes = torch.where(seen & (codes == Modality.SYSTEM), codes.new_tensor(int(Modality.TEXT)), codes)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        codes[attention_mask[:, -new:] == 0] = Modality.PAD
+    return codes
+
+
 def prompt_shapes(modality: Tensor) -> list[PromptShape]:
     """Token counts of each row of a modality map (padding is not counted)."""
     counts = [

@@ -65,3 +65,20 @@ def group_mean(weights: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads of each KV head group: `[B, H, ...]` to `[B, Hkv, ...]`."""
     batch, heads, *rest = weights.shape
     return weights.reshape(batch, kv_heads, heads // kv_heads, *rest).mean(dim=2)
+
+
+def head_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
+    """`row_logits` of one sequence: `query [H, R, D]`, `key [Hkv, N, D]` to fp32 `[H, R, N]`.
+
+    Half-precision inputs on CUDA are multiplied as they are, with fp32 sums, so that keys are not
+    copied to fp32.
+    """
+    heads, rows, size = query.shape
+    packed = query.reshape(len(key), heads // len(key) * rows, size)
+    if query.is_cuda and torch.version.hip is None and query.dtype in (torch.float16, torch.bfloat16):
+        logits = torch.bmm(packed, key.mT, out_dtype=torch.float32).mul_(scaling)
+    else:
+        logits = (packed.float() * scaling) @ key.float().mT
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    return logits.view(heads, rows, key.shape[1])

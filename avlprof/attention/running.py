@@ -31,25 +31,31 @@ def quantile(weights: Tensor, present: Tensor, share: float) -> Tensor:
     return torch.where(count > 0, found, torch.zeros_like(found))
 
 
-def prompt_scores(kind: str, weights: Tensor, deleted: float) -> Tensor:
-    """Scores of a prompt's tokens after all their rows, in order.
+def prompt_scores(kind: str, weights: Tensor, deleted: float, start: int = 0) -> Tensor:
+    """What rows of a prompt give to its tokens' scores: all rows at once, or a block of them.
+
+    Blocks add up, except for `last_query`, where the last block is the score.
 
     Args:
         kind: one of `KINDS`.
-        weights: `[..., T, T]` attention of the tokens' own rows to the tokens, lower triangular;
-            rows need not sum to 1, since other columns are left out.
+        weights: `[..., R, T]` attention of the rows of tokens `start`, `start + 1`, ... to all `T`
+            tokens; what a row gives to later tokens does not count, and rows need not sum to 1,
+            since other columns are left out.
         deleted: share of the tokens that goes, the quantile of `history`.
+        start: index of the first row among the tokens.
 
     Returns:
         `[..., T]`.
     """
+    rows, total = weights.shape[-2:]
     if kind == "last_query":
         return weights[..., -1, :]
+    past = torch.ones(rows, total, dtype=torch.bool, device=weights.device).tril(start)
     if kind == "accumulated":
-        return weights.sum(dim=-2)
-    older = torch.ones_like(weights, dtype=torch.bool).tril(-1)
-    below = quantile(weights, older, deleted)
-    return ((weights - below) * older).sum(dim=-2) + weights.diagonal(dim1=-2, dim2=-1)
+        return (weights * past).sum(dim=-2)
+    older = past.tril(start - 1).expand_as(weights)
+    gained = ((weights - quantile(weights, older, deleted)) * older).sum(dim=-2)
+    return gained + (weights * (past & ~older)).sum(dim=-2)
 
 
 def step_scores(

@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
 from avlprof.attention.kernels import explicit_mask, stock_kernel
-from avlprof.attention.modality import Modality, modality_map, vision_token_ids
+from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.errors import UserError
 
 NAMES = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
@@ -82,11 +82,7 @@ class Session:
                 )
             state = known
             state.steps += 1
-            new = ids.shape[1] if ids is not None else values["inputs_embeds"].shape[1]
-            code = Modality.GENERATED if new == 1 else Modality.TEXT
-            batch = ids.shape[0] if ids is not None else values["inputs_embeds"].shape[0]
-            fresh = state.modality.new_full((batch, new), int(code))
-            state.modality = torch.cat([state.modality, fresh], dim=1)
+            state.modality = torch.cat([state.modality, self._fresh(values, state.modality)], dim=1)
         if cache is not None:
             self._states[cache] = state
         self._cache = cache
@@ -94,6 +90,15 @@ class Session:
         for observer in self.observers:
             observer.begin(self._forward)
         return (), values
+
+    def _fresh(self, values: dict[str, Any], before: Tensor) -> Tensor:
+        """Modality of this pass's tokens behind the prompt: one is generated, more are a turn."""
+        ids = values.get("input_ids")
+        if (ids if ids is not None else values["inputs_embeds"]).shape[1] == 1:
+            return before.new_full((len(before), 1), int(Modality.GENERATED))
+        if ids is None:
+            raise UserError("the input_ids of a turn are needed to tell vision from text; pass input_ids")
+        return turn_map(ids, values.get("attention_mask"), vision_token_ids(self.model.config), before)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: let go of the pass, also after an exception."""
@@ -122,8 +127,15 @@ class Session:
             out = call.stock()
         else:
             out, call = self.runtime.attend(self._forward, self._cache, call)
+        if self.observers and call.query.shape[2] < self._forward.new:
+            raise UserError(
+                "behind a prefill_filter layers see fewer tokens than the prompt has, which cannot be "
+                "recorded; record under a policy without one"
+            )
         for observer in self.observers:
             observer.attended(self._forward, call)
+        if call.after is not None:
+            call.after()
         return out
 
 

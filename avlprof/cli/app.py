@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, str]] = {
     "tune": "avlprof.cli.tune",
     "export": "avlprof.cli.export",
     "evaluate": "avlprof.cli.evaluate",
+    "bench": "avlprof.cli.bench",
     "demo": "avlprof.cli.demo",
     "models": "avlprof.cli.models",
     "tasks": "avlprof.cli.tasks",

@@ -16,6 +16,14 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_LOADING)
 ]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread a large model over GPUs: auto, balanced, balanced_low_0 or sequential.",
+        rich_help_panel=_LOADING,
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_LOADING)
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from avlprof.cli.output import Format, FormatOption, finished, note, percent, sh
 from avlprof.cli.progress import progress
 
 if TYPE_CHECKING:
+    from avlprof.api import TracePlan
     from avlprof.traced import Run
 
 app = typer.Typer()
@@ -32,11 +34,28 @@ def trace(
     image: given.ImageOption = None,
     prompt: given.PromptOption = None,
     max_new_tokens: given.MaxNewTokensOption = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Samples that run together; changes no number.")
+    ] = 1,
+    forced: Annotated[
+        bool, typer.Option("--forced", help="Trace over the reference answers, not the model's own.")
+    ] = False,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Trace under a policy: a YAML file or a name.")
+    ] = None,
     rows: Annotated[
         str, typer.Option("--rows", help="Rows of a prompt to record: default, or all (slower).")
     ] = "default",
     vision_rows: Annotated[int, typer.Option("--vision-rows", help="Vision rows recorded by default.")] = 64,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Store every query head, not their mean.")
+    ] = False,
+    history: Annotated[
+        float | None,
+        typer.Option("--history", help="Record history scores of text for this kept share of it."),
+    ] = None,
     device: given.DeviceOption = "auto",
+    device_map: given.DeviceMapOption = None,
     dtype: given.DtypeOption = "auto",
     revision: given.RevisionOption = None,
     trust_remote_code: given.TrustOption = False,
@@ -54,9 +73,11 @@ def trace(
 ) -> None:
     """Let a model answer samples and record the attention of every layer and head.
 
-    Samples that the run directory holds already are skipped, so the same command resumes.
+    Samples that the run directory holds already are skipped, so the same command resumes. As
+    one of several processes of torchrun or SLURM it traces its share into the same directory.
     """
     from avlprof.api import plan_trace
+    from avlprof.runs import Shard
     from avlprof.tasks import load_task
 
     own = bool(image) or prompt is not None
@@ -69,27 +90,61 @@ def trace(
         prompt=prompt,
         out=out,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        forced=forced,
+        policy=policy,
         rows=rows,
         vision_rows=vision_rows,
+        per_head=per_head,
+        history=history,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        shard=Shard.from_environment(os.environ),
     )
+    if plan.shard.index > 0:
+        _trace_beside(plan)
+        return
     price = " (every row of each prompt, which is slower)" if rows == "all" else ""
+    among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
     most = size(plan.estimated_bytes)
-    note(f"{len(plan.samples)} samples to {plan.out}, at most about {most} on disk{price}")
+    note(f"{len(plan.samples)} samples{among} to {plan.out}, at most about {most} on disk{price}")
     with progress("trace", resumes=True) as report:
         run = plan.run(report)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}
     show([_summary(run)], form, cells=cells)
+    missing = _missing(plan, run)
+    if missing:
+        note(f"{missing} of {len(plan.samples)} samples are not there yet; the other processes write them")
     finished([run.path], f"avlprof analyze {run.path}")
+
+
+def _trace_beside(plan: TracePlan) -> None:
+    """The share of a process that is not the first: it draws no progress and prints no results."""
+    run = plan.run()
+    there = len(plan.samples) - _missing(plan, run)
+    note(
+        f"process {plan.shard.index + 1} of {plan.shard.count} has finished; "
+        f"{there} of {len(plan.samples)} samples are in {run.path}"
+    )
+
+
+def _missing(plan: TracePlan, run: Run) -> int:
+    """How many of the samples asked for the run directory does not hold."""
+    return len({sample.id for sample in plan.samples} - set(run.directory.ids()))
 
 
 def _summary(run: Run) -> dict[str, Any]:
     """What was traced, and how much of the attention went to the picture."""
-    samples, stats = run.samples(), run.stats()
-    seen = stats.groupby("query")["mass_vision"].mean()
+    import pandas as pd
+
+    samples = run.samples()
+    parts = run.directory.stats_by_part(["query", "mass_vision"])
+    sums = pd.concat([part.groupby("query")["mass_vision"].agg(["sum", "count"]) for part in parts])
+    whole = sums.groupby(level=0).sum()
+    seen = whole["sum"] / whole["count"]
     return {
         "samples": len(samples),
         "layers": run.meta.layers,

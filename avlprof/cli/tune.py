@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
-from avlprof.cli.progress import phases
-
-if TYPE_CHECKING:
-    import optuna
-
-    from avlprof.tuning import Tuned
+from avlprof.cli.live import board
+from avlprof.cli.output import Format, FormatOption, finished, note
 
 app = typer.Typer()
+
+_SEVERAL = "Several budgets"
+DEFAULT = 0.2
 
 
 @app.command()
@@ -27,17 +24,57 @@ def tune(
         str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
     ] = "shapes",
     budget: Annotated[
-        float, typer.Option("--budget", "-b", help="Prompt KV in memory after prefill, as a share of dense.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Prompt KV in memory after prefill, as a share of dense; 0.2 unless told.",
+            show_default=False,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Several, as in 0.1,0.2,0.4: a front.", rich_help_panel=_SEVERAL),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            help="Look for the smallest budget that loses at most this much of the task's metric.",
+            rich_help_panel=_SEVERAL,
+        ),
+    ] = None,
     read_budget: Annotated[
         float | None,
         typer.Option("--read-budget", help="Prompt KV read per step; tunes compute shares and K as well."),
     ] = None,
-    trials: Annotated[int, typer.Option("--trials", help="Trials of the study in all.")] = 50,
+    objective: Annotated[
+        str, typer.Option("--objective", help="What trials are scored by: fidelity, likelihood or accuracy.")
+    ] = "fidelity",
+    text: Annotated[
+        str,
+        typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
+    ] = "auto",
+    sampler: Annotated[
+        str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
+    ] = "tpe",
+    trials: Annotated[int, typer.Option("--trials", help="Trials of each study in all.")] = 50,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            "--refine",
+            help="How many of the trials refine layer by layer; a third unless told.",
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples a trial is scored on.")] = 64,
     proof_samples: Annotated[
         int, typer.Option("--proof-samples", help="Held-out samples of the proof.")
     ] = 100,
+    margin: Annotated[
+        float,
+        typer.Option("--margin", help="Loss of the metric that still counts as not inferior."),
+    ] = 0.02,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = 0,
     run: Annotated[
         Path | None,
@@ -60,84 +97,57 @@ def tune(
 
     The study is a folder; the same command resumes it.
     """
-    from avlprof.search import tune as search
+    from avlprof import search
+    from avlprof.cli import tuned as shown
+    from avlprof.errors import UserError
+    from avlprof.tuning import Settings, Space
 
-    with phases() as report:
-        found = search(
-            model, task, budget=budget, read_budget=read_budget, trials=trials, samples=samples,
-            proof_samples=proof_samples, seed=seed, run=run, out=out, max_new_tokens=max_new_tokens,
-            prune=prune, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-            progress=report, on_trial=_told(),
-        )  # fmt: skip
-    wrote = draw(found)
-    print_proof(found, form)
-    policy = found.folder / "policy.yaml"
+    if sum(value is not None for value in (budget, budgets, max_drop)) > 1:
+        raise UserError("give one of --budget, --budgets and --max-drop")
+    share = DEFAULT if budget is None else budget
+    asked: dict[str, Any] = {
+        "read_budget": read_budget, "objective": objective, "sampler": sampler, "trials": trials,
+        "refine": refine, "samples": samples, "proof_samples": proof_samples, "margin": margin,
+        "seed": seed, "prune": prune, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    settings = Settings(budget=share, **asked)
     other = "" if model == "tiny" else f" --model {model}"
+    with board() as live:
+        given_too: dict[str, Any] = {
+            "run": run, "out": out, "device": device, "dtype": dtype, "revision": revision,
+            "trust_remote_code": trust_remote_code, "space": Space(text=text), "told": live.tell,
+            "progress": live.progress, "on_trial": live.on_trial,
+        }  # fmt: skip
+        if budgets is not None:
+            swept = search.sweep(
+                model, task, _shares(budgets), settings, on_budget=live.on_budget, **given_too
+            )
+        elif max_drop is not None:
+            least = search.smallest(model, task, max_drop, settings, on_budget=live.on_budget, **given_too)
+        else:
+            live.on_budget(share)
+            found = search.tune(model, task, budget=share, **asked, **given_too)
+    if budgets is not None:
+        wrote = shown.draw_sweep(swept)
+        shown.print_sweep(swept, form)
+        policies = " ".join(f"--policy {one.folder / 'policy.yaml'}" for one in swept.studies)
+        finished([*wrote, swept.folder / "front.csv"], f"avlprof evaluate{other} {policies} --task {task}")
+        return
+    if max_drop is not None:
+        found = least.tuned
+    wrote = shown.draw(found)
+    shown.print_proof(found, form)
+    if max_drop is not None:
+        note(least.sentence())
+    policy = found.folder / "policy.yaml"
     then = f"avlprof evaluate{other} --policy {policy} --task {task}"
     finished([*wrote, found.folder / "proof.csv", policy], then)
 
 
-def _told() -> Any:
-    """Tell of each trial that is the best so far."""
-    best = [float("inf")]
+def _shares(text: str) -> list[float]:
+    from avlprof.errors import UserError
 
-    def on_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        if trial.value is not None and trial.user_attrs.get("complete") and trial.value < best[0]:
-            best[0] = trial.value
-            params = trial.params
-            note(
-                f"trial {trial.number}: KL {trial.value:.4f} nat per token "
-                f"({params['allocator']}, {params['scorer']}, mix {params['mix']:.2f})"
-            )
-
-    return on_trial
-
-
-def draw(found: Tuned) -> list[Path]:
-    """The figures of a study: score by trial, the winner's layers, and the proof."""
-    import pandas as pd
-
-    from avlprof import plots
-
-    trials = [t for t in found.study.get_trials(deepcopy=False) if t.value is not None]
-    history = pd.DataFrame(
-        {
-            "trial": [t.number for t in trials],
-            "value": [t.value for t in trials],
-            "state": ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials],
-        }
-    )
-    folder = found.folder / "figures"
-    label = f"{found.proof.meta['metric'].replace('_', ' ')} ({found.proof.meta['split']})"
-    figures = {
-        "trials": plots.trial_history(history),
-        "layers": plots.policy_layers(found.policy, layers=found.policy.layers or 1),
-        "proof": plots.pareto_front(found.proof.pareto(), score=label),
-    }
-    for name, figure in figures.items():
-        plots.save_figure(figure, folder / f"{name}.png")
-    return [folder]
-
-
-def print_proof(found: Tuned, form: Format) -> None:
-    """The closing table: who scored what at which bytes, on samples the search never saw."""
-    summary = [{str(k): v for k, v in row.items()} for row in found.proof.summary().to_dict("records")]
-    if form is not Format.table:
-        show(summary, form)
-        return
-    meta = found.proof.meta
-    rows = [
-        {
-            "policy": row["policy"],
-            str(meta["metric"]): f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-            "KV live": row["live_share"],
-            "KV read": row["read_share"],
-            "live": row["live_bytes"],
-        }
-        for row in summary
-    ]
-    title = f"{meta['task']}, {meta['samples']} {meta['split']} samples; 95% intervals"
-    show(rows, form, title, {"KV live": percent, "KV read": percent, "live": size})
-    for line in found.comparisons():
-        note(line)
-    sys.stdout.flush()
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--budgets takes shares with commas, as in 0.1,0.2,0.4, got '{text}'") from None

@@ -104,18 +104,24 @@ def equal_bytes(
     return found if _is_flat(policy, layers) and ranked_at_random else [*found, random]
 
 
-def _contender(policy: Policy, label: str, family: str) -> Contender:
+def seeded(policy: Policy) -> tuple[Policy, ...]:
+    """What is generated for a policy: itself, or three seeds of one that ranks by `random` without one."""
     if policy.scorer.name != "random" or "seed" in policy.scorer.options:
-        return Contender(label, family, (policy,))
-    runs = tuple(
+        return (policy,)
+    return tuple(
         policy.model_copy(
             update={"scorer": ScorerSpec(name="random", options=policy.scorer.options | {"seed": seed})}
         )
         for seed in RANDOM_SEEDS
     )
-    times = f"x{len(RANDOM_SEEDS)}"
+
+
+def _contender(policy: Policy, label: str, family: str) -> Contender:
+    runs = seeded(policy)
+    if len(runs) == 1:
+        return Contender(label, family, runs)
     name, separator, rest = label.partition(" @ ")
-    return Contender(f"{name} {times}{separator}{rest}", family, runs)
+    return Contender(f"{name} x{len(runs)}{separator}{rest}", family, runs)
 
 
 def _effect(contender: Contender, shapes: Iterable[PromptShape], layers: int) -> object:

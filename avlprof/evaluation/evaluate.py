@@ -123,6 +123,11 @@ def _check(loaded: LoadedModel, policies: Sequence[Policy], samples: Sequence[Sa
     for policy in policies:
         policy.check_layers(loaded.adapter.layers)
         check_supported(policy)
+    check_samples(samples)
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """`UserError` when an id occurs twice, or a sample has no answers to be judged by."""
     ids = [sample.id for sample in samples]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)

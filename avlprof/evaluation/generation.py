@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from avlprof.models import LoadedModel
@@ -44,26 +45,30 @@ def generate_tokens(
     loaded: LoadedModel,
     encoding: dict[str, Tensor],
     runtime: Runtime | None,
-    on_token: OnToken,
+    on_token: OnToken | None = None,
     *,
     max_new_tokens: int,
     min_new_tokens: int | None = None,
+    logits_processor: LogitsProcessor | None = None,
 ) -> Tensor:
     """New token ids `[B, T]` of a greedy answer; rows that ended are padded.
 
     `runtime` is what `running` gave. The stock model gets the `DynamicCache` that `generate` would
-    have made by itself, so that it can be looked at.
+    have made by itself, so that it can be looked at. `logits_processor` may look at the logits of
+    every step `[B, V]` and change them.
     """
     if runtime is None:
         cache: Any = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
     else:
         cache = runtime.new_cache()
+    listeners = [_Listener(partial(on_token, cache))] if on_token else []
     ids: Tensor = loaded.model.generate(
         **encoding,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         do_sample=False,
-        stopping_criteria=StoppingCriteriaList([_Listener(lambda: on_token(cache))]),
+        logits_processor=LogitsProcessorList([logits_processor] if logits_processor else []),
+        stopping_criteria=StoppingCriteriaList(listeners),
     )
     return ids[:, encoding["input_ids"].shape[1] :]

@@ -26,7 +26,7 @@ from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
 from avlprof.models.hub import hub_reachable
-from avlprof.models.placement import resolve_device, resolve_dtype
+from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
 from avlprof.models.revision import folder_fingerprint, hub_commit
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
@@ -76,17 +76,19 @@ def load_model(
     """Loads a model by alias (`avlprof.models.ALIASES`), hub id (`owner/name`) or local folder.
 
     `device` "auto" takes CUDA when there is one. `dtype` "auto" is float32 on CPU; elsewhere
-    bfloat16 for hub models and what the config says for folders. `device_map` is handed to
-    transformers and replaces `device`. Code of a repository is never run unless
+    bfloat16 for hub models and what the config says for folders. `device_map` ("auto", or a
+    dict of modules and devices) spreads a model that is larger than a GPU over several, by
+    accelerate, in place of `device`. Code of a repository is never run unless
     `trust_remote_code` is set.
 
     Raises:
-        UserError: unknown name, not a model, unreadable files, no network, absent device, or a
-            `revision` of a folder.
+        UserError: unknown name, not a model, unreadable files, no network, absent device, a
+            `revision` of a folder, or a `device_map` beside a device or without accelerate.
     """
     source, folder = _locate(name)
     if folder and revision:
         raise UserError(f"revision must be left out for '{name}', which is a folder, got '{revision}'")
+    check_device_map(device_map, device)
     place = resolve_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if folder is None:

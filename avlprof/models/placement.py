@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -10,6 +11,31 @@ from avlprof.errors import UserError
 from avlprof.registry import unknown
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DEVICE_MAPS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of transformers to spread a model's layers over devices."""
+
+
+def own_device(name: str, process: int) -> str:
+    """The device of one of the processes of a machine: "auto" and "cuda" become a GPU of its own.
+
+    More processes than GPUs share them in turn. A process that sees one GPU alone gets that one.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{process % torch.cuda.device_count()}"
+    return name
+
+
+def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
+    """`UserError` when a model cannot be spread over devices as asked."""
+    if device_map is None:
+        return
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise unknown("device map", device_map, DEVICE_MAPS)
+    if device != "auto":
+        raise UserError(f"give a device or a device map, not both; got '{device}' and '{device_map}'")
+    if find_spec("accelerate") is None:
+        raise UserError("a device map needs accelerate; pip install accelerate")
 
 
 def resolve_device(name: str) -> torch.device:

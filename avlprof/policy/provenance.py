@@ -16,11 +16,45 @@ class Score(BaseModel):
     samples: int
 
 
+class Difference(BaseModel):
+    """The policy minus another on the same held-out samples: mean, 95% interval, two-sided p-value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+class Proof(BaseModel):
+    """What held-out samples said of a tuned policy.
+
+    `strongest` is the hand-set rival that was best on the search split; `non_inferior` says whether
+    the interval against it lies above `-margin`. `detectable` is the smallest drop against it that
+    the samples could show (80% power, 5% two-sided). `rank_correlation` is Spearman's between the
+    cheap score and the metric, over `rank_policies` policies on the search split.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str
+    samples: int
+    strongest: str
+    margin: float
+    non_inferior: bool
+    detectable: float | None = None
+    differences: dict[str, Difference] = {}
+    rank_correlation: float | None = None
+    rank_policies: int | None = None
+
+
 class Provenance(BaseModel):
     """Everything needed to reproduce a policy and to judge it.
 
     `budget` and `read_budget` are shares of the dense prompt KV (memory and mean read per
-    step); scores are of `metric` on held-out samples; bytes are per prompt.
+    step); scores are of `metric` on held-out samples; bytes are per prompt. `trial` counts within the
+    study's second stage when the policy was `refined` layer by layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +72,7 @@ class Provenance(BaseModel):
     run_hash: str = ""
     study: str = ""
     trial: int | None = None
+    refined: bool = False
     budget: float | None = None
     read_budget: float | None = None
     measured_budget: float | None = None
@@ -47,4 +82,7 @@ class Provenance(BaseModel):
     scores: dict[str, Score] = {}
     dense_bytes: int | None = None
     policy_bytes: int | None = None
+    objective: str = ""
+    sampler: str = ""
+    proof: Proof | None = None
     notes: str = ""

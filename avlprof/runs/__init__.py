@@ -2,5 +2,6 @@
 
 from avlprof.runs.directory import RunDirectory, RunWriter
 from avlprof.runs.meta import RunMeta
+from avlprof.runs.shard import Shard
 
-__all__ = ["RunDirectory", "RunMeta", "RunWriter"]
+__all__ = ["RunDirectory", "RunMeta", "RunWriter", "Shard"]

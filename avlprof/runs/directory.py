@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import safe_open, save_file
 
 from avlprof.errors import UserError
-from avlprof.files import replacing, write_text
+from avlprof.files import replacing
 from avlprof.runs.lock import FolderLock
 from avlprof.runs.meta import RunMeta
+from avlprof.runs.start import check_free, read_meta, settle_meta, unreadable
 
-SCORES = ("last", "instruction", "decode")
 Scores = dict[str, NDArray[np.float32]]
 
 
@@ -44,7 +44,9 @@ class RunDirectory:
             tokens, and list of masses by distance in text tokens on the others), `overlap_1` ...
             (share of the top set kept after that many decoding steps; NaN in prefill).
         scores: per sample the head-mean attention that vision tokens received, fp32: `last` and
-            `instruction` `[layers, vision]`, `decode [steps, layers, vision]`.
+            `instruction` `[layers, vision]`, `decode [steps, layers, vision]`; with every row
+            recorded also `all [layers, vision]`, and with `history` of the text tokens
+            `history [layers, text]`.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -57,10 +59,7 @@ class RunDirectory:
     @cached_property
     def meta(self) -> RunMeta:
         """Settings of the run."""
-        try:
-            return RunMeta.model_validate_json((self.path / "meta.json").read_text(encoding="utf-8"))
-        except (ValidationError, UnicodeDecodeError, OSError) as error:
-            raise _unreadable(self.path / "meta.json", error) from None
+        return read_meta(self.path)
 
     def parts(self) -> list[str]:
         """Names of the finished parts, in order."""
@@ -74,17 +73,27 @@ class RunDirectory:
         """Attention statistics, one row per sample, layer, head, phase and kind of query row."""
         return self._table("stats")
 
+    def stats_by_part(self, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+        """Some columns of `stats`, a part at a time, so that a run larger than memory can be read."""
+        for part in self.parts():
+            yield _read_table(self.path / f"stats-{part}.parquet", list(columns))
+
+    def ids(self) -> list[str]:
+        """Ids of the traced samples, in the order of the parts."""
+        return list(self._places)
+
     def scores(self, sample: str) -> Scores:
-        """Vision scores of a sample; `UserError` when it was not traced."""
+        """Scores of a sample's tokens by kind of row; `UserError` when it was not traced."""
         part, index = self._places.get(sample, ("", -1))
         if index < 0:
             raise UserError(f"sample '{sample}' is not in run {self.path}")
         path = self.path / f"scores-{part}.safetensors"
         try:
             with safe_open(path, framework="np") as file:
-                return {name: file.get_tensor(f"{index}.{name}") for name in SCORES}
+                own = [key for key in file.keys() if key.startswith(f"{index}.")]  # noqa: SIM118
+                return {key.removeprefix(f"{index}."): file.get_tensor(key) for key in own}
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
     @cached_property
     def hash(self) -> str:
@@ -113,25 +122,22 @@ class RunDirectory:
 class RunWriter:
     """Adds samples to a run directory, a part at a time; resumes by sample id.
 
-    `part_prefix` keeps processes that share a directory apart: one process may write under a
-    prefix at a time, until `close` or its end. What a killed one left unfinished is removed.
+    A writer without `part_prefix` is alone. With it, processes share the directory: one may
+    write under a prefix at a time, until `close` or its end, and all must be of one launch of
+    `processes`. What a killed one left unfinished is removed.
 
     Raises:
         UserError: `path` is something else, holds a run of other settings, or is being written.
     """
 
-    def __init__(self, path: Path, meta: RunMeta, part_prefix: str = "") -> None:
+    def __init__(self, path: Path, meta: RunMeta, part_prefix: str = "", processes: int = 1) -> None:
         self.path, self.meta, self._prefix = path, meta, part_prefix
-        known = _known_meta(path)
-        different = known.differences(meta) if known else []
-        if different:
-            raise UserError(f"{path} holds another run ({'; '.join(different)}); choose another --out")
-        self._lock = FolderLock(path, part_prefix)
+        check_free(path, meta)
+        self._lock = FolderLock(path, part_prefix, team=str(processes))
         for left in path.glob(".*.partial"):
             if re.search(rf"-{re.escape(part_prefix)}\d{{5,}}\.", left.name):
                 left.unlink(missing_ok=True)
-        if known is None:
-            write_text(path / "meta.json", meta.model_dump_json(indent=2) + "\n")
+        settle_meta(path, meta, part_prefix)
         self._clear()
 
     def done(self) -> set[str]:
@@ -181,26 +187,8 @@ class RunWriter:
         self._scores: Scores = {}
 
 
-def _known_meta(path: Path) -> RunMeta | None:
-    """Settings of the run in `path`, None where one can be started.
-
-    Hidden files do not count: a process killed early leaves some.
-    """
-    if (path / "meta.json").exists():
-        return RunDirectory(path).meta
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, not a run directory; choose another --out")
-    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(f"{path} is not empty and not a run directory; choose another --out")
-    return None
-
-
 def _read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     try:
         return pd.read_parquet(path, columns=columns)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read: {' '.join(str(error).split())}; trace into another --out")
+        raise unreadable(path, error) from None

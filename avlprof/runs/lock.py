@@ -1,9 +1,10 @@
-"""One writer at a time in a folder."""
+"""Who may write to a folder: one process, or several under names of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 from avlprof.errors import UserError
@@ -13,9 +14,15 @@ try:
 except ImportError:  # Windows: the folder goes unguarded
     fcntl = None  # type: ignore[assignment]
 
+PATIENCE = 1.0  # seconds that another may take to join
+
 
 class FolderLock:
-    """Holds a folder (made if missing) under a name until `release` or the end of the process.
+    """Holds a folder (made if missing) until `release` or the end of the process.
+
+    Without a name the holder is alone. Writers with different names share the folder if they
+    state the same `team`: a launch of two processes and one of three do not mix, since they would
+    share out the work differently.
 
     The operating system lets go of the lock of a killed process, so none is ever stale. File
     systems without locks go unguarded.
@@ -24,27 +31,69 @@ class FolderLock:
         UserError: another writer holds it, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, name: str = "") -> None:
+    def __init__(self, folder: Path, name: str = "", team: str = "") -> None:
+        self._folder, self._handles = folder, list[int]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(folder / f".lock{name}", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if name:
+                self._join(self._opened(".lock"), team)
+                self._take(self._opened(f".lock{name}"), alone=True)
+            else:
+                self._take(self._opened(".lock"), alone=True)
         except BlockingIOError:
+            raise self._refusal() from None
+        except OSError as error:
             self.release()
-            raise UserError(f"another process is writing to {folder}; wait for it or stop it") from None
-        except OSError:
-            return
+            raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
 
     def release(self) -> None:
         """Let another writer in; again is harmless."""
-        handle, self._handle = self._handle, -1
-        with contextlib.suppress(OSError):
-            os.close(handle)
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            with contextlib.suppress(OSError):
+                os.close(handle)
 
     def __del__(self) -> None:
-        if hasattr(self, "_handle"):
+        if hasattr(self, "_handles"):
             self.release()
+
+    def _opened(self, name: str) -> int:
+        handle = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        self._handles.append(handle)
+        return handle
+
+    def _join(self, handle: int, team: str) -> None:
+        """Share a file with those of the same team; who is there first writes its name in."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._take(handle, alone=True)
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, team.encode(), 0)
+            except BlockingIOError:
+                pass
+            try:
+                self._take(handle, alone=False)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+        # read again also by the first: between its two locks another team may have come in
+        if os.pread(handle, 256, 0).decode(errors="replace") != team and fcntl is not None:
+            raise self._refusal()
+
+    def _take(self, handle: int, alone: bool) -> None:
+        """Lock a file or raise `BlockingIOError`; without locks of the file system, nothing."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return
+
+    def _refusal(self) -> UserError:
+        self.release()
+        return UserError(f"another process is writing to {self._folder}; wait for it or stop it")

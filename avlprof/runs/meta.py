@@ -17,6 +17,8 @@ class RunMeta(BaseModel):
 
     `distances` are the upper edges (exclusive, in text tokens) of the distance histogram, whose
     last bin is open; `top_share` is the share of vision tokens in the sets that overlaps compare.
+    With `forced` the answers are the references, and `max_new_tokens` 0 leaves them whole.
+    `policy` is empty when the model ran densely, else name and hash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,9 +39,12 @@ class RunMeta(BaseModel):
     split: str = ""
     seed: int = 0
     max_new_tokens: int
+    forced: bool = False
     rows: str = "default"
     vision_rows: int = 64
     coverage_rows: int = 16
+    per_head: bool = False
+    history: float | None = None
     policy: str = ""
     top_share: float = 0.1
     text_sink: int = TEXT_SINK

@@ -1,257 +1,248 @@
-"""The cache layer of a policy: evicts after prefill, reads a core, refreshes it."""
+"""The cache layer of a policy: evicts after each prompt, reads a core, refreshes it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import Modality
 from avlprof.attention.rows import group_mean, row_weights
-from avlprof.attention.selection import best
-from avlprof.errors import UserError
-from avlprof.runtime.dense import RESERVE, BufferedLayer, grown
+from avlprof.runtime.competition import merged, text_choice, vision_classes
+from avlprof.runtime.core import exchange_all, pick_core
 from avlprof.runtime.layout import (
-    CORE,
-    STORED,
+    PADDING,
+    SYSTEM,
+    TEXT,
     RowPlan,
-    exchange,
-    left_classes,
     left_order,
-    swaps,
-    take,
-    text_kept,
+    per_row,
+    slot_classes,
     text_order,
 )
-from avlprof.scorers import Prefill, Scorer
+from avlprof.runtime.reads import Reads
+from avlprof.runtime.slots import SlotLayer
+from avlprof.runtime.text_part import TextPart, TextRule
+from avlprof.runtime.turns import Turn
+from avlprof.scorers import Scorer
 
 
-@dataclass
-class Reads:
-    """Tokens attended to while decoding, summed over rows; divide by rows and steps."""
-
-    steps: int = 0
-    refreshes: int = 0
-    prompt: int = 0
-    generated: int = 0
-
-
-class AdaptiveLayer(BufferedLayer):
+class AdaptiveLayer(SlotLayer):
     """One layer's KV under a policy; see `layout` for the order of its slots.
 
-    In prefill `update` hands through what it is given; `compact` then scores, evicts and lays
-    out. At each decoding step `update` writes the token and returns the views to attend to, and
-    `after_step` re-picks the core when the step was a refresh.
+    At a prompt `update` hands through what is held and what is given; `compact` then scores,
+    evicts and lays out. At each decoding step `update` writes the token and returns the views to
+    attend to, and `after_step` re-picks the core when the step was a refresh, and forgets text.
     """
 
-    def __init__(self, scorer: Scorer, refresh_interval: int, per_kv_head: bool) -> None:
+    fixed_shapes: bool | None = None  # swap as many slots as could be needed; None: on all but the CPU
+
+    def __init__(self, scorer: Scorer, rule: TextRule) -> None:
         super().__init__()
         self.scorer = scorer
-        self.refresh_interval = refresh_interval
-        self.per_kv_head = per_kv_head
-        self.reads = Reads()
-        self.plans: list[RowPlan] = []
-        self.positions: Tensor | None = None
+        self.rule = rule
+        self.refresh_interval = rule.policy.refresh_interval
+        self.score_only = rule.policy.refresh == "score_only"
+        self.per_kv_head = rule.policy.heads == "kv_head"
         self._clear()
 
     def _clear(self) -> None:
-        self._left = 0
-        self._text: list[int] = []
-        self._prompt_text: list[int] = []
-        self._ring: list[int] = []
-        self._step = 0
+        self.reads = Reads()
+        self.plans: list[RowPlan] = []
+        self.text = TextPart(self.rule)
+        self._spans: list[tuple[int, int]] = []
+        self._left = self._step = 0
+        self._view = (0, 0)
         self._mask: Tensor | None = None
 
     @property
-    def filling(self) -> bool:
-        """Whether the layer has not been compacted yet, so the prompt is being attended to."""
-        return not self.plans
-
-    @property
     def refreshing(self) -> bool:
-        """Whether the current decoding step attends to all kept vision tokens."""
+        """Whether the current decoding step re-picks the core."""
         has_core = any(plan.core < plan.vision for plan in self.plans)
         return has_core and self.refresh_interval > 0 and self._step % self.refresh_interval == 0
 
     def reset(self) -> None:
         super().reset()
-        self.plans, self.positions, self.reads = [], None, Reads()
         self._clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take `[B, Hkv, q, D]`; returns the keys and values this step attends to."""
-        new = key_states.shape[2]
-        if self.seen == 0:
-            self.lazy_initialization(key_states, value_states)
-            self.seen = new
-            return key_states, value_states
-        if new != 1:
-            raise UserError(
-                "a policy's cache takes one token a step after the prompt; further turns and chunked "
-                "prefill on the same cache are not supported yet"
-            )
-        self._step += 1
-        self._append(key_states, value_states)
-        self.seen += 1
-        start, end = self._view()
-        self._mask = self._ragged_mask(start, end)
-        self._count_reads()
-        assert self.keys is not None and self.values is not None
-        return self.keys[:, :, start:end], self.values[:, :, start:end]
+        """Take `[B, Hkv, q, D]`; returns the keys and values this step attends to.
 
-    def compact(self, prefill: Prefill, plans: list[RowPlan]) -> None:
-        """Score the prompt, keep what the plans say, and free the rest.
+        One token behind the prompt is a step; more are a further turn, which attends to all that
+        is held.
+        """
+        new = key_states.shape[2]
+        if not self.plans:
+            self.lazy_initialization(key_states, value_states)
+            self.seen += new
+            return key_states, value_states
+        if new > 1:
+            self.seen += new
+            keys, values, _ = self.buffers
+            end = self._left + max(self.text.counts)
+            key_states = torch.cat([keys[:, :, :end], key_states], dim=2)
+            return key_states, torch.cat([values[:, :, :end], value_states], dim=2)
+        self._step += 1
+        slots = [self._left + self.text.claim(row) for row in range(len(self.plans))]
+        self.text.grow(self.write(slots, key_states, value_states))
+        self.seen += 1
+        self._view, self._mask = self._window(self.refreshing and not self.score_only)
+        self.reads.count(self.plans, self.text.count_read(), self.refreshing, self.score_only)
+        start, end = self._view
+        keys, values, _ = self.buffers
+        return keys[:, :, start:end], values[:, :, start:end]
+
+    def taken(self, call: AttentionCall, modality: Tensor, positions: Tensor) -> Turn:
+        """The turn that `update` was handed: `modality [B, q]`, logical `positions [B, 1, q]`."""
+        if self.positions is None:
+            held = positions[..., :0]
+            return Turn.taken(call, modality, positions, held, held.bool())
+        width = call.key.shape[2] - call.query.shape[2]
+        present = self._classes(width) != PADDING
+        return Turn.taken(call, modality, positions, self.positions[..., :width], present)
+
+    def compact(
+        self, turn: Turn, call: AttentionCall, positions: Tensor, plans: list[RowPlan], seen: tuple[int, int]
+    ) -> None:
+        """Score the new tokens, keep what the plans say beside what is held, and free the rest.
 
         Ties are broken towards the lower position.
+
+        Args:
+            turn: the new tokens.
+            call: its keys and values are those of the held slots and of the new tokens.
+            positions: `[B, 1, N]` logical positions of the new tokens.
+            plans: what each row keeps of the new tokens.
+            seen: logical positions before and after the turn.
         """
-        modality = prefill.modality
-        groups = prefill.key.shape[1] if self.per_kv_head else 1
-        scores = group_mean(self.scorer.score(prefill), groups)
-        vision = (modality == Modality.VISION)[:, None].expand_as(scores)
-        system = (modality == Modality.SYSTEM)[:, None].expand_as(scores)
-        kept = best(scores, vision, scores.new_tensor([p.vision for p in plans]))
-        core = best(scores, kept, scores.new_tensor([p.core for p in plans]))
-        self._left = max(p.system + p.vision for p in plans)
-        left = left_order(left_classes(kept, core, system), self._left)
-        most_text = max(p.text for p in plans)
-        text = text_order(text_kept(modality == Modality.TEXT, plans), most_text)
-        order = torch.cat([left, text[:, None].expand(-1, groups, -1)], dim=-1)
-        limits = [p.limit for p in plans]
-        room = RESERVE if None in limits else max(0, *(limit - most_text for limit in limits if limit))
-        self.plans = plans
-        self.keys = self._buffer(prefill.key, order, room)
-        self.values = self._buffer(prefill.value, order, room)
-        self.positions = torch.nn.functional.pad(order, (0, room), value=-1)
-        self._text = [p.text for p in plans]
-        self._prompt_text = [p.text for p in plans]
-        self._ring = [0] * len(plans)
+        heads = turn.key.shape[1]
+        by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
+        groups = max(by_vision, by_text)
+        old = self._classes(turn.held) if turn.held else positions[..., :0]
+        before = self.positions[..., : turn.held] if self.positions is not None else positions[..., :0]
+        places = torch.cat([before.expand(-1, groups, -1), positions.expand(-1, groups, -1)], dim=-1)
+        scores = self.scorer.score(turn)
+        cores = [plan.core for plan in plans]
+        if self.plans:
+            cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]
+        kept = [plan.vision for plan in plans]
+        vision = vision_classes(turn, group_mean(scores, by_vision), old, places[:, :by_vision], kept, cores)
+        text, counts, running = text_choice(
+            turn, group_mean(scores, by_text), old, places[:, :by_text], self.text, plans, self._left
+        )
+        system = torch.cat([old == SYSTEM, (turn.modality == Modality.SYSTEM)[:, None]], dim=-1)
+        classes = torch.where(system, SYSTEM, torch.where(text, TEXT, vision)).expand(-1, groups, -1)
+        self.plans = merged(self.plans, plans, counts)
+        self._left, most = max(p.system + p.vision for p in self.plans), max(counts)
+        parts = (left_order(classes, places, self._left), text_order(classes, places, most))
+        order, room = torch.cat(parts, dim=-1), self.text.reserve(most)
+        self.fill(call.key, call.value, places, order, room)
+        self._spans.append(seen)
+        self.seen, self._step = seen[1], 0
+        if running is not None:
+            running = pad(running.gather(-1, parts[1]), (0, room))
+        self.text.lay(counts, places.gather(-1, parts[1]), self._spans, running)
+
+    def before_step(self, query: Tensor, scaling: float, softcap: float | None) -> None:
+        """At a refresh step that only scores, re-pick the core before the step attends to it."""
+        if self.refreshing and self.score_only:
+            (start, end), mask = self._window(True)
+            keys = self.buffers[0][:, :, start:end]
+            self._pick(row_weights(query, keys, scaling, mask, softcap)[:, :, 0], start)
 
     def after_step(self, query: Tensor, scaling: float, softcap: float | None) -> None:
-        """At a refresh step, re-pick the core by this step's attention `query [B, H, 1, D]`."""
-        if not self.refreshing:
+        """Re-pick the core at a refresh step, and forget text, by this step's `query [B, H, 1, D]`."""
+        refresh = self.refreshing and not self.score_only
+        if not refresh and self.rule.running is None:
             return
-        assert self.keys is not None and self.positions is not None
-        start, end = self._view()
-        weights = row_weights(query, self.keys[:, :, start:end], scaling, self._mask, softcap)[:, :, 0]
-        scores = group_mean(weights, self.positions.shape[1])[..., : self._left - start]
-        column = torch.arange(start, self._left, device=query.device)
-        system = column >= self._left - self._per_row([p.system for p in self.plans])
-        vision = ~system & (column >= self._left - self._per_row([p.system + p.vision for p in self.plans]))
-        in_core = vision & (column >= self._left - self._per_row([p.system + p.core for p in self.plans]))
-        old = left_classes(vision, in_core, system).expand_as(scores)
-        core = best(
-            scores,
-            vision.expand_as(scores),
-            scores.new_tensor([p.core for p in self.plans]),
-            self.positions[:, :, start : self._left],
+        (start, end), (keys, values, positions) = self._view, self.buffers
+        weights = row_weights(query, keys[:, :, start:end], scaling, self._mask, softcap)[:, :, 0]
+        if refresh:
+            self._pick(weights, start)
+        if self.rule.running is not None:
+            own = group_mean(weights[..., self._left - start :], positions.shape[1])
+            part = slice(self._left, end)
+            self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
+
+    def _pick(self, weights: Tensor, start: int) -> None:
+        """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
+        keys, values, positions = self.buffers
+        groups = keys.shape[1] if self.per_kv_head else 1
+        fixed = keys.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
+        pairs = pick_core(
+            weights[..., : self._left - start],
+            self._classes(self._left)[..., start:],
+            positions[..., start : self._left],
+            self.plans,
+            groups,
+            fixed,
         )
-        new = torch.where((old == STORED) | (old == CORE), torch.where(core, CORE, STORED), old)
-        first, second = swaps(old, new)
-        if first.shape[-1]:
-            for buffer in (self.keys, self.values, self.positions):
-                exchange(buffer, first + start, second + start)  # type: ignore[arg-type]
+        exchange_all((keys, values, positions), pairs, start)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        picked = rows.tolist()
-        for name in ("plans", "_text", "_prompt_text", "_ring"):
-            held = getattr(self, name)
-            setattr(self, name, [held[row] for row in picked] if held else held)
         if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+            picked = rows.tolist()
+            self.plans = [self.plans[row] for row in picked]
+            self.text.select_rows(picked, rows.to(self.positions.device))
 
     def allocated_bytes(self) -> int:
-        """Bytes of the storage behind keys, values and the slots' positions."""
-        index = self.positions.untyped_storage().nbytes() if self.positions is not None else 0
-        return super().allocated_bytes() + index
+        """Bytes of the storage behind keys, values, the slots' positions and their scores."""
+        return super().allocated_bytes() + self.text.allocated_bytes()
 
     def stored_tokens(self) -> list[int]:
         """Tokens of each row in memory, prompt and generated."""
-        return [p.system + p.vision + text for p, text in zip(self.plans, self._text, strict=True)]
+        return [p.system + p.vision + text for p, text in zip(self.plans, self.text.counts, strict=True)]
+
+    def prompt_slots(self) -> list[int]:
+        """Prompt tokens of each row in memory, summed over KV heads, which may hold different ones."""
+        heads = self.buffers[0].shape[1]
+        own = self.text.prompt_slots(heads)
+        return [(p.system + p.vision) * heads + text for p, text in zip(self.plans, own, strict=True)]
 
     def stored_prompt_tokens(self) -> list[int]:
-        """Prompt tokens of each row in memory."""
-        return [p.system + p.vision + text for p, text in zip(self.plans, self._prompt_text, strict=True)]
+        """Prompt tokens of each row in memory, a mean over KV heads rounded down."""
+        heads = self.buffers[0].shape[1]
+        return [slots // heads for slots in self.prompt_slots()]
+
+    def prompt_reads(self) -> float:
+        """Prompt tokens attended to while decoding, summed over rows and steps."""
+        counted = self.text.given_read
+        return self.reads.prompt + (float(counted) if counted is not None else 0.0)
 
     def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
         """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
-        assert self.positions is not None
-        plan = self.plans[row]
+        plan, positions = self.plans[row], self.buffers[2]
         end = self._left - plan.system
-        held = self.positions[row]
+        held = positions[row] if self.per_kv_head else positions[row, :1]
         return held[:, end - plan.vision : end], held[:, end - plan.core : end]
+
+    def text_positions(self, row: int) -> Tensor:
+        """Positions of a row's text and generated tokens that are held, `[G, count]`."""
+        positions = self.buffers[2]
+        held = positions[row] if self.rule.heads_apart else positions[row, :1]
+        return held[:, self._left : self._left + self.text.counts[row]]
 
     def attended(self) -> tuple[Tensor, Tensor | None]:
         """Logical positions `[B, G, n]` of the current view's slots, and its mask."""
-        assert self.positions is not None
-        start, end = self._view()
-        return self.positions[:, :, start:end], self._mask
+        start, end = self._view
+        return self.buffers[2][..., start:end], self._mask
 
-    def _buffer(self, states: Tensor, order: Tensor, room: int) -> Tensor:
-        kept = order.shape[-1]
-        buffer = states.new_zeros((*states.shape[:2], kept + room, states.shape[3]))
-        buffer[:, :, :kept] = take(states, order)
-        return buffer
+    def _classes(self, width: int) -> Tensor:
+        return slot_classes(self.plans, self.text.counts, self._left, width, self.device)
 
-    def _append(self, key: Tensor, value: Tensor) -> None:
-        assert self.keys is not None and self.values is not None and self.positions is not None
-        slots = [self._left + self._claim(row) for row in range(len(self.plans))]
-        capacity = self.keys.shape[2]
-        if max(slots) >= capacity:
-            larger = capacity + max(RESERVE, capacity // 2)
-            self.keys, self.values = grown(self.keys, larger), grown(self.values, larger)
-            self.positions = torch.nn.functional.pad(self.positions, (0, larger - capacity), value=-1)
-        if len(set(slots)) == 1:
-            self.keys[:, :, slots[0]] = key[:, :, 0]
-            self.values[:, :, slots[0]] = value[:, :, 0]
-            self.positions[:, :, slots[0]] = self.seen
-        else:
-            rows = torch.arange(len(slots), device=key.device)
-            at = torch.tensor(slots, device=key.device)
-            self.keys[rows, :, at] = key[:, :, 0]
-            self.values[rows, :, at] = value[:, :, 0]
-            self.positions[rows, :, at] = self.seen
-
-    def _claim(self, row: int) -> int:
-        """The text slot of a row's next token: a free one, or that of its oldest evictable."""
-        plan, count = self.plans[row], self._text[row]
-        if plan.limit is None or count < plan.limit:
-            self._text[row] += 1
-            return count
-        window = plan.limit - plan.sink
-        slot = plan.sink + self._ring[row]
-        self._ring[row] = (self._ring[row] + 1) % window
-        if self._prompt_text[row] > min(plan.sink, self._prompt_text[row]):
-            self._prompt_text[row] -= 1
-        return slot
-
-    def _left_seen(self) -> list[int]:
-        """System and vision tokens of each row that the current step attends to."""
-        refresh = self.refreshing
-        return [p.system + (p.vision if refresh else p.core) for p in self.plans]
-
-    def _view(self) -> tuple[int, int]:
-        return self._left - max(self._left_seen()), self._left + max(self._text)
-
-    def _ragged_mask(self, start: int, end: int) -> Tensor | None:
-        left = self._left_seen()
-        if len(set(left)) == 1 and len(set(self._text)) == 1:
-            return None
+    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
+        """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
+        left = [p.system + (p.vision if whole else p.core) for p in self.plans]
+        counts = self.text.counts
+        start, end = self._left - max(left), self._left + max(counts)
+        if len(set(left)) == 1 and len(set(counts)) == 1:
+            return (start, end), None
         column = torch.arange(start, end, device=self.device)
-        begins = self._left - self._per_row(left)
-        ends = self._left + self._per_row(self._text)
-        return ((column >= begins) & (column < ends))[:, :, None]
-
-    def _per_row(self, counts: list[int]) -> Tensor:
-        return torch.tensor(counts, device=self.device)[:, None, None]
-
-    def _count_reads(self) -> None:
-        self.reads.steps += 1
-        self.reads.refreshes += int(self.refreshing)
-        for left, text, prompt_text in zip(self._left_seen(), self._text, self._prompt_text, strict=True):
-            self.reads.prompt += left + prompt_text
-            self.reads.generated += text - prompt_text
+        begins, ends = self._left - per_row(left, self.device), self._left + per_row(counts, self.device)
+        return (start, end), ((column >= begins) & (column < ends))[:, :, None]

@@ -14,6 +14,7 @@ from avlprof.policy import Policy, PromptShape, broadcast, sizes
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.dense import BufferedLayer, DenseLayer
 from avlprof.runtime.layout import RowPlan
+from avlprof.runtime.text_part import TextRule
 from avlprof.scorers import make_scorer
 
 
@@ -24,7 +25,7 @@ class LayerUse:
     Bytes are of keys and values over all KV heads; `prompt` is what is left of the prompt,
     `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what the stock
     cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
-    to per decoding step.
+    to per decoding step. The prompt is that of all turns.
     """
 
     layer: int
@@ -47,15 +48,16 @@ class AVLCache(Cache):
     def __init__(self, policy: Policy, text_config: Any) -> None:
         self.policy = policy
         self.rows: list[PromptShape] = []
-        self._prompt_length = 0
+        self.turn: list[PromptShape] = []
+        self._given = 0
         stock = stock_layers(text_config)
         policy.check_layers(len(stock))
         super().__init__(layers=[_layer(policy, i, len(stock), layer) for i, layer in enumerate(stock)])
 
     def row_plans(self, layer: int) -> list[RowPlan]:
-        """What each row of the batch keeps in a layer."""
+        """What each row of the batch keeps in a layer of its latest prompt or turn."""
         count = len(self.layers)
-        return [row_plan(self.policy, shape, layer, count) for shape in self.rows]
+        return [row_plan(self.policy, shape, layer, count) for shape in self.turn]
 
     def use(self) -> list[LayerUse]:
         """Measured use of every layer that the policy governs."""
@@ -66,17 +68,19 @@ class AVLCache(Cache):
             size = layer.bytes_per_token()
             dense = sum(shape.total for shape in self.rows)
             if isinstance(layer, AdaptiveLayer):
-                prompt, live = sum(layer.stored_prompt_tokens()), sum(layer.stored_tokens())
-                reads = layer.reads
-                read, refreshes, steps = reads.prompt / max(reads.steps, 1), reads.refreshes, reads.steps
+                heads = layer.keys.shape[1] if layer.keys is not None else 1
+                prompt = sum(layer.prompt_slots()) * size // heads
+                live, reads = sum(layer.stored_tokens()), layer.reads
+                read, refreshes = layer.prompt_reads() / max(reads.steps, 1), reads.refreshes
+                steps = reads.steps
             else:
-                steps = layer.seen - self._prompt_length
-                prompt, live = dense, dense + steps * len(self.rows)
+                steps = layer.seen - self._given
+                prompt, live = dense * size, dense + steps * len(self.rows)
                 read, refreshes = float(dense), 0
             found.append(
                 LayerUse(
                     layer=index,
-                    prompt=prompt * size,
+                    prompt=prompt,
                     live=live * size,
                     allocated=layer.allocated_bytes(),
                     dense_prompt=dense * size,
@@ -88,9 +92,14 @@ class AVLCache(Cache):
         return found
 
     def begin(self, modality: Tensor) -> None:
-        """Note a new prompt: token counts of every row, and the padded length, of `modality [B, N]`."""
-        self.rows = prompt_shapes(modality)
-        self._prompt_length = modality.shape[1]
+        """Note a prompt or a further turn: token counts of every row, and its padded length, of `[B, N]`."""
+        self.turn = prompt_shapes(modality)
+        self._given += modality.shape[1]
+        before = self.rows or [PromptShape(0, 0, 0)] * len(self.turn)
+        self.rows = [
+            PromptShape(a.system + b.system, a.vision + b.vision, a.text + b.text)
+            for a, b in zip(before, self.turn, strict=True)
+        ]
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the bookkeeping of rows in step with a reordered batch."""
@@ -140,24 +149,21 @@ def _layer(policy: Policy, index: int, count: int, stock: Any) -> Any:
         return stock
     if is_dense(policy, index, count):
         return DenseLayer()
-    return AdaptiveLayer(make_scorer(policy.scorer), policy.refresh_interval, policy.heads == "kv_head")
+    return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count))
 
 
 def is_dense(policy: Policy, layer: int, layers: int) -> bool:
     """Whether a policy leaves a layer as the stock model has it."""
     if policy.joint is not None:
         return broadcast(policy.joint.keep, layers)[layer] >= 1.0 and policy.joint.decoding == "grow"
-    return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all
+    whole = all(step.after_layer > layer for step in policy.prefill_filter)
+    return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all and whole
 
 
 def row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
     """What one prompt keeps in one layer; in a joint pool all of it counts as text."""
     size = sizes(policy, shape, layers)[layer]
-    if policy.joint is not None:
-        sink = min(policy.joint.sink, size.text)
-        return RowPlan(0, 0, 0, size.text, sink, max(size.text, sink + 1))
-    sink, limit = 0, None
-    if policy.text.window is not None:
-        sink = broadcast(policy.text.sink, layers)[layer]
-        limit = sink + broadcast(policy.text.window, layers)[layer]
+    rule = TextRule(policy, layer, layers)
+    sink = rule.sink(size.text)
+    limit = None if rule.grows else rule.room(shape.text, size.text)[0]
     return RowPlan(size.system, size.vision, size.core, size.text, sink, limit)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from avlprof.attention.session import switched
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.cache import AVLCache
+from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
 
@@ -30,6 +32,7 @@ class Runtime:
     policy: Policy
     text_config: Any
     cache: AVLCache | None = None
+    short: ShortPrefill = field(default_factory=ShortPrefill)
 
     def new_cache(self) -> AVLCache:
         """A fresh cache for a new prompt, for loops that do not use `generate`."""
@@ -41,22 +44,54 @@ class Runtime:
         return isinstance(cache, AVLCache) and cache.policy is self.policy
 
     def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
-        """One layer's attention: stock in prefill and in dense layers, packed over the view else."""
+        """One layer's attention: stock at prompts and in dense layers, packed over the view else."""
         self.cache = cache
-        if forward.step == 0 and call.layer == 0:
-            cache.begin(as_joint(forward.modality) if self.policy.joint else forward.modality)
+        given = forward.step == 0 or forward.new > 1
+        seen = forward.modality.shape[1]
+        if call.layer == 0:
+            self.short.begin()
+            if given:
+                turn = forward.modality[:, seen - forward.new :]
+                cache.begin(as_joint(turn) if self.policy.joint else turn)
         layer = cache.layers[call.layer]
+        if given:
+            return self._turn(forward, cache, layer, call)
         if not isinstance(layer, AdaptiveLayer):
             return call.stock(), call
-        if layer.filling:
-            out = call.stock()
-            modality = as_joint(forward.modality) if self.policy.joint else forward.modality
-            layer.compact(Prefill.of(call, modality), cache.row_plans(call.layer))
-            return out, call
+        layer.before_step(call.query, call.scaling, call.softcap)
         positions, mask = layer.attended()
         out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
-        shown = replace(call, mask=None, positions=positions, valid=mask)
-        layer.after_step(call.query, call.scaling, call.softcap)
+        after = partial(layer.after_step, call.query, call.scaling, call.softcap)
+        return out, replace(call, mask=None, positions=positions, valid=mask, after=after)
+
+    def _turn(
+        self, forward: Forward, cache: AVLCache, layer: Any, call: AttentionCall
+    ) -> tuple[Tensor, AttentionCall]:
+        """One layer's attention over a prompt or a further turn, whose tokens then compete to stay."""
+        seen, new = forward.modality.shape[1], forward.new
+        own = self.short.columns
+        modality = forward.modality[:, seen - new :]
+        positions = torch.arange(seen - new, seen, device=modality.device)[None, None]
+        positions = positions.expand(len(modality), -1, -1)
+        if own is not None:
+            modality = self.short.modality(modality)
+            positions = positions.gather(-1, own[:, None])
+        if not isinstance(layer, AdaptiveLayer):
+            if call.layer + 1 in self.short.steps:
+                self.short.choose(Prefill.of(call, modality), self.policy, cache.turn, call.layer)
+            return call.stock(), call
+        pool = as_joint(modality) if self.policy.joint else modality
+        turn = layer.taken(call, pool, positions)
+        shown = call
+        if turn.held or own is not None:
+            held = layer.positions[..., : turn.held] if layer.positions is not None else positions[..., :0]
+            mask = turn.visible(call.query.shape[1])
+            places = torch.cat([held, positions.expand(-1, held.shape[1], -1)], dim=-1)
+            shown = replace(call, mask=mask, positions=places)
+        out = shown.stock()
+        if call.layer + 1 in self.short.steps:
+            self.short.choose(turn, self.policy, cache.turn, call.layer)
+        layer.compact(turn, call, positions, cache.row_plans(call.layer), (seen - new, seen))
         return out, shown
 
 
@@ -76,7 +111,7 @@ def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runti
     runtime = Runtime(policy, model.config.get_text_config(decoder=True))
     check_supported(policy)
     AVLCache(policy, runtime.text_config)  # refuses a policy that does not fit before anything runs
-    with switched(model, runtime=runtime):
+    with runtime.short.hooked(model, policy), switched(model, runtime=runtime):
         yield runtime
 
 

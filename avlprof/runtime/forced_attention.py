@@ -1,189 +1,139 @@
-"""A policy's attention over a whole answer at once, under teacher forcing.
+"""Attention of whole answers under several policies at once, by teacher forcing.
 
 Given the tokens, A-VL is exact in one forward pass: in each layer the core of a step depends
 only on that layer's queries and keys of earlier steps, so the refresh rows are scored, the sets
-chosen, and all rows attend in parallel, each to its own set. The prompt's keys are shared by
-every policy and never copied.
+chosen, and all rows attend in parallel, each to its own set. Where scores evict text, or tokens of
+a joint pool, the rows of a layer go one after the other instead, for all policies at once. The
+prompt's keys are shared by every policy and never copied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from avlprof.attention.call import AttentionCall, Forward
-from avlprof.attention.modality import Modality, prompt_shapes
-from avlprof.attention.rows import group_mean, row_logits
-from avlprof.attention.selection import best
+from avlprof.attention.modality import Modality
+from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.runtime.cache import is_sliding, row_plan, stock_layers
-from avlprof.runtime.context import as_joint
-from avlprof.runtime.dense import BufferedLayer
-from avlprof.runtime.layout import RowPlan
+from avlprof.runtime.cache import is_sliding, stock_layers
+from avlprof.runtime.forced_cache import ForcedCache
+from avlprof.runtime.forced_pack import Packed
+from avlprof.runtime.forced_plan import Plans
+from avlprof.runtime.forced_prompt import Prompts
+from avlprof.runtime.forced_rows import AnswerRows
+from avlprof.runtime.forced_scan import attend_in_order, running_kind
+from avlprof.runtime.forced_sets import VisionSets, always_shown, chosen_prompt, with_prompt
+
+Visible = Callable[[range], Tensor]
 
 
-@dataclass(frozen=True)
-class PromptLayer:
-    """One layer's dense KV of a batch of prompts: `[B, Hkv, N, D]`."""
+class GroupAttention:
+    """Attention of answers of similar length: those of the first prompt under all policies come first.
 
-    key: Tensor
-    value: Tensor
-
-
-class PassThrough(BufferedLayer):
-    """A layer that stores nothing: it reports a prompt of `seen` tokens and hands through."""
-
-    def __init__(self, seen: int) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """The answer's own keys and values, unchanged."""
-        return key_states, value_states
-
-
-class ForcedCache(Cache):
-    """A cache that pretends to hold a prompt of `length` tokens in each of `layers` layers."""
-
-    def __init__(self, layers: int, length: int) -> None:
-        super().__init__(layers=[PassThrough(length) for _ in range(layers)])
-
-
-class ForcedRuntime:
-    """Attention of all answer rows under a policy, against prompts that were prefilled once.
-
-    `scores` are the policy's scorer's, `[B, G, N]` per layer. Layers with a sliding window attend
-    by it, whatever the policy says.
-
-    Raises:
-        UserError: a layer of `text_config`'s model attends in yet another way.
+    Args:
+        policies: differ in their shares alone.
+        length: tokens of the prompts as the model sees them, padding included.
+        windows: tokens that each layer's sliding window sees; None where it has none.
     """
 
     def __init__(
         self,
-        policy: Policy,
-        prompts: list[PromptLayer],
-        scores: list[Tensor],
-        modality: Tensor,
-        text_config: Any,
+        policies: Sequence[Policy],
+        prompts: Prompts,
+        plans: Plans,
+        length: int,
+        windows: Sequence[int | None],
     ) -> None:
-        self.policy, self.prompts, self.scores = policy, prompts, scores
-        self.sliding = [is_sliding(layer) for layer in stock_layers(text_config)]
-        self.modality = as_joint(modality) if policy.joint else modality
-        self.shapes = prompt_shapes(self.modality)
+        self.policies, self.prompts, self.plans, self.length = policies, prompts, plans, length
+        self.windows = windows
+        self._shown: dict[tuple[int, int], Tensor] = {}
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Output `[B * P, T, H, D]` of every answer row over what its policy lets it see."""
+        policy, prompt = self.policies[0], self.prompts.layers[call.layer]
+        rows = AnswerRows(call, prompt, len(self.policies))
+        window = self.windows[call.layer]
+        if window is not None:
+            return _attended(rows, self._by_window(rows, window))
+        groups = prompt.key.shape[1] if policy.heads == "kv_head" else 1
+        if running_kind(policy) is not None:
+            return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
+        return _attended(rows, self._governed(rows, call.layer, groups))
+
+    def _governed(self, rows: AnswerRows, layer: int, groups: int) -> Visible:
+        joint = self.policies[0].joint
+        shown = self._always(layer)
+        if joint is not None and joint.decoding == "evict":
+            return lambda block: shown[:, None, :, block.start : block.stop]
+        kept, core = chosen_prompt(self.plans, self.prompts, layer, groups)
+        sets = VisionSets(rows, self.plans, kept, core, shown, layer)
+        return lambda block: with_prompt(shown[:, :, block.start : block.stop], sets.seen(block))
+
+    def _always(self, layer: int) -> Tensor:
+        modality, joint = self.prompts.layers[layer].modality, self.policies[0].joint
+        key = (self.plans.room_key(layer), id(modality))
+        if key not in self._shown:
+            grows = joint is not None and joint.decoding == "grow"
+            self._shown[key] = always_shown(modality, self.plans.room(layer), joint is not None, grows)
+        return self._shown[key]
+
+    def _by_window(self, rows: AnswerRows, window: int) -> Visible:
+        """A row sees the `window` newest tokens, itself included, padding not."""
+        prompt = rows.prompt
+        answer = torch.arange(self.length, self.length + rows.steps, device=prompt.columns.device)
+        real = torch.nn.functional.pad(prompt.modality != Modality.PAD, (0, rows.steps), value=True)
+        held = torch.cat([prompt.columns, answer.expand(len(prompt.columns), -1)], dim=1)[:, None]
+        age = answer[None, :, None] - held
+        visible = ((age >= 0) & (age < window) & real[:, None])[:, None, None]
+        return lambda block: visible[:, :, :, block.start : block.stop]
+
+
+class ForcedRuntime:
+    """Attention of packed answers: each group is laid out in rows, attends, and is packed again."""
+
+    def __init__(self, packed: Packed, groups: Sequence[GroupAttention]) -> None:
+        self.packed, self.groups = packed, groups
 
     def new_cache(self) -> ForcedCache:
         """A cache of the prompts' padded length."""
-        return ForcedCache(len(self.prompts), self.modality.shape[1])
+        return ForcedCache(len(self.groups[0].prompts.layers), self.groups[0].length)
 
     def owns(self, cache: object) -> bool:
         """Whether a cache is a forced one."""
         return isinstance(cache, ForcedCache)
 
     def attend(self, forward: Forward, cache: object, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
-        """Output `[B, T, H, D]` of every answer row over what the policy lets it see."""
-        prompt = self.prompts[call.layer]
-        logits = torch.cat(
-            [
-                row_logits(call.query, prompt.key, call.scaling, call.softcap),
-                row_logits(call.query, call.key, call.scaling, call.softcap),
-            ],
-            dim=-1,
-        )
-        visible = call.mask if self.sliding[call.layer] else self._governed(call.layer, logits)
-        if visible is not None:
-            logits = logits.masked_fill(~visible, float("-inf"))
-        weights = logits.softmax(dim=-1)
-        length = prompt.key.shape[2]
-        out = _mix(weights[..., :length], prompt.value) + _mix(weights[..., length:], call.value)
-        return out.transpose(1, 2).to(call.query.dtype), call
-
-    def _governed(self, layer: int, logits: Tensor) -> Tensor:
-        """bool `[B, H, T, N + T]`: what each answer row sees in a layer under the policy."""
-        plans = [row_plan(self.policy, shape, layer, len(self.prompts)) for shape in self.shapes]
-        always = _always_visible(self.modality, plans, logits.shape[2])
-        kept, cores = self._vision_sets(layer, plans, logits, always)
-        heads = logits.shape[1] // self.scores[layer].shape[1]
-        return self._visible(always, kept, cores).repeat_interleave(heads, dim=1)
-
-    def _vision_sets(
-        self, layer: int, plans: list[RowPlan], logits: Tensor, always: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Kept set `[B, G, N]`, and the core sets: prefill's, then one per refresh step."""
-        scores = self.scores[layer]
-        groups, length = scores.shape[1:]
-        vision = (self.modality == Modality.VISION)[:, None].expand_as(scores)
-        kept = best(scores, vision, scores.new_tensor([p.vision for p in plans]))
-        core_counts = scores.new_tensor([p.core for p in plans])
-        cores = [best(scores, kept, core_counts)]
-        every = self.policy.refresh_interval
-        if not every or all(p.core == p.vision for p in plans):
-            return kept, cores
-        if every > logits.shape[2]:
-            return kept, cores
-        rows = torch.arange(every - 1, logits.shape[2], every, device=logits.device)
-        seen = _with_vision(always[:, rows], kept[:, :, None].expand(-1, -1, len(rows), -1))
-        heads = logits.shape[1] // groups
-        weights = (
-            logits[:, :, rows]
-            .masked_fill(~seen.repeat_interleave(heads, dim=1), float("-inf"))
-            .softmax(dim=-1)
-        )
-        ranked = group_mean(weights[..., :length], groups)
-        for i in range(len(rows)):
-            cores.append(best(ranked[:, :, i], kept, core_counts))
-        return kept, cores
-
-    def _visible(self, always: Tensor, kept: Tensor, cores: list[Tensor]) -> Tensor:
-        """bool `[B, G, T, N + T]` of what each answer row sees."""
-        steps = torch.arange(1, always.shape[1] + 1, device=always.device)
-        every = self.policy.refresh_interval
-        if len(cores) == 1:
-            chosen = cores[0][:, :, None].expand(-1, -1, len(steps), -1)
-        else:
-            stacked = torch.stack([*cores, kept], dim=2)
-            index = torch.where(steps % every == 0, len(cores), steps // every)
-            chosen = stacked[:, :, index]
-        return _with_vision(always, chosen)
+        """Output `[1, R, H, D]` of all packed rows."""
+        found = call.query.new_empty((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
+        for group, place, real in zip(self.groups, self.packed.places, self.packed.real, strict=True):
+            rows = {
+                name: getattr(call, name)[0][:, place].transpose(0, 1) for name in ("query", "key", "value")
+            }
+            found[0, place[real]] = group.attend(replace(call, mask=None, **rows))[real]
+        return found, call
 
 
-def _always_visible(modality: Tensor, plans: list[RowPlan], steps: int) -> Tensor:
-    """bool `[B, T, N + T]`: system, the text window, and the answer so far, per row.
+def windows(text_config: Any) -> list[int | None]:
+    """Tokens that each layer's sliding window sees; None for full attention.
 
-    Text and generated tokens are numbered together; a row sees the first `sink` and the newest
-    of them, itself included.
+    Raises:
+        UserError: a layer attends in yet another way.
     """
-    device = modality.device
-    text = modality == Modality.TEXT
-    count = text.sum(dim=1, keepdim=True)
-    prompt_index = text.long().cumsum(dim=1) - 1
-    answer_index = count + torch.arange(steps, device=device)
-    is_text = torch.cat([text, torch.ones_like(answer_index, dtype=torch.bool)], dim=1)[:, None]
-    index = torch.cat([prompt_index, answer_index], dim=1)[:, None]
-    now = answer_index[:, :, None]
-    sink = torch.tensor([p.sink for p in plans], device=device)[:, None, None]
-    window = torch.tensor(
-        [index.shape[-1] if p.limit is None else p.limit - p.sink for p in plans], device=device
-    )[:, None, None]
-    spoken = is_text & (index <= now) & ((index < sink) | (index > now - window))
-    system = torch.nn.functional.pad(modality == Modality.SYSTEM, (0, steps))[:, None]
-    return spoken | system
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise UserError("layers that attend in chunks cannot be scored by force; evaluate by generation")
+    layers = stock_layers(text_config)
+    return [int(layer.sliding_window) if is_sliding(layer) else None for layer in layers]
 
 
-def _with_vision(always: Tensor, vision: Tensor) -> Tensor:
-    """Add vision sets `[B, G, R, N]` to what rows `[B, R, N + T]` see anyway."""
-    extra = always.shape[-1] - vision.shape[-1]
-    return always[:, None] | torch.nn.functional.pad(vision, (0, extra))
-
-
-def _mix(weights: Tensor, value: Tensor) -> Tensor:
-    """`weights [B, H, T, n]` times `value [B, Hkv, n, D]` in fp32, heads packed by group: `[B, H, T, D]`."""
-    batch, heads, rows, length = weights.shape
-    packed = weights.view(batch, value.shape[1], -1, length) @ value.float()
-    return packed.view(batch, heads, rows, value.shape[-1])
+def _attended(rows: AnswerRows, visible: Visible) -> Tensor:
+    found = []
+    for block in rows.blocks(range(rows.steps)):
+        logits = rows.logits(block)
+        logits.masked_fill_(~visible(block).unsqueeze(3), float("-inf"))
+        found.append(rows.mixed(logits.softmax(dim=-1)))
+    return rows.joined(found)

@@ -2,7 +2,7 @@
 
 Once RoPE is in the keys, the order of slots is free. A buffer is
 
-    [ padding | kept, not core | core | system ][ text sinks | text window, newest ]
+    [ padding | kept, not core | core | system ][ text and generated, sinks first ]
                                               ^ T0
 
 so what an ordinary step attends to is a contiguous suffix view. The left part is right-aligned
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PADDING, STORED, CORE, SYSTEM = 0, 1, 2, 3
+PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RowPlan:
     """Token counts of one row in one layer: what stays after prefill, and the text's limit.
 
     `vision` includes `core`; `limit` is the most text tokens the row may hold (None = no
-    limit), the first `sink` of which are never evicted.
+    limit, or one that grows with the text), the first `sink` of which are never evicted.
     """
 
     system: int
@@ -35,41 +35,69 @@ class RowPlan:
     limit: int | None
 
 
-def left_classes(kept: Tensor, core: Tensor, system: Tensor) -> Tensor:
-    """Class of each token for the left part; arguments are bool `[B, G, N]`."""
-    return torch.where(system, SYSTEM, torch.where(core, CORE, torch.where(kept, STORED, PADDING)))
+def per_row(counts: list[int], device: torch.device) -> Tensor:
+    """`counts` as a tensor `[B, 1, 1]` on a device, without making the host wait for it."""
+    if len(set(counts)) == 1:
+        return torch.full((len(counts), 1, 1), counts[0], device=device)
+    values = torch.tensor(counts)[:, None, None]
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
-def left_order(classes: Tensor, length: int) -> Tensor:
-    """Token indices `[B, G, length]` of the left part, classes ascending, positions inside."""
-    return classes.argsort(dim=-1, stable=True)[..., classes.shape[-1] - length :]
+def within(positions: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Whether positions lie in one of the spans, from and to."""
+    return torch.stack([(positions >= start) & (positions < end) for start, end in spans]).any(dim=0)
 
 
-def text_kept(is_text: Tensor, plans: list[RowPlan]) -> Tensor:
-    """bool `[B, N]`: each row's first `sink` and newest text tokens, `plan.text` in all."""
-    index = is_text.long().cumsum(dim=1) - 1
-    count = is_text.sum(dim=1, keepdim=True)
-    kept = is_text.new_tensor([[plan.text] for plan in plans], dtype=torch.long)
-    sink = is_text.new_tensor([[min(plan.sink, plan.text)] for plan in plans], dtype=torch.long)
-    return is_text & ((index < sink) | (index >= count - (kept - sink)))
+def slot_classes(
+    plans: list[RowPlan], texts: list[int], left: int, width: int, device: torch.device
+) -> Tensor:
+    """Class of each of the first `width` slots, `[B, 1, width]`; `texts` are the rows' text tokens."""
+    column = torch.arange(width, device=device)
+    edges = [
+        (PADDING, [p.system + p.vision for p in plans]),
+        (STORED, [p.system + p.core for p in plans]),
+        (CORE, [p.system for p in plans]),
+    ]
+    classes = torch.full((len(plans), 1, width), SYSTEM, device=device)
+    for code, behind in reversed(edges):
+        classes = classes.masked_fill(column < left - per_row(behind, device), code)
+    text = column < left + per_row(texts, device)
+    return torch.where(column < left, classes, torch.where(text, TEXT, PADDING))
 
 
-def text_order(kept: Tensor, length: int) -> Tensor:
-    """Token indices `[B, length]` of the text part, left-aligned, positions ascending."""
-    return (~kept).long().argsort(dim=-1, stable=True)[..., :length]
+def left_order(classes: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Columns `[B, G, length]` of the left part: classes ascending, and positions inside a class."""
+    placed = classes.masked_fill(classes == TEXT, PADDING)
+    order = _by_position(placed, positions)
+    return order[..., order.shape[-1] - length :]
 
 
-def swaps(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def text_order(classes: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Columns `[B, G, length]` of the text part, left-aligned, positions ascending."""
+    return _by_position((classes != TEXT).long(), positions)[..., :length]
+
+
+def _by_position(classes: Tensor, positions: Tensor) -> Tensor:
+    by_position = positions.argsort(dim=-1, stable=True)
+    by_class = classes.gather(-1, by_position).argsort(dim=-1, stable=True)
+    return by_position.gather(-1, by_class)
+
+
+def swaps(old: Tensor, new: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Slot pairs `[B, G, m]` whose exchange turns the class order `old` into `new`.
 
     `old` is sorted by class and `new` has the same number of slots of each class in every row;
-    only STORED and CORE change places. A row that needs fewer than `m` exchanges repeats its last
+    only STORED and CORE change places. `most` is a bound of the exchanges that is known ahead;
+    without one the host asks the device. A row that needs fewer than `m` exchanges repeats its last
     pair, and one that needs none gets a slot with itself; `exchange` bears both.
     """
     leaving = (old == CORE) & (new == STORED)
     entering = (old == STORED) & (new == CORE)
     counts = leaving.sum(dim=-1, keepdim=True)
-    most = int(counts.max())
+    if most is None:
+        most = int(counts.max())
     first = (~leaving).long().argsort(dim=-1, stable=True)[..., :most]
     second = (~entering).long().argsort(dim=-1, stable=True)[..., :most]
     place = torch.arange(most, device=old.device).expand_as(first).minimum(counts - 1).clamp(min=0)
@@ -82,15 +110,23 @@ def exchange(buffer: Tensor, first: Tensor, second: Tensor) -> None:
 
     `G` is 1 (the same slots in every head) or `H`. A pair may repeat, or name one slot twice.
     """
-    shape = (buffer.shape[0], buffer.shape[1], first.shape[-1])
-    a, b = first.expand(shape), second.expand(shape)
-    if buffer.ndim == 4:
-        a, b = (i[..., None].expand(*shape, buffer.shape[3]) for i in (a, b))
+    a, b = _spread(first, buffer), _spread(second, buffer)
     held_a, held_b = buffer.gather(2, a), buffer.gather(2, b)
     buffer.scatter_(2, a, held_b).scatter_(2, b, held_a)
 
 
+def move(buffer: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots `source` of `buffer [B, H, C, ...]` over `target` in place; both `[B, 1 or H, m]`."""
+    buffer.scatter_(2, _spread(target, buffer), buffer.gather(2, _spread(source, buffer)))
+
+
 def take(states: Tensor, order: Tensor) -> Tensor:
-    """The tokens `order [B, G, n]` of `states [B, H, N, D]`, `G` being 1 or `H`."""
-    index = order.expand(-1, states.shape[1], -1)[..., None].expand(-1, -1, -1, states.shape[3])
-    return states.gather(2, index)
+    """The tokens `order [B, G, n]` of `states [B, H, N, ...]`, `G` being 1 or `H`."""
+    return states.gather(2, _spread(order, states))
+
+
+def _spread(slots: Tensor, buffer: Tensor) -> Tensor:
+    """Slots as an index of a buffer's dimension 2."""
+    shape = (buffer.shape[0], buffer.shape[1], slots.shape[-1])
+    index = slots.expand(shape)
+    return index if buffer.ndim == 3 else index[..., None].expand(*shape, buffer.shape[3])

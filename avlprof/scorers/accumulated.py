@@ -7,23 +7,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avlprof.attention.column_sums import column_sums
 from avlprof.scorers.scorer import Prefill, Scorer
 
 
 @dataclass(frozen=True)
 class Accumulated(Scorer):
-    """Column sums of the prompt's attention matrix, in blocks of `block` rows.
+    """Column sums of the prompt's attention matrix, `block` rows at a time (0: as suits the device).
 
     Source: H2O, arXiv 2306.14048. Memory is linear in the prompt's length.
     """
 
-    block: int = 128
+    block: int = 0
 
     def score(self, prefill: Prefill) -> Tensor:
-        length = prefill.query.shape[2]
+        if getattr(prefill, "held", 0):
+            return self._turn(prefill)
+        return column_sums(
+            prefill.query,
+            prefill.key,
+            prefill.scaling,
+            counted=prefill.valid,
+            valid=prefill.valid,
+            causal=prefill.causal,
+            mask=prefill.mask,
+            softcap=prefill.softcap,
+            block=self.block or None,
+        )
+
+    def _turn(self, prefill: Prefill) -> Tensor:
+        """A further turn: its rows attend to tokens held before too, which `weights` accounts for."""
+        length, block = prefill.query.shape[2], self.block or 128
         total = prefill.query.new_zeros((*prefill.query.shape[:2], length), dtype=torch.float32)
-        for start in range(0, length, self.block):
-            rows = torch.arange(start, min(start + self.block, length), device=total.device)
+        for start in range(0, length, block):
+            rows = torch.arange(start, min(start + block, length), device=total.device)
             rows = rows.expand(total.shape[0], -1)
             counted = prefill.valid.gather(1, rows)[:, None, :, None]
             total += (prefill.weights(rows) * counted).sum(dim=2)

@@ -2,7 +2,19 @@
 
 from avlprof.tasks.load import TASKS, load_task
 from avlprof.tasks.metrics import METRICS, Metric, load_metric
+from avlprof.tasks.presets import Preset, load_preset, presets
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.task import Task
 
-__all__ = ["METRICS", "TASKS", "Metric", "Sample", "Task", "load_metric", "load_task"]
+__all__ = [
+    "METRICS",
+    "TASKS",
+    "Metric",
+    "Preset",
+    "Sample",
+    "Task",
+    "load_metric",
+    "load_preset",
+    "load_task",
+    "presets",
+]

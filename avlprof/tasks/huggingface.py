@@ -16,6 +16,7 @@ from avlprof.tasks.cells import answers_in, pictures_in
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.splits import ALL, HELD_OUT, SEARCH, half_of
 from avlprof.tasks.task import Task
+from avlprof.tasks.wording import Wording
 
 # For every field of a sample: the columns that are taken for it when the user names none.
 _USUAL_COLUMNS = {
@@ -24,6 +25,7 @@ _USUAL_COLUMNS = {
     "answers": ("answers", "answer", "label"),
     "id": ("id", "question_id", "questionId", "sample_id"),
     "group": (),
+    "picture": (),
 }
 _REQUIRED = ("image", "prompt")
 _PREFERRED_SPLITS = ("validation", "val", "dev", "test", "train")
@@ -33,7 +35,7 @@ _EXAMPLE = "image=picture,prompt=question,answers=labels"
 def parse_columns(text: str) -> dict[str, str]:
     """A column map from `image=picture,prompt=question`: field of a sample -> column.
 
-    Fields are image, prompt, answers, id and group. `UserError` names a part that is not
+    Fields are image, prompt, answers, id, group and picture. `UserError` names a part that is not
     FIELD=COLUMN, an unknown field, or one that is given twice.
     """
     columns: dict[str, str] = {}
@@ -51,11 +53,12 @@ def parse_columns(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Table:
-    """One split of a dataset, its name, and the columns that the fields are read from."""
+    """One split of a dataset, its name, the columns that the fields are read from, and the wording."""
 
     name: str
     rows: Any
     columns: Mapping[str, str]
+    wording: Wording | None
 
 
 def huggingface_task(
@@ -65,14 +68,16 @@ def huggingface_task(
     split: str | None = None,
     config: str | None = None,
     revision: str | None = None,
+    wording: Wording | None = None,
 ) -> Task:
     """The task of a dataset on the Hub, of a `save_to_disk` folder, or of a local dataset folder.
 
     Samples come from `split`, which may be sliced on the Hub (`validation[:500]`); without it
-    from the first of validation, val, dev, test, train. They are halved by their ids into
-    `search` and `held-out`; `all` is both; the dataset's own splits go by their own names, which
-    win. Pictures are decoded when they are opened. `columns` may name some fields only; the rest
-    is looked for under usual names, and rows without unique ids are named by split and number.
+    from the first of validation, val, dev, test, train. They are halved by their ids, or by the
+    column `picture` so that no picture is in both, into `search` and `held-out`; `all` is both;
+    the dataset's own splits go by their own names, which win. Pictures are decoded when they are
+    opened. `columns` may name some fields only; the rest is looked for under usual names, and rows
+    without unique ids are named by split and number. `wording` makes prompts from several columns.
 
     `UserError` when the `datasets` package is missing, the Hub out of reach, or a dataset, split
     or column unknown.
@@ -85,7 +90,7 @@ def huggingface_task(
 
     @cache
     def table(own: str) -> _Table:
-        return _table(own.partition("[")[0], load(own), given, name)
+        return _table(own.partition("[")[0], load(own), given, name, wording)
 
     table(chosen)
     halves = [s for s in (SEARCH, HELD_OUT, ALL) if s not in names]
@@ -101,33 +106,47 @@ def huggingface_task(
 
 
 def _stream(table: _Table, half: str | None) -> Iterator[Sample]:
-    columns = table.columns
-    texts = table.rows.select_columns(sorted({c for field, c in columns.items() if field != "image"}))
+    columns, wording = table.columns, table.wording
+    wanted = {column for field, column in columns.items() if field != "image"}
+    texts = table.rows.select_columns(sorted(wanted | (wording.columns() if wording else set())))
     class_name = getattr(table.rows.features.get(columns.get("answers")), "int2str", None)
     pictures = table.rows.select_columns([columns["image"]])
     for index, row in enumerate(texts):
         name = str(row[columns["id"]]) if "id" in columns else f"{table.name}-{index:05d}"
-        if half is not None and half_of(name) != half:
+        if (
+            half is not None
+            and half_of(str(row[columns["picture"]]) if "picture" in columns else name) != half
+        ):
             continue
         where = f"row {index} of split '{table.name}'"
-        prompt = row[columns["prompt"]]
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{where}: column '{columns['prompt']}' must hold a prompt, got {prompt!r}")
+        answer = row[columns["answers"]] if "answers" in columns else None
+        if wording is None:
+            prompt = row[columns["prompt"]]
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"{where}: column '{columns['prompt']}' must hold a prompt, got {prompt!r}")
+        else:
+            try:
+                prompt, answer = wording.prompt(row), wording.answer(answer, row)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         yield Sample(
             id=name,
             images=pictures_in(pictures, index, columns["image"], f"{where}, column '{columns['image']}'"),
             prompt=prompt,
-            answers=answers_in(_answer(row[columns["answers"]], class_name)) if "answers" in columns else (),
+            answers=answers_in(_answer(answer, class_name)),
             group=str(row[columns["group"]]) if "group" in columns else "",
         )
 
 
 def _answer(cell: object, class_name: Callable[[object], str] | None) -> object:
-    return cell if class_name is None or cell is None else class_name(cell)
+    return cell if class_name is None or cell is None or isinstance(cell, str) else class_name(cell)
 
 
-def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str) -> _Table:
+def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str, wording: Wording | None) -> _Table:
     held = rows.column_names
+    for column in sorted(wording.columns()) if wording else ():
+        if column not in held:
+            raise unknown(f"column (of the prompt) of dataset '{dataset}'", column, held)
     for field, column in given.items():
         if field not in _USUAL_COLUMNS:
             raise unknown("field of columns", field, _USUAL_COLUMNS)
@@ -138,7 +157,7 @@ def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str) -> _Ta
         found = next((c for c in usual if c in held), None)
         if field not in columns and found is not None:
             columns[field] = found
-    for field in _REQUIRED:
+    for field in _REQUIRED if wording is None else ("image",):
         if field not in columns:
             raise UserError(
                 f"dataset '{dataset}' has no column for {field} among {', '.join(held)}; "
@@ -148,7 +167,7 @@ def _table(split: str, rows: Any, given: Mapping[str, str], dataset: str) -> _Ta
         if "id" in given:
             raise UserError(f"column '{given['id']}' (for id) of dataset '{dataset}' must not repeat a value")
         del columns["id"]
-    return _Table(split, rows, columns)
+    return _Table(split, rows, columns, wording)
 
 
 def _unique(rows: Any, column: str) -> bool:

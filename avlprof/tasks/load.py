@@ -9,6 +9,7 @@ from pathlib import Path
 from avlprof.errors import UserError
 from avlprof.registry import Registry, unknown
 from avlprof.tasks.metrics import load_metric
+from avlprof.tasks.presets import load_preset, presets
 from avlprof.tasks.task import Task
 
 TaskFactory = Callable[[str], Task]
@@ -30,8 +31,9 @@ def load_task(
     """The task that `spec` names.
 
     `spec` is a path that ends in `.jsonl`; `hf:NAME`; a registered task, with its own options
-    behind a colon (`shapes:describe,read`); the folder of a dataset; or `ORG/NAME` on the
-    Hugging Face Hub. `metric` and `max_new_tokens` override what the task proposes. The other
+    behind a colon (`shapes:describe,read`); a preset of a well-known dataset (`textvqa`, or
+    `textvqa:FOLDER` for a copy of it); the folder of a dataset; or `ORG/NAME` on the Hugging Face
+    Hub. `metric` and `max_new_tokens` override what the task proposes. The other
     options belong to Hugging Face datasets: `columns` maps fields of a sample to columns
     (`prompt=question,answers=label`), `split` is the split to draw from, `config` and
     `revision` are those of the dataset.
@@ -46,6 +48,15 @@ def load_task(
     if max_new_tokens is not None:
         overrides["max_new_tokens"] = max_new_tokens
     name, _, rest = spec.partition(":")
+    if name in presets() and name not in TASKS.names():
+        task = load_preset(name).task(
+            str(Path(rest).expanduser()) if rest else None,
+            columns=_column_map(columns),
+            split=split,
+            config=config,
+            revision=revision,
+        )
+        return dataclasses.replace(task, **overrides)  # type: ignore[arg-type]
     dataset = _dataset_name(spec)
     if dataset is not None:
         from avlprof.tasks.huggingface import huggingface_task
@@ -64,6 +75,14 @@ def load_task(
     return dataclasses.replace(task, **overrides)  # type: ignore[arg-type]
 
 
+def _column_map(columns: str | Mapping[str, str] | None) -> dict[str, str]:
+    if isinstance(columns, str):
+        from avlprof.tasks.huggingface import parse_columns
+
+        return parse_columns(columns)
+    return dict(columns or {})
+
+
 def _dataset_name(spec: str) -> str | None:
     """The folder or name on the Hub of a dataset; `None` when `spec` is something else."""
     if spec.startswith("hf:"):
@@ -78,4 +97,4 @@ def _dataset_name(spec: str) -> str | None:
         raise UserError(f"task folder {spec} does not exist")
     if spec.count("/") == 1:
         return spec
-    raise unknown("task", spec.partition(":")[0], TASKS.names())
+    raise unknown("task", spec.partition(":")[0], [*TASKS.names(), *presets()])

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from avlprof.errors import UserError
-
-ImageSource = Path | Image.Image | Callable[[], Image.Image]
+from avlprof.tasks.turn import ImageSource, Message, Turn, VideoSource, open_image
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt with its pictures and reference answers.
 
-    `images` may be paths, pictures, or functions that draw one; they are opened only when
-    `open_images` is called, so a list of samples is cheap. `group` names a kind of question
-    within a task (results can be reported by it).
+    `images` and `videos` are as in `Turn`; they are opened only when `messages` or `open_images`
+    is called, so a list of samples is cheap. `turns` are the messages of a conversation before
+    the prompt, with pictures of their own. `group` names a kind of question within a task
+    (results can be reported by it).
     """
 
     id: str
@@ -27,21 +24,21 @@ class Sample:
     prompt: str
     answers: tuple[str, ...] = ()
     group: str = ""
+    videos: tuple[VideoSource, ...] = ()
+    turns: tuple[Turn, ...] = ()
+
+    def conversation(self) -> tuple[Turn, ...]:
+        """The earlier turns, and last the prompt."""
+        return (*self.turns, Turn("user", self.prompt, self.images, self.videos))
+
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation with its pictures open; what `Adapter.encode_chats` takes of a row.
+
+        Raises:
+            UserError: a picture cannot be read; sample and file are named.
+        """
+        return tuple(turn.opened(self.id) for turn in self.conversation())
 
     def open_images(self) -> list[Image.Image]:
-        """The pictures as RGB; `UserError` names the sample and the file that cannot be read."""
-        return [_open(source, self.id) for source in self.images]
-
-
-def _open(source: ImageSource, sample: str) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if not isinstance(source, Path):
-        return source().convert("RGB")
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"image {source} of sample '{sample}' does not exist") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"image {source} of sample '{sample}' cannot be read: {error}") from None
+        """The pictures of the prompt itself, as RGB; raises as `messages` does."""
+        return [open_image(source, self.id) for source in self.images]

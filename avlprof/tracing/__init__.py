@@ -1,8 +1,21 @@
 """The recorder, and tracing samples into a run directory."""
 
+from avlprof.tracing.answers import longest_reference
+from avlprof.tracing.batch import encode
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.record import RowRecord
 from avlprof.tracing.recorder import Recorder, record
-from avlprof.tracing.trace import estimate_bytes, trace_samples
+from avlprof.tracing.settings import estimate_bytes, run_meta
+from avlprof.tracing.trace import trace_samples
 
-__all__ = ["RecordOptions", "Recorder", "RowRecord", "estimate_bytes", "record", "trace_samples"]
+__all__ = [
+    "RecordOptions",
+    "Recorder",
+    "RowRecord",
+    "encode",
+    "estimate_bytes",
+    "longest_reference",
+    "record",
+    "run_meta",
+    "trace_samples",
+]

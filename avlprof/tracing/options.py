@@ -17,7 +17,9 @@ class RecordOptions:
 
     `rows` is `default` (all text and system rows, `vision_rows` evenly spaced vision rows) or
     `all`; of each kind of prompt row at most `coverage_rows`, evenly spaced, are measured for
-    coverage. `block` and `held` bound memory and change no result.
+    coverage. Statistics are averaged over query heads unless `per_head`. With `history`, the kept
+    share of text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
+    `block` and `held` bound memory and change no result.
 
     Raises:
         UserError: a value is out of its range.
@@ -26,22 +28,28 @@ class RecordOptions:
     rows: str = "default"
     vision_rows: int = 64
     coverage_rows: int = 16
+    per_head: bool = False
+    history: float | None = None
     top_share: float = 0.1
     text_sink: int = TEXT_SINK
     coverages: tuple[int, ...] = COVERAGES
     distances: tuple[int, ...] = DISTANCES
     lags: tuple[int, ...] = LAGS
-    block: int = 64  # query rows of a prompt whose weights exist at a time
-    held: int = 1 << 18  # weights of decoding steps held back a layer, to measure them together
+    block: int | None = None  # weights of a prompt that exist at a time; None: what suits the device
+    held: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
             raise unknown("choice of rows", self.rows, ROWS)
-        for name, least in (("vision_rows", 0), ("coverage_rows", 0), ("text_sink", 0), ("block", 1)):
+        for name, least in (("vision_rows", 0), ("coverage_rows", 0), ("text_sink", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.block is not None and self.block < 1:
+            raise UserError(f"block must be at least 1, got {self.block}")
         if not 0.0 < self.top_share <= 1.0:
             raise UserError(f"top_share must be in (0, 1], got {self.top_share}")
+        if self.history is not None and not 0.0 < self.history <= 1.0:
+            raise UserError(f"history is a kept share of text and must be in (0, 1], got {self.history}")
         if any(lag < 1 for lag in self.lags) or any(not 0 < level <= 100 for level in self.coverages):
             raise UserError(
                 f"lags must be at least 1 and coverages in (0, 100], got {self.lags} and {self.coverages}"

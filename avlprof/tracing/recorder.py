@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
-from avlprof.attention.rows import row_weights
+from avlprof.attention.rows import row_logits
 from avlprof.attention.session import switched
+from avlprof.tracing.measure import UNSEEN
 from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.places import Places
+from avlprof.tracing.prompt import PromptAttention
 from avlprof.tracing.record import RowRecord
 
 
@@ -26,78 +29,78 @@ class Recorder:
     def __init__(self, layers: int, options: RecordOptions) -> None:
         self.records: list[RowRecord] = []
         self._layers, self._options = layers, options
-        self._batch: list[RowRecord] = []
-        self._columns: list[Tensor | slice] = []
+        self._batch: list[tuple[RowRecord, Places]] = []
 
     def begin(self, forward: Forward) -> None:
         """A forward pass starts: a prompt opens new records, a step extends the present ones."""
-        real = forward.modality != Modality.PAD
-        self._columns = [_all_or(row.nonzero()[:, 0], len(row)) for row in real]
+        total = forward.modality.shape[1]
+        # the one wait for a device in a pass; places and counts are worked out on the host
+        fresh = forward.modality[:, total - forward.new :].cpu()
+        real = fresh != Modality.PAD
         if forward.step == 0:
             self.settle()
             self._batch = [
-                RowRecord(codes[columns], self._layers, self._options)
-                for codes, columns in zip(forward.modality, self._columns, strict=True)
+                (RowRecord(codes[seen], self._layers, self._options), Places(seen))
+                for codes, seen in zip(fresh, real, strict=True)
             ]
-            self.records.extend(self._batch)
-        else:
-            for record in self._batch:
-                record.steps += 1
+            self.records.extend(record for record, _ in self._batch)
+            return
+        for (record, places), codes, seen in zip(self._batch, fresh, real, strict=True):
+            record.grow(codes[seen])
+            places.grow(seen)
 
     @torch.no_grad()
     def attended(self, forward: Forward, call: AttentionCall) -> None:
         """One layer has attended: measure the wanted rows of every row of the batch."""
-        for row, (record, columns) in enumerate(zip(self._batch, self._columns, strict=True)):
-            if forward.step == 0:
-                _prefill(record, call, row, columns)
-            elif forward.new == 1:
-                weights = _step_weights(call, row, forward.modality.shape[1])[..., columns]
-                record.add_step(call.layer, weights, forward.modality[row, columns])
+        if forward.step == 0:
+            for row, (record, places) in enumerate(self._batch):
+                record.add_prompt(call.layer, _prompt(call, row, places))
+        elif forward.new == 1:
+            logits = _step_logits(call, forward.modality.shape[1])
+            for row, (record, places) in enumerate(self._batch):
+                record.add_step(call.layer, logits[row][:, places.columns(logits.device)])
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Measure what is held back of the latest batch, which frees its weights."""
-        for record in self._batch:
+        """Measure what is held back of the latest batch, which frees it."""
+        for record, _ in self._batch:
             record.settle()
 
 
-def _all_or(columns: Tensor, length: int) -> Tensor | slice:
-    """A row's columns without padding; a slice, which copies nothing, when there is none."""
-    return slice(0, length) if len(columns) == length else columns
+def _prompt(call: AttentionCall, row: int, places: Places) -> PromptAttention:
+    """What one row of the batch attended with, its padding left out."""
+    columns = places.columns(call.key.device)
+    mask = None
+    if call.mask is not None:
+        mask = call.mask[row if len(call.mask) > 1 else 0, 0][columns][:, columns]
+    return PromptAttention(
+        query=call.query[row][:, columns],
+        key=call.key[row][:, columns],
+        scaling=call.scaling,
+        softcap=call.softcap,
+        mask=mask,
+        causal=bool(getattr(call.module, "is_causal", True)),
+    )
 
 
-def _prefill(record: RowRecord, call: AttentionCall, row: int, columns: Tensor | slice) -> None:
-    """Record the wanted rows of a prompt, `options.block` of them at a time."""
-    length = len(record.modality)
-    query, key = call.query[row : row + 1], call.key[row : row + 1, :, columns].float()
-    places = torch.arange(length, device=key.device)
-    for kind, rows, covered in record.query_blocks:
-        at = rows if isinstance(columns, slice) else columns[rows]
-        if call.mask is not None:
-            seen = call.mask[row, 0][at][:, columns]
-        elif getattr(call.module, "is_causal", True):
-            seen = places <= rows[:, None]
-        else:
-            seen = None
-        weights = row_weights(query[:, :, at], key, call.scaling, seen, call.softcap)[0]
-        record.add_prefill(call.layer, kind, rows, covered, weights)
-
-
-def _step_weights(call: AttentionCall, row: int, length: int) -> Tensor:
-    """Weights `[H, 1, length]` of a decoding step, zero on what was not attended to."""
-    query, key = call.query[row : row + 1], call.key[row : row + 1]
-    mask = call.mask[row : row + 1] if call.mask is not None else None
-    if call.valid is not None:
-        mask = call.valid[row : row + 1]
-    weights = row_weights(query, key, call.scaling, mask, call.softcap)[0]
+def _step_logits(call: AttentionCall, length: int) -> Tensor:
+    """Logits `[B, H, length]` of a decoding step, `UNSEEN` on what was not attended to."""
+    logits = row_logits(call.query, call.key, call.scaling, call.softcap)[:, :, 0]
+    seen = call.valid if call.valid is not None else call.mask
+    if seen is not None:
+        logits = logits.masked_fill_(~seen[:, :, 0], UNSEEN)
     if call.positions is None:
         # a sliding window's cache hands over the newest keys alone
-        missing = length - weights.shape[-1]
-        return torch.nn.functional.pad(weights, (missing, 0)) if missing > 0 else weights
-    positions = call.positions[row]
-    heads = weights.shape[0] // positions.shape[0]
-    index = positions.repeat_interleave(heads, dim=0)[:, None].clamp(min=0)
-    return weights.new_zeros((weights.shape[0], 1, length)).scatter_add(2, index, weights)
+        missing = length - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (missing, 0), value=UNSEEN) if missing > 0 else logits
+    heads = logits.shape[1] // call.positions.shape[1]
+    places = call.positions.repeat_interleave(heads, dim=1).expand_as(logits)
+    # slots without a token go to a column of their own
+    places = torch.where(places < 0, length, places) if seen is None else places.masked_fill(
+        ~seen[:, :, 0], length
+    )
+    whole = logits.new_full((*logits.shape[:2], length + 1), UNSEEN)
+    return whole.scatter_(2, places, logits)[..., :length]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Statistics of attention rows, as pure functions of weights and modalities."""
+"""Statistics of attention rows, as pure functions of weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-
-from avlprof.attention.modality import Modality
 
 
 def descending(values: Tensor) -> Tensor:
@@ -21,90 +19,76 @@ def descending(values: Tensor) -> Tensor:
     return values.sort(dim=-1, descending=True).values
 
 
-def modality_mass(weights: Tensor, modality: Tensor) -> Tensor:
-    """Share of each row's attention that goes to each modality.
+def entropy(logits: Tensor, weights: Tensor) -> Tensor:
+    """Shannon entropy of each row in nat, from the logits and their softmax: `[..., n]` to `[...]`.
+
+    It is `lse - sum(w * logit)`, and the log-sum-exp follows from the largest logit and its weight,
+    so no logarithm is taken of every weight. Logits must be finite.
+    """
+    largest = logits.amax(dim=-1)
+    return largest - weights.amax(dim=-1).log() - torch.linalg.vecdot(weights, logits)
+
+
+def coverage(ordered: Tensor, shares: Tensor) -> Tensor:
+    """Fewest vision tokens that hold each share of a row's vision attention.
 
     Args:
-        weights: `[H, R, N]` rows that sum to 1.
-        modality: `[N]` codes; padding has zero weight.
+        ordered: `[..., V]` a row's weights on vision, largest first.
+        shares: fp64 `[S]` in (0, 1].
 
     Returns:
-        `[H, R, 4]` in the order of `MODALITIES`.
+        fp32 `[..., S]` token counts; NaN where a row gives vision no attention.
     """
-    codes = torch.arange(4, device=weights.device)
-    return weights @ (modality.to(weights.device)[:, None] == codes).to(weights.dtype)
-
-
-def entropy(weights: Tensor) -> Tensor:
-    """Shannon entropy of each row in nat: `[H, R, N]` to `[H, R]`."""
-    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_()
-    return -logs.mul_(weights).sum(dim=-1)
-
-
-def coverage(weights: Tensor, vision: Tensor | slice, levels: Sequence[int]) -> Tensor:
-    """Fewest vision tokens that hold each share (percent) of a row's vision attention.
-
-    Args:
-        weights: fp32 `[H, R, N]`.
-        vision: indices `[V]` of vision columns, or their slice.
-        levels: percentages.
-
-    Returns:
-        fp32 `[H, R, len(levels)]` token counts; NaN where a row gives vision no attention.
-    """
-    held = descending(weights[..., vision]).double().cumsum(dim=-1)
+    held = ordered.cumsum(dim=-1, dtype=torch.float64)
     total = held[..., -1:]
-    shares = torch.tensor([level / 100 - 1e-12 for level in levels], dtype=held.dtype, device=held.device)
-    counts = torch.searchsorted(held, total * shares) + 1
+    counts = torch.searchsorted(held, total * (shares - 1e-12)) + 1
     return torch.where(total > 0, counts.float(), torch.nan)
 
 
-def _is_text(modality: Tensor) -> Tensor:
-    """bool `[N]`: text of the prompt behind the first picture, and generated tokens."""
-    return (modality == Modality.TEXT) | (modality == Modality.GENERATED)
-
-
-def text_order(modality: Tensor) -> Tensor:
-    """`[N]` number of text and generated tokens at or before each position, less one."""
-    return _is_text(modality).long().cumsum(dim=0) - 1
-
-
-def text_distances(
-    weights: Tensor, modality: Tensor, rows: Tensor, edges: Sequence[int], sink: int
-) -> tuple[Tensor, Tensor]:
-    """Where a row's attention to text goes, by distance in text tokens.
+def distance_bins(order: Tensor, edges: Sequence[int], first: int, count: int) -> Tensor:
+    """Bounds of each row's distance bins among the text tokens: int64 `[R, len(edges) + 2]`, falling.
 
     The distance of a key is the number of text and generated tokens behind it, up to the query
-    and the query included: 0 for the newest of them. The first `sink` of all text tokens are
-    counted apart, so that a window can be judged beside them.
+    and the query included: 0 for the newest of them, and for keys behind the query. So bin i,
+    distances below `edges[i]` and not below the edge before, is the run of text tokens from
+    bound i + 1 up to bound i. The last bin is open, and ends at the `first` token that counts.
 
     Args:
-        weights: `[H, R, N]`.
-        modality: `[N]` codes.
-        rows: `[R]` positions of the query rows.
-        edges: upper bounds (exclusive) of the distance bins; one more bin is open.
+        order: int64 `[R]` number of text and generated tokens up to each row, less one.
+        edges: upper bounds (exclusive) of the bins but the last.
+        first: text tokens at the beginning that are in no bin.
+        count: text tokens in all.
+    """
+    inner = (order[:, None] - torch.tensor(edges, dtype=torch.long) + 1).clamp(first, count)
+    newest, oldest = inner.new_full((len(order), 1), count), inner.new_full((len(order), 1), first)
+    return torch.cat([newest, inner, oldest], dim=1)
+
+
+def text_distances(text: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a row's attention to text goes, by distance in text tokens.
+
+    Args:
+        text: `[H, R, T]` weights on the text and generated tokens, in their order; later ones,
+            which no row sees, may be left out.
+        bins: the rows' `distance_bins`.
 
     Returns:
-        mass on the sink `[H, R]` and mass by distance `[H, R, len(edges) + 1]`.
+        mass on the first tokens `[H, R, 1]`, which are in no bin so that a window can be judged
+        beside them, and mass by distance `[H, R, len(edges) + 1]`.
     """
-    order = text_order(modality)
-    columns = _is_text(modality).nonzero()[:, 0]
-    text, rest = weights[..., columns], columns[sink:]
-    sink_mass = text[..., :sink].sum(dim=-1)
-    distance = (order[rows][:, None] - order[rest][None]).clamp(min=0)
-    bins = torch.bucketize(distance, torch.tensor(edges, device=weights.device), right=True)
-    masses = weights.new_zeros((*weights.shape[:2], len(edges) + 1))
-    masses.scatter_add_(2, bins.expand(weights.shape[0], -1, -1), text[..., sink:])
-    return sink_mass, masses
+    # a bin is a run of columns, so its mass is a difference of two cumulative sums
+    sums = torch.nn.functional.pad(text.cumsum(dim=-1), (1, 0))
+    held = sums.gather(2, bins.clamp(max=text.shape[-1]).expand(len(text), -1, -1))
+    return held[..., -1:], held[..., :-1] - held[..., 1:]
 
 
-def top_sets(scores: Tensor, share: float) -> Tensor:
+def top_sets(scores: Tensor, share: float, ordered: Tensor | None = None) -> Tensor:
     """bool `[..., V]`: the `floor(share * V + 1e-6)` (at least one) best of fp32 `scores [..., V]`.
 
-    Of equal scores the lower index wins.
+    Of equal scores the lower index wins. `ordered` are the scores sorted, if they are at hand.
     """
     count = max(int(share * scores.shape[-1] + 1e-6), 1)
-    least = descending(scores)[..., count - 1 : count]
+    least = (descending(scores) if ordered is None else ordered)[..., count - 1 : count]
     above, tied = scores > least, scores == least
     wanted = count - above.sum(dim=-1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=-1) <= wanted))

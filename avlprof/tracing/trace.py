@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from avlprof.attention.modality import prompt_shapes
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
-from avlprof.runs import RunDirectory, RunMeta, RunWriter
+from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import Sample, Task
+from avlprof.tracing.answers import reference
+from avlprof.tracing.batch import Traced, trace_batch
 from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.recorder import record
-from avlprof.versions import versions
+from avlprof.tracing.settings import run_meta
 
 FLUSH_SECONDS = 10.0
 FLUSH_SAMPLES = 32
 Progress = Callable[[int, int], None]
-
-
-def run_meta(
-    loaded: LoadedModel, task: Task, split: str, max_new_tokens: int, options: RecordOptions
-) -> RunMeta:
-    """The settings of a run, as its `meta.json` records them."""
-    adapter = loaded.adapter
-    return RunMeta(
-        model=loaded.source,
-        revision=loaded.revision or "",
-        model_hash=loaded.revision or "",
-        family=adapter.family,
-        layers=adapter.layers,
-        heads=adapter.heads,
-        kv_heads=adapter.kv_heads,
-        head_dim=adapter.head_dim,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device=str(loaded.model.device),
-        task=task.name,
-        metric=task.metric,
-        split=split,
-        max_new_tokens=max_new_tokens,
-        rows=options.rows,
-        vision_rows=options.vision_rows,
-        coverage_rows=options.coverage_rows,
-        top_share=options.top_share,
-        text_sink=options.text_sink,
-        coverages=options.coverages,
-        distances=options.distances,
-        lags=options.lags,
-        versions=versions(),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-
-
-def estimate_bytes(meta: RunMeta, vision: int, samples: int) -> int:
-    """Upper estimate of a run's size on disk: scores of full-length answers and the stats table."""
-    scores = 4 * meta.layers * vision * (2 + meta.max_new_tokens)
-    row = 8 * (12 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
-    return samples * (scores + meta.layers * meta.heads * 5 * row)
+Under = Callable[[], AbstractContextManager[object]]
 
 
 def trace_samples(
@@ -72,6 +33,11 @@ def trace_samples(
     split: str,
     max_new_tokens: int | None = None,
     options: RecordOptions | None = None,
+    batch_size: int = 1,
+    forced: bool = False,
+    policy: str = "",
+    under: Under = nullcontext,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> RunDirectory:
     """Generate an answer to every sample and record the attention on the way.
@@ -80,22 +46,39 @@ def trace_samples(
     is on disk every few seconds, and on Ctrl-C.
 
     Args:
-        progress: called with samples done and samples wanted, once at the start and after each.
+        max_new_tokens: longest answer; by default the task's, and reference answers whole.
+        batch_size: samples that run together. Each is recorded as if it ran alone.
+        forced: trace over each sample's first reference answer, not over the model's own.
+        policy: what `under` runs the model under, as `meta.json` shall name it.
+        under: makes a context in which a batch runs, such as that of a policy.
+        shard: this process's share, where several trace the same samples into `out`.
+        progress: called with samples done and samples wanted of the share, once at the start and
+            after each batch.
 
     Raises:
-        UserError: `out` holds another run, or a picture cannot be read.
+        UserError: `out` holds another run, a picture cannot be read, or with `forced` a sample
+            has no reference answer.
     """
-    options = options or RecordOptions()
-    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    if limit < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {limit}")
-    ids = [sample.id for sample in samples]
-    if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise UserError(f"sample ids must be unique, '{twice}' occurs twice in task '{task.name}'")
-    writer = RunWriter(out, run_meta(loaded, task, split, limit, options))
+    options, shard = options or RecordOptions(), shard or Shard()
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    _check_ids(samples, task)
+    limit = max_new_tokens or (0 if forced else task.max_new_tokens)
+    if forced:
+        for sample in samples:
+            reference(sample)
+
+    def traced(batch: Sequence[Sample]) -> list[Traced]:
+        with under():
+            return trace_batch(loaded, batch, limit, options, forced)
+
+    meta = run_meta(loaded, task, split, limit, options, forced=forced, policy=policy)
+    writer = RunWriter(out, meta, shard.prefix, shard.count)
     try:
-        _trace_missing(loaded, samples, limit, options, writer, progress)
+        with _current(loaded.model.device):
+            _trace_missing(traced, shard.of(samples), batch_size, writer, progress)
     finally:
         try:
             writer.flush()
@@ -104,11 +87,18 @@ def trace_samples(
     return RunDirectory(out)
 
 
+def _check_ids(samples: Sequence[Sample], task: Task) -> None:
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise UserError(f"sample ids must be unique, '{sample.id}' occurs twice in task '{task.name}'")
+        seen.add(sample.id)
+
+
 def _trace_missing(
-    loaded: LoadedModel,
+    traced: Callable[[Sequence[Sample]], list[Traced]],
     samples: Sequence[Sample],
-    limit: int,
-    options: RecordOptions,
+    batch_size: int,
     writer: RunWriter,
     progress: Progress | None,
 ) -> None:
@@ -118,9 +108,10 @@ def _trace_missing(
     flushed = time.monotonic()
     if progress:
         progress(finished, len(samples))
-    for sample in todo:
-        _trace_one(loaded, sample, limit, options, writer)
-        finished += 1
+    for start in range(0, len(todo), batch_size):
+        for found in traced(todo[start : start + batch_size]):
+            writer.add(found.sample, found.stats, found.scores)
+            finished += 1
         if progress:
             progress(finished, len(samples))
         if writer.pending >= FLUSH_SAMPLES or time.monotonic() - flushed > FLUSH_SECONDS:
@@ -128,35 +119,6 @@ def _trace_missing(
             flushed = time.monotonic()
 
 
-def _trace_one(
-    loaded: LoadedModel, sample: Sample, limit: int, options: RecordOptions, writer: RunWriter
-) -> None:
-    started = time.monotonic()
-    adapter = loaded.adapter
-    encoding = adapter.encode([sample.prompt], [sample.open_images()])
-    length = encoding["input_ids"].shape[1]
-    with record(loaded.model, options) as recorder, torch.inference_mode():
-        ids = loaded.model.generate(**encoding, max_new_tokens=limit, do_sample=False)
-    found = recorder.records[0]
-    shape = prompt_shapes(found.modality[None])[0]
-    grid = adapter.vision_grid(encoding) if len(sample.images) == 1 else None
-    stats = [{"sample": sample.id, **row} for row in found.frame()]
-    writer.add(
-        {
-            "sample": sample.id,
-            "group": sample.group,
-            "prompt": sample.prompt,
-            "references": list(sample.answers),
-            "answer": adapter.decode(ids[:, length:])[0],
-            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(ids[0, length:].tolist()),
-            "system": shape.system,
-            "vision": shape.vision,
-            "text": shape.text,
-            "generated": int(ids.shape[1] - length),
-            "grid_rows": grid[0] if grid else 0,
-            "grid_cols": grid[1] if grid else 0,
-            "seconds": time.monotonic() - started,
-        },
-        stats,
-        found.scores(),
-    )
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: kernels of Triton start there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

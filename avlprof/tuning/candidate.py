@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
-from avlprof.allocators import Evidence, make_allocator, meet_budget, meet_read_budget, vision_share
-from avlprof.policy import Policy, PromptShape, ScorerSpec
+from avlprof.allocators import Evidence, make_allocator, meet_budget, vision_share
+from avlprof.errors import UserError
+from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy, live_share
+from avlprof.tuning.reads import spread_reads
 
 
 @dataclass(frozen=True)
@@ -18,55 +22,118 @@ class Budget:
     prompts: tuple[PromptShape, ...]
     answer_tokens: int
 
+    @cached_property
+    def text_room(self) -> int:
+        """A text window, in tokens, from which on no text is ever evicted."""
+        return max((prompt.text for prompt in self.prompts), default=0) + max(self.answer_tokens, 1)
+
+    def affords(self, text: TextPolicy, layers: int, refreshed: float) -> bool:
+        """Whether system and text fit, if what they leave of the memory is read at a share `refreshed`.
+
+        Careful on reads: text that generated tokens push out of a window counts as if it stayed.
+        """
+        always = live_share(Policy(vision_keep=0.0, text=text), self.prompts, layers)
+        if always > self.memory:
+            return False
+        return self.read is None or always + refreshed * (self.memory - always) <= self.read
+
+    def refreshed(self, interval: int, kind: str) -> float:
+        """Share of the kept but not computed vision KV that refreshes read, per step on average."""
+        steps = max(self.answer_tokens, 1)
+        return (steps // interval if interval else 0) / steps * (0.5 if kind == "score_only" else 1.0)
+
+
+def scorer_spec(name: str) -> ScorerSpec:
+    """The scorer of a name; `valued:instruction` is `valued` over `instruction`, and so on."""
+    outer, _, inner = name.partition(":")
+    return ScorerSpec(name=outer, options={"of": inner} if inner else {})
+
 
 @dataclass(frozen=True)
 class Candidate:
     """A handful of scalars that spread a budget over layers.
 
     `mix` parts of the allocator and the rest uniform; `temperature` sharpens (> 1) or flattens
-    (< 1) what the allocator says; `floor` is the least kept share of a layer. With a read budget,
-    `refresh_interval` is K and `compute_temperature` sharpens how reads follow the kept shares.
+    (< 1) what the allocator says; `floor` is the least kept share of a layer; `midpoint` is the depth
+    at which allocator `sigmoid` falls, the one shape that `temperature` cannot give. With a read budget,
+    `refresh_interval` is K, `refresh` what a refresh reads, and `compute_temperature` sharpens how
+    reads follow the kept shares. Where text may go, `text_share` of the text that a budget without
+    limits would hold is the window, and `text_sink` first tokens stay beside it.
     """
 
     allocator: str = "uniform"
     mix: float = 1.0
     temperature: float = 1.0
     floor: float = 0.0
+    midpoint: float = 0.5
     scorer: str = "last_query"
     heads: str = "shared"
     refresh_interval: int = 8
+    refresh: str = "full"
     compute_temperature: float = 1.0
+    text_share: float | None = None
+    text_sink: int = 0
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Candidate:
+        """The candidate of an Optuna trial's parameters."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in params.items() if name in known})
 
     def policy(self, evidence: Evidence, budget: Budget, name: str = "tuned") -> Policy:
         """The policy at the budget: never above it, at most one token a layer below."""
-        prompts = budget.prompts
-        target = vision_share(prompts, evidence.layers, budget.memory)
-        shares = make_allocator(self.allocator, self.mix, self.temperature).shares(evidence, target)
-        keep = meet_budget(shares.tolist(), prompts, budget.memory, floor=self.floor)
-        compute = None
-        refresh = 0
-        if budget.read is not None:
-            refresh = self.refresh_interval
-            compute = meet_read_budget(
-                keep,
-                prompts,
-                refresh,
-                budget.read,
-                budget.answer_tokens,
-                shares=[k**self.compute_temperature for k in keep],
-            )
-        return Policy(
+        prompts, layers = budget.prompts, evidence.layers
+        text = self.text(budget, layers)
+        target = vision_share(prompts, layers, budget.memory, text)
+        shape = {"midpoint": self.midpoint} if self.allocator == "sigmoid" else {}
+        allocator = make_allocator(self.allocator, self.mix, self.temperature, **shape)
+        shares = allocator.shares(evidence, target)
+        keep = meet_budget(shares.tolist(), prompts, budget.memory, text, self.floor)
+        kept = Policy(
             name=name,
             vision_keep=keep,
-            vision_compute=compute,
-            refresh_interval=refresh,
-            scorer=ScorerSpec(name=self.scorer),
+            scorer=scorer_spec(self.scorer),
             heads="kv_head" if self.heads == "kv_head" else "shared",
+            text=text,
+        )
+        if budget.read is None:
+            return kept
+        refresh = "score_only" if self.refresh == "score_only" and self.refresh_interval else "full"
+        kept = kept.model_copy(update={"refresh_interval": self.refresh_interval, "refresh": refresh})
+        follow = [share**self.compute_temperature for share in keep]
+        return spread_reads(kept, follow, prompts, budget.read, budget.answer_tokens)
+
+    def text(self, budget: Budget, layers: int) -> TextPolicy:
+        """What stays of text: as much as asked for and as the budgets afford.
+
+        Raises:
+            UserError: system and the newest token of text alone need more than a budget.
+        """
+        if self.text_share is None:
+            return TextPolicy()
+        refreshed = budget.refreshed(self.refresh_interval, self.refresh)
+        asked = max(round(self.text_share * budget.text_room), 1)
+        for sink in range(self.text_sink, -1, -1):
+            if asked + sink >= budget.text_room and budget.affords(TextPolicy(), layers, refreshed):
+                return TextPolicy()
+            low, high = 0, asked + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = budget.affords(TextPolicy(window=middle, sink=sink), layers, refreshed)
+                low, high = (middle, high) if fits else (low, middle)
+            if low:
+                return TextPolicy(window=low, sink=sink)
+        raise UserError(
+            f"budget {budget.memory:g} is below what system and one token of text need; raise --budget"
         )
 
     def params(self, budget: Budget) -> dict[str, Any]:
         """The values as Optuna parameters; those that the budget does not feel are left out."""
         values = asdict(self)
+        if self.allocator != "sigmoid":
+            del values["midpoint"]
         if budget.read is None:
-            del values["refresh_interval"], values["compute_temperature"]
+            del values["refresh_interval"], values["refresh"], values["compute_temperature"]
+        if self.text_share is None:
+            del values["text_share"], values["text_sink"]
         return values

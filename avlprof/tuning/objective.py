@@ -1,32 +1,92 @@
-"""The cheap score of a policy: KL to the dense model's own answers, sample by sample."""
+"""The score of a policy that the search lowers, sample by sample."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
 
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
-from avlprof.policy import dump_policy, live_share, read_share
-from avlprof.runtime.forced import ForcedSet
+from avlprof.policy import Policy, dump_policy, live_share, read_share
+from avlprof.registry import unknown
 from avlprof.tuning.candidate import Budget
-from avlprof.tuning.space import Space
+
+
+class Point(Protocol):
+    """A point of a search space."""
+
+    def policy(self, evidence: Evidence, budget: Budget) -> Policy:
+        """The policy that it stands for, at the budget."""
+
+    def params(self, budget: Budget) -> dict[str, Any]:
+        """Its values as Optuna parameters."""
+
+
+class Points(Protocol):
+    """A search space; `Space` and `LayerSpace` are such."""
+
+    def suggest(self, trial: optuna.Trial, budget: Budget) -> Point:
+        """Ask a trial for a point."""
+
+    def starts(self) -> Sequence[Point]:
+        """The first trials, in their order."""
+
+
+class Scores(Protocol):
+    """Scores policies on the same samples, a batch at a time; `ForcedSet` and `Generated` are such."""
+
+    @property
+    def samples(self) -> Sequence[str]:
+        """Ids, in the order of the scores."""
+
+    def parts(self, policy: Policy) -> Iterator[Sequence[Any]]:
+        """One score a sample, batch by batch."""
+
+
+OBJECTIVES: Mapping[str, Callable[[Any], float]] = MappingProxyType(
+    {
+        "fidelity": lambda score: float(score.kl),
+        "likelihood": lambda score: -float(score.log_likelihood),
+        "accuracy": lambda score: 1.0 - float(score.score),
+    }
+)
+"""From one sample's score to a value that is lower when it is better."""
+
+MEANING: Mapping[str, str] = MappingProxyType(
+    {
+        "fidelity": "KL to dense (nat per token)",
+        "likelihood": "minus log-likelihood of the references (nat per token)",
+        "accuracy": "1 - task metric",
+    }
+)
+
+
+def check_objective(name: str) -> None:
+    """`UserError` unless the objective is known."""
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
 
 
 @dataclass
 class Objective:
-    """Scores trials; lower is better (mean KL to dense in nat per answer token).
+    """Scores trials; lower is better.
 
-    Values are reported per sample (the step is the sample's index), so a pruner can pair trials
-    by sample. A trial that is stopped early returns its running mean and is marked incomplete.
+    `kind` is a name of `OBJECTIVES`: `fidelity` and `likelihood` read forced scores (of the dense
+    answers, of the references), `accuracy` judged answers. Values are reported per sample (the
+    step is the sample's index), so a pruner can pair trials by sample. A trial that is stopped
+    early returns its running mean and is marked incomplete.
     """
 
-    forced: ForcedSet
+    scores: Scores
     evidence: Evidence
     budget: Budget
-    space: Space
+    space: Points
+    kind: str = "fidelity"
 
     def __call__(self, trial: optuna.Trial) -> float:
         candidate = self.space.suggest(trial, self.budget)
@@ -36,16 +96,19 @@ class Objective:
         prompts = list(self.budget.prompts)
         trial.set_user_attr("live_share", live_share(policy, prompts, layers))
         trial.set_user_attr("read_share", read_share(policy, prompts, layers, self.budget.answer_tokens))
+        value = OBJECTIVES[self.kind]
         seen: list[float] = []
-        for part in self.forced.parts(policy):
+        for part in self.scores.parts(policy):
             for score in part:
-                trial.report(score.kl, len(seen))
-                seen.append(score.kl)
-            if len(seen) < len(self.forced.samples) and trial.should_prune():
+                trial.report(value(score), len(seen))
+                seen.append(value(score))
+            if len(seen) < len(self.scores.samples) and trial.should_prune():
                 break
         trial.set_user_attr("samples", len(seen))
-        trial.set_user_attr("complete", len(seen) == len(self.forced.samples))
+        trial.set_user_attr("complete", len(seen) == len(self.scores.samples))
         mean = float(np.mean(seen))
         if not np.isfinite(mean):
-            raise UserError(f"trial {trial.number} has no finite KL to dense ({mean}); try --dtype float32")
+            raise UserError(
+                f"trial {trial.number} has no finite {MEANING[self.kind]} ({mean}); try --dtype float32"
+            )
         return mean

@@ -25,19 +25,24 @@ def probe(
 ) -> NDArray[np.float64]:
     """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
 
-    One forward per layer and level below 1, at which nothing is dropped and the damage is 0.
+    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0.
     """
     damage = np.zeros((layers, len(LEVELS)))
     if progress:
         progress(0, layers * (len(LEVELS) - 1))
     below = [i for i, level in enumerate(LEVELS) if level < 1]
     for layer in range(layers):
-        for done, i in enumerate(below):
-            keep = tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers))
-            scores = forced.score(Policy(vision_keep=keep, scorer=ScorerSpec(name=scorer)))
+        policies = [
+            Policy(
+                vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
+                scorer=ScorerSpec(name=scorer),
+            )
+            for i in below
+        ]
+        for i, scores in zip(below, forced.score_many(policies), strict=True):
             damage[layer, i] = np.mean([score.kl for score in scores])
-            if progress:
-                progress(layer * len(below) + done + 1, layers * len(below))
+        if progress:
+            progress((layer + 1) * len(below), layers * len(below))
     return damage
 
 

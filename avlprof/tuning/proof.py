@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 import avlprof
-from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore, Evaluation, equal_bytes, evaluate
-from avlprof.models import LoadedModel
-from avlprof.policy import Policy, Provenance, Score, ScorerSpec, live_share, read_share
-from avlprof.tasks import Task
+from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, evaluate
+from avlprof.policy import Policy, Provenance, Score, live_share, read_share
+from avlprof.policy.provenance import Difference, Proof
 from avlprof.tuning.candidate import Budget
+from avlprof.tuning.playoff import PlayOff
+from avlprof.tuning.prepared import Prepared
+from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
+from avlprof.tuning.verdict import Verdict
 from avlprof.versions import versions
 
-PLAIN_SCORER = "last_query"
 
-
-def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """The best `count` fully scored trials with different policies, best first."""
+def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[FrozenTrial]:
+    """The best `count` fully scored trials of one study or several with different policies, best first."""
     trials = [
         trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for each in (study, *more)
+        for trial in each.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if trial.user_attrs.get("complete") and trial.value is not None
     ]
     if not trials:
@@ -37,50 +39,23 @@ def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     return list(best.values())[:count]
 
 
-def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
-    """Baselines at the winner's live and read bytes, without those that do what the winner does.
-
-    `uniform` with A-VL's own scorer (`last_query`, one set a layer), `uniform, same scorer` with
-    the winner's, and `random`.
-    """
-    prompts, steps = budget.prompts, budget.answer_tokens
-    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
-    uniform, same = (
-        next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == "uniform"), policy)
-        for policy in (plain, winner)
-    )
-    random = [p for p in equal_bytes(winner, prompts, layers, steps) if p.name == "random"]
-    named = [("uniform", uniform), ("uniform, same scorer", same), *(("random", p) for p in random)]
-    hashes = {winner.hash}
-    found = []
-    for name, policy in named:
-        if policy.hash not in hashes:
-            hashes.add(policy.hash)
-            found.append(policy.model_copy(update={"name": name}))
-    return found
-
-
 def prove(
-    loaded: LoadedModel,
-    task: Task,
+    prepared: Prepared,
     winner: Policy,
-    budget: Budget,
+    others: Sequence[Policy],
+    settings: Settings,
     *,
-    split: str,
-    samples: int,
-    max_new_tokens: int,
     store: AnswerStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Generate on held-out samples: dense, the winner, and its `rivals`; random with three seeds."""
-    policies = [winner, *rivals(winner, budget, loaded.adapter.layers)]
+    """Generate on held-out samples: dense, the winner, and its rivals; random with three seeds."""
     return evaluate(
-        loaded,
-        task,
-        policies,
-        split=split,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
+        prepared.loaded,
+        prepared.task,
+        [winner, *others],
+        split=settings.proof_split,
+        samples=settings.proof_samples,
+        max_new_tokens=prepared.limit,
         batch_size=32,
         fidelity=False,
         latency=False,
@@ -90,29 +65,18 @@ def prove(
 
 
 def with_provenance(
-    policy: Policy,
-    trial: FrozenTrial,
-    loaded: LoadedModel,
-    task: Task,
-    profile: Profile,
+    prepared: Prepared,
     settings: Settings,
     budget: Budget,
+    played: PlayOff,
     proof: Evaluation,
+    found: Verdict,
     study: str,
 ) -> Policy:
-    """The winner with where it comes from and how good it was measured to be."""
-    layers = loaded.adapter.layers
-    prompts = list(budget.prompts)
-    summary = proof.summary()
-    scores = {
-        str(row["policy"]): Score(
-            mean=round(float(row["score"]), 6),
-            low=round(float(row["low"]), 6),
-            high=round(float(row["high"]), 6),
-            samples=int(row["samples"]),
-        )
-        for row in summary.to_dict("records")
-    }
+    """The winner with where it comes from, how good it was measured to be, and the proof."""
+    loaded, task, profile = prepared.loaded, prepared.task, prepared.profile
+    winner, prompts = played.winner, list(budget.prompts)
+    policy, layers = winner.policy, prepared.layers
     return policy.model_copy(
         update={
             "description": f"Tuned for {loaded.name} on {task.name} "
@@ -130,19 +94,60 @@ def with_provenance(
                 run=profile.meta.run,
                 run_hash=profile.meta.run_hash,
                 study=study,
-                trial=trial.number,
+                trial=winner.trial.number if winner.trial else None,
+                refined=winner.trial is not None and is_refined(winner.trial),
                 budget=settings.budget,
                 read_budget=settings.read_budget,
                 measured_budget=round(live_share(policy, prompts, layers), 6),
                 measured_read_budget=round(read_share(policy, prompts, layers, budget.answer_tokens), 6),
                 answer_tokens=budget.answer_tokens,
                 metric=task.metric,
-                scores=scores,
+                scores=_scores(proof),
                 dense_bytes=_mean(proof, "dense", "dense_bytes"),
                 policy_bytes=_mean(proof, policy.name, "live_bytes"),
+                objective=settings.objective,
+                sampler=settings.sampler,
+                proof=_proof(played, found, settings),
             ),
         }
     )
+
+
+def _proof(played: PlayOff, found: Verdict, settings: Settings) -> Proof:
+    correlation, policies = list(played.correlations().values())[-1]
+    return Proof(
+        split=settings.proof_split,
+        samples=found.against_strongest.difference.samples,
+        strongest=found.strongest,
+        margin=found.margin,
+        non_inferior=found.non_inferior,
+        detectable=round(found.detectable, 6) if found.detectable is not None else None,
+        differences={name: _difference(paired) for name, paired in found.differences.items()},
+        rank_correlation=None if math.isnan(correlation) else round(correlation, 4),
+        rank_policies=policies,
+    )
+
+
+def _difference(paired: PairedDifference) -> Difference:
+    gap = paired.difference
+    return Difference(
+        mean=round(gap.mean, 6),
+        low=round(gap.low, 6),
+        high=round(gap.high, 6),
+        p_value=round(paired.p_value, 6),
+    )
+
+
+def _scores(proof: Evaluation) -> dict[str, Score]:
+    return {
+        str(row["policy"]): Score(
+            mean=round(float(row["score"]), 6),
+            low=round(float(row["low"]), 6),
+            high=round(float(row["high"]), 6),
+            samples=int(row["samples"]),
+        )
+        for row in proof.summary().to_dict("records")
+    }
 
 
 def _mean(proof: Evaluation, policy: str, column: str) -> int:

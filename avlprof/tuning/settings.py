@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from avlprof.errors import UserError
+from avlprof.tuning.objective import check_objective
+from avlprof.tuning.samplers import check_sampler
 
 _LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1}
 
@@ -16,20 +18,27 @@ class Settings:
     `budget` and `read_budget` are shares of the dense prompt KV, in memory after prefill and read
     per decoding step. `samples` are of the split that is searched on, `proof_samples` of the one
     that the search never sees; `trials` counts all trials of the study, those of earlier calls
-    included. `max_new_tokens` is the longest answer, by default the task's.
+    included, and `refine` how many of them refine the best scalars layer by layer (None: a third).
+    `objective` is what trials are scored by and `sampler` who proposes them. `margin` is
+    how much of the task's metric the winner may lose to the strongest baseline and still count as
+    not inferior. `max_new_tokens` is the longest answer, by default the task's.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range or a name not known.
     """
 
     budget: float = 0.2
     read_budget: float | None = None
     trials: int = 50
+    refine: int | None = None
     samples: int = 64
     proof_samples: int = 100
     finalists: int = 3
     seed: int = 0
     prune: bool = True
+    objective: str = "fidelity"
+    sampler: str = "tpe"
+    margin: float = 0.02
     split: str = "search"
     proof_split: str = "held-out"
     max_new_tokens: int | None = None
@@ -42,8 +51,17 @@ class Settings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 <= self.refining < self.trials:
+            raise UserError(
+                f"refine must be 0 or more and below trials ({self.trials}), got {self.refine}; "
+                "the rest of the trials finds what to refine"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2^32 - 1], got {self.seed}")
+        check_objective(self.objective)
+        check_sampler(self.sampler)
+        if not 0.0 < self.margin < 1.0:
+            raise UserError(f"margin must be above 0 and below 1, in units of the metric, got {self.margin}")
         if self.max_new_tokens is not None and self.max_new_tokens < 2:
             raise UserError(
                 f"max_new_tokens must be 2 or more, got {self.max_new_tokens}; "
@@ -51,3 +69,8 @@ class Settings:
             )
         if self.split == self.proof_split:
             raise UserError(f"split and proof_split must differ, got '{self.split}' for both")
+
+    @property
+    def refining(self) -> int:
+        """Trials that refine layer by layer."""
+        return self.trials // 3 if self.refine is None else self.refine

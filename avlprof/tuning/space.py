@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from optuna import Trial
 
-from avlprof.allocators import ALLOCATORS, vision_share
+from avlprof.allocators import ALLOCATORS, Evidence, vision_share
 from avlprof.errors import UserError
-from avlprof.policy import Policy, live_share
+from avlprof.policy import Policy, TextPolicy, live_share
 from avlprof.registry import unknown
-from avlprof.scorers import SCORERS
-from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.scorers import SCORERS, make_scorer
+from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 
 HEADS = ("shared", "kv_head")
+REFRESH = ("full", "score_only")
+TEXT = ("auto", "all", "trade")
+MOST_SINKS = 4
 
 
 @dataclass(frozen=True)
 class Space:
     """What the search may choose from.
 
-    `refreshes` are the refresh intervals in steps (0: never); they count with a read budget only.
+    A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
+    in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `text`
+    says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
+    needs more than the budgets. `warm` are further starts, which are no part of what the space is.
 
     Raises:
         UserError: a list is empty or names what is not known.
     """
 
-    allocators: tuple[str, ...] = ("uniform", "pyramid", "coverage", "sensitivity")
-    scorers: tuple[str, ...] = ("last_query", "instruction", "accumulated", "key_diversity", "value_norm")
+    allocators: tuple[str, ...] = (
+        *("uniform", "pyramid", "sigmoid", "coverage"),
+        *("sparsity", "entropy", "strength", "sensitivity"),
+    )
+    scorers: tuple[str, ...] = (
+        *("last_query", "instruction", "accumulated"),
+        *("valued:instruction", "pooled:instruction"),
+    )
     heads: tuple[str, ...] = HEADS
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
+    refresh: tuple[str, ...] = REFRESH
+    text: str = "auto"
+    warm: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name):
+            if field.name != "warm" and not getattr(self, field.name):
                 raise UserError(f"{field.name} of the search space must name at least one, got none")
         for name in self.allocators:
             ALLOCATORS.get(name)
         for name in self.scorers:
-            SCORERS.get(name)
-        for name in self.heads:
-            if name not in HEADS:
-                raise unknown("kind of heads", name, HEADS)
+            spec = scorer_spec(name)
+            make_scorer(spec)
+            SCORERS.get(str(spec.options.get("of", spec.name)))
+        for kind, names, known in (
+            ("kind of heads", self.heads, HEADS),
+            ("kind of refresh", self.refresh, REFRESH),
+            ("text of the search space", (self.text,), TEXT),
+        ):
+            for name in names:
+                if name not in known:
+                    raise unknown(kind, name, known)
         if min(self.refreshes) < 0:
             raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
 
@@ -55,21 +77,27 @@ class Space:
         Raises:
             UserError: system and text alone need more than a budget; the message says how much.
         """
-        vision_share(budget.prompts, layers, budget.memory)
-        if budget.read is None:
-            return self
-        always = live_share(Policy(vision_keep=0.0), budget.prompts, layers)
-        steps = max(budget.answer_tokens, 1)
-        stored = budget.memory - always
-        least = {k: always + (steps // k if k else 0) / steps * stored for k in self.refreshes}
-        feasible = tuple(k for k in self.refreshes if least[k] <= budget.read)
-        if not feasible:
-            enough = math.ceil(min(least.values()) * 1000 - 1e-9) / 1000
-            raise UserError(
-                f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
-                "alone; raise --read-budget or lower --budget"
-            )
-        return replace(self, refreshes=feasible)
+        kept = replace(self, text="all")
+        if self.text != "trade" and (self.text == "all" or kept._refreshes(budget, layers)):
+            return kept._narrowed(budget, layers)
+        return replace(self, text="trade")._narrowed(budget, layers)
+
+    def supported(self, evidence: Evidence) -> Space:
+        """The space without the allocators that need evidence which is not there.
+
+        Raises:
+            UserError: no allocator is left; the message is that of the first.
+        """
+        found, first = [], None
+        for name in self.allocators:
+            try:
+                ALLOCATORS.get(name)().shares(evidence, 0.5)
+                found.append(name)
+            except UserError as error:
+                first = first or error
+        if not found and first:
+            raise first
+        return replace(self, allocators=tuple(found))
 
     def suggest(self, trial: Trial, budget: Budget) -> Candidate:
         """Ask a trial for a candidate."""
@@ -81,38 +109,79 @@ class Space:
             scorer=trial.suggest_categorical("scorer", self.scorers),
             heads=trial.suggest_categorical("heads", self.heads),
         )
+        if candidate.allocator == "sigmoid":
+            candidate = replace(candidate, midpoint=trial.suggest_float("midpoint", 0.05, 0.95))
+        if self.text == "trade":
+            candidate = replace(
+                candidate,
+                text_share=trial.suggest_float("text_share", 0.02, 1.0, log=True),
+                text_sink=trial.suggest_int("text_sink", 0, MOST_SINKS),
+            )
         if budget.read is None:
             return candidate
         return replace(
             candidate,
             refresh_interval=trial.suggest_categorical("refresh_interval", self.refreshes),
+            refresh=trial.suggest_categorical("refresh", self.refresh),
             compute_temperature=trial.suggest_float("compute_temperature", 0.25, 4.0, log=True),
         )
 
     def starts(self) -> list[Candidate]:
-        """The first trials: every allocator as it is, uniform first, then other scorers.
+        """The first trials: every allocator as it is, uniform first, then other scorers, then `warm`.
 
-        The blend of 20% `coverage` is what `derive` makes of a profile alone.
+        The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
+        a start that keeps a quarter of it comes next to uniform.
         """
-        usual = Candidate()
-        plain = replace(
-            usual,
-            scorer=usual.scorer if usual.scorer in self.scorers else self.scorers[0],
-            heads=usual.heads if usual.heads in self.heads else self.heads[0],
-            refresh_interval=min(
-                (k for k in self.refreshes if k >= usual.refresh_interval), default=max(self.refreshes)
-            ),
-        )
+        plain = self._in_reach(Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
         starts = [replace(plain, allocator=name) for name in allocators]
+        if self.text == "trade":
+            starts.insert(1, replace(starts[0], text_share=0.25, text_sink=1))
         if "coverage" in allocators:
             starts.append(replace(plain, allocator="coverage", mix=0.2))
         others = [scorer for scorer in self.scorers if scorer != plain.scorer]
         for name in ("uniform", "sensitivity"):
             if name in allocators:
                 starts += [replace(plain, allocator=name, scorer=scorer) for scorer in others]
-        return starts
+        warm = [self._in_reach(start) for start in self.warm if start.allocator in self.allocators]
+        return [*dict.fromkeys([*starts, *warm])]
 
     def described(self) -> dict[str, tuple[int | str, ...]]:
         """The space as plain values, as a study notes it."""
-        return {name: tuple(values) for name, values in asdict(self).items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "warm"}
+        return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
+
+    def _in_reach(self, start: Candidate) -> Candidate:
+        """A candidate with what the space does not offer replaced by the nearest that it does."""
+        above = [k for k in self.refreshes if k >= start.refresh_interval]
+        text = (start.text_share or 1.0, start.text_sink) if self.text == "trade" else (None, 0)
+        return replace(
+            start,
+            scorer=start.scorer if start.scorer in self.scorers else self.scorers[0],
+            heads=start.heads if start.heads in self.heads else self.heads[0],
+            refresh_interval=min(above, default=max(self.refreshes)),
+            refresh=start.refresh if start.refresh in self.refresh else self.refresh[0],
+            text_share=text[0],
+            text_sink=text[1],
+        )
+
+    def _refreshes(self, budget: Budget, layers: int) -> tuple[int, ...]:
+        """Refresh intervals with which some policy of any spread meets the budgets; empty when none does."""
+        least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
+        kind = "full" if "full" in self.refresh else "score_only"
+        return tuple(k for k in self.refreshes if budget.affords(least, layers, budget.refreshed(k, kind)))
+
+    def _narrowed(self, budget: Budget, layers: int) -> Space:
+        found = self._refreshes(budget, layers)
+        if found:
+            return replace(self, refreshes=found) if budget.read is not None else self
+        least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
+        vision_share(budget.prompts, layers, budget.memory, least)
+        always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)
+        kind = "full" if "full" in self.refresh else "score_only"
+        shares = [budget.refreshed(k, kind) for k in self.refreshes]
+        enough = math.ceil(min(always + s * (budget.memory - always) for s in shares) * 1000 - 1e-9) / 1000
+        raise UserError(
+            f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
+            "alone; raise --read-budget or lower --budget"
+        )

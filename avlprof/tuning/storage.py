@@ -1,24 +1,25 @@
-"""Where a study lives: a folder with an Optuna journal and what the study is about."""
+"""What a study is about, and opening it: its folder, and the place of its trials."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
+from avlprof.tasks import Sample
+from avlprof.tuning.database import DatabasePlace
+from avlprof.tuning.places import FolderPlace, Place
 
-JOURNAL = "journal.log"
-NAME = "avlprof"
+META = "study"
+NOTE = "storage.txt"
 
 
 class StudyMeta(BaseModel):
@@ -37,6 +38,8 @@ class StudyMeta(BaseModel):
     dtype: str
     budget: float
     read_budget: float | None
+    objective: str = "fidelity"
+    sampler: str = "tpe"
     seed: int
     run_hash: str
     space: dict[str, tuple[int | str, ...]]
@@ -79,26 +82,88 @@ def claim_folder(folder: Path, meta: StudyMeta) -> None:
         write_text(folder / "study.json", meta.model_dump_json(indent=2) + "\n")
 
 
-def mend_journal(folder: Path) -> None:
-    """Undo what a killed process left half done: its lock on the journal and a torn last line.
+def find_place(folder: Path, storage: str | None = None) -> Place:
+    """Where the trials of a folder's study are: in the database asked for or noted, else its journal.
 
-    Only for a study that no other process works on.
+    Raises:
+        UserError: the folder's trials are elsewhere than asked for, or the URL is not PostgreSQL's.
     """
-    journal = folder / JOURNAL
-    journal.with_name(f"{JOURNAL}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        written = journal.read_bytes()
-        whole = written.rfind(b"\n") + 1
-        if whole < len(written):
-            os.truncate(journal, whole)
+    note = folder / NOTE
+    noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    if storage is None:
+        return FolderPlace(folder) if noted is None else DatabasePlace(folder, noted)
+    place = DatabasePlace(folder, storage)
+    if noted is not None and noted != place.address:
+        raise UserError(
+            f"the trials of {folder} are in {noted}, not in {place.address}; choose another --out"
+        )
+    if noted is None and FolderPlace(folder).exists():
+        raise UserError(
+            f"the trials of {folder} are in its journal; leave --storage out, or choose another --out"
+        )
+    return place
 
 
-def open_study(folder: Path, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
-    """The Optuna study of a folder, made when it is not there yet; lower values are better."""
+def claim_study(place: Place, meta: StudyMeta) -> None:
+    """Make the study of a place, or check that the one there is the same study.
+
+    A database is shared by all who know its address, so the study says there as well what it is
+    about, and the folder notes the address, without its password.
+
+    Raises:
+        UserError: the place holds another study, or one that avlprof did not make.
+    """
+    check_folder(place.folder, meta)
+    if not isinstance(place, DatabasePlace):
+        claim_folder(place.folder, meta)
+        return
+    study = open_study(place)
+    with place.turn():
+        held = study.user_attrs.get(META)
+        if held is None:
+            if study.get_trials(deepcopy=False):
+                raise UserError(
+                    f"'{place.study_name}' is a study that avlprof did not make; choose another --out"
+                )
+            study.set_user_attr(META, meta.model_dump(mode="json"))
+        else:
+            different = StudyMeta.model_validate(held).differences(meta)
+            if different:
+                raise UserError(
+                    f"'{place.study_name}' is another study ({'; '.join(different)}); choose another --out"
+                )
+    claim_folder(place.folder, meta)
+    write_text(place.folder / NOTE, place.address + "\n")
+
+
+def place_meta(place: Place) -> StudyMeta:
+    """What the study of a place is about: as the database says, or the folder.
+
+    Raises:
+        UserError: no study was begun there.
+    """
+    if isinstance(place, DatabasePlace):
+        held = open_study(place).user_attrs.get(META) if place.exists() else None
+        if held is None:
+            raise UserError(
+                f"{place.address} has no study '{place.study_name}'; begin it with 'avlprof tune'"
+            )
+        return StudyMeta.model_validate(held)
+    return read_meta(place.folder)
+
+
+def sample_hash(samples: Sequence[Sample]) -> str:
+    """A fingerprint of which samples are searched on, and what they ask."""
+    asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def open_study(place: Place, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+    """The Optuna study of a place, made when it is not there yet; lower values are better."""
     with quiet():
         return optuna.create_study(
-            study_name=NAME,
-            storage=_storage(folder),
+            study_name=place.study_name,
+            storage=place.storage(),
             pruner=pruner or optuna.pruners.NopPruner(),
             direction="minimize",
             load_if_exists=True,
@@ -111,23 +176,13 @@ def read_study(folder: Path) -> optuna.Study:
     Raises:
         UserError: no trial was begun yet.
     """
+    place = find_place(folder)
     with quiet(), contextlib.suppress(KeyError):
-        if (folder / JOURNAL).exists():
+        if place.exists():
             return optuna.load_study(
-                study_name=NAME, storage=_storage(folder), pruner=optuna.pruners.NopPruner()
+                study_name=place.study_name, storage=place.storage(), pruner=optuna.pruners.NopPruner()
             )
     raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
-
-
-def give_up_running(study: optuna.Study) -> list[FrozenTrial]:
-    """Mark the trials that a killed process left running as failed; returns them.
-
-    Only for a study that no other process works on.
-    """
-    left: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in left:
-        study.tell(trial.number, state=TrialState.FAIL)
-    return left
 
 
 @contextlib.contextmanager
@@ -142,7 +197,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(before)
-
-
-def _storage(folder: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))

@@ -5,31 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
+import pandas as pd
 from optuna.trial import FrozenTrial
 
 from avlprof.analysis import Profile
-from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore, Evaluation, generate_answers, paired_difference
+from avlprof.evaluation import AnswerStore, Evaluation
+from avlprof.files import replacing
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, parse_policy, save_policy
+from avlprof.policy import Policy, save_policy
 from avlprof.runs.lock import FolderLock
-from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task
-from avlprof.tuning.candidate import Budget
+from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.tuning.knobs import knob_effects
 from avlprof.tuning.objective import Objective
-from avlprof.tuning.probe import probed
+from avlprof.tuning.playoff import PlayOff, play_off
+from avlprof.tuning.prepared import Prepared, Progress, answer_limit, check_same_model
 from avlprof.tuning.proof import finalists, prove, with_provenance
+from avlprof.tuning.refine import refine
+from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
 from avlprof.tuning.storage import StudyMeta, check_folder, claim_folder
 from avlprof.tuning.trials import run_trials
+from avlprof.tuning.verdict import Verdict, power_sentence, verdict
+from avlprof.tuning.warm import noted_starts
 
-Progress = Callable[[str, int, int], None]
-BATCH = 32
+OnTrial = Callable[[optuna.Study, FrozenTrial], None]
+Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,30 @@ class Tuned:
     policy: Policy
     folder: Path
     study: optuna.Study
+    played: PlayOff
     proof: Evaluation
+    verdict: Verdict
+    knobs: pd.DataFrame
 
     def comparisons(self) -> list[str]:
         """The winner against each rival on the same held-out samples, in a sentence each."""
-        table = self.proof.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
-        ours = table[self.policy.name].to_numpy()
-        lines = []
-        for rival in self.proof.answers["policy"].unique():
-            if rival != self.policy.name:
-                paired = paired_difference(ours, table[rival].to_numpy())
-                gap = paired.difference
-                lines.append(
-                    f"{self.policy.name} - {rival}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], "
-                    f"p {paired.p_value:.3g}"
-                )
-        return lines
+        return self.verdict.sentences()
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study whose trials are done: who was generated on the search split, and who won there.
+
+    `candidate` are the best scalars, before any refinement: a start for a neighbouring budget.
+    """
+
+    prepared: Prepared
+    settings: Settings
+    budget: Budget
+    folder: Path
+    study: optuna.Study
+    played: PlayOff
+    candidate: Candidate
 
 
 def tune(
@@ -66,141 +80,150 @@ def tune(
     *,
     space: Space | None = None,
     progress: Progress | None = None,
-    on_trial: Callable[[optuna.Study, FrozenTrial], None] | None = None,
+    on_trial: OnTrial | None = None,
+    told: Told | None = None,
 ) -> Tuned:
     """Tune a policy for a model and task at fixed budgets, and prove it on held-out samples.
 
     The same call resumes: finished trials are kept, one that a killed process left is tried
-    again. Trials score the KL to the dense model's own answers by one forced forward; the best
-    few are generated for real on the search split and judged by the task's metric; the best of
-    them is compared with dense, uniform and random at equal bytes on samples that the search
-    never saw.
+    again. Trials are scored by the objective, by default the KL to the dense model's own answers in
+    one forced forward; the best few are generated for real on the search split and judged by the
+    task's metric; the best of them is compared with dense, with random and uniform, and with the
+    rival that was strongest on the search split, at equal bytes on samples that the search never saw.
 
     Args:
         progress: called with the name of a phase, units done and units in all.
         on_trial: called with study and trial after each trial.
+        told: called with sentences for the reader, such as what the proof will be able to show.
 
     Raises:
         UserError: a budget is infeasible, the profile is of another model, no dense answer has
             a second token, or `folder` holds another study or is worked on by another process.
     """
     settings, space = settings or Settings(), space or Space()
-    tell = progress or (lambda phase, done, total: None)
-    samples = task.samples(settings.split, settings.samples)
-    limit = settings.max_new_tokens or task.max_new_tokens
-    _check_same_model(loaded, profile)
-    meta = _meta(loaded, task, profile, samples, settings, space, limit)
+    check_same_model(loaded, profile)
+    check_folder(folder, study_meta(loaded, task, profile, settings, space))
+    prepared = Prepared.make(loaded, task, profile, settings, space.scorers, progress)
+    found = search(prepared, folder, settings, space, progress=progress, on_trial=on_trial, told=told)
+    return prove_winner(found, progress=progress, told=told)
+
+
+def search(
+    prepared: Prepared,
+    folder: Path,
+    settings: Settings,
+    space: Space,
+    *,
+    warm: Sequence[Candidate] = (),
+    probe: Path | None = None,
+    progress: Progress | None = None,
+    on_trial: OnTrial | None = None,
+    told: Told | None = None,
+) -> Search:
+    """Run the trials of a study, and generate with the best and with their rivals; resumes.
+
+    Args:
+        warm: further first trials, taken over from a study of another budget.
+        probe: file of the sensitivity probe, by default in the folder.
+
+    Raises:
+        UserError: as `tune`.
+    """
+    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
+    meta = study_meta(prepared.loaded, prepared.task, prepared.profile, settings, space)
     check_folder(folder, meta)
-    forced = ForcedSet.prepare(
-        loaded,
-        samples,
-        max_new_tokens=limit,
-        batch_size=BATCH,
-        progress=lambda d, t: tell("dense answers", d, t),
-    )
-    budget = _budget(settings, forced)
-    evidence = profile.evidence()
-    space = space.within(budget, evidence.layers)
+    budget = prepared.budget(settings)
+    space = space.within(budget, prepared.layers)
     lock = FolderLock(folder)
     try:
         claim_folder(folder, meta)
         if "sensitivity" in space.allocators:
-            evidence = probed(evidence, forced, folder / "probe.json", lambda d, t: tell("probe", d, t))
-        objective = Objective(forced, evidence, budget, space)
+            prepared.probe(probe or folder / "probe.json", progress)
+        space = replace(space.supported(prepared.evidence), warm=noted_starts(folder, warm))
+        store = AnswerStore(folder / "answers")
+        _say_power(prepared, settings, space, budget, store, say)
+        scalar = settings.trials - settings.refining
+        objective = Objective(prepared.scores(store), prepared.evidence, budget, space, settings.objective)
         study = run_trials(
             folder,
-            settings,
+            replace(settings, trials=scalar, refine=0),
             space,
             objective,
-            progress=lambda d, t: tell("trials", d, t),
+            progress=lambda d, t: tell("trials", d, settings.trials),
             on_trial=on_trial,
         )
-        store = AnswerStore(folder / "answers")
-        best = finalists(study, settings.finalists)
-        chosen, trial = _play_off(loaded, task, best, samples, forced, limit, store, tell)
-        proof = prove(
-            loaded,
-            task,
-            chosen,
-            budget,
-            split=settings.proof_split,
-            samples=settings.proof_samples,
-            max_new_tokens=limit,
-            store=store,
-            progress=lambda d, t: tell("proof", d, t),
-        )
-        name = folder.resolve().name
-        winner = with_provenance(chosen, trial, loaded, task, profile, settings, budget, proof, name)
-        proof.to_parquet(folder / "proof.parquet")
-        proof.to_csv(folder / "proof.csv")
-        save_policy(winner, folder / "policy.yaml")
+        more = []
+        if settings.refining:
+            more.append(
+                refine(
+                    folder,
+                    settings,
+                    objective,
+                    finalists(study, 1)[0],
+                    progress=lambda d, t: tell("trials", scalar + d, settings.trials),
+                    on_trial=on_trial,
+                )
+            )
+        best = finalists(study, settings.finalists, *more)
+        played = play_off(prepared, best, budget, store, lambda d, t: tell("finalists", d, t))
+        played.write(folder / "fidelity.json", prepared.task.metric, settings.split)
     finally:
         lock.release()
-    return Tuned(winner, folder, study, proof)
+    start = Candidate.of(finalists(study, 1)[0].params)
+    return Search(prepared, settings, budget, folder, study, played, start)
 
 
-def _budget(settings: Settings, forced: ForcedSet) -> Budget:
-    """The budget, counted on the prompts and answers that trials are scored on."""
-    if not forced.answer_tokens:
-        raise UserError(
-            "every dense answer ends at its first token, which no policy changes; "
-            "choose a task with longer answers"
+def prove_winner(found: Search, *, progress: Progress | None = None, told: Told | None = None) -> Tuned:
+    """Generate on held-out samples with the winner and its rivals, and write policy and proof."""
+    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
+    prepared, settings, played = found.prepared, found.settings, found.played
+    for name, (rho, count) in played.correlations().items():
+        say(f"rank correlation of {name} with {prepared.task.metric}: {rho:+.2f} over {count} policies")
+    strongest = played.strongest
+    who = f"tuned - {strongest.name}"
+    say(power_sentence(settings.proof_samples, settings.margin, played.winner.metric, strongest.metric, who))
+    others = rivals(played.winner.policy, found.budget, prepared.layers)
+    if strongest.name not in {policy.name for policy in others}:
+        others.append(strongest.policy)
+    lock = FolderLock(found.folder)
+    try:
+        proof = prove(
+            prepared,
+            played.winner.policy,
+            others,
+            settings,
+            store=AnswerStore(found.folder / "answers"),
+            progress=lambda d, t: tell("proof", d, t),
         )
-    steps = max(round(forced.answer_tokens), 1)
-    return Budget(settings.budget, settings.read_budget, tuple(forced.shapes), steps)
+        judged = verdict(proof, played.winner.policy.name, strongest.name, settings.margin)
+        name = found.folder.resolve().name
+        winner = with_provenance(prepared, settings, found.budget, played, proof, judged, name)
+        knobs = knob_effects(found.candidate, prepared, found.budget, lambda d, t: tell("knobs", d, t))
+        with replacing(found.folder / "knobs.csv") as partial:
+            knobs.to_csv(partial, index=False)
+        proof.to_parquet(found.folder / "proof.parquet")
+        proof.to_csv(found.folder / "proof.csv")
+        save_policy(winner, found.folder / "policy.yaml")
+    finally:
+        lock.release()
+    return Tuned(winner, found.folder, found.study, played, proof, judged, knobs)
 
 
-def _play_off(
-    loaded: LoadedModel,
-    task: Task,
-    best: Sequence[FrozenTrial],
-    samples: Sequence[Sample],
-    forced: ForcedSet,
-    limit: int,
-    store: AnswerStore,
-    tell: Progress,
-) -> tuple[Policy, FrozenTrial]:
-    """Generate with the finalists on the searched samples; the task's metric decides, then the KL."""
-    ranked = []
-    lengths = {name: shape.total for name, shape in zip(forced.samples, forced.shapes, strict=True)}
-    tell("finalists", 0, len(best) * len(samples))
-    for index, trial in enumerate(best):
-        policy = parse_policy(trial.user_attrs["policy"], f"trial {trial.number}")
-        answers = generate_answers(
-            loaded,
-            samples,
-            policy,
-            max_new_tokens=limit,
-            batch_size=BATCH,
-            metric=task.metric,
-            lengths=lengths,
-            store=store,
-            progress=lambda d, t, i=index: tell("finalists", i * t + d, len(best) * t),  # type: ignore[misc]
-        )
-        mean = sum(answer.score for answer in answers) / len(answers)
-        ranked.append((-mean, trial.value, trial.number, policy, trial))
-    *_, policy, trial = min(ranked, key=lambda entry: entry[:3])
-    return policy, trial
+def _say_power(
+    prepared: Prepared, settings: Settings, space: Space, budget: Budget, store: AnswerStore, say: Told
+) -> None:
+    """Before anything is searched: what the proof will be able to show, from a first look at uniform."""
+    answers = prepared.generated(store)
+    uniform = space.starts()[0].policy(prepared.evidence, budget, "uniform")
+    dense, plain = answers.metric(None), answers.metric(uniform)
+    say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))
 
 
-def _check_same_model(loaded: LoadedModel, profile: Profile) -> None:
-    traced = profile.meta.settings.model_hash
-    if traced and loaded.revision and traced != loaded.revision:
-        raise UserError(
-            f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
-            f"not with {loaded.source} {loaded.revision}; trace this model first"
-        )
-
-
-def _meta(
-    loaded: LoadedModel,
-    task: Task,
-    profile: Profile,
-    samples: Sequence[Sample],
-    settings: Settings,
-    space: Space,
-    limit: int,
+def study_meta(
+    loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, space: Space
 ) -> StudyMeta:
+    """What a study searches for."""
+    samples: Sequence[Sample] = task.samples(settings.split, settings.samples)
     asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
     return StudyMeta(
         model=loaded.source,
@@ -209,10 +232,12 @@ def _meta(
         split=settings.split,
         samples=len(samples),
         sample_hash=hashlib.sha256(asked.encode()).hexdigest()[:16],
-        max_new_tokens=limit,
+        max_new_tokens=answer_limit(task, settings),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         budget=settings.budget,
         read_budget=settings.read_budget,
+        objective=settings.objective,
+        sampler=settings.sampler,
         seed=settings.seed,
         run_hash=profile.meta.run_hash,
         space=space.described(),

@@ -11,7 +11,10 @@ METRICS: Registry[Metric] = Registry(
     "metric",
     {
         name: f"avlprof.tasks.metrics.{name}:{name}"
-        for name in ("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "token_f1", "contains")
+        for name in (
+            *("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy"),
+            *("token_f1", "rouge_l", "contains"),
+        )
     },
 )
 

@@ -1,0 +1,131 @@
+"""How much attention every key receives from all rows together, without the N x N matrix."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from avlprof.attention.rows import head_logits
+
+CPU_WEIGHTS, DEVICE_WEIGHTS = 1 << 19, 1 << 23  # that exist at a time
+MOST_ROWS = 256  # of a block: in longer ones many weights are above the diagonal
+UNSEEN = -1e30  # logit of a key that a row may not see: finite, and its weight is 0
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    *,
+    rows: Tensor | None = None,
+    counted: Tensor | None = None,
+    valid: Tensor | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """Sums over query rows of their softmax attention on each key.
+
+    On CUDA without a mask, a kernel finds the log-sum-exp of every row and a second one, in which
+    each program owns a block of keys, adds the weights up. Else weights are formed in blocks of
+    rows. Both take memory linear in the number of keys.
+
+    Args:
+        query: `[B, H, R, D]` post-RoPE query rows.
+        key: `[B, Hkv, N, D]` post-RoPE keys; `H` is a multiple of `Hkv`.
+        scaling: factor of the dot product.
+        rows: int64 `[B or 1, R]` positions of the query rows, for causal attention; by default
+            the rows are the last R positions.
+        counted: bool `[B, R]`, rows that count; by default all.
+        valid: bool `[B, N]`, False on padding.
+        causal: rows see no later keys. Not read with a mask, which says all.
+        mask: bool `[B or 1, 1, R, N]`, True where a row may look. `valid` is applied as well.
+        softcap: logit soft cap, when the model has one.
+        block: query rows whose weights exist at a time; by default what suits the device.
+
+    Returns:
+        fp32 `[B, H, N]`; a row that may look nowhere adds nothing.
+    """
+    batch, heads, count, _ = query.shape
+    length = key.shape[2]
+    places = torch.arange(length - count, length, device=query.device)[None] if rows is None else rows
+    places = places.expand(batch, -1)
+    if query.is_cuda and mask is None and block is None and find_spec("triton") is not None:
+        from avlprof.attention.triton_column_sums import triton_column_sums
+
+        return triton_column_sums(query, key, scaling, places, counted, valid, causal, softcap)
+    total = query.new_zeros((batch, heads, length), dtype=torch.float32)
+    for index in range(batch):
+        seen = _Seen(
+            places[index],
+            None if valid is None else valid[index],
+            causal and mask is None,
+            None if mask is None else mask[index if len(mask) > 1 else 0, 0],
+            in_order=rows is None,
+        )
+        weight = torch.ones(count, device=query.device) if counted is None else counted[index].float()
+        _add(total[index], query[index], key[index], scaling, softcap, seen, weight, block)
+    return total
+
+
+class _Seen:
+    """Which keys the rows of one sequence see."""
+
+    def __init__(
+        self, rows: Tensor, valid: Tensor | None, causal: bool, mask: Tensor | None, in_order: bool
+    ) -> None:
+        self._rows, self._valid, self._causal, self._mask, self._in_order = rows, valid, causal, mask, in_order
+
+    def keys(self, block: slice, length: int) -> int:
+        """Keys up to the last that a block of rows may see; a wait for the device only if rows were given."""
+        if not self._causal:
+            return length
+        if self._in_order:
+            return length - len(self._rows) + block.stop
+        return int(self._rows[block].max()) + 1
+
+    def allowed(self, block: slice, keys: int) -> Tensor | None:
+        """bool `[R, keys]`, or None where all are seen."""
+        found = None if self._mask is None else self._mask[block, :keys]
+        if self._causal:
+            found = torch.arange(keys, device=self._rows.device) <= self._rows[block][:, None]
+        if self._valid is None:
+            return found
+        return self._valid[None, :keys] if found is None else found & self._valid[:keys]
+
+
+def _add(
+    total: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    softcap: float | None,
+    seen: _Seen,
+    counted: Tensor,
+    block: int | None,
+) -> None:
+    """Add the rows of one sequence, `query [H, R, D]`, to `total [H, N]`."""
+    (heads, count, _), (groups, length, _) = query.shape, key.shape
+    size = heads // groups
+    budget = CPU_WEIGHTS if query.device.type == "cpu" else DEVICE_WEIGHTS
+    most = block or min(max(budget // (length * size), 1), MOST_ROWS)
+    for start in range(0, count, most):
+        rows = slice(start, min(start + most, count))
+        keys = seen.keys(rows, length)
+        allowed = seen.allowed(rows, keys)
+        weight = counted[rows]
+        hidden = None
+        if allowed is not None:
+            hidden = (~allowed).float() * UNSEEN  # adding it is several times as fast as filling by a mask
+            weight = weight * allowed.any(dim=-1)
+        together = max(budget // ((rows.stop - rows.start) * keys * size), 1)
+        for first in range(0, groups, together):
+            few = slice(first, min(first + together, groups))
+            these = slice(few.start * size, few.stop * size)
+            logits = head_logits(query[these, rows], key[few, :keys], scaling, softcap)
+            if hidden is not None:
+                logits += hidden
+            total[these, :keys] += (weight[None, None] @ logits.softmax(dim=-1))[:, 0]

@@ -1,0 +1,173 @@
+"""Column sums of attention in two Triton kernels: log-sum-exp of rows, then sums of key blocks.
+
+Import it only where there is a CUDA device, or Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_ROWS, BLOCK_KEYS = 64, 64
+
+
+def triton_column_sums(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    rows: Tensor,
+    counted: Tensor | None,
+    valid: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+) -> Tensor:
+    """As `avlprof.attention.column_sums`, with `rows [B, R]`; half-precision inputs stay as they are.
+
+    Products are summed in fp32; those of fp32 inputs are not rounded to TF32.
+    """
+    batch, heads, count, size = query.shape
+    groups, length = key.shape[1], key.shape[2]
+    # the kernels step through the last dimension one by one
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    rows = rows.to(torch.int32).contiguous()
+    counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
+    real = rows if valid is None else valid.to(torch.int32).contiguous()
+    lse = torch.empty((batch, heads, count), dtype=torch.float32, device=query.device)
+    total = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    shared: tuple[Any, ...] = (
+        *query.stride()[:3],
+        *key.stride()[:3],
+        scaling,
+        softcap or 1.0,
+        heads,
+        heads // groups,
+        count,
+        length,
+        size,
+    )
+    constants = {
+        "CAUSAL": causal,
+        "PADDED": valid is not None,
+        "CAPPED": softcap is not None,
+        "ROWS": BLOCK_ROWS,
+        "KEYS": BLOCK_KEYS,
+        "WIDTH": max(triton.next_power_of_2(size), 16),
+    }
+    with torch.cuda.device(query.device if query.is_cuda else -1):
+        grid = (triton.cdiv(count, BLOCK_ROWS), batch * heads)
+        _row_lse[grid](query, key, rows, counts, real, lse, *shared, **constants)
+        grid = (triton.cdiv(length, BLOCK_KEYS), batch * heads)
+        _key_sums[grid](query, key, rows, real, lse, total, *shared, **constants)
+    return total
+
+
+@triton.jit
+def _logits(
+    q, k, row, place, column, real, scaling, softcap, count, length,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """fp32 `[ROWS, KEYS]`, minus infinity where a row may not look."""
+    found = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    if CAPPED:
+        found = softcap * (2.0 * tl.sigmoid(2.0 * found / softcap) - 1.0)  # tanh
+    seen = (row < count)[:, None] & (column < length)[None, :]
+    if CAUSAL:
+        seen = seen & (column[None, :] <= place[:, None])
+    if PADDED:
+        seen = seen & (real != 0)[None, :]
+    return tl.where(seen, found, float("-inf"))
+
+
+@triton.jit
+def _row_lse(
+    query, key, rows, counted, valid, lse,
+    query_b, query_h, query_r, key_b, key_h, key_n,
+    scaling, softcap, heads, group, count, length, size,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of a block of rows; plus infinity for rows that do not count or see nothing."""
+    index = tl.program_id(1).to(tl.int64)
+    b, h = index // heads, index % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    q = tl.load(
+        query + b * query_b + h * query_h + row[:, None] * query_r + d[None, :],
+        mask=(row < count)[:, None] & (d < size)[None, :],
+        other=0.0,
+    )
+    place = tl.load(rows + b * count + row, mask=row < count, other=-1)
+    last = length
+    if CAUSAL:
+        last = tl.minimum(tl.max(place, axis=0) + 1, length)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, last, KEYS):
+        column = start + tl.arange(0, KEYS)
+        k = tl.load(
+            key + b * key_b + (h // group) * key_h + column[:, None] * key_n + d[None, :],
+            mask=(column < length)[:, None] & (d < size)[None, :],
+            other=0.0,
+        )
+        real = column
+        if PADDED:
+            real = tl.load(valid + b * length + column, mask=column < length, other=0)
+        x = _logits(
+            q, k, row, place, column, real, scaling, softcap, count, length, CAUSAL, PADDED, CAPPED
+        )
+        now = tl.maximum(largest, tl.max(x, axis=1))
+        base = tl.where(now == float("-inf"), 0.0, now)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+        largest = now
+    counts = tl.load(counted + b * count + row, mask=row < count, other=0)
+    known = (total > 0.0) & (counts != 0)
+    found = tl.where(known, largest + tl.log(tl.where(known, total, 1.0)), float("inf"))
+    tl.store(lse + index * count + row, found, mask=row < count)
+
+
+@triton.jit
+def _key_sums(
+    query, key, rows, valid, lse, out,
+    query_b, query_h, query_r, key_b, key_h, key_n,
+    scaling, softcap, heads, group, count, length, size,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What a block of keys receives from all rows; no two programs add to the same key."""
+    index = tl.program_id(1).to(tl.int64)
+    b, h = index // heads, index % heads
+    first = tl.program_id(0) * KEYS
+    column = first + tl.arange(0, KEYS)
+    d = tl.arange(0, WIDTH)
+    k = tl.load(
+        key + b * key_b + (h // group) * key_h + column[:, None] * key_n + d[None, :],
+        mask=(column < length)[:, None] & (d < size)[None, :],
+        other=0.0,
+    )
+    real = column
+    if PADDED:
+        real = tl.load(valid + b * length + column, mask=column < length, other=0)
+    total = tl.zeros([KEYS], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        place = tl.load(rows + b * count + row, mask=row < count, other=-1)
+        reach = first
+        if CAUSAL:
+            reach = tl.max(place, axis=0)
+        if reach >= first:
+            q = tl.load(
+                query + b * query_b + h * query_h + row[:, None] * query_r + d[None, :],
+                mask=(row < count)[:, None] & (d < size)[None, :],
+                other=0.0,
+            )
+            base = tl.load(lse + index * count + row, mask=row < count, other=float("inf"))
+            x = _logits(
+                q, k, row, place, column, real, scaling, softcap, count, length, CAUSAL, PADDED, CAPPED
+            )
+            total += tl.sum(tl.exp(x - base[:, None]), axis=0)
+    tl.store(out + index * length + column, total, mask=column < length)

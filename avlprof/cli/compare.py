@@ -1,0 +1,230 @@
+"""`avlprof compare`: every baseline and your policies at equal bytes, at several budgets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
+from avlprof.cli.progress import progress
+
+if TYPE_CHECKING:
+    from avlprof.allocators.allocator import Evidence
+    from avlprof.evaluation import Comparison
+    from avlprof.models import LoadedModel
+    from avlprof.policy import Policy
+    from avlprof.tasks import Task
+
+app = typer.Typer()
+
+TRACED_SAMPLES = 32
+_DATASET = "Hugging Face datasets"
+
+
+@app.command()
+def compare(
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Shares of the dense prompt KV, such as 0.1,0.2,0.4.")
+    ] = "0.2,0.4",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="Policy file or shipped name to compare too; repeat."),
+    ] = None,
+    study: Annotated[
+        list[Path] | None,
+        typer.Option("--study", help="Folder of a study whose winner to compare at its budget; repeat."),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="Only this baseline; repeat. By default all that ship."),
+    ] = None,
+    model: given.ModelOption = "tiny",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
+    ] = "shapes",
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="How many of each split; by default the task's.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Which split is compared.")] = "held-out",
+    select_split: Annotated[
+        str,
+        typer.Option("--select-split", help="Split that picks the strongest baseline; 'none' picks none."),
+    ] = "search",
+    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
+    max_new_tokens: given.MaxNewTokensOption = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Traced run for policies with an allocator; by default the newest of this model and task.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
+    ] = None,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    revision: given.RevisionOption = None,
+    trust_remote_code: given.TrustOption = False,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
+    ] = None,
+    dataset_split: Annotated[
+        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
+    ] = None,
+    dataset_config: Annotated[
+        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
+    ] = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Dense, all baselines and your policies on the same samples, at equal bytes.
+
+    Every policy is scaled to every budget; what cannot go so low is listed. Answers are kept in
+    the output folder, so the same command resumes.
+    """
+    from avlprof.evaluation import AnswerStore
+    from avlprof.evaluation import compare as run_comparison
+    from avlprof.models import load_model
+    from avlprof.policy import find_policy
+    from avlprof.tasks import load_task
+
+    budgets = _budgets(budget)
+    mine = [find_policy(name) for name in policy or []]
+    tuned = _winners(study or [])
+    rivals = _baselines(baseline, mine)
+    source = load_task(
+        task, metric=metric, max_new_tokens=max_new_tokens, columns=columns, split=dataset_split,
+        config=dataset_config,
+    )  # fmt: skip
+    source.samples(split, samples)
+    folder = out or Path("comparisons") / re.sub(
+        r"[^\w.-]+", "-", f"{Path(model).name}-{source.name}-{split}"
+    )
+    loaded = load_model(
+        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    with progress("compare", unit="answers") as report:
+        found = run_comparison(
+            loaded, source, budgets, baselines=rivals, given=mine, tuned=tuned, split=split,
+            select_split=None if select_split == "none" else select_split, samples=samples,
+            batch_size=batch_size, evidence=lambda: _evidence(loaded, source, run),
+            store=AnswerStore(folder / "parts"), progress=report,
+        )  # fmt: skip
+    wrote = _write(found, folder)
+    _print(found, form)
+    finished(wrote, f"avlprof tune --model {model} --task {task} --budget {budgets[0]:g}")
+
+
+def _budgets(text: str) -> list[float]:
+    from avlprof.errors import UserError
+
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0.0 < share <= 1.0 for share in found):
+        raise UserError(f"budget must be shares in (0, 1] such as 0.1,0.2,0.4, got '{text}'")
+    return found
+
+
+def _baselines(names: list[str] | None, mine: list[Policy]) -> list[Policy]:
+    """The baselines asked for, or all that ship outside the folders of single papers and models."""
+    from avlprof.policy import find_policy, shipped
+
+    if names:
+        return [find_policy(name) for name in names]
+    taken = {policy.name for policy in mine}
+    found = [find_policy(name) for name in shipped() if "/" not in name]
+    return [policy for policy in found if policy.name not in taken]
+
+
+def _winners(folders: list[Path]) -> list[Policy]:
+    """The winners of studies: one line for all budgets, unless two were tuned at the same one."""
+    from avlprof.tuning import export_policy
+
+    found = [export_policy(folder) for folder in folders]
+    budgets = [policy.provenance.budget if policy.provenance else None for policy in found]
+    alone = len(set(budgets)) == len(budgets)
+    return [
+        policy.model_copy(update={"name": "tuned" if alone else f"tuned ({folder.resolve().name})"})
+        for folder, policy in zip(folders, found, strict=True)
+    ]
+
+
+def _evidence(loaded: LoadedModel, task: Task, run: Path | None) -> Evidence:
+    """What the profile of a traced run knows: of the run given, the newest that fits, or a new one."""
+    from avlprof.api import trace
+    from avlprof.traced import Run, latest_run
+
+    found = Run.open(run) if run else latest_run(loaded=loaded, task=task.name)
+    if found is None:
+        note(f"tracing {TRACED_SAMPLES} samples for the baselines that need a profile")
+        found = trace(loaded, task, len(task.samples("search", TRACED_SAMPLES)))
+    found.check_model(loaded)
+    return found.profile().evidence("store")
+
+
+def _write(found: Comparison, folder: Path) -> list[Path]:
+    from avlprof.plots.budgets import quality_by_budget
+    from avlprof.plots.save import save_figure
+
+    meta = found.meta
+    label = f"{str(meta['metric']).replace('_', ' ')} on {meta['task']} ({meta['split']})"
+    figure = quality_by_budget(found.summary(), score=label[0].upper() + label[1:])
+    return [*found.save(folder), save_figure(figure, folder / "compare.png")]
+
+
+def _print(found: Comparison, form: Format) -> None:
+    summary, meta = found.summary(), found.meta
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
+    ]
+    if form is not Format.table:
+        show(rows, form)
+    else:
+        about = f"{meta['samples']} samples of {meta['split']}, {meta['metric']}"
+        title = f"{meta['model']} on {meta['task']}, {about}"
+        shares = dict.fromkeys(("budget", "live_share", "read_share"), percent)
+        others = ("dense", "uniform", "strongest") if found.strongest else ("dense", "uniform")
+        cells = {**shares, "live_bytes": size, "output_tokens": "{:.1f}".format}
+        show([_row(row, others) for row in rows], form, title, cells)
+        note("differences are paired by sample, with 95% intervals, not corrected for the number of rows")
+        if found.strongest:
+            note(f"* the strongest baseline of its budget on split '{meta['select_split']}'")
+    for line in _left_out(found):
+        note(line)
+
+
+def _left_out(found: Comparison) -> list[str]:
+    """A line for each method and reason, with its budgets."""
+    budgets: dict[tuple[str, str], list[str]] = {}
+    for item in found.lineup.left_out:
+        budgets.setdefault((item.method, item.reason), []).append(f"{item.budget:g}")
+    return [f"left out at {', '.join(at)}: {method} ({why})" for (method, why), at in budgets.items()]
+
+
+def _row(row: dict[str, Any], others: Sequence[str]) -> dict[str, Any]:
+    """What fits a terminal: intervals beside their means."""
+    seeds = f" x{row['seeds']}" if row["seeds"] > 1 else ""
+    return {
+        "budget": row["budget"],
+        "method": f"{row['method']}{seeds}{' *' if row['strongest'] else ''}",
+        "score": f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+        **{f"vs {other}": _difference(row, f"vs_{other}") for other in others},
+        **{name: row[name] for name in ("live_share", "read_share", "live_bytes", "output_tokens")},
+    }
+
+
+def _difference(row: dict[str, Any], name: str) -> str:
+    if math.isnan(row[name]):
+        return "-"
+    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"

@@ -1,0 +1,121 @@
+"""`avlprof studies`: list studies, show one, work on one, open one in optuna-dashboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import Format, FormatOption, cell, note, percent, show
+from avlprof.cli.progress import phases
+
+app = typer.Typer(help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True)
+
+StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")]
+
+
+@app.command("ls")
+def list_studies(
+    root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="Where to look.")] = Path("studies"),
+    form: FormatOption = Format.table,
+) -> None:
+    """List the studies below a folder: what they search, how far they are, what they found."""
+    from avlprof.tuning.overview import overview, studies_below
+
+    rows = [overview(folder).row() for folder in studies_below(root)]
+    if form is Format.table and rows:
+        rows = [_short(row) for row in rows]
+    show(rows, form, cells={"budget": percent, "read budget": percent})
+    note("next: avlprof studies show FOLDER" if rows else f"no study below {root}/; avlprof tune makes one")
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Trials done and wanted in one column, for people."""
+    done = f"{row['trials']}/{cell(row['wanted'])}"
+    return {name: done if name == "trials" else row[name] for name in row if name != "wanted"}
+
+
+@app.command("show")
+def show_study(
+    study: StudyArgument,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many of the best trials.")] = 10,
+    form: FormatOption = Format.table,
+) -> None:
+    """Show the best trials of a study with their parameters, and what the winner's scalars are worth."""
+    from avlprof.tuning import read_study
+    from avlprof.tuning.overview import POLICY, best_trials, knob_sentences, overview, trial_rows
+
+    seen = overview(study)
+    rows = trial_rows(best_trials(read_study(study), trials))
+    if form is not Format.table:
+        show(rows, form)
+        return
+    meta = seen.meta
+    title = f"{study.resolve().name}: {meta.model} on {meta.task}, {percent(meta.budget)} of the prompt KV"
+    if meta.read_budget is not None:
+        title += f", {percent(meta.read_budget)} read per step"
+    fixed = ("trial", "score", "live", "read", "samples")
+    short = [{name: row[name] for name in fixed} | {"parameters": _joined(row, fixed)} for row in rows]
+    show(short, form, title, {"live": percent, "read": percent})
+    note(f"{seen.done} of {cell(seen.wanted)} trials, {seen.state}; score: {meta.objective}, lower is better")
+    for sentence in knob_sentences(study):
+        note(sentence)
+    if seen.winner is not None:
+        note(f"policy: {study / POLICY}")
+    note(f"next: avlprof export {study} --trial N -o policy.yaml")
+
+
+def _joined(row: dict[str, Any], without: tuple[str, ...]) -> str:
+    given = {name: value for name, value in row.items() if name not in without and value is not None}
+    return ", ".join(f"{name} {cell(value)}" for name, value in given.items())
+
+
+@app.command("join")
+def join_study(
+    study: StudyArgument,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="PostgreSQL URL, for a study begun on another machine.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The model, if it is elsewhere on this machine."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="The task, if it is elsewhere on this machine.")
+    ] = None,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    revision: given.RevisionOption = None,
+    trust_remote_code: given.TrustOption = False,
+) -> None:
+    """Work on a study that 'avlprof tune' began, on this machine or another, until its trials are done."""
+    from avlprof.models import load_model
+    from avlprof.tasks import load_task
+    from avlprof.tuning.joining import join
+    from avlprof.tuning.storage import find_place, place_meta
+
+    place = find_place(study, storage)
+    meta = place_meta(place)
+    with phases() as report:
+        loaded = load_model(
+            model or meta.model,
+            device=device,
+            dtype=meta.dtype if dtype == "auto" else dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        join(loaded, load_task(task or meta.task), place, progress=report)
+
+
+@app.command("open")
+def open_dashboard(
+    study: StudyArgument,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8080,
+) -> None:
+    """Open a study in optuna-dashboard, with notes and figures; Ctrl-C ends it."""
+    from avlprof.tuning.dashboard import serve
+
+    serve(study, host, port, lambda address: note(f"open {address} (Ctrl-C ends it)"))

@@ -1,0 +1,205 @@
+"""The model class that lmms-eval runs; needs `pip install "avlprof[lmms]"`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from avlprof.errors import UserError
+from avlprof.evaluation.generation import generate_tokens, running
+from avlprof.lmms.arguments import checked_policy
+from avlprof.models import LoadedModel, load_model
+from avlprof.policy import DENSE
+from avlprof.runtime.ends import answer_length, end_tokens
+from avlprof.runtime.support import check_supported
+
+DEFAULT_NEW_TOKENS = 1024
+PLACEHOLDER = "<image>"
+
+
+class AVLProf(lmms):
+    """A model under a policy, as lmms-eval's `simple` kind: pictures first, then the text.
+
+    Args:
+        pretrained: alias, hub id or local folder, as in `avlprof.load_model`.
+        policy: a file, the name of a shipped policy, or `dense`.
+        policy_hash: of the policy's content (`avlprof.lmms.model_args` writes it); required, since
+            lmms-eval's cache knows answers by the model arguments alone.
+        device, dtype, revision, trust_remote_code: as in `avlprof.load_model`.
+        batch_size: prompts generated at a time.
+        max_batch_size: accepted because lmms-eval passes it; not used.
+
+    Raises:
+        UserError: the hash is not the policy's, the policy does not fit, or several processes run.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        policy: str = "dense",
+        policy_hash: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("the avlprof model of lmms-eval runs in one process; start it without a launcher")
+        self.policy = checked_policy(str(policy), policy_hash)
+        check_supported(self.policy)
+        loaded = load_model(
+            str(pretrained),
+            device=device or "auto",
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        self.policy.check_layers(loaded.adapter.layers)
+        self._run = None if self.policy.hash == DENSE.hash else self.policy
+        self._loaded: LoadedModel | None = loaded
+        self.batch_size = int(batch_size)
+        self.device = loaded.model.device
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model; gone after `clean`."""
+        if self._loaded is None:
+            raise UserError("lmms-eval has released this model; make a new one")
+        return self._loaded
+
+    def clean(self) -> None:
+        """Release the model's memory; lmms-eval calls it when generation is over."""
+        self._loaded = None
+        super().clean()
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Greedy answers, in the order of the requests, cut at the first stop text, with their lengths.
+
+        Raises:
+            UserError: a request asks for sampling or beams, or holds something other than pictures.
+        """
+        found: dict[int, GenerationResult] = {}
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(_greedy(request.args[1]), []).append(place)
+        for (limit, until), places in groups.items():
+            places.sort(key=lambda place: len(requests[place].args[0]))
+            for start in range(0, len(places), self.batch_size):
+                batch = places[start : start + self.batch_size]
+                answers = self._answers([requests[place] for place in batch], limit, until)
+                found.update(zip(batch, answers, strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Mean negative log-likelihood of each continuation under the policy, and whether it is greedy.
+
+        lmms-eval names this a log-probability but takes the choice with the least value, as its own
+        models return a loss; so does this. The continuation's tokens are forced one step at a time,
+        so a policy reads and evicts as when it generates.
+
+        Each pair is the `text` of a `GenerationResult`: lmms-eval 0.7.3 writes a bare pair out as a
+        text, which none of its likelihood metrics can read, but unwraps this. Its cache of answers
+        (`--use_cache`) takes neither, so likelihood tasks run without it.
+        """
+        return [GenerationResult(self._likelihood(request)) for request in requests]
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Refused: answers of several rounds on one cache are not offered here."""
+        raise UserError("multi-round tasks are not offered by the avlprof model; choose a task of one round")
+
+    @torch.inference_mode()
+    def _answers(
+        self, requests: Sequence[Instance], limit: int, until: Sequence[str]
+    ) -> list[GenerationResult]:
+        loaded = self.loaded
+        encoding = loaded.adapter.encode(
+            [_text(request.args[0]) for request in requests],
+            [self._pictures(*request.args[2:6]) for request in requests],
+        )
+        with running(loaded, self._run) as runtime:
+            ids = generate_tokens(loaded, encoding, runtime, max_new_tokens=limit).tolist()
+        lengths = [answer_length(row, end_tokens(loaded.model)) for row in ids]
+        texts = loaded.adapter.decode([row[:length] for row, length in zip(ids, lengths, strict=True)])
+        prompts = encoding["attention_mask"].sum(dim=1).tolist()
+        return [
+            GenerationResult(_cut(text, until), TokenCounts(input_tokens=prompt, output_tokens=length))
+            for text, length, prompt in zip(texts, lengths, prompts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _likelihood(self, request: Instance) -> tuple[float, bool]:
+        if len(request.args) != 6:
+            raise UserError(
+                "choices weighed against a prompt without a picture (acc_mutual_info) are not offered"
+            )
+        context, target, to_visual, doc_id, task, split = request.args
+        loaded = self.loaded
+        continuation = target if isinstance(target, str) else str(target(self.task_dict[task][split][doc_id]))
+        tokens = loaded.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            return 0.0, True
+        encoding = loaded.adapter.encode([_text(context)], [self._pictures(to_visual, doc_id, task, split)])
+        forced = _Forced(tokens, encoding["input_ids"].shape[1])
+        with running(loaded, self._run) as runtime:
+            generate_tokens(loaded, encoding, runtime, max_new_tokens=len(tokens), logits_processor=forced)
+        return -sum(forced.log_probabilities) / len(tokens), forced.greedy
+
+    def _pictures(self, to_visual: Any, doc_id: int, task: str, split: str) -> list[Image.Image]:
+        found = to_visual(self.task_dict[task][split][doc_id]) if to_visual else []
+        pictures = [] if found is None else list(found)
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                kind = type(picture).__name__
+                raise UserError(f"task '{task}' gives a {kind} for a picture; only pictures can be looked at")
+        return [picture.convert("RGB") for picture in pictures]
+
+
+class _Forced(LogitsProcessor):
+    """Makes one row's generation take the tokens that are given, and notes how likely each was."""
+
+    def __init__(self, tokens: Sequence[int], prompt: int) -> None:
+        self.tokens, self.prompt = list(tokens), prompt
+        self.log_probabilities: list[float] = []
+        self.greedy = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens[input_ids.shape[1] - self.prompt]
+        self.log_probabilities.append(float(scores[0].float().log_softmax(dim=-1)[token]))
+        self.greedy &= int(scores[0].argmax()) == token
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, token] = 0.0
+        return forced
+
+
+def _greedy(asked: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """Longest answer and stop texts of a request, which must be greedy."""
+    sampled = asked.get("do_sample") or (asked.get("temperature") or 0) > 0
+    if sampled or (asked.get("num_beams") or 1) > 1:
+        raise UserError(f"the avlprof model answers greedily, without sampling or beams; got {dict(asked)}")
+    until = asked.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    return int(asked.get("max_new_tokens") or DEFAULT_NEW_TOKENS), stops
+
+
+def _text(context: str) -> str:
+    """The prompt without placeholders of pictures, which come first."""
+    return context.replace(PLACEHOLDER, "").strip()
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()

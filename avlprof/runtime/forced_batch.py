@@ -1,0 +1,168 @@
+"""A batch of prompts with known answers, scored under any number of policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
+from avlprof.attention.session import switched
+from avlprof.policy import DENSE, Policy, PromptShape
+from avlprof.runtime.forced_attention import ForcedRuntime, GroupAttention, windows
+from avlprof.runtime.forced_groups import answer_groups, parts, policy_groups, runs
+from avlprof.runtime.forced_head import Head
+from avlprof.runtime.forced_pack import AnswerGroup, Packed
+from avlprof.runtime.forced_plan import Plans
+from avlprof.runtime.forced_prefix import Prefixes
+from avlprof.runtime.forced_prompt import Capture
+from avlprof.runtime.forced_score import ForcedScore, closeness
+from avlprof.runtime.support import check_supported
+
+_ROWS = 1024  # answer rows of a forward pass: as many policies share one
+
+
+class ForcedBatch:
+    """Prompts with known answers, ready to be scored under any number of policies.
+
+    Prompts run once, when first needed, and again for a scorer or a prefill filter that was not
+    asked for before. Answers of similar length share a forward pass, and so do policies.
+
+    Args:
+        model: the dense model.
+        inputs: a left-padded batch as `generate` takes it, `input_ids [B, N]` and companions.
+        answers: token ids of each row's answer, its end token included.
+        head: the model's head, which batches can share.
+        captured: what a dense run of these inputs left, to spare another one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        answers: Sequence[Sequence[int]],
+        *,
+        head: Head | None = None,
+        captured: Capture | None = None,
+    ) -> None:
+        self.model = model
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        self.modality = modality_map(ids, mask, vision_token_ids(model.config))
+        self.shapes: list[PromptShape] = prompt_shapes(self.modality)
+        self.lengths = [len(answer) for answer in answers]
+        self.steps = [max(length - 1, 0) for length in self.lengths]
+        order = sorted(range(len(answers)), key=lambda row: self.steps[row])
+        self._order = torch.tensor(order, device=ids.device)
+        self._head = head or Head(model)
+        self._windows = windows(model.config.get_text_config(decoder=True))
+        self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head)
+        if captured is not None:
+            self._prefixes.keep(captured, DENSE)
+        grouped = answer_groups([self.steps[row] for row in order], _ROWS)
+        groups = [AnswerGroup.of(rows, [answers[order[i]] for i in rows], ids.device) for rows in grouped]
+        self._passes = list(runs(groups, [group.tokens.numel() for group in groups], _ROWS))
+        self._targets = torch.tensor([[*answers[row], 0][0] for row in order], device=ids.device)
+        self._dense: dict[int, Tensor] = {}
+        self._last: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held of prefilled prompts."""
+        return self._prefixes.nbytes
+
+    def drop(self) -> None:
+        """Let the prefilled prompts go; they run again when next needed."""
+        self._prefixes.drop()
+
+    @torch.inference_mode()
+    def logits(self, policy: Policy) -> Tensor:
+        """Logits `[B, T, V]` of the steps behind each answer token; zeros behind an answer's end."""
+        check_supported(policy)
+        made = torch.zeros(len(self.steps), max([*self.steps, 1]), self._head.vocabulary)
+        made = made.to(self._order.device)
+        with switched(self.model):
+            self._prefixes.prepare([policy])
+            for groups in self._passes:
+                found = self._head.logits(self._hidden([policy], groups)[0])
+                steps = torch.cat([group.real.nonzero()[:, 1] for group in groups])
+                made[self._owners(groups), steps] = found
+        return made
+
+    def score(self, policy: Policy, samples: Sequence[str]) -> list[ForcedScore]:
+        """Compare a policy with dense on every row; `samples` are the rows' ids."""
+        return self.score_many([policy], samples)[0]
+
+    @torch.inference_mode()
+    def score_many(self, policies: Sequence[Policy], samples: Sequence[str]) -> list[list[ForcedScore]]:
+        """Compare policies with dense on every row, `[policy][row]`; they share passes where they can."""
+        for policy in policies:
+            check_supported(policy)
+        sums = torch.zeros((3, len(policies), len(self.steps)), device=self._order.device)
+        with switched(self.model):
+            for kind in policy_groups(policies):
+                alike = [policies[i] for i in kind]
+                self._prefixes.prepare(alike)
+                sums[:, kind] = self._first(alike[0])
+                for number, groups in enumerate(self._passes):
+                    targets = torch.cat([group.targets[group.real] for group in groups])
+                    for part in parts(kind, _ROWS // sum(_sizes(groups))):
+                        ours = self._hidden([policies[i] for i in part], groups)
+                        close = closeness(self._head, self._dense_hidden(number), ours, targets)
+                        sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
+        rows = sums.permute(1, 2, 0).tolist()
+        return [
+            [ForcedScore.mean(*row) for row in zip(samples, self.lengths, found, strict=True)]
+            for found in rows
+        ]
+
+    def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
+        """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""
+        packed = Packed.of(groups, len(policies))
+        made = [self._attention(policies, group) for group in groups]
+        runtime = ForcedRuntime(packed, made)
+        cache = runtime.new_cache()
+        positions = [self._prefixes.positions(group.rows, group.real.shape[1]) for group in groups]
+        with switched(self.model, runtime=runtime) as session, self._head.watched(short=True) as seen:
+            session.adopt(cache, self.modality[:1])
+            self.model(
+                input_ids=packed.packed([group.tokens for group in groups])[None],
+                position_ids=packed.packed(positions).unsqueeze(-2),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        assert seen.rows is not None
+        return seen.rows[0][packed.order]
+
+    def _attention(self, policies: Sequence[Policy], group: AnswerGroup) -> GroupAttention:
+        prompts = self._prefixes.rows(policies[0], group.rows)
+        shapes = [self.shapes[row] for row in self._order[group.rows].tolist()]
+        plans = Plans(policies, shapes, len(prompts.layers), group.real.shape[1], self._order.device)
+        return GroupAttention(policies, prompts, plans, self.modality.shape[1], self._windows)
+
+    def _owners(self, groups: Sequence[AnswerGroup]) -> Tensor:
+        """Row `[R]` of the batch, in the caller's order, of every answer token of groups."""
+        return torch.cat([self._order[g.rows, None].expand_as(g.real)[g.real] for g in groups])
+
+    def _dense_hidden(self, number: int) -> Tensor:
+        """The dense model's last hidden states `[R, D]` of a pass."""
+        if number not in self._dense:
+            self._prefixes.prepare([DENSE])
+            self._dense[number] = self._hidden([DENSE], self._passes[number])[0]
+        return self._dense[number]
+
+    def _first(self, policy: Policy) -> Tensor:
+        """Closeness `[3, 1, B]` of the first answer tokens, in the caller's order."""
+        if self._last is None:
+            self._prefixes.prepare([DENSE])
+            self._last = self._prefixes.last(DENSE)
+        ours = self._prefixes.last(policy)[None]
+        close = torch.empty(3, 1, len(self.steps), device=ours.device)
+        close[..., self._order] = closeness(self._head, self._last, ours, self._targets)
+        return close * (torch.tensor(self.lengths, device=ours.device) > 0)
+
+
+def _sizes(groups: Sequence[AnswerGroup]) -> list[int]:
+    return [int(group.real.sum()) for group in groups]

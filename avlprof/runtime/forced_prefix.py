@@ -1,0 +1,124 @@
+"""The prefilled prompts of a batch: run once for all policies, and once more for each prefill filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avlprof.attention.session import switched
+from avlprof.policy import Policy, PromptShape
+from avlprof.runtime.cache import stock_layers
+from avlprof.runtime.forced_filter import FilteredPrefill
+from avlprof.runtime.forced_groups import prefix_key, wanted_scorers
+from avlprof.runtime.forced_head import Head
+from avlprof.runtime.forced_prompt import Capture, Prompts
+
+
+class Prefixes:
+    """Prompts of a batch, prefilled when first needed, in an order of their own.
+
+    Args:
+        model: the dense model.
+        inputs: a left-padded batch as `generate` takes it.
+        mask: `[B, N]`, 0 on padding.
+        shapes: token counts of each row.
+        order: `[B]`, the rows of the batch in the order in which they are wanted.
+        head: the model's head.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        mask: Tensor,
+        shapes: list[PromptShape],
+        order: Tensor,
+        head: Head,
+    ) -> None:
+        self.model, self.inputs, self.mask, self.shapes = model, inputs, mask, shapes
+        self.order, self.head = order, head
+        self._deltas: Tensor | None = None
+        self._held: dict[str, Prompts] = {}
+        self._views: dict[tuple[str, int, int], Prompts] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.nbytes for held in self._held.values())
+
+    def drop(self) -> None:
+        """Let all prompts go; they run again when needed."""
+        self._held.clear()
+        self._views.clear()
+
+    def keep(self, capture: Capture, policy: Policy) -> None:
+        """Take what a run of the prompts under a policy's prefill filter has left."""
+        key = prefix_key(policy)
+        self._deltas = _deltas(self.model)
+        if capture.layers:
+            self._held[key] = capture.prompts().reordered(self.order)
+        else:
+            self._held[key] = self._held[key].with_scores(capture.scores, capture.text, self.order)
+        self._views = {name: view for name, view in self._views.items() if name[0] != key}
+
+    def prepare(self, policies: Sequence[Policy]) -> None:
+        """Run the prompts unless all that the policies need is there; they share a prefill filter."""
+        held = self._held.get(prefix_key(policies[0]))
+        specs = wanted_scorers(policies)
+        text = any(policy.text.scored for policy in policies)
+        if held is None:
+            self._run(Capture(specs, text), policies[0])
+            return
+        missing = [spec for spec in specs if spec.model_dump_json() not in held.scores]
+        lacks_text = text and not held.text
+        if missing or lacks_text:
+            self._run(Capture(missing, lacks_text, keep_kv=False), policies[0])
+
+    def rows(self, policy: Policy, rows: slice) -> Prompts:
+        """Prompts `rows` of the order, as views."""
+        key = prefix_key(policy)
+        name = (key, rows.start, rows.stop)
+        if name not in self._views:
+            self._views[name] = self._held[key].rows(rows)
+        return self._views[name]
+
+    def last(self, policy: Policy) -> Tensor:
+        """Last hidden states `[B, D]` of the prompts' last rows, in the order."""
+        return self._held[prefix_key(policy)].last
+
+    def positions(self, rows: slice, steps: int) -> Tensor:
+        """Positions of the answers' tokens, `[b, T]`, or `[3, b, T]` for multi-axis RoPE."""
+        seen = self.mask.sum(dim=1)[self.order][rows]
+        text = seen[:, None] + torch.arange(steps, device=seen.device)
+        if self._deltas is None:
+            return text
+        return (text + self._deltas.to(text.device).view(-1, 1)[self.order][rows])[None].expand(3, -1, -1)
+
+    def _run(self, capture: Capture, policy: Policy) -> None:
+        observed = () if policy.prefill_filter else (capture,)
+        with ExitStack() as stack:
+            runtime = None
+            if policy.prefill_filter:
+                layers = len(stock_layers(self.model.config.get_text_config(decoder=True)))
+                runtime = FilteredPrefill(policy, self.shapes, capture, layers)
+                stack.enter_context(runtime.short.hooked(self.model, policy))
+            stack.enter_context(switched(self.model, observers=observed, runtime=runtime))
+            stack.enter_context(capture.reading_last(self.head, short=True))
+            self.model(**self.inputs, position_ids=self._prompt_positions(), use_cache=runtime is not None)
+        self.keep(capture, policy)
+
+    def _prompt_positions(self) -> Tensor | None:
+        """Positions that skip padding, as `generate` makes them; multi-axis models make their own."""
+        if _deltas(self.model) is not None or "mm_token_type_ids" in self.inputs:
+            return None
+        return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _deltas(model: PreTrainedModel) -> Tensor | None:
+    """Offset of answer positions that multi-axis RoPE models remember of the latest prompt."""
+    found: Tensor | None = getattr(getattr(model, "model", None), "rope_deltas", None)
+    return found

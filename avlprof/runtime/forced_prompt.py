@@ -1,0 +1,193 @@
+"""What forced scoring keeps of prompts that were prefilled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.modality import Modality
+from avlprof.attention.rows import group_mean
+from avlprof.policy import ScorerSpec
+from avlprof.runtime.forced_head import Head
+from avlprof.scorers import Prefill, make_scorer
+
+_TEXT_ROWS = 64  # text rows whose weights exist at a time
+
+
+@dataclass(frozen=True)
+class PromptLayer:
+    """One layer's KV of a batch of prompts.
+
+    `key` and `value` are `[B, Hkv, N, D]`, `modality [B, N]` holds `Modality` codes and `columns
+    [B, N]` the places in the padded prompt: behind a prefill filter a layer has fewer of them.
+    """
+
+    key: Tensor
+    value: Tensor
+    modality: Tensor
+    columns: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.key.numel() * self.key.element_size() + self.value.numel() * self.value.element_size()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prefilled prompts: KV of every layer, scores by scorer, and what the last row said.
+
+    `scores[name]` has `[B, H, N]` a layer for the scorer whose JSON is `name`; `text` has `[B, Hkv,
+    C, C]` a layer: attention of text rows to text columns, mean over the query heads of a group,
+    each prompt's C text tokens left-aligned and zeros behind; empty until a policy asks for it.
+    `last [B, D]` is what the head turns into the logits of the first answer token.
+    """
+
+    layers: list[PromptLayer]
+    last: Tensor
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    text: list[Tensor] = field(default_factory=list)
+    _ranks: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scores."""
+        kept = [*self.text, *(s for layers in self.scores.values() for s in layers)]
+        return sum(layer.nbytes for layer in self.layers) + sum(t.numel() * t.element_size() for t in kept)
+
+    def rows(self, rows: slice) -> Prompts:
+        """Some of the prompts, as views, without the columns that are padding in all of them."""
+        return self._mapped(lambda t: t[rows], trim=True)
+
+    def reordered(self, order: Tensor) -> Prompts:
+        """The prompts in another order; a copy."""
+        return self._mapped(lambda t: _ordered(t, order), trim=False)
+
+    def with_scores(self, scores: dict[str, list[Tensor]], text: list[Tensor], order: Tensor) -> Prompts:
+        """The same prompts with more scores and, if there are any, text weights, given in another order."""
+        more = {name: [_ordered(s, order) for s in layers] for name, layers in scores.items()}
+        return replace(self, scores=self.scores | more, text=[_ordered(t, order) for t in text] or self.text)
+
+    def group_scores(self, spec: ScorerSpec, groups: int, layer: int) -> Tensor:
+        """Scores `[B, G, N]` of a layer's tokens: means over the query heads of `groups` groups."""
+        return group_mean(self.scores[spec.model_dump_json()][layer], groups)
+
+    def vision_ranks(self, spec: ScorerSpec, groups: int, layer: int) -> Tensor:
+        """Place `[B, G, N]` of every vision token by a scorer, best 0; other tokens come behind.
+
+        Ties go to the lower position.
+        """
+        key = (spec.model_dump_json(), groups, layer)
+        if key not in self._ranks:
+            scores = self.group_scores(spec, groups, layer)
+            vision = (self.layers[layer].modality == Modality.VISION)[:, None]
+            self._ranks[key] = places(scores.masked_fill(~vision, float("-inf")))
+        return self._ranks[key]
+
+    def _mapped(self, pick: Callable[[Tensor], Tensor], trim: bool) -> Prompts:
+        picked: dict[int, tuple[Tensor, int]] = {}  # layers share their maps; one object each stays one
+        for layer in self.layers:
+            if id(layer.modality) not in picked:
+                modality = pick(layer.modality)
+                first = int((modality != Modality.PAD).any(dim=0).int().argmax()) if trim else 0
+                picked[id(layer.modality)] = (modality[:, first:], first)
+        layers = []
+        for layer in self.layers:
+            modality, first = picked[id(layer.modality)]
+            key, value = pick(layer.key)[:, :, first:], pick(layer.value)[:, :, first:]
+            layers.append(PromptLayer(key, value, modality, pick(layer.columns)[:, first:]))
+        starts = [picked[id(layer.modality)][1] for layer in self.layers]
+        scores = {
+            name: [pick(s)[..., start:] for s, start in zip(held, starts, strict=True)]
+            for name, held in self.scores.items()
+        }
+        return Prompts(layers, pick(self.last), scores, [pick(t) for t in self.text])
+
+
+def _ordered(tensor: Tensor, order: Tensor) -> Tensor:
+    return tensor.index_select(0, order.to(tensor.device))
+
+
+class Capture:
+    """Observer of a model's prefill: keeps what `Prompts` holds, and ignores decoding steps.
+
+    `text` asks for the text weights. Valid when one prompt has run inside `running`.
+    """
+
+    def __init__(self, scorers: list[ScorerSpec], text: bool = False, keep_kv: bool = True) -> None:
+        self.scorers = {spec.model_dump_json(): make_scorer(spec) for spec in scorers}
+        self.scores: dict[str, list[Tensor]] = {name: [] for name in self.scorers}
+        self.wants_text, self.keep_kv = text, keep_kv
+        self.layers: list[PromptLayer] = []
+        self.text: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def begin(self, forward: Forward) -> None:
+        """Nothing to prepare."""
+
+    def attended(self, forward: Forward, call: AttentionCall) -> None:
+        """Keep one layer of the prompt."""
+        if forward.step == 0:
+            modality = forward.modality
+            columns = torch.arange(modality.shape[1], device=modality.device).expand(modality.shape)
+            self.keep(call, Prefill.of(call, modality), columns)
+
+    def keep(self, call: AttentionCall, prefill: Prefill, columns: Tensor) -> None:
+        """Keep one layer; layers come in order. `columns [B, N]` are places in the padded prompt."""
+        if self.keep_kv:
+            before = self.layers[-1] if self.layers else None
+            same = before is not None and torch.equal(before.columns, columns)
+            modality = before.modality if before is not None and same else prefill.modality
+            self.layers.append(PromptLayer(call.key, call.value, modality, columns))
+        for name, scorer in self.scorers.items():
+            self.scores[name].append(scorer.score(prefill))
+        if self.wants_text:
+            self.text.append(text_weights(prefill))
+
+    @contextmanager
+    def reading_last(self, head: Head, short: bool = False) -> Iterator[None]:
+        """Note the prompt's last row on its way into the head; `short` spares the other rows' logits."""
+        with head.watched(short) as seen:
+            yield
+        self.last = seen.first
+
+    def prompts(self) -> Prompts:
+        """What was kept."""
+        assert self.last is not None
+        return Prompts(self.layers, self.last, dict(self.scores), self.text)
+
+
+def text_weights(prefill: Prefill) -> Tensor:
+    """Weights `[B, Hkv, C, C]` of text rows on text columns, as `Prompts.text` holds them."""
+    text = prefill.modality == Modality.TEXT
+    order, real = left_aligned(text)
+    groups = prefill.key.shape[1]
+    found = []
+    for start in range(0, order.shape[1], _TEXT_ROWS):
+        rows = order[:, start : start + _TEXT_ROWS]
+        weights = group_mean(prefill.weights(rows), groups)
+        index = order[:, None, None].expand(-1, groups, rows.shape[1], -1)
+        found.append(weights.gather(-1, index) * real[:, None, start : start + _TEXT_ROWS, None])
+    if not found:
+        return prefill.key.new_zeros((order.shape[0], groups, 0, 0), dtype=torch.float32)
+    return torch.cat(found, dim=2) * real[:, None, None]
+
+
+def left_aligned(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns `[B, C]` of the marked tokens of `marked [B, N]` in order, and which of them are real."""
+    counts = marked.sum(dim=1, keepdim=True)
+    most = int(counts.max())
+    order = (~marked).long().argsort(dim=1, stable=True)[:, :most]
+    return order, torch.arange(most, device=marked.device) < counts
+
+
+def places(scores: Tensor) -> Tensor:
+    """Place of every entry in its row `[..., n]`, best 0; ties go to the lower index. int64."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, rank)

@@ -1,0 +1,131 @@
+"""What every answer row sees of a layer, for all rows at once: no set depends on an earlier eviction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from avlprof.attention.modality import Modality
+from avlprof.runtime.forced_groups import wanted_scorers
+from avlprof.runtime.forced_plan import Plans, TextRoom
+from avlprof.runtime.forced_prompt import Prompts, places
+from avlprof.runtime.forced_rows import AnswerRows
+
+
+def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Kept and core tokens of the prompt, bool `[B, G, P, N]`, right after prefill.
+
+    In a split pool they are vision tokens; in a joint one any, and both are the same.
+    """
+    if not wanted_scorers(plans.policies):
+        vision = (prompts.layers[layer].modality == Modality.VISION)[:, None, None]
+        return vision, vision
+    counts, cores = plans.vision(layer)
+    ranks = _pool_ranks if plans.policies[0].joint is not None else _vision_ranks
+    rank = ranks(plans, prompts, layer, groups)
+    kept = rank < counts[:, None, :, None]
+    return kept, rank < cores[:, None, :, None]
+
+
+class VisionSets:
+    """Vision tokens that each row sees: the core of prefill, then that of each refresh.
+
+    `full` refresh rows see all that is kept; under `score_only` they see the core that they pick.
+    """
+
+    def __init__(
+        self, rows: AnswerRows, plans: Plans, kept: Tensor, core: Tensor, shown: Tensor, layer: int
+    ) -> None:
+        policy = plans.policies[0]
+        self._every = policy.refresh_interval
+        self._full = policy.refresh == "full"
+        self._sets = core[:, :, :, None]
+        counts, cores = plans.vision(layer)
+        if not self._every or self._every > rows.steps or bool((counts == cores).all()):
+            self._every = 0
+            return
+        found = [self._sets]
+        if self._every > 1 or not self._full:
+            refreshes = range(self._every - 1, rows.steps, self._every)
+            found += [_refreshed(rows, kept, cores, shown, block) for block in rows.blocks(refreshes)]
+        self._sets = torch.cat([*found, kept[:, :, :, None]], dim=3)
+
+    def seen(self, block: range) -> Tensor:
+        """bool `[B, G, P, R or 1, N]` of the rows of a block."""
+        if not self._every:
+            return self._sets
+        steps = torch.arange(block.start + 1, block.stop + 1, device=self._sets.device)
+        index = steps // self._every
+        if self._full:
+            index = torch.where(steps % self._every == 0, self._sets.shape[3] - 1, index)
+        return self._sets.index_select(3, index)
+
+
+def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, shown: Tensor, block: range) -> Tensor:
+    """Core `[B, G, P, R, N]` that each refresh row of a block picks among the kept tokens."""
+    logits = rows.logits(block)
+    seen = with_prompt(shown[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
+    weights = logits.masked_fill_(~seen.unsqueeze(3), float("-inf")).softmax(dim=-1)
+    scores = head_mean(weights[..., : rows.length], kept.shape[1])
+    rank = places(scores.masked_fill(~kept[:, :, :, None], float("-inf")))
+    return rank < cores[:, None, :, None, None]
+
+
+def with_prompt(shown: Tensor, chosen: Tensor) -> Tensor:
+    """Add prompt tokens `[B, G, P, R, N]` to what rows `[B, P, R, N + T]` see anyway."""
+    extra = shown.shape[-1] - chosen.shape[-1]
+    return shown[:, None] | torch.nn.functional.pad(chosen, (0, extra))
+
+
+def head_mean(weights: Tensor, groups: int) -> Tensor:
+    """Mean over query heads: `[B, Hkv, P, g, ...]` to `[B, groups, P, ...]`, groups being 1 or Hkv."""
+    if groups == 1:
+        return weights.mean(dim=(1, 3)).unsqueeze(1)
+    return weights.mean(dim=3)
+
+
+def always_shown(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> Tensor:
+    """bool `[B, P, T, N + T]`: system, the text that stays by its age, and the answer so far.
+
+    Text and generated tokens are numbered together; a row sees the first `sink` and the newest
+    of them, itself included. A joint pool that grows shows no prompt token here.
+    """
+    steps = room.limit.shape[-1] - 1
+    device = modality.device
+    text = modality != Modality.PAD if joint else modality == Modality.TEXT
+    count = text.sum(dim=1, keepdim=True)
+    now = (count + torch.arange(steps, device=device))[:, None, :, None]
+    index = torch.cat([text.long().cumsum(dim=1) - 1, now[:, 0, :, 0]], dim=1)[:, None, None]
+    shown_text = text & (not grows)
+    is_text = torch.cat([shown_text, torch.ones_like(now[:, 0, :, 0], dtype=torch.bool)], dim=1)[
+        :, None, None
+    ]
+    sink = room.sink[:, :, None, None]
+    newest = room.limit[:, :, 1:, None] - sink
+    spoken = is_text & (index <= now)
+    if not grows:
+        spoken = spoken & ((index < sink) | (index > now - newest))
+    if joint:
+        return spoken
+    system = torch.nn.functional.pad(modality == Modality.SYSTEM, (0, steps))[:, None, None]
+    return spoken | system
+
+
+def _vision_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:
+    specs = [policy.scorer for policy in plans.policies]
+    ranks = [prompts.vision_ranks(spec, groups, layer) for spec in specs]
+    if all(spec == specs[0] for spec in specs):
+        return ranks[0][:, :, None]
+    return torch.stack(ranks, dim=2)
+
+
+def _pool_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:
+    """Places `[B, G, P, N]` in a joint pool: the first and the newest tokens come before all others."""
+    valid = prompts.layers[layer].modality != Modality.PAD
+    index = valid.long().cumsum(dim=1) - 1
+    room = plans.room(layer)
+    after = valid.sum(dim=1, keepdim=True) - index
+    safe = (index[:, None] < room.sink[..., None]) | (after[:, None] <= room.newest[..., :1])
+    scores = torch.stack([prompts.group_scores(p.scorer, groups, layer) for p in plans.policies], dim=2)
+    ranked = scores.masked_fill(safe[:, None], float("inf"))
+    return places(ranked.masked_fill(~valid[:, None, None], float("-inf")))

@@ -1,0 +1,139 @@
+"""Drop vision tokens on the way through the layers of a prompt, without a fork of the model.
+
+Hooks of the decoder layers behind the filter shorten what the model hands them. FastV, arXiv
+2403.06764, drops once; PyramidDrop, arXiv 2410.17247, several times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avlprof.attention.modality import Modality
+from avlprof.attention.rows import group_mean
+from avlprof.attention.selection import best
+from avlprof.errors import UserError
+from avlprof.policy import Policy, PromptShape, tokens
+from avlprof.runtime.layout import per_row
+from avlprof.scorers import Prefill, make_scorer
+
+
+class ShortPrefill:
+    """Which tokens of the present prompt go on, layer by layer; empty between prompts.
+
+    `columns` are the prompt's columns that the layer at work sees, `[B, n]`: rows that keep fewer
+    begin with columns that were dropped, which `modality` marks as padding. None means all.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[int, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A forward pass starts: all tokens go on."""
+        self.columns: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._cuts: dict[int, Tensor] = {}
+
+    def modality(self, whole: Tensor) -> Tensor:
+        """Modality `[B, n]` of the tokens that go on, of that of the prompt, `[B, N]`."""
+        assert self.columns is not None and self._kept is not None
+        return whole.gather(1, self.columns).masked_fill(~self._kept, int(Modality.PAD))
+
+    def choose(self, prefill: Prefill, policy: Policy, rows: list[PromptShape], layer: int) -> None:
+        """Pick the tokens that go on behind a layer, by the policy's scorer's mean over heads.
+
+        `rows` are the original counts of the prompt; its shares are meant of them.
+        """
+        share = self.steps[layer + 1]
+        scores = group_mean(make_scorer(policy.scorer).score(prefill), 1)
+        vision = prefill.modality == Modality.VISION
+        counts = per_row([tokens(share, row.vision) for row in rows], scores.device)[:, 0, 0]
+        going = best(scores, vision[:, None], counts)[:, 0] | (prefill.valid & ~vision)
+        longest = int(going.sum(dim=1).max())
+        if longest == going.shape[1]:
+            return
+        cut = going.long().argsort(dim=1, stable=True)[:, -longest:]
+        self._cuts[layer + 1] = cut
+        self._kept = going.gather(1, cut)
+        self.columns = cut if self.columns is None else self.columns.gather(1, cut)
+
+    def shorten(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of a decoder layer: hand it the tokens that go on alone."""
+        if self.columns is None:
+            return None
+        if layer in self._cuts:
+            states = args[0] if args else kwargs["hidden_states"]
+            states = _at(states, self._cuts[layer], -3, -2)
+            if args:
+                args = (states, *args[1:])
+            else:
+                kwargs = kwargs | {"hidden_states": states}
+        places = {"position_embeddings": (-3, -2), "position_ids": (-2, -1), "attention_mask": (-4, -2)}
+        short = {name: _at(kwargs[name], self.columns, *at) for name, at in places.items() if name in kwargs}
+        return args, kwargs | short
+
+    @contextlib.contextmanager
+    def hooked(self, model: PreTrainedModel, policy: Policy) -> Iterator[None]:
+        """Hook a model's layers for a policy's filters; nothing is hooked for a policy without.
+
+        Raises:
+            UserError: layers behind the filter cannot bear shorter prompts.
+        """
+        self.steps = {step.after_layer: step.keep for step in policy.prefill_filter}
+        handles = []
+        if self.steps:
+            decoder: Any = model.get_decoder()
+            _check(model.config, min(self.steps), policy)
+            for index, layer in enumerate(decoder.layers):
+                if index >= min(self.steps):
+                    hook = partial(self.shorten, index)
+                    handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.begin()
+
+
+def _check(config: Any, first: int, policy: Policy) -> None:
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    sliding = [index for index, kind in enumerate(kinds) if kind == "sliding_attention" and index >= first]
+    if sliding:
+        raise UserError(
+            f"prefill_filter.after_layer {first} lies before layer {sliding[0]}, which attends by a sliding "
+            f"window that needs all tokens (policy '{policy.name}'); leave prefill_filter out for this model"
+        )
+    deep = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or [])
+    if first < deep:
+        raise UserError(
+            f"prefill_filter.after_layer must be {deep} or more for this model, which adds vision features "
+            f"behind its first {deep} layers, got {first} (policy '{policy.name}')"
+        )
+
+
+def _at(value: Any, columns: Tensor, batch: int, dim: int) -> Any:
+    """`value` at `columns [B, n]` of its dimension `dim`; its dimension `batch` is B or 1.
+
+    Tuples and dicts are cut inside; None stays.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(_at(part, columns, batch, dim) for part in value)
+    if isinstance(value, dict):
+        return {name: _at(part, columns, batch, dim) for name, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    shape, spread = list(value.shape), [1] * value.ndim
+    shape[batch] = spread[batch] = len(columns)
+    whole = value.expand(shape)
+    shape[dim] = spread[dim] = columns.shape[1]
+    return whole.gather(dim, columns.view(spread).expand(shape))

@@ -1,0 +1,76 @@
+"""A layer's buffers of slots: keys, values, and the logical position that each slot holds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from avlprof.runtime.dense import RESERVE, BufferedLayer, grown
+from avlprof.runtime.layout import per_row, take
+
+
+class SlotLayer(BufferedLayer):
+    """Buffers whose slots are in an order of their own.
+
+    `keys` and `values` are `[B, Hkv, capacity, D]`, `positions [B, G, capacity]`, with `G` 1 or
+    `Hkv`; -1 where nothing was ever written.
+    """
+
+    positions: Tensor | None = None
+
+    def fill(self, key: Tensor, value: Tensor, places: Tensor, order: Tensor, room: int) -> None:
+        """New buffers of the tokens `order [B, G, n]` of `key` and `value`, and `room` more slots.
+
+        `places [B, G, N]` are the logical positions of all tokens.
+        """
+        self.keys, self.values = (_buffer(states, order, room) for states in (key, value))
+        self.positions = pad(places.gather(-1, order), (0, room), value=-1)
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of a layer that holds something."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
+        return self.keys, self.values, self.positions
+
+    def write(self, slots: list[int], key: Tensor, value: Tensor) -> int:
+        """Write one token a row, `[B, Hkv, 1, D]`, into its slot; how many slots this added."""
+        keys, values, positions = self.buffers
+        capacity, more = keys.shape[2], 0
+        if max(slots) >= capacity:
+            more = max(RESERVE, capacity // 2)
+            keys = self.keys = grown(keys, capacity + more)
+            values = self.values = grown(values, capacity + more)
+            positions = self.positions = pad(positions, (0, more), value=-1)
+        if len(set(slots)) == 1:
+            keys[:, :, slots[0]] = key[:, :, 0]
+            values[:, :, slots[0]] = value[:, :, 0]
+            positions[:, :, slots[0]] = self.seen
+            return more
+        at = per_row(slots, key.device)
+        for buffer, new in ((keys, key), (values, value)):
+            buffer.scatter_(2, at[..., None].expand_as(new), new)
+        positions.scatter_(2, at.expand(-1, positions.shape[1], 1), self.seen)
+        return more
+
+    def select_rows(self, rows: Tensor) -> None:
+        super().select_rows(rows)
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.positions = None
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind keys, values and the slots' positions."""
+        index = self.positions.untyped_storage().nbytes() if self.positions is not None else 0
+        return super().allocated_bytes() + index
+
+
+def _buffer(states: Tensor, order: Tensor, room: int) -> Tensor:
+    kept = order.shape[-1]
+    buffer = states.new_zeros((*states.shape[:2], kept + room, states.shape[3]))
+    buffer[:, :, :kept] = take(states, order)
+    return buffer

@@ -1,0 +1,44 @@
+"""ROUGE-L."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from avlprof.tasks.metrics._base import best
+
+_WORD = re.compile(r"\w+")
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words with the nearest answer.
+
+    Words are runs of letters, digits and underscores, lower-cased; their order counts, gaps do
+    not. Precision and recall are the length of the subsequence over the words of prediction and
+    answer. Where one of them has no word, the score is 1 if neither has, else 0. For captions;
+    CIDEr is not offered, since it weighs words by a corpus and is no number of one sample.
+
+    Source: ROUGE (Lin 2004, https://aclanthology.org/W04-1013/), sentence level with beta = 1. The
+    caption tools of COCO (https://github.com/tylin/coco-caption) differ: beta = 1.2, and the best
+    precision and the best recall may come from two answers.
+    """
+    return best(prediction, answers, _f1)
+
+
+def _f1(prediction: str, answer: str) -> float:
+    found, wanted = (_WORD.findall(text.lower()) for text in (prediction, answer))
+    if not found or not wanted:
+        return float(found == wanted)
+    return 2 * _common(found, wanted) / (len(found) + len(wanted))
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for place, other in enumerate(b, start=1):
+            above = row[place]
+            row[place] = before + 1 if word == other else max(above, row[place - 1])
+            before = above
+    return row[-1]

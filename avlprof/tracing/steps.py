@@ -1,0 +1,85 @@
+"""One layer's decoding steps, measured some at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from avlprof.tracing import statistics
+from avlprof.tracing.columns import Columns
+from avlprof.tracing.history import history
+from avlprof.tracing.measure import UNSEEN, row_values
+from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.sums import Sums
+
+HELD_STEPS = 32  # decoding steps measured at once, at most
+
+
+class LayerSteps:
+    """Logits of decoding steps held back, and what the measured ones came to.
+
+    `scores` are head-mean weights on vision, fp32 `[S, V]` each, in host memory: they are all
+    that grows with the length of an answer. `history [T]` are sums over the steps, if asked for.
+    """
+
+    def __init__(self, options: RecordOptions) -> None:
+        self.sums = Sums({"generated": 0})
+        self.scores: list[Tensor] = []
+        self.history: Tensor | None = None
+        self._options = options
+        self._held: list[Tensor] = []
+        self._tops: Tensor | None = None
+
+    def hold(self, logits: Tensor) -> bool:
+        """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure."""
+        self._held.append(logits)
+        return len(self._held) >= HELD_STEPS or len(self._held) * logits.numel() > self._options.held
+
+    def measure(self, columns: Columns) -> None:
+        """Measure the held steps at once, and let go of them; `columns` cover the newest."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        heads, length = held[-1].shape
+        logits = held[-1].new_full((heads, len(held), length), UNSEEN)
+        for step, seen in enumerate(held):
+            logits[:, step, : seen.shape[1]] = seen
+        weights = logits.softmax(dim=-1)
+        rows = torch.tensor([seen.shape[1] - 1 for seen in held])
+        values, text = row_values(logits, weights, columns, columns.bins(rows))
+        every = torch.ones(1, len(held), dtype=torch.float64, device=weights.device)
+        whole = slice(0, heads)
+        self.sums.kinds["generated"] += len(held)
+        self.sums.add(values, every, whole, heads)
+        if self._options.history is not None:
+            order = columns.order[rows].to(weights.device)
+            self._add_history(history(text, order, self._options.history, decoding=True))
+        if not len(columns.vision):
+            return
+        vision = columns.vision.of_first(weights)
+        ordered = statistics.descending(vision)
+        self.sums.add_coverage(statistics.coverage(ordered, columns.shares), every, whole, heads)
+        self.scores.append(vision.mean(dim=0).cpu())
+        self._add_overlaps(statistics.top_sets(vision, self._options.top_share, ordered))
+
+    def _add_overlaps(self, now: Tensor) -> None:
+        """Compare the top sets `[H, S, V]` of these steps with those `lags` steps before each."""
+        lags = self._options.lags
+        tops = now if self._tops is None else torch.cat([self._tops, now], dim=1)
+        if self.sums.overlap is None:
+            self.sums.overlap = torch.zeros(len(now), 1, len(lags), dtype=torch.float64, device=now.device)
+            self.sums.pairs = [0] * len(lags)
+        for index, lag in enumerate(lags):
+            first = max(tops.shape[1] - now.shape[1], lag)
+            if first < tops.shape[1]:
+                overlap = statistics.set_overlap(tops[:, first:], tops[:, first - lag : -lag])
+                self.sums.overlap[:, 0, index] += overlap.sum(dim=1, dtype=torch.float64)
+                self.sums.pairs[index] += overlap.shape[1]
+        self._tops = tops[:, -max(lags, default=1) :]
+
+    def _add_history(self, added: Tensor) -> None:
+        if self.history is None:
+            self.history = added
+        else:
+            grown = len(added) - len(self.history)
+            self.history = torch.nn.functional.pad(self.history, (0, grown)) + added

@@ -1,0 +1,180 @@
+"""Between search and proof: who is generated for real on the search split, and what that teaches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial
+from scipy.stats import spearmanr
+
+from avlprof.allocators import Evidence
+from avlprof.errors import UserError
+from avlprof.evaluation import AnswerStore
+from avlprof.files import write_text
+from avlprof.policy import Policy, PromptShape, parse_policy, sizes
+from avlprof.tuning.candidate import Budget
+from avlprof.tuning.prepared import Prepared
+from avlprof.tuning.refine import is_refined
+from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals
+
+Array = NDArray[np.float64]
+FEW = 16
+GENERATED_RIVALS = 3
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A policy on the search split: the task's metric and the cheap score, `[n]` each, one a sample.
+
+    `coverage` is the share of the traced vision attention that the policy's kept tokens could hold
+    at best, mean over layers (NaN for a joint pool, where tokens compete with text).
+    """
+
+    name: str
+    policy: Policy
+    metric: Array
+    cheap: Array
+    coverage: float
+    trial: FrozenTrial | None = None
+
+
+@dataclass(frozen=True)
+class PlayOff:
+    """Everyone who was generated on the search split; `winner` and `strongest` are among them.
+
+    `strongest` is the hand-set rival with the best metric; `left_out` says of other rivals why
+    they could not take part, or their cheap score where that was too far behind to be generated.
+    """
+
+    judged: tuple[Judged, ...]
+    winner: Judged
+    strongest: Judged
+    dense: Array
+    left_out: dict[str, str]
+
+    def correlations(self) -> dict[str, tuple[float, int]]:
+        """Spearman's rank correlation with the metric, and over how many policies, by cheap score.
+
+        1 means that the cheap score orders the policies as their real answers do. NaN where all are
+        equal, or less than three policies have the score.
+        """
+        scores = {
+            "coverage": [judged.coverage for judged in self.judged],
+            f"forced, {min(FEW, len(self.dense))} samples": [-j.cheap[:FEW].mean() for j in self.judged],
+            f"forced, {len(self.dense)} samples": [-j.cheap.mean() for j in self.judged],
+        }
+        metric = np.array([judged.metric.mean() for judged in self.judged])
+        return {name: rank_correlation(np.array(values), metric) for name, values in scores.items()}
+
+    def write(self, path: Path, metric: str, split: str) -> None:
+        """What was learnt about the cheap scores, as JSON."""
+        correlations = {
+            name: {"spearman": None if np.isnan(rho) else round(rho, 4), "policies": count}
+            for name, (rho, count) in self.correlations().items()
+        }
+        rows = [
+            {
+                "policy": judged.name,
+                "trial": judged.trial.number if judged.trial else None,
+                metric: round(float(judged.metric.mean()), 6),
+                "forced": round(float(judged.cheap.mean()), 6),
+                "coverage": None if np.isnan(judged.coverage) else round(judged.coverage, 6),
+            }
+            for judged in self.judged
+        ]
+        found = {
+            "metric": metric,
+            "split": split,
+            "samples": len(self.dense),
+            "rank_correlation": correlations,
+            "policies": rows,
+            "left_out": self.left_out,
+        }
+        write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def rank_correlation(scores: Array, metric: Array) -> tuple[float, int]:
+    """Spearman's coefficient over the policies that have a score, and how many these are."""
+    known = np.isfinite(scores)
+    count = int(known.sum())
+    if count < 3 or np.ptp(scores[known]) == 0 or np.ptp(metric[known]) == 0:
+        return float("nan"), count
+    return float(spearmanr(scores[known], metric[known]).statistic), count
+
+
+def play_off(
+    prepared: Prepared,
+    best: Sequence[FrozenTrial],
+    budget: Budget,
+    store: AnswerStore,
+    progress: Callable[[int, int], None],
+) -> PlayOff:
+    """Generate with the finalists; the metric decides, then the cheap score. Then with their rivals.
+
+    Rivals are set at the winner's bytes and ranked by the cheap score; the best few of them, and
+    `uniform`, `random` and `static core` in any case, are generated to find the strongest.
+    """
+    answers = prepared.generated(store)
+    total = len(best) + 2 + GENERATED_RIVALS
+    progress(0, total * len(prepared.samples))
+    judged: list[Judged] = []
+
+    def judge(name: str, policy: Policy, trial: FrozenTrial | None = None) -> Judged:
+        nonlocal total
+        metric = answers.metric(policy)
+        found = Judged(
+            name, policy, metric, prepared.cheap(policy), coverage_of(policy, prepared.evidence), trial
+        )
+        judged.append(found)
+        total = max(total, len(judged) + 1)
+        progress(len(judged) * len(prepared.samples), total * len(prepared.samples))
+        return found
+
+    finals = [judge(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
+    winner = min(finals, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
+    entries, left_out = _entries(prepared, winner.policy, budget)
+    rest = [judge(policy.name, policy) for policy in entries]
+    if not rest:
+        raise UserError("no baseline can be set at the bytes of the winner; raise --budget")
+    progress(len(judged) * len(prepared.samples), len(judged) * len(prepared.samples))
+    strongest = min(rest, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
+    return PlayOff(tuple(judged), winner, strongest, answers.metric(None), left_out)
+
+
+def _entries(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:
+    """The rivals to generate with, the best by the cheap score first, and who is not among them."""
+    always = rivals(winner, budget, prepared.layers)
+    more, left_out = shipped_rivals(winner, budget, prepared.evidence, always)
+    ranked = []
+    for policy in [*always, *more]:
+        try:
+            ranked.append((float(prepared.cheap(policy).mean()), policy))
+        except UserError as error:
+            left_out[policy.name] = str(error)
+    ranked.sort(key=lambda entry: entry[0])
+    chosen = []
+    for place, (cheap, policy) in enumerate(ranked):
+        if place < GENERATED_RIVALS or policy.name in (UNIFORM, RANDOM, STATIC):
+            chosen.append(policy)
+        else:
+            left_out[policy.name] = f"forced score {cheap:.4f}, not among the best {GENERATED_RIVALS}"
+    return chosen, left_out
+
+
+def name_of(trial: FrozenTrial) -> str:
+    """`trial 12`, or `refined 12` for one of the second stage."""
+    return f"{'refined' if is_refined(trial) else 'trial'} {trial.number}"
+
+
+def coverage_of(policy: Policy, evidence: Evidence) -> float:
+    """Vision attention that a policy's kept tokens could hold at best, mean over layers; free."""
+    if policy.joint is not None or evidence.coverage is None:
+        return float("nan")
+    counts = [size.vision for size in sizes(policy, PromptShape(0, evidence.tokens, 0), evidence.layers)]
+    held = np.concatenate([np.zeros((evidence.layers, 1)), evidence.coverage], axis=1)
+    return float(np.mean([held[layer, count] for layer, count in enumerate(counts)]))

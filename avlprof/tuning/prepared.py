@@ -1,0 +1,138 @@
+"""What every study of a model and task needs, made once: dense answers, prefilled prompts, evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avlprof.allocators import Evidence
+from avlprof.analysis import Profile
+from avlprof.errors import UserError
+from avlprof.evaluation import AnswerStore
+from avlprof.models import LoadedModel
+from avlprof.policy import Policy, live_share
+from avlprof.runtime.forced import ForcedSet
+from avlprof.tasks import Sample, Task
+from avlprof.tuning.candidate import Budget, scorer_spec
+from avlprof.tuning.generated import BATCH, Generated
+from avlprof.tuning.objective import OBJECTIVES, Scores
+from avlprof.tuning.probe import probed
+from avlprof.tuning.settings import Settings
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Prepared:
+    """A model and the samples to search on, with what the dense model said to them.
+
+    Studies at several budgets share one, so that prompts are prefilled and answered once.
+    """
+
+    loaded: LoadedModel
+    task: Task
+    profile: Profile
+    samples: Sequence[Sample]
+    limit: int
+    forced: ForcedSet
+    kind: str
+    evidence: Evidence
+    _cheap: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        loaded: LoadedModel,
+        task: Task,
+        profile: Profile,
+        settings: Settings,
+        scorers: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Prepared:
+        """Answer the samples of the search split densely, and prefill their prompts.
+
+        Args:
+            scorers: scorers that will be used; another one costs a further run of the prompts.
+
+        Raises:
+            UserError: no dense answer has a second token, or the profile is of another model.
+        """
+        check_same_model(loaded, profile)
+        tell = progress or (lambda phase, done, total: None)
+        samples = task.samples(settings.split, settings.samples)
+        limit = answer_limit(task, settings)
+        forced = ForcedSet.prepare(
+            loaded,
+            samples,
+            max_new_tokens=limit,
+            batch_size=BATCH,
+            answers="reference" if settings.objective == "likelihood" else "dense",
+            scorers=[scorer_spec(name) for name in scorers],
+            progress=lambda d, t: tell("dense answers", d, t),
+        )
+        if not forced.answer_tokens:
+            kind = "reference" if settings.objective == "likelihood" else "dense"
+            raise UserError(
+                f"every {kind} answer ends at its first token, which no policy changes; "
+                "choose a task with longer answers"
+            )
+        return cls(loaded, task, profile, samples, limit, forced, settings.objective, profile.evidence())
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.evidence.layers
+
+    @cached_property
+    def least(self) -> float:
+        """The smallest budget that holds system and all text."""
+        return live_share(Policy(vision_keep=0.0), self.forced.shapes, self.layers)
+
+    def budget(self, settings: Settings) -> Budget:
+        """The budget, counted on the prompts and answers that trials are scored on."""
+        steps = max(round(self.forced.answer_tokens), 1)
+        return Budget(settings.budget, settings.read_budget, tuple(self.forced.shapes), steps)
+
+    def probe(self, path: Path, progress: Progress | None = None) -> None:
+        """Add the damage of every layer to the evidence, from a file or measured once."""
+        if self.evidence.damage is None:
+            tell = progress or (lambda phase, done, total: None)
+            self.evidence = probed(self.evidence, self.forced, path, lambda d, t: tell("probe", d, t))
+
+    def generated(self, store: AnswerStore) -> Generated:
+        """Policies scored by real answers to the samples."""
+        lengths = {
+            name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
+        }
+        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store)
+
+    def scores(self, store: AnswerStore) -> Scores:
+        """What trials are scored by."""
+        return self.generated(store) if self.kind == "accuracy" else self.forced
+
+    def cheap(self, policy: Policy) -> NDArray[np.float64]:
+        """Forced score `[n]` of a policy, lower is better; KL to dense where trials generate."""
+        if policy.hash not in self._cheap:
+            value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
+            self._cheap[policy.hash] = np.array([value(score) for score in self.forced.score(policy)])
+        return self._cheap[policy.hash]
+
+
+def answer_limit(task: Task, settings: Settings) -> int:
+    """Longest answer in tokens."""
+    return settings.max_new_tokens or task.max_new_tokens
+
+
+def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
+    """`UserError` unless the profile is of this model."""
+    traced = profile.meta.settings.model_hash
+    if traced and loaded.revision and traced != loaded.revision:
+        raise UserError(
+            f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
+            f"not with {loaded.source} {loaded.revision}; trace this model first"
+        )

@@ -1,0 +1,124 @@
+"""Who a tuned policy must beat: hand-set policies at its live and read bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from avlprof.allocators import Evidence, meet_budget
+from avlprof.errors import UserError
+from avlprof.evaluation import equal_bytes
+from avlprof.evaluation.at_budget import at_budget
+from avlprof.policy import (
+    Policy,
+    PromptShape,
+    ScorerSpec,
+    live_share,
+    load_policy,
+    read_share,
+    shipped,
+)
+from avlprof.runtime.support import unsupported
+from avlprof.tuning.candidate import Budget
+from avlprof.tuning.reads import spread_reads
+
+PLAIN_SCORER = "last_query"
+UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
+FOLDER = "baselines"
+
+
+def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
+    """The rivals of every proof, at the winner's bytes, without those that do what the winner does.
+
+    `uniform` ranks by A-VL's own scorer (`last_query`, one set a layer), `uniform, same scorer`
+    as the winner does; both have the winner's text and refreshes. `random` ranks by chance. Where
+    reads are limited, `static core` spreads memory and reads evenly and never re-picks its core.
+    """
+    prompts, steps = budget.prompts, budget.answer_tokens
+    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
+    uniform, same = (
+        next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
+        for policy in (plain, winner)
+    )
+    random = [p for p in equal_bytes(winner, prompts, layers, steps) if p.name == RANDOM]
+    named = [(UNIFORM, uniform), (SAME, same), *((RANDOM, p) for p in random)]
+    if budget.read is not None:
+        named.append((STATIC, static_core(winner, budget, layers)))
+    hashes = {winner.hash}
+    found = []
+    for name, policy in named:
+        if policy.hash not in hashes:
+            hashes.add(policy.hash)
+            found.append(policy.model_copy(update={"name": name}))
+    return found
+
+
+def static_core(winner: Policy, budget: Budget, layers: int) -> Policy:
+    """The winner's memory and reads spread evenly, its scorer, and a core that is never re-picked.
+
+    All text stays where the winner keeps all; else its window is the winner's.
+    """
+    prompts = budget.prompts
+    keep = meet_budget((1.0,) * layers, prompts, live_share(winner, prompts, layers), winner.text)
+    even = Policy(name=STATIC, vision_keep=keep, scorer=winner.scorer, heads=winner.heads, text=winner.text)
+    reads = read_share(winner, prompts, layers, budget.answer_tokens)
+    return spread_reads(even, (1.0,) * layers, prompts, reads, budget.answer_tokens)
+
+
+def shipped_rivals(
+    winner: Policy, budget: Budget, evidence: Evidence, known: Sequence[Policy] = ()
+) -> tuple[list[Policy], dict[str, str]]:
+    """The shipped baselines at the winner's bytes, and why others cannot take part, by name.
+
+    A baseline without two levels reads all it keeps, so where reads are limited it keeps no more
+    than may be read: it then uses less memory than the winner. `known` are left out.
+    """
+    prompts, layers = budget.prompts, evidence.layers
+    live = live_share(winner, prompts, layers)
+    reads = read_share(winner, prompts, layers, budget.answer_tokens)
+    hashes = {winner.hash, *(policy.hash for policy in known)}
+    found, left_out = [], dict[str, str]()
+    for label, path in shipped().items():
+        if path.parent.name != FOLDER or label in (UNIFORM, RANDOM):
+            continue
+        policy = load_policy(path)
+        what = unsupported(policy)
+        if what:
+            left_out[label] = f"the runtime cannot run {what}"
+            continue
+        try:
+            scaled = _within(policy, live, reads, budget, evidence)
+        except UserError as error:
+            left_out[label] = str(error)
+            continue
+        if scaled.hash not in hashes:
+            hashes.add(scaled.hash)
+            found.append(scaled.model_copy(update={"name": label}))
+    return found, left_out
+
+
+def _within(policy: Policy, live: float, reads: float, budget: Budget, evidence: Evidence) -> Policy:
+    """The baseline at `live`; if it then reads too much, at the memory where it does not."""
+    prompts, layers = budget.prompts, evidence.layers
+
+    def at(share: float) -> Policy:
+        return at_budget(policy, share, prompts, layers, evidence)
+
+    def read(some: Policy) -> float:
+        return read_share(some, prompts, layers, budget.answer_tokens)
+
+    full = at(live)
+    if budget.read is None or read(full) <= reads + _one_token(prompts):
+        return full
+    low, high = reads, live
+    least = at(low)
+    if read(least) > reads + _one_token(prompts):
+        raise UserError(f"policy '{policy.name}' reads more than {reads:.3g} of the dense prompt KV per step")
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if read(at(middle)) <= reads + _one_token(prompts) else (low, middle)
+    return at(low)
+
+
+def _one_token(prompts: Sequence[PromptShape]) -> float:
+    """One token a layer and prompt, as a share of the dense prompt KV: the grain of a budget."""
+    return len(prompts) / sum(prompt.total for prompt in prompts)

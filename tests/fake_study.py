@@ -1,0 +1,140 @@
+"""A study that needs no model: a start list, a score that takes its time, and a worker's command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from avlprof.tuning import Settings
+from avlprof.tuning.database import DatabasePlace
+from avlprof.tuning.places import FolderPlace, process_name, runs
+from avlprof.tuning.storage import open_study
+from avlprof.tuning.trials import run_trials
+from avlprof.tuning.workers import Workers, watch_parent
+
+STEPS = 4
+HEARTBEAT, GRACE = 1, 3
+
+
+@dataclass(frozen=True)
+class Start:
+    x: float
+    kind: str
+
+    def params(self, budget):
+        return {"x": self.x, "kind": self.kind}
+
+
+class Starts:
+    """As much of a `Space` as the trials ask for."""
+
+    def starts(self):
+        return [Start(x, kind) for kind in ("a", "b") for x in (0.0, 0.5, 1.0)]
+
+
+@dataclass
+class Sleepy:
+    """A paraboloid that takes `pause` seconds; `told` holds who ran which parameters."""
+
+    pause: float = 0.0
+    budget: None = None
+
+    def __call__(self, trial):
+        x = trial.suggest_float("x", 0.0, 1.0)
+        kind = trial.suggest_categorical("kind", ("a", "b"))
+        value = (x - 0.3) ** 2 + (kind == "b") / 10
+        for step in range(STEPS):
+            trial.report(value, step)
+            time.sleep(self.pause / STEPS)
+        trial.set_user_attr("complete", True)
+        return value
+
+
+def place_of(folder, url):
+    return DatabasePlace(Path(folder), url, HEARTBEAT, GRACE) if url else FolderPlace(Path(folder))
+
+
+def work(folder, trials, pause=0.0, url="", watch=None, on_trial=None, progress=None):
+    """What a worker does."""
+    Path(folder).mkdir(exist_ok=True)
+    return run_trials(
+        Path(folder),
+        Settings(trials=int(trials), prune=False),
+        Starts(),
+        Sleepy(float(pause)),
+        place=place_of(folder, url),
+        shared=True,
+        watch=watch or watch_parent(),
+        on_trial=on_trial,
+        progress=progress,
+    )
+
+
+def command(folder, trials, pause, url=""):
+    """The command of a worker."""
+    return [sys.executable, "-m", "tests.fake_study", str(folder), str(trials), str(pause), url]
+
+
+def stop_midway(study, process, how=signal.SIGKILL):
+    """Stop a worker in the middle of a trial; returns the number of the trial."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        os.kill(process, signal.SIGSTOP)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if runs(trial, process) and trial.intermediate_values:
+                os.kill(process, how)
+                return trial.number
+        os.kill(process, signal.SIGCONT)
+        time.sleep(0.1)
+    raise AssertionError(f"process {process} runs no trial")
+
+
+def check_replacement(place):
+    """A worker that is killed: another one in its stead, and its trial waits with the same parameters."""
+    study = open_study(place)
+    with Workers(place, ["sleep", "100"], 2) as workers:
+        first, second = workers.processes
+        trials = []
+        for process in (first, second):
+            trials.append(study.ask({"x": FloatDistribution(0.0, 1.0)}))
+            trials[-1].set_user_attr("worker", f"{process_name(process)}-abc")
+        os.kill(first, signal.SIGKILL)
+        while workers.processes[0] == first:
+            workers.watch(study)
+        assert workers.processes[1] == second
+        assert study.trials[0].state == TrialState.FAIL
+        assert study.trials[1].state == TrialState.RUNNING
+        assert [trial.params for trial in study.trials[2:]] == [trials[0].params]
+        assert study.trials[2].state == TrialState.WAITING
+
+
+def check_complete(study, trials):
+    """Exactly so many trials count, nothing is left open, and no start or lost trial is missing or double."""
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    assert len(done) == trials
+    assert study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)) == []
+    seen = Counter((trial.params["x"], trial.params["kind"]) for trial in done)
+    for start in Starts().starts():
+        assert seen[start.x, start.kind] == 1
+    assert max(seen.values()) == 1
+    lost = study.get_trials(states=(TrialState.FAIL,))
+    for trial in lost:
+        again = [
+            t for t in study.get_trials() if t.system_attrs.get("retry_history", [])[-1:] == [trial.number]
+        ]
+        assert len(again) == 1
+        assert trial.params.items() <= again[0].params.items()
+        assert seen[again[0].params["x"], again[0].params["kind"]] == 1
+    return lost
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
