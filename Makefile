@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types notebooks check clean
+.PHONY: demo test lmms lint types notebooks check clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "avlprof needs Python 3.11 or newer; set PYTHON=")'
@@ -21,6 +21,13 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# lmms-eval, for the tests of its plug-in; they are skipped without it
+lmms: $(VENV)/lmms
+
+$(VENV)/lmms: $(VENV)/ready requirements-lmms.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps -r requirements-lmms.txt
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -285,8 +285,9 @@ def test_an_ordinary_step_copies_nothing():
         assert runtime.cache is cache
 
 
-def test_reads_are_counted_as_the_policy_says(case):
-    policy = POLICIES["core, k=3"]
+@pytest.mark.parametrize("name", ["core, k=3", "core and window", "score only", "newest share", "streaming"])
+def test_reads_are_counted_as_the_policy_says(case, name):
+    policy = POLICIES[name]
     inputs = case.inputs(batch=1, seed=8)
     steps = 12
     with avlprof.apply(case.model, policy) as runtime:

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
+from avlprof.models.chat import chat_text, processor_inputs
+from avlprof.models.fitness import check_fits
+from avlprof.models.tiles import Layout, Tile
+from avlprof.tasks.sample import Sample
+from avlprof.tasks.turn import Message
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,14 @@ class Adapter:
     `processor` may be None where prompts are made elsewhere; then `encode` and `decode` refuse.
 
     Raises:
-        UserError: the model has no vision tokens in its prompt, or no decoder layers.
+        UserError: the model is of a kind that avlprof does not serve (`avlprof.models.fitness`).
     """
 
     model: Any
     processor: Any = None
 
     def __post_init__(self) -> None:
-        cross = getattr(self.text_config, "cross_attention_layers", None)
-        if not self.vision_token_ids or cross:
-            raise UserError(
-                f"model type '{self.family}' has no vision tokens in its prompt; use a model that has"
-            )
+        check_fits(self.model.config)
         if self.layers == 0:
             raise UserError(
                 f"model type '{self.family}' has no list of decoder layers; use a decoder-only model"
@@ -105,48 +106,93 @@ class Adapter:
         """
         return torch.isin(input_ids, torch.tensor(self.vision_token_ids, device=input_ids.device))
 
-    def vision_grid(self, encoding: Mapping[str, Tensor], image: int = 0) -> tuple[int, int] | None:
-        """Rows and columns in which the vision tokens of one image lie, row after row.
+    def image_layout(
+        self, encoding: Mapping[str, Tensor], image: int = 0, size: tuple[int, int] | None = None
+    ) -> Layout | None:
+        """How the vision tokens of one picture lie in it.
 
-        `encoding` is what `encode` returned and `image` counts its images, row by row. None where
-        the family's tokens form no single grid (tiles, resamplers).
+        Args:
+            encoding: what `encode_chats` returned.
+            image: which of its pictures, counted row by row, videos left out.
+            size: the picture's width and height before the processor had it. Without them a
+                family that cuts tiles by the picture's shape, and does not say how, gives None.
+
+        Returns:
+            The layout, its tiles counted from the picture's own first vision token; None where
+            the family has none that could be recovered.
         """
         return None
 
-    def prompt(self, text: str, images: int) -> str:
-        """The prompt in the model's own chat form, images first, ready for the answer.
+    def video_layout(self, encoding: Mapping[str, Tensor], video: int = 0, frames: int = 0) -> Layout | None:
+        """How the vision tokens of one video lie in its frames: a tile for each that it keeps.
 
-        A processor without a chat template (base models, PaliGemma) gets its image tokens and
-        then the bare text.
+        `video` counts the videos of the encoding and `frames` says how many this one had; else
+        as `image_layout`.
         """
-        processor = self._processor()
-        if getattr(processor, "chat_template", None) is None:
-            return str(getattr(processor, "image_token", "<image>")) * images + text
-        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-        message = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        return None
+
+    def vision_layout(
+        self, encoding: Mapping[str, Tensor], chats: Sequence[Sequence[Message]]
+    ) -> list[tuple[tuple[Tile, ...], ...]]:
+        """The tiles of all that each row shows, for heatmaps over the pictures.
+
+        Args:
+            encoding: what `encode_chats(chats)` returned.
+
+        Returns:
+            For each row the tiles of each of its pictures and video frames, in the order of
+            `Message.pictures`; they count among the row's vision tokens. A row whose layout cannot
+            be recovered, or does not add up to its vision tokens, has an empty tuple. A frame that
+            shares its tokens with an earlier one has no tiles.
+        """
+        totals = self.vision_mask(encoding["input_ids"]).sum(dim=1).tolist()
+        found: list[tuple[tuple[Tile, ...], ...]] = []
+        images = videos = 0
+        for chat, total in zip(chats, totals, strict=True):
+            shown: list[tuple[Layout | None, int]] = []
+            for message in chat:
+                for picture in message.images:
+                    shown.append((self.image_layout(encoding, images, picture.size), 1))
+                    images += 1
+                for frames in message.videos:
+                    shown.append((self.video_layout(encoding, videos, len(frames)), len(frames)))
+                    videos += 1
+            found.append(_in_a_row(shown, total))
+        return found
 
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """A left-padded batch on the model's device, as `model.generate(**batch)` takes it.
-
-        Row i holds `images[i]` (none, one or several) and then `prompts[i]`. `input_ids` and
-        `attention_mask` are int64 [rows, tokens]; pixel tensors have the model's dtype, and their
-        shapes and companions are the family's.
-
-        Raises:
-            UserError: the two sequences differ in length, or the processor refuses them.
-        """
-        processor = self._processor()
+        """`encode_chats` of rows that are one prompt each: `images[i]`, then `prompts[i]`."""
         if len(prompts) != len(images) or not prompts:
             raise UserError(
                 f"encode needs images for every prompt, got {len(prompts)} prompts, {len(images)} rows"
             )
-        texts = [self.prompt(text, len(row)) for text, row in zip(prompts, images, strict=True)]
+        return self.encode_chats(
+            [[Message("user", text, tuple(row))] for text, row in zip(prompts, images, strict=True)]
+        )
+
+    def encode_samples(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """`encode_chats` of the conversations of samples."""
+        return self.encode_chats([sample.messages() for sample in samples])
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> dict[str, Tensor]:
+        """A left-padded batch on the model's device, as `model.generate(**batch)` takes it.
+
+        A row is a conversation in the model's own chat form, ready for the answer; a message shows
+        its pictures and videos (none, one or several) before its text. `input_ids` and
+        `attention_mask` are int64 [rows, tokens]; pixel tensors have the model's dtype, and their
+        shapes and companions are the family's.
+
+        Raises:
+            UserError: the processor refuses the prompts, has no place for videos or no template
+                for a conversation.
+        """
+        processor = self._processor()
+        texts = [chat_text(processor, self.family, chat) for chat in chats]
         begin = processor.tokenizer.bos_token
         try:
             batch = processor(
                 text=texts,
-                images=[list(row) for row in images] if any(images) else None,
+                **processor_inputs(chats),
                 padding=len(texts) > 1,
                 padding_side="left",
                 # a template that writes the beginning itself must not get a second one
@@ -155,7 +201,7 @@ class Adapter:
             )
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"the processor of '{self.family}' cannot encode this prompt: {error}") from error
-        return {name: self._place(value) for name, value in batch.items()}
+        return {name: self._place(value) for name, value in batch.items() if isinstance(value, Tensor)}
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of token ids, without special tokens and outer blanks."""
@@ -171,3 +217,17 @@ class Adapter:
                 f"this adapter of '{self.family}' has no processor; build it as adapter_for(model, processor)"
             )
         return self.processor
+
+
+def _in_a_row(shown: Sequence[tuple[Layout | None, int]], total: int) -> tuple[tuple[Tile, ...], ...]:
+    """Tiles of each picture and frame, counted among `total` tokens; empty where they do not add up."""
+    found: list[tuple[Tile, ...]] = []
+    before = 0
+    for layout, frames in shown:
+        if layout is None:
+            return ()
+        tiles = [tile.behind(before) for tile in layout.tiles]
+        last = frames - 1
+        found += [tuple(t for t in tiles if min(t.frame, last) == frame) for frame in range(frames)]
+        before += layout.tokens
+    return tuple(found) if before == total else ()

@@ -1,5 +1,6 @@
 """Figures: each is an information object and a thin drawing of it; none is ever shown."""
 
+from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
 from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
 from avlprof.plots.drift import DriftInfo, drift_info, step_drift
 from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
@@ -14,6 +15,7 @@ from avlprof.plots.window import WindowInfo, text_window, window_info
 from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
 
 __all__ = [
+    "BudgetsInfo",
     "CoverageInfo",
     "DriftInfo",
     "HeatInfo",
@@ -24,6 +26,7 @@ __all__ = [
     "PolicyInfo",
     "TrialInfo",
     "WindowInfo",
+    "budgets_info",
     "coverage_curves",
     "coverage_info",
     "drift_info",
@@ -38,6 +41,7 @@ __all__ = [
     "pareto_info",
     "policy_layers",
     "policy_layers_info",
+    "quality_by_budget",
     "save_figure",
     "step_drift",
     "text_window",

@@ -88,9 +88,8 @@ class ForcedSet:
                 capture = Capture(list(scorers))
                 texts = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
             found.answers += texts
-            found._batches.append(
-                (rows, ForcedBatch(loaded.model, inputs, texts, head=head, captured=capture))
-            )
+            batch = ForcedBatch(loaded.model, inputs, texts, scorers=scorers, head=head, captured=capture)
+            found._batches.append((rows, batch))
             found._make_room(len(found._batches) - 1)
             if progress:
                 progress(rows[-1] + 1, len(samples))

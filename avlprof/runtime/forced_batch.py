@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched
-from avlprof.policy import DENSE, Policy, PromptShape
+from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced_attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced_groups import answer_groups, parts, policy_groups, runs
 from avlprof.runtime.forced_head import Head
@@ -34,6 +34,7 @@ class ForcedBatch:
         model: the dense model.
         inputs: a left-padded batch as `generate` takes it, `input_ids [B, N]` and companions.
         answers: token ids of each row's answer, its end token included.
+        scorers: scorers of policies to come; each one that is not named costs another run.
         head: the model's head, which batches can share.
         captured: what a dense run of these inputs left, to spare another one.
     """
@@ -44,6 +45,7 @@ class ForcedBatch:
         inputs: dict[str, Tensor],
         answers: Sequence[Sequence[int]],
         *,
+        scorers: Sequence[ScorerSpec] = (),
         head: Head | None = None,
         captured: Capture | None = None,
     ) -> None:
@@ -58,7 +60,7 @@ class ForcedBatch:
         self._order = torch.tensor(order, device=ids.device)
         self._head = head or Head(model)
         self._windows = windows(model.config.get_text_config(decoder=True))
-        self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head)
+        self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head, scorers)
         if captured is not None:
             self._prefixes.keep(captured, DENSE)
         grouped = answer_groups([self.steps[row] for row in order], _ROWS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.session import switched
-from avlprof.policy import Policy, PromptShape
+from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cache import stock_layers
 from avlprof.runtime.forced_filter import FilteredPrefill
 from avlprof.runtime.forced_groups import prefix_key, wanted_scorers
@@ -28,6 +28,7 @@ class Prefixes:
         shapes: token counts of each row.
         order: `[B]`, the rows of the batch in the order in which they are wanted.
         head: the model's head.
+        scorers: scorers that every run notes, whichever the policies at hand need.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Prefixes:
         shapes: list[PromptShape],
         order: Tensor,
         head: Head,
+        scorers: Sequence[ScorerSpec] = (),
     ) -> None:
         self.model, self.inputs, self.mask, self.shapes = model, inputs, mask, shapes
-        self.order, self.head = order, head
+        self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
         self._held: dict[str, Prompts] = {}
         self._views: dict[tuple[str, int, int], Prompts] = {}
@@ -71,7 +73,8 @@ class Prefixes:
         specs = wanted_scorers(policies)
         text = any(policy.text.scored for policy in policies)
         if held is None:
-            self._run(Capture(specs, text), policies[0])
+            more = [spec for spec in self.scorers if spec not in specs]
+            self._run(Capture([*specs, *more], text), policies[0])
             return
         missing = [spec for spec in specs if spec.model_dump_json() not in held.scores]
         lacks_text = text and not held.text

@@ -14,10 +14,17 @@ FAMILIES: Final[Registry[type[Adapter]]] = Registry(
         "vipllava": "avlprof.models.families.square:SquareAdapter",
         "paligemma": "avlprof.models.families.square:SquareAdapter",
         "gemma3": "avlprof.models.families.square:SquareAdapter",
+        "llava_next": "avlprof.models.families.anyres:LlavaNextAdapter",
+        "llava_onevision": "avlprof.models.families.anyres:LlavaOnevisionAdapter",
+        "internvl": "avlprof.models.families.tiled:InternVLAdapter",
+        "aya_vision": "avlprof.models.families.tiled:AyaVisionAdapter",
+        "idefics3": "avlprof.models.families.idefics:IdeficsAdapter",
+        "smolvlm": "avlprof.models.families.idefics:IdeficsAdapter",
         "mistral3": "avlprof.models.families.mistral3:Mistral3Adapter",
         "qwen2_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen2_5_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen3_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
+        "glm4v": "avlprof.models.families.qwen_vl:QwenVLAdapter",
     },
 )
 

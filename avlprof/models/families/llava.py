@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.families.shown import shown_box
+from avlprof.models.tiles import Layout, grid
 
 
 @dataclass(frozen=True)
 class LlavaAdapter(Adapter):
     """Patches of a vision tower of fixed size, one vision token each (arXiv 2310.03744)."""
 
-    def vision_grid(self, encoding: Mapping[str, Tensor], image: int = 0) -> tuple[int, int] | None:
+    def image_layout(
+        self, encoding: Mapping[str, Tensor], image: int = 0, size: tuple[int, int] | None = None
+    ) -> Layout | None:
         """The square of patches; None for a strategy that keeps the class token among them."""
         config = self.model.config
+        if config.vision_feature_select_strategy != "default":
+            return None
         side = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
-        return (side, side) if config.vision_feature_select_strategy == "default" else None
+        return grid(side, side, shown_box(getattr(self.processor, "image_processor", None), size))

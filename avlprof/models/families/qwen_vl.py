@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: every image has a grid of its own size."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V: every image and video has a grid of its own size."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.tiles import Layout, Tile
 
 
 @dataclass(frozen=True)
 class QwenVLAdapter(Adapter):
-    """Native resolution; squares of merged patches become one token (arXiv 2409.12191)."""
+    """Native resolution; squares of merged patches become one token (arXiv 2409.12191, 2507.01006)."""
 
-    def vision_grid(self, encoding: Mapping[str, Tensor], image: int = 0) -> tuple[int, int] | None:
+    def image_layout(
+        self, encoding: Mapping[str, Tensor], image: int = 0, size: tuple[int, int] | None = None
+    ) -> Layout | None:
         """The merged grid of one image, from `image_grid_thw` (int64 [images, 3], in patches)."""
-        grids = encoding.get("image_grid_thw")
-        if grids is None or image >= len(grids):
+        return self._layout(encoding.get("image_grid_thw"), image)
+
+    def video_layout(self, encoding: Mapping[str, Tensor], video: int = 0, frames: int = 0) -> Layout | None:
+        """A merged grid for every two frames, from `video_grid_thw`; the first of them has it."""
+        return self._layout(encoding.get("video_grid_thw"), video)
+
+    def _layout(self, grids: Tensor | None, index: int) -> Layout | None:
+        if grids is None or index >= len(grids):
             return None
-        merge = int(self.model.config.vision_config.spatial_merge_size)
-        _, rows, columns = (int(size) for size in grids[image])
-        return rows // merge, columns // merge
+        config = self.model.config.vision_config
+        merge, together = int(config.spatial_merge_size), int(config.temporal_patch_size)
+        times, rows, columns = (int(size) for size in grids[index])
+        rows, columns = rows // merge, columns // merge
+        tiles = [
+            Tile(time * rows * columns, rows, columns, columns, frame=time * together)
+            for time in range(times)
+        ]
+        return Layout(times * rows * columns, tuple(tiles))

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.families.shown import shown_box
+from avlprof.models.tiles import Layout, grid
 
 
 @dataclass(frozen=True)
 class SquareAdapter(Adapter):
     """One token a patch (arXiv 2312.00784, 2407.07726), or one a pooled square of them (2503.19786)."""
 
-    def vision_grid(self, encoding: Mapping[str, Tensor], image: int = 0) -> tuple[int, int] | None:
+    def image_layout(
+        self, encoding: Mapping[str, Tensor], image: int = 0, size: tuple[int, int] | None = None
+    ) -> Layout | None:
         """The square: of the tokens that the config promises for an image, or else of its patches."""
         config = self.model.config
         pooled = getattr(config, "mm_tokens_per_image", None)
@@ -23,4 +27,4 @@ class SquareAdapter(Adapter):
             side = math.isqrt(int(pooled))
         else:
             side = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
-        return side, side
+        return grid(side, side, shown_box(getattr(self.processor, "image_processor", None), size))

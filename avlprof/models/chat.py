@@ -1,0 +1,64 @@
+"""A conversation as a processor takes it: text in the model's chat form, pictures, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from avlprof.errors import UserError
+from avlprof.tasks.turn import Message
+
+
+def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
+    """The conversation in the model's own chat form, ready for the answer.
+
+    A processor without a chat template (base models, PaliGemma) gets its image tokens and then
+    the bare text of the one message.
+
+    Raises:
+        UserError: the processor has no place for videos, or its template is missing or leaves
+            out a message of the conversation.
+    """
+    if any(message.videos for message in chat) and getattr(processor, "video_processor", None) is None:
+        raise UserError(
+            f"the processor of '{family}' takes no videos; give the frames as images, or use a model with "
+            "videos such as qwen2.5-vl"
+        )
+    if getattr(processor, "chat_template", None) is None:
+        if len(chat) != 1 or chat[0].videos:
+            raise UserError(
+                f"the processor of '{family}' has no chat template, so it takes one prompt with images; "
+                "leave out turns and videos"
+            )
+        return str(getattr(processor, "image_token", "<image>")) * len(chat[0].images) + chat[0].text
+    messages = [{"role": message.role, "content": _content(message)} for message in chat]
+    text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    lost = next((message for message in chat if message.text.strip() not in text), None)
+    if lost is not None:
+        raise UserError(
+            f"the chat template of '{family}' leaves out the {lost.role}'s message '{_short(lost.text)}'; "
+            "use a model whose template takes a whole conversation"
+        )
+    return text
+
+
+def processor_inputs(chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    """The pictures and videos of a batch, as arguments of a processor.
+
+    Pictures are lists a row, None for none. Every frame of a video is used: nothing is sampled.
+    """
+    images = [[image for message in chat for image in message.images] for chat in chats]
+    videos = [list(video) for chat in chats for message in chat for video in message.videos]
+    given: dict[str, Any] = {"images": images if any(images) else None}
+    if videos:
+        given |= {"videos": videos, "do_sample_frames": False}
+    return given
+
+
+def _content(message: Message) -> list[dict[str, str]]:
+    shown = [{"type": "image"}] * len(message.images) + [{"type": "video"}] * len(message.videos)
+    return [*shown, {"type": "text", "text": message.text}]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."
