@@ -73,8 +73,7 @@ def write_run(
             "vision": count,
             "text": 6 + index % 3,
             "generated": steps + 1,
-            "grid_rows": 0,
-            "grid_cols": 0,
+            "tiles": "[]",
             "seconds": 0.1,
         }
         kinds = [("prefill", kind) for kind in ("system", "vision", "text", "last")]

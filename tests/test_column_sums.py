@@ -27,6 +27,7 @@ CASES = {
     "whole": PLAIN | {"causal": False, "batch": 2, "pad": (0, 4)},
     "soft cap": PLAIN | {"softcap": 1.5},
     "some count": PLAIN | {"length": 67, "counted": True},
+    "wide heads": PLAIN | {"length": 67, "size": 192},
     "one token": PLAIN | {"length": 1},
     "half": PLAIN | {"length": 67, "dtype": torch.float16},  # the interpreter cannot multiply bf16
     "transposed": PLAIN | {"length": 67, "transposed": True},
@@ -54,7 +55,9 @@ def given(heads, kv_heads, length, size, batch=1, pad=None, rows=None, newest=No
     return (query, key, size**-0.5), options
 
 
-def written_out(query, key, scaling, rows=None, counted=None, valid=None, causal=True, mask=None, softcap=None):
+def written_out(
+    query, key, scaling, rows=None, counted=None, valid=None, causal=True, mask=None, softcap=None
+):
     """The whole matrix in double precision, one head after the other."""
     batch, heads, count, _ = query.shape
     length = key.shape[2]
@@ -71,7 +74,11 @@ def written_out(query, key, scaling, rows=None, counted=None, valid=None, causal
                     j
                     for j in range(length)
                     if (valid is None or valid[b, j])
-                    and (bool(mask[min(b, len(mask) - 1), 0, r, j]) if mask is not None else j <= at or not causal)
+                    and (
+                        bool(mask[min(b, len(mask) - 1), 0, r, j])
+                        if mask is not None
+                        else j <= at or not causal
+                    )
                 ]
                 if seen and (counted is None or counted[b, r]):
                     out[b, h, seen] += logits[seen].softmax(0)
@@ -92,7 +99,9 @@ def test_equals_the_matrix(name):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_mask_says_all(padded, shared):
     """Windows and blocks that look both ways come as a mask; some rows see nothing."""
-    arguments, options = given(heads=4, kv_heads=2, length=41, size=8, batch=2, pad=(0, 6) if padded else None)
+    arguments, options = given(
+        heads=4, kv_heads=2, length=41, size=8, batch=2, pad=(0, 6) if padded else None
+    )
     near = (torch.arange(41)[:, None] - torch.arange(41)).abs() <= 5
     mask = torch.stack([near, near & (torch.arange(41) % 9 > 0)])[:, None]
     mask[1, 0, 20] = False

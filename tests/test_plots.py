@@ -121,8 +121,8 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "policies": plots.policy_layers(policies(layers)),
         "policy": plots.policy_layers(Policy(name="uniform", vision_keep=0.2)),
         "pareto": plots.pareto_front(pareto_frame()),
-        "heatmap": plots.vision_heatmap(picture(), scores[0], (3, 4)),
-        "words": plots.word_heatmaps(picture(), scores, (3, 4), list("abcde")),
+        "heatmap": plots.vision_heatmap(picture(), scores[0], over(3, 4)),
+        "words": plots.word_heatmaps(picture(), scores, over(3, 4), list("abcde")),
         "trials": plots.trial_history(trials_frame()),
         "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
         "importances": plots.parameter_importances(
@@ -316,7 +316,7 @@ def test_pareto_without_dense_or_with_dense_alone() -> None:
 
 def test_heat_panels_keep_order_and_state_their_peak() -> None:
     scores = np.random.default_rng(1).random((20, 12)) + 0.01
-    info = plots.vision_heatmap_info(picture(), scores, (3, 4))
+    info = plots.vision_heatmap_info(picture(), scores, over(3, 4))
     assert len(info.panels) == 12
     assert info.panels[0].title == "Layer 0"
     assert info.panels[-1].title == "Layer 19"
@@ -329,20 +329,20 @@ def test_heat_panels_keep_order_and_state_their_peak() -> None:
 
 
 def test_heatmap_of_a_layer_that_never_looks() -> None:
-    info = plots.vision_heatmap_info(picture(), np.zeros((1, 4)), (2, 2))
+    info = plots.vision_heatmap_info(picture(), np.zeros((1, 4)), over(2, 2))
     assert info.panels[0].peak == 0.0
     assert (info.panels[0].weight == 0.0).all()
-    assert isinstance(plots.vision_heatmap(picture(), np.zeros((1, 4)), (2, 2)), Figure)
+    assert isinstance(plots.vision_heatmap(picture(), np.zeros((1, 4)), over(2, 2)), Figure)
 
 
 def test_word_panels_average_steps_and_layers() -> None:
     scores = np.random.default_rng(2).random((4, 3, 6))
-    info = plots.word_heatmaps_info(picture(), scores, (2, 3), ["one", "two"], steps=[[0], [1, 3]])
+    info = plots.word_heatmaps_info(picture(), scores, over(2, 3), ["one", "two"], steps=[[0], [1, 3]])
     mean = (scores[1] + scores[3]).mean(axis=0) / 2
     np.testing.assert_allclose(info.panels[1].weight.ravel(), mean / mean.max())
-    single = plots.word_heatmaps_info(picture(), scores, (2, 3), list("abcd"), layer=2)
+    single = plots.word_heatmaps_info(picture(), scores, over(2, 3), list("abcd"), layer=2)
     np.testing.assert_allclose(single.panels[3].weight.ravel(), scores[3, 2] / scores[3, 2].max())
-    many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), (2, 3), ["w"] * 40)
+    many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), over(2, 3), ["w"] * 40)
     assert len(many.panels) == 23
     assert "23 of 40" in many.note
 
@@ -386,23 +386,23 @@ def test_importances_are_sorted_shares() -> None:
         (lambda: plots.drift_info(drift_frame(2).iloc[:0]), "longer answers"),
         (lambda: plots.mass_info(mass_frame(2).iloc[:0]), "trace some samples first"),
         (lambda: plots.mass_info(mass_frame(2).drop(columns="modality")), "needs the column 'modality'"),
-        (lambda: plots.vision_heatmap(picture(), np.zeros((2, 0)), (0, 0)), "vision tokens"),
+        (lambda: plots.vision_heatmap(picture(), np.zeros((2, 0)), over(0, 0)), "vision tokens"),
         (
-            lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), (2, 2)),
+            lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), over(2, 2)),
             "2 x 2 has 4 cells.* 6 vision tokens",
         ),
-        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), (2, 2), [2]), "0 to 1, got 2"),
-        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), (2, 2), []), "at least one layer"),
-        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 0)), (0, 0), ["a", "b"]), "vision tokens"),
+        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), over(2, 2), [2]), "0 to 1, got 2"),
+        (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), over(2, 2), []), "at least one layer"),
+        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 0)), over(0, 0), ["a", "b"]), "vision tokens"),
         (
-            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a"]),
+            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a"]),
             "each of the 2 scored steps",
         ),
         (
-            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a"], steps=[[5]]),
+            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a"], steps=[[5]]),
             "0 to 1.*got 5",
         ),
-        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), (2, 2), ["a", "b"], layer=1), "got 1"),
+        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a", "b"], layer=1), "got 1"),
         (lambda: plots.trial_history(trials_frame().assign(state="FAIL")), "needs a complete trial"),
         (lambda: plots.pareto_info(pareto_frame(), "read_share"), "needs the column 'read_share'"),
         (lambda: plots.save_figure(Figure(), "x.gif"), r"must end in .png, .svg or .pdf, got '.gif'"),

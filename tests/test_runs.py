@@ -343,7 +343,8 @@ def test_a_run_holds_what_the_recorder_saw(tmp_path, tiny, task):
         assert row["generated"] == ids.shape[1] - length
         assert row["system"] + row["vision"] + row["text"] == length
         assert row["vision"] == int(tiny.adapter.vision_mask(encoding["input_ids"]).sum())
-        assert row["grid_rows"] * row["grid_cols"] == row["vision"]
+        (((tile,),),) = (parse_tiles(row["tiles"]),)
+        assert sorted(tile.tokens().ravel()) == list(range(row["vision"]))
         assert list(row["references"]) == list(one.answers)
         ours = run.stats().query("sample == @one.id").drop(columns="sample").reset_index(drop=True)
         theirs = pd.DataFrame(recorder.records[0].frame())
@@ -392,7 +393,10 @@ def test_text_only_and_two_pictures(tmp_path, tiny, task):
     run = trace_samples(tiny, task, samples, tmp_path, split="own", max_new_tokens=3)
     table = run.samples().set_index("sample")
     assert table.loc["none", "vision"] == 0
-    assert table.loc["two", "grid_rows"] == 0, "two pictures have no one grid"
+    assert table.loc["none", "tiles"] == "[]"
+    (first,), (second,) = parse_tiles(table.loc["two", "tiles"])
+    both = [*first.tokens().ravel(), *second.tokens().ravel()]
+    assert both == list(range(table.loc["two", "vision"])), "one square of tokens after the other"
     assert run.scores("none")["last"].shape == (run.meta.layers, 0)
     assert run.scores("two")["last"].shape == (run.meta.layers, table.loc["two", "vision"])
     stats = run.stats().query("sample == 'none'")

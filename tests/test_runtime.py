@@ -16,7 +16,17 @@ from avlprof.attention.packed import packed_attention
 from avlprof.attention.rows import row_weights
 from avlprof.attention.session import switched
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, PromptShape, ScorerSpec, TextPolicy, sizes
+from avlprof.policy import (
+    DENSE,
+    AllocatorSpec,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    PromptShape,
+    ScorerSpec,
+    TextPolicy,
+    sizes,
+)
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.dense import RESERVE
 from avlprof.testing.models import cases, random_llava
@@ -227,13 +237,35 @@ def test_live_bytes_are_the_policys_sizes(case, name):
             plans = runtime.cache.row_plans(use.layer)
             most = max(p.text for p in plans)
             running = layer.rule.running is not None
-            room = max(0, max(p.limit or 0 for p in plans) - most) + running
+            room = min(max(0, max(p.limit or 0 for p in plans) - most), RESERVE) + running
             if any(p.limit is None for p in plans):
                 room = RESERVE
             slots = 3 * (max(p.system + p.vision for p in plans) + most + room)
             index = 8 * slots * layer.positions.shape[1]
             index += 4 * 3 * (most + room) * layer.positions.shape[1] if running else 0
         assert use.allocated == slots * layer.bytes_per_token() + index
+
+
+def test_a_wide_window_is_not_allocated_ahead():
+    case = random_llava()
+    inputs = case.inputs()
+    with avlprof.apply(case.model, Policy(text=TextPolicy(window=10**9))) as runtime:
+        ours = generate(case.model, inputs, steps=2 * RESERVE + 5)
+    stock = generate(case.model, inputs, steps=2 * RESERVE + 5)
+    assert torch.equal(ours.sequences, stock.sequences)
+    for layer in runtime.cache.layers:
+        assert layer.keys.shape[2] <= 3 * (inputs["input_ids"].shape[1] + RESERVE)
+
+
+def test_an_allocator_is_resolved_for_the_model():
+    case = random_llava()
+    policy = Policy(vision_keep=0.4, allocator=AllocatorSpec(name="pyramid"))
+    with avlprof.apply(case.model, policy) as runtime:
+        assert len(runtime.policy.keep(3)) == 3
+        assert runtime.policy.keep(3)[0] > runtime.policy.keep(3)[2]
+    with pytest.raises(UserError, match="policy resolve --run RUN"):
+        with avlprof.apply(case.model, "prefixkv"):
+            pass
 
 
 def test_evicted_memory_is_freed():

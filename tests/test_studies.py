@@ -11,23 +11,30 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import avlprof
 from avlprof.allocators import Evidence
 from avlprof.cli.studies import app
 from avlprof.errors import UserError
+from avlprof.models import load_model
 from avlprof.policy import Policy, Provenance, Score, save_policy
-from avlprof.tuning import Settings, StudyMeta, read_study
+from avlprof.tasks import load_task
+from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
+from avlprof.tuning.crew import Crew
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
+from avlprof.tuning.joining import join
 from avlprof.tuning.overview import overview, studies_below
 from avlprof.tuning.places import FolderPlace
 from avlprof.tuning.storage import claim_folder, open_study
-from avlprof.tuning.trials import run_trials
+from avlprof.tuning.trials import note_asked, run_trials
 from tests.fake_study import Sleepy, Starts
 
 matplotlib.use("Agg")
@@ -255,3 +262,63 @@ def test_evidence_is_made_once_and_waited_for(tmp_path):
     (tmp_path / "evidence.json").write_text("[1]")
     with pytest.raises(UserError, match="cannot be read"):
         read_evidence(place)
+
+
+# --- joining ---
+
+TASK, BUDGET, SAMPLES, LIMIT = "shapes:read", 0.4, 4, 6
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A study of the embedded model by one process, without refinement."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("tuned")
+    loaded = load_model("tiny", device="cpu")
+    traced = avlprof.trace(loaded, TASK, 2, out=root / "run", max_new_tokens=LIMIT)
+    settings = {"trials": 9, "refine": 0, "samples": SAMPLES, "proof_samples": 2, "max_new_tokens": LIMIT}
+    avlprof.tune(loaded, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
+    return loaded, traced, root / "study"
+
+
+def begun(tuned, folder):
+    """The same study, begun elsewhere and without any trial."""
+    _, traced, study = tuned
+    place = FolderPlace(folder)
+    claim_folder(folder, read_meta(study))
+    damage = json.loads((study / "probe.json").read_text())
+    evidence = replace(
+        traced.profile().evidence(),
+        damage=np.array(damage["damage"]),
+        damage_levels=np.array(damage["levels"]),
+    )
+    shared_evidence(place, lambda: evidence)
+    note_asked(place, Settings(trials=9))
+    return place
+
+
+def outcome(study):
+    return [(t.params, t.value, t.user_attrs["policy"]) for t in study.trials if t.state.name == "COMPLETE"]
+
+
+def test_who_joins_searches_what_the_study_says(tuned, tmp_path):
+    """One worker that joins, without run or settings, runs the very trials of `avlprof.tune`."""
+    loaded, _, study = tuned
+    found = join(loaded, load_task(TASK), begun(tuned, tmp_path / "here"))
+    assert outcome(found) == outcome(read_study(study))
+    assert len(outcome(found)) == 9
+
+
+def test_another_task_or_a_study_not_begun_is_refused(tuned, tmp_path):
+    loaded, _, study = tuned
+    place = begun(tuned, tmp_path / "here")
+    with pytest.raises(UserError, match=f"task: '{TASK}' here, 'shapes:count' asked; sample_hash"):
+        join(loaded, load_task("shapes:count"), place)
+    with pytest.raises(UserError, match="is not a study"):
+        join(loaded, load_task(TASK), FolderPlace(tmp_path / "none"))
+    claim_folder(tmp_path / "claimed", read_meta(study))
+    with pytest.raises(UserError, match="is not begun; begin it with 'avlprof tune'"):
+        join(loaded, load_task(TASK), FolderPlace(tmp_path / "claimed"))
+    assert read_study(place.folder).trials == []
+    with pytest.raises(UserError, match=r"workers must be 1 or more, got 0"):
+        Crew(workers=0)

@@ -129,7 +129,7 @@ def tiny():
 def assert_same_numbers(left: RunDirectory, right: RunDirectory):
     """Equal to 1e-5 where continuous; the sets behind counts may turn over at a near-tie now and then."""
     tables = [run.samples().set_index("sample").sort_index() for run in (left, right)]
-    for name in ("answer", "generated", "system", "vision", "text", "grid_rows", "grid_cols"):
+    for name in ("answer", "generated", "system", "vision", "text", "tiles"):
         assert list(tables[0][name]) == list(tables[1][name]), name
     stats = [run.stats().set_index(KEYS).sort_index() for run in (left, right)]
     assert stats[0].index.equals(stats[1].index)

@@ -34,7 +34,10 @@ def resolved(policy: Policy, evidence: Evidence) -> Policy:
     try:
         shares = allocator.shares(evidence, mean)
     except UserError as error:
-        raise UserError(f"policy '{policy.name}' cannot be resolved: {error}") from None
+        raise UserError(
+            f"policy '{policy.name}' cannot be resolved: {error}; "
+            "or give it a traced run: 'avlprof policy resolve --run RUN'"
+        ) from None
     keep = fit_keep(shares.tolist(), mean, evidence.tokens or FINE, spec.floor)
     if policy.joint:
         joint = policy.joint.model_copy(update={"keep": keep})

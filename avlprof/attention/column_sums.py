@@ -77,15 +77,21 @@ class _Seen:
     def __init__(
         self, rows: Tensor, valid: Tensor | None, causal: bool, mask: Tensor | None, in_order: bool
     ) -> None:
-        self._rows, self._valid, self._causal, self._mask, self._in_order = rows, valid, causal, mask, in_order
+        self._rows, self._valid, self._causal, self._mask, self._in_order = (
+            rows,
+            valid,
+            causal,
+            mask,
+            in_order,
+        )
 
     def keys(self, block: slice, length: int) -> int:
         """Keys up to the last that a block of rows may see; a wait for the device only if rows were given."""
         if not self._causal:
             return length
         if self._in_order:
-            return length - len(self._rows) + block.stop
-        return int(self._rows[block].max()) + 1
+            return length - len(self._rows) + int(block.stop)
+        return int(self._rows[block].max().item()) + 1
 
     def allowed(self, block: slice, keys: int) -> Tensor | None:
         """bool `[R, keys]`, or None where all are seen."""

@@ -3,6 +3,9 @@
 Import it only where there is a CUDA device, or Triton's interpreter (`TRITON_INTERPRET=1`).
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# kernels are compiled from their text: their arguments are pointers and constants, not Python objects
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS, BLOCK_KEYS = 64, 64
+_TILE_BYTES = 1 << 15  # of query or key rows in shared memory: small enough for any device with tensor cores
 
 
 def triton_column_sums(
@@ -37,6 +40,8 @@ def triton_column_sums(
     rows = rows.to(torch.int32).contiguous()
     counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
     real = rows if valid is None else valid.to(torch.int32).contiguous()
+    width = max(triton.next_power_of_2(size), 16)
+    block = 64 if 64 * width * query.element_size() <= _TILE_BYTES else 32
     lse = torch.empty((batch, heads, count), dtype=torch.float32, device=query.device)
     total = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
     shared: tuple[Any, ...] = (
@@ -51,17 +56,17 @@ def triton_column_sums(
         size,
     )
     constants = {
-        "CAUSAL": causal,
-        "PADDED": valid is not None,
-        "CAPPED": softcap is not None,
-        "ROWS": BLOCK_ROWS,
-        "KEYS": BLOCK_KEYS,
-        "WIDTH": max(triton.next_power_of_2(size), 16),
+        "causal": causal,
+        "padded": valid is not None,
+        "capped": softcap is not None,
+        "row_block": block,
+        "key_block": block,
+        "width": width,
     }
     with torch.cuda.device(query.device if query.is_cuda else -1):
-        grid = (triton.cdiv(count, BLOCK_ROWS), batch * heads)
+        grid = (triton.cdiv(count, block), batch * heads)
         _row_lse[grid](query, key, rows, counts, real, lse, *shared, **constants)
-        grid = (triton.cdiv(length, BLOCK_KEYS), batch * heads)
+        grid = (triton.cdiv(length, block), batch * heads)
         _key_sums[grid](query, key, rows, real, lse, total, *shared, **constants)
     return total
 
@@ -69,16 +74,16 @@ def triton_column_sums(
 @triton.jit
 def _logits(
     q, k, row, place, column, real, scaling, softcap, count, length,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    causal: tl.constexpr, padded: tl.constexpr, capped: tl.constexpr,
 ):  # fmt: skip
-    """fp32 `[ROWS, KEYS]`, minus infinity where a row may not look."""
+    """fp32 `[rows, keys]`, minus infinity where a row may not look."""
     found = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-    if CAPPED:
+    if capped:
         found = softcap * (2.0 * tl.sigmoid(2.0 * found / softcap) - 1.0)  # tanh
     seen = (row < count)[:, None] & (column < length)[None, :]
-    if CAUSAL:
+    if causal:
         seen = seen & (column[None, :] <= place[:, None])
-    if PADDED:
+    if padded:
         seen = seen & (real != 0)[None, :]
     return tl.where(seen, found, float("-inf"))
 
@@ -88,14 +93,14 @@ def _row_lse(
     query, key, rows, counted, valid, lse,
     query_b, query_h, query_r, key_b, key_h, key_n,
     scaling, softcap, heads, group, count, length, size,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    causal: tl.constexpr, padded: tl.constexpr, capped: tl.constexpr,
+    row_block: tl.constexpr, key_block: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of a block of rows; plus infinity for rows that do not count or see nothing."""
     index = tl.program_id(1).to(tl.int64)
     b, h = index // heads, index % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)
+    row = tl.program_id(0) * row_block + tl.arange(0, row_block)
+    d = tl.arange(0, width)
     q = tl.load(
         query + b * query_b + h * query_h + row[:, None] * query_r + d[None, :],
         mask=(row < count)[:, None] & (d < size)[None, :],
@@ -103,23 +108,21 @@ def _row_lse(
     )
     place = tl.load(rows + b * count + row, mask=row < count, other=-1)
     last = length
-    if CAUSAL:
+    if causal:
         last = tl.minimum(tl.max(place, axis=0) + 1, length)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, last, KEYS):
-        column = start + tl.arange(0, KEYS)
+    largest = tl.full([row_block], float("-inf"), tl.float32)
+    total = tl.zeros([row_block], tl.float32)
+    for start in range(0, last, key_block):
+        column = start + tl.arange(0, key_block)
         k = tl.load(
             key + b * key_b + (h // group) * key_h + column[:, None] * key_n + d[None, :],
             mask=(column < length)[:, None] & (d < size)[None, :],
             other=0.0,
         )
         real = column
-        if PADDED:
+        if padded:
             real = tl.load(valid + b * length + column, mask=column < length, other=0)
-        x = _logits(
-            q, k, row, place, column, real, scaling, softcap, count, length, CAUSAL, PADDED, CAPPED
-        )
+        x = _logits(q, k, row, place, column, real, scaling, softcap, count, length, causal, padded, capped)
         now = tl.maximum(largest, tl.max(x, axis=1))
         base = tl.where(now == float("-inf"), 0.0, now)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
@@ -135,29 +138,29 @@ def _key_sums(
     query, key, rows, valid, lse, out,
     query_b, query_h, query_r, key_b, key_h, key_n,
     scaling, softcap, heads, group, count, length, size,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    causal: tl.constexpr, padded: tl.constexpr, capped: tl.constexpr,
+    row_block: tl.constexpr, key_block: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """What a block of keys receives from all rows; no two programs add to the same key."""
     index = tl.program_id(1).to(tl.int64)
     b, h = index // heads, index % heads
-    first = tl.program_id(0) * KEYS
-    column = first + tl.arange(0, KEYS)
-    d = tl.arange(0, WIDTH)
+    first = tl.program_id(0) * key_block
+    column = first + tl.arange(0, key_block)
+    d = tl.arange(0, width)
     k = tl.load(
         key + b * key_b + (h // group) * key_h + column[:, None] * key_n + d[None, :],
         mask=(column < length)[:, None] & (d < size)[None, :],
         other=0.0,
     )
     real = column
-    if PADDED:
+    if padded:
         real = tl.load(valid + b * length + column, mask=column < length, other=0)
-    total = tl.zeros([KEYS], tl.float32)
-    for start in range(0, count, ROWS):
-        row = start + tl.arange(0, ROWS)
+    total = tl.zeros([key_block], tl.float32)
+    for start in range(0, count, row_block):
+        row = start + tl.arange(0, row_block)
         place = tl.load(rows + b * count + row, mask=row < count, other=-1)
         reach = first
-        if CAUSAL:
+        if causal:
             reach = tl.max(place, axis=0)
         if reach >= first:
             q = tl.load(
@@ -167,7 +170,7 @@ def _key_sums(
             )
             base = tl.load(lse + index * count + row, mask=row < count, other=float("inf"))
             x = _logits(
-                q, k, row, place, column, real, scaling, softcap, count, length, CAUSAL, PADDED, CAPPED
+                q, k, row, place, column, real, scaling, softcap, count, length, causal, padded, capped
             )
             total += tl.sum(tl.exp(x - base[:, None]), axis=0)
     tl.store(out + index * length + column, total, mask=column < length)

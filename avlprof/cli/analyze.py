@@ -56,7 +56,7 @@ def analyze(
     ] = None,
     sample: Annotated[
         str | None,
-        typer.Option("--sample", help="Sample of the heatmap; by default the first that has a grid."),
+        typer.Option("--sample", help="Sample of the heatmap; by default the first whose tokens have known places."),
     ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")
@@ -139,36 +139,35 @@ def _figures(
 
 
 def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
+    from avlprof.models.tiles import parse_tiles
     from avlprof.plots import vision_heatmap
 
-    row = _sample_with_grid(run, sample)
+    row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
-    return vision_heatmap(run.pictures(name, task)[0], run.scores(name)["last"], _grid(row))
+    return vision_heatmap(run.pictures(name, task), run.scores(name)["last"], parse_tiles(row["tiles"]))
 
 
 def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
     """Row j of the scores is what wrote token j: the prompt's last row, then the decoding steps."""
     import numpy as np
 
+    from avlprof.models.tiles import parse_tiles
     from avlprof.plots import group_words, word_heatmaps
     from avlprof.plots.words import PANELS
 
-    row = _sample_with_grid(run, sample)
+    row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
     scores = run.scores(name)
     rows = np.concatenate([scores["last"][None], scores["decode"]])
     words, places = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
-    return word_heatmaps(run.pictures(name, task)[0], rows, _grid(row), words[:PANELS], steps=places[:PANELS])
+    tiles = parse_tiles(row["tiles"])
+    return word_heatmaps(run.pictures(name, task), rows, tiles, words[:PANELS], steps=places[:PANELS])
 
 
-def _sample_with_grid(run: Run, sample: str | None) -> dict[Hashable, Any]:
+def _sample_with_tiles(run: Run, sample: str | None) -> dict[Hashable, Any]:
     rows = run.samples().to_dict("records")
-    fits = (r for r in rows if r["grid_rows"] > 0 and sample in (None, r["sample"]))
+    fits = (r for r in rows if r["tiles"] != "[]" and sample in (None, r["sample"]))
     chosen = next(fits, None)
     if chosen is None:
-        raise UserError("the vision tokens of these samples lie in no single grid")
+        raise UserError("the places of these samples' vision tokens in their pictures are not known")
     return chosen
-
-
-def _grid(row: dict[Hashable, Any]) -> tuple[int, int]:
-    return int(row["grid_rows"]), int(row["grid_cols"])

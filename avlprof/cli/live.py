@@ -62,7 +62,7 @@ class Board:
         if not self.rows:
             return
         row = self.rows[-1]
-        row.phase = "" if phase == "proof" and done == total else f"{phase} {done}/{total}"
+        row.phase = "" if phase == "knobs" and done == total else f"{phase} {done}/{total}"
         if phase == "trials":
             row.done, row.wanted = done, total
             now = self.clock()

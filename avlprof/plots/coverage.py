@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import NO_VISION, Array, need, samples_note, table
-from avlprof.plots.style import SOFT, layer_colours, layer_key, new_figure, percent_axis, theme
+from avlprof.plots.frames import NO_VISION, Array, joined, need, samples_note, table, whole_layers
+from avlprof.plots.style import (
+    LEGEND_LAYERS,
+    SOFT,
+    interval_band,
+    layer_colours,
+    layer_key,
+    new_figure,
+    percent_axis,
+    share_log_axis,
+    theme,
+)
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -20,12 +31,17 @@ TITLES = {"last": "Last prompt token", "step": "One decoding step", "answer": "A
 
 @dataclass(frozen=True)
 class CoveragePanel:
-    """Curves of one kind of query row: `attention [layers, points]` over `kept [points]`, both shares."""
+    """Curves of one kind of query row: `attention [layers, points]` over `kept [points]`, both shares.
+
+    `low` and `high [layers, points]` bound the 95% interval (NaN: not known).
+    """
 
     title: str
     layers: tuple[int, ...]
     kept: Array
     attention: Array
+    low: Array
+    high: Array
 
 
 @dataclass(frozen=True)
@@ -37,51 +53,61 @@ class CoverageInfo:
 
 
 def coverage_info(frame: pd.DataFrame) -> CoverageInfo:
-    """Share of vision attention held by the best share of vision tokens, from (0, 0) on.
+    """Share of vision attention held by the best share of vision tokens, from one token on.
 
     Args:
-        frame: `Profile.coverage_curve()`: `layer, query, share_kept, mean` (and `n`).
+        frame: `Profile.coverage_curve()`: `layer, query, share_kept, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
     """
-    need(frame, ("layer", "query", "share_kept", "mean"), "coverage curves", NO_VISION)
+    need(frame, ("layer", "query", "share_kept", "mean", "low", "high"), "coverage curves", NO_VISION)
     frame = need(frame[frame["query"].isin(list(TITLES))], (), "coverage curves", NO_VISION)
     panels = []
     for query, title in TITLES.items():
         part = frame[frame["query"] == query]
         if part.empty:
             continue
-        wide = table(part, "layer", "share_kept", "mean")
-        curves = wide.to_numpy(dtype=float)
-        kept = np.concatenate([[0.0], wide.columns.to_numpy(dtype=float)])
-        start = np.zeros((len(curves), 1))
-        panels.append(
-            CoveragePanel(title, tuple(int(i) for i in wide.index), kept, np.hstack([start, curves]))
-        )
+        wide = [table(part, "layer", "share_kept", name) for name in ("mean", "low", "high")]
+        kept = wide[0].columns.to_numpy(dtype=float)
+        mean, low, high = (one.reindex_like(wide[0]).to_numpy(dtype=float) for one in wide)
+        panels.append(CoveragePanel(title, whole_layers(wide[0].index), kept, mean, low, high))
     return CoverageInfo(tuple(panels), samples_note(frame))
 
 
 def coverage_curves(source: Profile | CoverageInfo) -> Figure:
     """A line per layer: how much of its vision attention the best share of vision tokens holds.
 
-    The further above the diagonal (even attention) a line is, the sparser its layer.
+    The share is on a log scale, since most layers need few tokens. The further above the dashed
+    line (even attention) a layer is, the sparser it is.
     """
     info = source if isinstance(source, CoverageInfo) else coverage_info(source.coverage_curve())
     with theme():
-        figure = new_figure(
-            "How few vision tokens each layer needs", info.note, (3.4 + 3.5 * len(info.panels), 5.6)
-        )
+        bands = len(info.panels[0].layers) <= LEGEND_LAYERS
+        note = joined(info.note, "bands: 95% interval" if bands else "")
+        size = (3.4 + 3.5 * len(info.panels), 5.6)
+        figure = new_figure("How few vision tokens each layer needs", note, size)
         axes = list(figure.subplots(1, len(info.panels), sharey=True, squeeze=False)[0])
         for panel, ax in zip(info.panels, axes, strict=True):
-            ax.plot([0, 1], [0, 1], color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
-            ax.text(0.66, 0.6, "even", color=SOFT, fontsize=11.5, rotation=45, ha="center", va="center")
-            for curve, colour in zip(panel.attention, layer_colours(panel.layers), strict=True):
-                ax.plot(panel.kept, curve, color=colour, linewidth=1.4 if len(panel.layers) > 12 else 2.2)
-            ax.set_title(panel.title)
-            ax.set_xlabel("Share of vision tokens")
-            percent_axis(ax, "xy")
-            ax.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
+            _draw(panel, ax, bands)
         axes[0].set_ylabel("Share of vision attention held")
         layer_key(figure, axes, info.panels[0].layers)
         return figure
+
+
+def _draw(panel: CoveragePanel, ax: Axes, bands: bool) -> None:
+    least = min(float(panel.kept[0]), 0.5)
+    even = np.geomspace(least, 1.0, 64)
+    ax.plot(even, even, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
+    behind = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
+    away = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    ax.annotate("even", (0.35, 0.35), **away, color=SOFT, fontsize=12, bbox=behind, zorder=6)
+    colours = layer_colours(panel.layers)
+    for curve, low, high, colour in zip(panel.attention, panel.low, panel.high, colours, strict=True):
+        ax.plot(panel.kept, curve, color=colour, linewidth=2.2 if bands else 1.4)
+        if bands:
+            interval_band(ax, panel.kept, np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0), colour)
+    ax.set_title(panel.title)
+    ax.set_xlabel("Share of vision tokens\n(log scale)")
+    percent_axis(ax, "y")
+    share_log_axis(ax, least)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import Array, need, samples_note, table
+from avlprof.plots.frames import Array, joined, need, samples_note, table
 from avlprof.plots.style import (
     INK,
     SOFT,
@@ -90,7 +90,7 @@ def step_drift(source: Profile | DriftInfo, top_share: float | None = None) -> F
             if several
             else "band: 95% interval"
         )
-        note = ", ".join(text for text in (source.note, band) if text)
+        note = joined(source.note, band)
         figure = new_figure("How fast the attended vision tokens change", note)
         ax = figure.subplots()
         for line, colour in zip(source.overlap, layer_colours(source.layers), strict=True):

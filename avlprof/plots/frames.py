@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,3 +45,19 @@ def samples_note(frame: pd.DataFrame) -> str:
         return ""
     count = int(frame["n"].max())
     return f"mean over {count:,} sample{'s' if count != 1 else ''}"
+
+
+def typical_half(frame: pd.DataFrame) -> float:
+    """Median half width of the 95% intervals of a frame; NaN where none is known."""
+    half = ((frame["high"] - frame["low"]) / 2).dropna()
+    return float(half.median()) if len(half) else float("nan")
+
+
+def whole_layers(index: pd.Index[Any]) -> tuple[int, ...]:
+    """Layers as plain numbers."""
+    return tuple(int(layer) for layer in index)
+
+
+def joined(*texts: str, by: str = ", ") -> str:
+    """The texts that are not empty, in one."""
+    return by.join(text for text in texts if text)

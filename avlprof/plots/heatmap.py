@@ -1,4 +1,4 @@
-"""Vision attention laid over the picture, a panel a layer."""
+"""Vision attention laid over the pictures, a panel a layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from avlprof.errors import UserError
+from avlprof.models.tiles import Tile, paint, resolution
+from avlprof.plots.arrange import Arrangement, arrange
 from avlprof.plots.frames import NO_VISION, Array
 from avlprof.plots.style import SOFT, new_figure, theme
+
+Pictures = Image.Image | Sequence[Image.Image]
+Tiles = Sequence[Sequence[Tile]]
 
 TITLE = 12.5
 LONGEST = 14
@@ -27,61 +32,94 @@ PANELS = 12
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """One picture's overlay: `weight [rows, cols]` in [0, 1], relative to `peak`.
+    """The overlays of one panel: for each picture `[rows, columns]` in [0, 1], relative to the
+    panel's brightest cell.
 
-    `peak` is the panel's largest score as a share of the panel's vision attention.
+    `peak` is the largest score of a patch, `unplaced` the score of tokens that are no patch
+    (newlines), both as shares of the panel's vision attention.
     """
 
     title: str
-    weight: Array
+    weights: tuple[Array, ...]
     peak: float
+    unplaced: float = 0.0
 
 
 @dataclass(frozen=True)
 class HeatInfo:
-    """What a heatmap figure draws; `picture [height, width, 3]` in 0-255."""
+    """What a heatmap figure draws; each of `pictures` is `[height, width, 3]` in 0-255."""
 
     title: str
-    picture: NDArray[np.uint8]
+    pictures: tuple[NDArray[np.uint8], ...]
     panels: tuple[HeatPanel, ...]
+    tokens: int
     note: str = ""
 
 
-def heat_panel(title: str, scores: ArrayLike, grid: tuple[int, int]) -> HeatPanel:
-    """One panel of `scores [vision]`, which run row by row over `grid` (rows, columns).
+def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
+    """One panel of `scores [vision]`, which lie in the pictures as their tiles say.
 
-    Raises:
-        UserError: there is no score, or not one for every cell of the grid.
+    Where tiles overlap (a thumbnail and its details) their scores add up. A cell is as large as
+    the picture's finest token.
     """
     flat = np.asarray(scores, dtype=float)
-    if not flat.size:
+    painted = [paint(own, flat, *resolution(own)) for own in tiles]
+    placed = np.unique(np.concatenate([tile.tokens().ravel() for own in tiles for tile in own]))
+    most, total = max(float(cells.max()) for cells in painted), float(flat.sum())
+    weights = tuple(cells / most if most > 0 else cells * 0.0 for cells in painted)
+    if total <= 0:
+        return HeatPanel(title, weights, 0.0)
+    rest = float(np.delete(flat, placed).sum())
+    return HeatPanel(title, weights, float(flat[placed].max()) / total, rest / total)
+
+
+def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[Image.Image], Tiles]:
+    """The pictures that have tiles, and their tiles.
+
+    Args:
+        pictures: all that the model saw in one prompt, frames of videos included.
+        tiles: of each of them, as a run's `tiles` column and `Adapter.vision_layout` have them.
+        tokens: vision tokens of the prompt.
+
+    Raises:
+        UserError: no vision tokens, no tiles, not one list of them a picture, or tiles that reach
+            beyond the vision tokens.
+    """
+    if not tokens:
         raise UserError(f"a vision heatmap has nothing to draw: {NO_VISION}")
-    rows, cols = grid
-    if rows * cols != flat.size:
+    found = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not any(tiles):
         raise UserError(
-            f"a grid of {rows} x {cols} has {rows * cols} cells, but there are {flat.size} vision tokens; "
-            "give the grid of this picture"
+            "the places of these vision tokens in the pictures are not known; the docs on models say of which "
+            "families they are"
         )
-    most, total = float(flat.max()), float(flat.sum())
-    weight = flat / most if most > 0 else flat * 0.0
-    return HeatPanel(title, weight.reshape(rows, cols), most / total if total > 0 else 0.0)
+    if len(found) != len(tiles):
+        raise UserError(f"tiles must have one list for each of the {len(found)} pictures, got {len(tiles)}")
+    last = max(int(tile.tokens().max()) for own in tiles for tile in own)
+    if last >= tokens:
+        raise UserError(
+            f"tiles name vision token {last}, but there are {tokens} vision tokens; give the tiles of this prompt"
+        )
+    kept = [place for place, own in enumerate(tiles) if own]
+    return [found[place] for place in kept], [tiles[place] for place in kept]
 
 
 def vision_heatmap_info(
-    image: Image.Image, scores: ArrayLike, grid: tuple[int, int], layers: Sequence[int] | None = None
+    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
 ) -> HeatInfo:
-    """Overlays of some layers on a picture.
+    """Overlays of some layers on the pictures of a prompt.
 
     Args:
-        image: the picture that the model saw.
+        pictures: what the model saw, one or several.
         scores: `[layers, vision]` attention that each vision token received, one query row.
-        grid: rows and columns of vision tokens.
+        tiles: where the vision tokens lie in each picture.
         layers: which layers; by default at most twelve, evenly spread, first and last included.
 
     Raises:
-        UserError: no vision tokens, a grid of another size, or a layer that does not exist.
+        UserError: as `shown_pictures`, or a layer that does not exist.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=float))
+    found, own = shown_pictures(pictures, tiles, table.shape[1])
     shown = ""
     if layers is None:
         shown = f"{PANELS} of {len(table)} layers" if len(table) > PANELS else ""
@@ -92,32 +130,42 @@ def vision_heatmap_info(
     for layer in layers:
         if not 0 <= layer < len(table):
             raise UserError(f"layers must be in 0 to {len(table) - 1}, got {layer}")
-    panels = tuple(heat_panel(f"Layer {layer}", table[layer], grid) for layer in layers)
+    panels = tuple(heat_panel(f"Layer {layer}", table[layer], own) for layer in layers)
     title = "Where each layer looks" if len(panels) != 1 else f"Where layer {layers[0]} looks"
-    return HeatInfo(title, np.asarray(image.convert("RGB")), panels, shown)
+    return heat_info(title, found, panels, table.shape[1], shown)
+
+
+def heat_info(
+    title: str, pictures: Sequence[Image.Image], panels: tuple[HeatPanel, ...], tokens: int, note: str
+) -> HeatInfo:
+    """The panels with their pictures, and in the note what the colours leave out."""
+    rest = float(np.mean([panel.unplaced for panel in panels]))
+    if rest >= 0.0005:
+        note = "; ".join(text for text in (note, f"newline tokens, not drawn, hold {rest:.1%}") if text)
+    return HeatInfo(title, tuple(np.asarray(p.convert("RGB")) for p in pictures), panels, tokens, note)
 
 
 def vision_heatmap(
-    image: Image.Image, scores: ArrayLike, grid: tuple[int, int], layers: Sequence[int] | None = None
+    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
 ) -> Figure:
-    """The picture, and the picture under each layer's vision attention (see `vision_heatmap_info`).
+    """The pictures, and the pictures under each layer's vision attention (see `vision_heatmap_info`).
 
-    Every panel is scaled to its own largest score, which stands above it as a share of the
-    panel's vision attention: 100% would be one token, 1 / tokens is even attention.
+    Every panel is scaled to its own brightest cell; above it stands the strongest token's share
+    of the panel's vision attention: 100% would be one token, 1 / tokens is even attention.
     """
-    return draw_heatmaps(vision_heatmap_info(image, scores, grid, layers))
+    return draw_heatmaps(vision_heatmap_info(pictures, scores, tiles, layers))
 
 
 def draw_heatmaps(info: HeatInfo) -> Figure:
-    """Small multiples of one picture: as it is, then under each panel's weights."""
+    """Small multiples of the pictures: as they are, then under each panel's weights."""
     count = len(info.panels) + 1
-    height, width = info.picture.shape[:2]
-    cols = _columns(count)
+    placed = arrange([(picture.shape[1], picture.shape[0]) for picture in info.pictures])
+    cols = _columns(count, placed.width / placed.height)
     rows = math.ceil(count / cols)
     side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
-    size = (cols * side + 1.6, rows * (side * height / width + 0.28) + 1.25)
+    size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
     with theme():
-        even = f"even attention would be {1 / info.panels[0].weight.size:.2%}"
+        even = f"even attention would be {1 / info.tokens:.2%}"
         note = "; ".join(
             t for t in (info.note, "right: the strongest token's share of vision attention", even) if t
         )
@@ -125,10 +173,14 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         flat = list(figure.subplots(rows, cols, squeeze=False).flat)
         for ax in flat:
             ax.set_axis_off()
-        flat[0].imshow(info.picture)
-        flat[0].set_title("Picture", fontsize=TITLE, pad=5)
+        for picture, place in zip(info.pictures, placed.places, strict=True):
+            flat[0].imshow(picture, extent=place)
+        flat[0].set_title("Picture" if len(info.pictures) == 1 else "Pictures", fontsize=TITLE, pad=5)
         for panel, ax in zip(info.panels, flat[1:], strict=False):
-            _overlay(panel, info.picture, ax)
+            _overlay(panel, info.pictures, placed, ax)
+        for ax in flat[:count]:
+            ax.set_xlim(0, placed.width)
+            ax.set_ylim(placed.height, 0)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
         bar = figure.colorbar(colours, ax=flat, aspect=28, pad=0.015)
         bar.set_label("Attention, relative to panel's peak")
@@ -137,15 +189,16 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         return figure
 
 
-def _overlay(panel: HeatPanel, picture: NDArray[np.uint8], ax: Axes) -> None:
-    height, width = picture.shape[:2]
-    grey = picture.mean(axis=2) / 255.0
-    ax.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0.0, vmax=1.0)
-    opacity = 0.15 + 0.75 * np.sqrt(panel.weight)
-    place = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(
-        panel.weight, cmap=_heat(), vmin=0.0, vmax=1.0, alpha=opacity, extent=place, interpolation="nearest"
-    )
+def _overlay(
+    panel: HeatPanel, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes
+) -> None:
+    for weight, picture, place in zip(panel.weights, pictures, placed.places, strict=True):
+        grey = picture.mean(axis=2) / 255.0
+        ax.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0.0, vmax=1.0, extent=place)
+        opacity = 0.15 + 0.75 * np.sqrt(weight)
+        ax.imshow(
+            weight, cmap=_heat(), vmin=0.0, vmax=1.0, alpha=opacity, extent=place, interpolation="nearest"
+        )
     ax.set_title(
         panel.title if len(panel.title) <= LONGEST else f"{panel.title[: LONGEST - 1]}…",
         fontsize=TITLE,
@@ -159,9 +212,12 @@ def _heat() -> Colormap:
     return LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#FDD49E", "#FC8D59", "#D7301F", "#7F0000"])
 
 
-def _columns(count: int) -> int:
-    """Few panels in one row; more of them in a grid that is wider than tall and well filled."""
-    if count <= 4:
+def _columns(count: int, shape: float) -> int:
+    """Few panels in one row; more of them in a grid that is wider than tall and well filled.
+
+    `shape` is a panel's width over its height.
+    """
+    if count <= 4 and shape <= 1.5:
         return count
-    wide = min(8, math.ceil(math.sqrt(count * 1.7)))
+    wide = min(8, max(2, math.ceil(math.sqrt(count * 1.7 / max(shape, 0.6)))))
     return math.ceil(count / math.ceil(count / wide))

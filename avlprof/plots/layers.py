@@ -14,6 +14,7 @@ from avlprof.plots.style import MODALITY_COLOURS, SOFT, layer_axis, new_figure, 
 from avlprof.policy import Policy, broadcast
 
 COLUMNS = 4
+READ_WHOLE = "Kept in memory and read at every step"
 STORED, COMPUTED, SPOKEN = "#9CC7E4", MODALITY_COLOURS["vision"], MODALITY_COLOURS["text"]
 
 
@@ -95,7 +96,8 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
             _draw_vision(info.panels[place], info, own[0], named=not one, label=not spoken)
             if spoken:
                 _draw_text(info.panels[place], info, own[1], longest)
-        named = {"Kept in memory": STORED, "Read at every step": COMPUTED}
+        cored = any(panel.compute != panel.keep for panel in info.panels)
+        named = {"Kept in memory": STORED, "Read at every step": COMPUTED} if cored else {READ_WHOLE: COMPUTED}
         named |= {"Text kept": SPOKEN} if spoken else {}
         handles = [axes[0][0].bar(0, 0, color=colour) for colour in named.values()]
         figure.legend(handles, list(named), loc="outside lower center", ncols=len(named))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from avlprof.plots.frames import NO_VISION, Array, need, samples_note
+from avlprof.plots.frames import NO_VISION, Array, joined, need, samples_note, typical_half
 from avlprof.plots.style import GRID, SOFT, new_figure, theme
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class OverlapInfo:
     """What `layer_overlap` draws.
 
     `apart` is the mean of each panel off the diagonal, `most` the largest value there of all panels
-    (NaN for a single layer).
+    (NaN for a single layer). `half` is the typical half width of the 95% intervals off the diagonal
+    (NaN: not known).
     """
 
     panels: tuple[OverlapPanel, ...]
     apart: tuple[float, ...]
     most: float
+    half: float
     note: str
 
 
@@ -49,12 +51,12 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
     """PPCI matrices of layers.
 
     Args:
-        frame: `Profile.overlap()`: `layer_a, layer_b, query, mean` (and `n`).
+        frame: `Profile.overlap()`: `layer_a, layer_b, query, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
     """
-    need(frame, ("layer_a", "layer_b", "query", "mean"), "layer overlap", NO_VISION)
+    need(frame, ("layer_a", "layer_b", "query", "mean", "low", "high"), "layer overlap", NO_VISION)
     frame = need(frame[frame["query"].isin(list(TITLES))], (), "layer overlap", NO_VISION)
     layers = sorted({int(i) for i in frame["layer_a"]} | {int(i) for i in frame["layer_b"]})
     panels, apart, most = [], [], float("nan")
@@ -69,7 +71,8 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
         known = others[np.isfinite(others)]
         apart.append(float(known.mean()) if known.size else float("nan"))
         most = float(np.nanmax([most, *known])) if known.size else most
-    return OverlapInfo(tuple(panels), tuple(apart), most, samples_note(frame))
+    half = typical_half(frame[frame["layer_a"] != frame["layer_b"]])
+    return OverlapInfo(tuple(panels), tuple(apart), most, half, samples_note(frame))
 
 
 def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None) -> Figure:
@@ -87,7 +90,8 @@ def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None)
         source = overlap_info(source.overlap())
     with theme():
         chance = "" if top_share is None else f"random sets would overlap by {top_share:.0%}"
-        note = ", ".join(text for text in (source.note, chance) if text)
+        typical = "" if np.isnan(source.half) else f"95% intervals: ±{100 * source.half:.1f} points, typically"
+        note = joined(source.note, chance, typical)
         size = (1.9 + 4.7 * len(source.panels), 6.0)
         figure = new_figure("Do layers look at the same vision tokens?", note, size, square=True)
         axes = list(figure.subplots(1, len(source.panels), squeeze=False, sharey=True)[0])

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 INK, SOFT, GRID = "#222222", "#6B6B6B", "#E4E4E4"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -29,7 +34,7 @@ MODALITY_COLOURS: Mapping[str, str] = MappingProxyType(
 )
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 LEGEND_LAYERS = 8
-"""With more layers than this a colour bar takes the place of the legend."""
+"""With more layers than this a colour bar takes the place of the legend, and bands are left out."""
 
 THEME: Mapping[str, Any] = MappingProxyType(
     {
@@ -162,6 +167,24 @@ def log2_axis(axes: Axes, ticks: Sequence[float]) -> None:
     axes.set_xticks(list(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def interval_band(axes: Axes, where: Sequence[float] | Array, low: Array, high: Array, colour: Any) -> None:
+    """Shade the 95% interval around a line; where it is not known (one sample) nothing is drawn."""
+    known = np.isfinite(low) & np.isfinite(high)
+    if known.any():
+        axes.fill_between(where, low, high, where=known.tolist(), color=colour, alpha=0.16, linewidth=0)
+
+
+def share_log_axis(axes: Axes, least: float) -> None:
+    """A horizontal axis of shares on a log scale, from `least` to all, ticked in plain percent."""
+    axes.set_xscale("log")
+    axes.set_xlim(least, 1.0)
+    decades = range(math.ceil(math.log10(least) - 1e-9), 1)
+    ticks = [10.0**power for power in decades]
+    axes.set_xticks(ticks if len(ticks) > 2 else [t for t in (*ticks, 0.03, 0.3) if t >= least])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def _layer_scale(layers: Sequence[int]) -> Normalize:

@@ -9,8 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import Array, need, samples_note, table
-from avlprof.plots.style import SOFT, layer_colours, layer_key, log2_axis, new_figure, percent_axis, theme
+from avlprof.plots.frames import Array, joined, need, samples_note, table, whole_layers
+from avlprof.plots.style import (
+    LEGEND_LAYERS,
+    SOFT,
+    interval_band,
+    layer_colours,
+    layer_key,
+    log2_axis,
+    new_figure,
+    percent_axis,
+    theme,
+)
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -22,12 +32,15 @@ SOURCES = (("decode", "generated", "generated tokens"), ("prefill", "last", "las
 class WindowInfo:
     """Text attention at distances below each of `windows` (tokens): `held [layers, windows]`, shares.
 
+    `low` and `high [layers, windows]` bound the 95% interval of `held` (NaN: not known).
     `needed [layers]` is the smallest of the windows that holds `level` of it (NaN: none does).
     """
 
     layers: tuple[int, ...]
     windows: tuple[int, ...]
     held: Array
+    low: Array
+    high: Array
     level: float
     needed: Array
     rows: str
@@ -38,39 +51,45 @@ def window_info(frame: pd.DataFrame, level: float = 0.95) -> WindowInfo:
     """Cumulative text attention by distance, of generated rows (of the last prompt row if none).
 
     Args:
-        frame: `Profile.window_curve()`: `layer, phase, query, distance, mean` (and `n`).
+        frame: `Profile.window_curve()`: `layer, phase, query, distance, mean, low, high` (and `n`).
         level: share of the text attention that a window is to hold.
 
     Raises:
         UserError: a column is missing, or nothing was traced.
     """
-    need(frame, ("layer", "phase", "query", "distance", "mean"), "text window")
+    need(frame, ("layer", "phase", "query", "distance", "mean", "low", "high"), "text window")
     for phase, query, rows in SOURCES:  # noqa: B007
         part = frame[(frame["phase"] == phase) & (frame["query"] == query)]
         if not part.empty:
             break
-    wide = table(need(part, ("mean",), "text window"), "layer", "distance", "mean")
-    held, windows = wide.to_numpy(dtype=float), wide.columns.to_numpy(dtype=float)
+    need(part, (), "text window")
+    tables = [table(part, "layer", "distance", name) for name in ("mean", "low", "high")]
+    wide = tables[0]
+    held, low, high = (one.reindex_like(wide).to_numpy(dtype=float) for one in tables)
+    windows = wide.columns.to_numpy(dtype=float)
     enough = held >= level - 1e-9
     needed = np.where(enough.any(axis=1), windows[enough.argmax(axis=1)], np.nan)
-    layers = tuple(int(i) for i in wide.index)
-    return WindowInfo(layers, tuple(int(w) for w in windows), held, level, needed, rows, samples_note(frame))
+    sizes = tuple(int(w) for w in windows)
+    return WindowInfo(
+        whole_layers(wide.index), sizes, held, low, high, level, needed, rows, samples_note(part)
+    )
 
 
 def text_window(source: Profile | WindowInfo) -> Figure:
     """A line per layer: the share of text attention within a window, and where it reaches the level."""
     info = source if isinstance(source, WindowInfo) else window_info(source.window_curve())
     with theme():
-        note = ", ".join(
-            text
-            for text in (f"{info.rows}, dots: {info.level:.0%} held, first text tokens aside", info.note)
-            if text
-        )
+        bands = len(info.layers) <= LEGEND_LAYERS
+        dots = f"dots: {info.level:.0%} held" + (", bands: 95% interval" if bands else "")
+        note = joined(info.rows, "first text tokens aside", info.note, dots)
         figure = new_figure("How far back in the text each layer reaches", note)
         ax = figure.subplots()
         ax.axhline(info.level, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
-        for line, need_, colour in zip(info.held, info.needed, layer_colours(info.layers), strict=True):
-            ax.plot(info.windows, line, color=colour)
+        lines = zip(info.held, info.low, info.high, info.needed, layer_colours(info.layers), strict=True)
+        for line, low, high, need_, colour in lines:
+            ax.plot(info.windows, line, color=colour, linewidth=2.2 if bands else 1.4)
+            if bands:
+                interval_band(ax, info.windows, np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0), colour)
             if np.isfinite(need_):
                 at = line[info.windows.index(int(need_))]
                 ax.plot([need_], [at], "o", color=colour, markersize=10, markeredgecolor="white", zorder=5)

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.plots.frames import NO_VISION
-from avlprof.plots.heatmap import HeatInfo, draw_heatmaps, heat_panel
+from avlprof.plots.heatmap import (
+    HeatInfo,
+    Pictures,
+    Tiles,
+    draw_heatmaps,
+    heat_info,
+    heat_panel,
+    shown_pictures,
+)
 
 PANELS = 23
 """Most words in one figure; with the picture itself that is 24 panels."""
@@ -38,9 +44,9 @@ def group_words(pieces: Sequence[str]) -> tuple[list[str], list[list[int]]]:
 
 
 def word_heatmaps_info(
-    image: Image.Image,
+    pictures: Pictures,
     scores: ArrayLike,
-    grid: tuple[int, int],
+    tiles: Tiles,
     words: Sequence[str],
     layer: int | None = None,
     steps: Sequence[Sequence[int]] | None = None,
@@ -48,24 +54,23 @@ def word_heatmaps_info(
     """One overlay a word.
 
     Args:
-        image: the picture that the model saw.
+        pictures: what the model saw, one or several.
         scores: `[steps, layers, vision]`; the row of a step is that of the token fed in, which
             writes the *next* one. The first token is written by the prompt's last row, so put
             that before the `decode` scores of a run to have a row for every generated token.
-        grid: rows and columns of vision tokens.
+        tiles: where the vision tokens lie in each picture.
         words: a label per word.
         layer: which layer; None is the mean of all.
         steps: for each word the steps that wrote it (their mean is drawn); None: one step a word.
 
     Raises:
-        UserError: no vision tokens, a step or layer that does not exist, or labels and steps
-            of different number.
+        UserError: as `vision_heatmap_info`, a step or layer that does not exist, or labels and
+            steps of different number.
     """
     table = np.asarray(scores, dtype=float)
     if table.ndim != 3:
         raise UserError(f"scores must be [steps, layers, vision], got {table.ndim} dimensions")
-    if not table.shape[2]:
-        raise UserError(f"word heatmaps have nothing to draw: {NO_VISION}")
+    found, own = shown_pictures(pictures, tiles, table.shape[2])
     count, depth = table.shape[:2]
     if layer is not None and not 0 <= layer < depth:
         raise UserError(f"layer must be in 0 to {depth - 1}, got {layer}")
@@ -78,21 +83,21 @@ def word_heatmaps_info(
         raise UserError(f"steps must name at least one step in 0 to {count - 1} a word, got {wrong}")
     chosen = table.mean(axis=1) if layer is None else table[:, layer]
     panels = tuple(
-        heat_panel(f"“{word}”", chosen[group].mean(axis=0), grid)
+        heat_panel(f"“{word}”", chosen[group].mean(axis=0), own)
         for word, group in zip(words[:PANELS], groups, strict=False)
     )
     where = f"mean of {depth} layers" if layer is None else f"layer {layer}"
     shown = where if len(words) <= PANELS else f"{where}; first {PANELS} of {len(words)} words"
-    return HeatInfo("Where the model looks as it writes", np.asarray(image.convert("RGB")), panels, shown)
+    return heat_info("Where the model looks as it writes", found, panels, table.shape[2], shown)
 
 
 def word_heatmaps(
-    image: Image.Image,
+    pictures: Pictures,
     scores: ArrayLike,
-    grid: tuple[int, int],
+    tiles: Tiles,
     words: Sequence[str],
     layer: int | None = None,
     steps: Sequence[Sequence[int]] | None = None,
 ) -> Figure:
-    """The picture under the attention of each generated word (see `word_heatmaps_info`)."""
-    return draw_heatmaps(word_heatmaps_info(image, scores, grid, words, layer, steps))
+    """The pictures under the attention of each generated word (see `word_heatmaps_info`)."""
+    return draw_heatmaps(word_heatmaps_info(pictures, scores, tiles, words, layer, steps))

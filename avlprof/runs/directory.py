@@ -35,7 +35,7 @@ class RunDirectory:
 
     Tables:
         samples: one row a sample: `sample, group, prompt, references, answer, tokens, system, vision,
-            text, generated, grid_rows, grid_cols, seconds`.
+            text, generated, tiles, seconds`; `tiles` is JSON, for `avlprof.models.tiles.parse_tiles`.
         stats: one row per `sample, layer, head, phase, query`, where `query` names the query
             rows averaged over: `system`, `vision`, `text` or `last` in prefill, `generated`
             while decoding. Columns: `rows` (how many), `mass_system`, `mass_vision`,

@@ -91,8 +91,9 @@ class AdaptiveLayer(SlotLayer):
         slots = [self._left + self.text.claim(row) for row in range(len(self.plans))]
         self.text.grow(self.write(slots, key_states, value_states))
         self.seen += 1
-        self._view, self._mask = self._window(self.refreshing and not self.score_only)
-        self.reads.count(self.plans, self.text.count_read(), self.refreshing, self.score_only)
+        refresh = self.refreshing
+        self._view, self._mask = self._window(refresh and not self.score_only)
+        self.reads.count(self.plans, self.text.count_read(), refresh, self.score_only)
         start, end = self._view
         keys, values, _ = self.buffers
         return keys[:, :, start:end], values[:, :, start:end]

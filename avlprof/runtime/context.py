@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.allocators.resolve import resolved_blindly
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.packed import packed_attention
@@ -41,7 +42,7 @@ class Runtime:
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache acts under this runtime's policy."""
-        return isinstance(cache, AVLCache) and cache.policy is self.policy
+        return isinstance(cache, AVLCache) and cache.policy == self.policy
 
     def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """One layer's attention: stock at prompts and in dense layers, packed over the view else."""
@@ -101,14 +102,17 @@ def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runti
 
     Inside it, `generate` and plain forward calls use the policy's cache by themselves; on exit,
     exceptions included, the model is as it was. `policy` may be a `Policy`, a YAML file, or the
-    name of a shipped one.
+    name of a shipped one. An allocator that it names spreads its share over the model's layers.
 
     Raises:
-        UserError: the policy does not fit the model or asks for what the runtime cannot do.
+        UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
+            an allocator that needs a profile (see `avlprof.allocators.resolve`).
     """
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
-    runtime = Runtime(policy, model.config.get_text_config(decoder=True))
+    text_config = model.config.get_text_config(decoder=True)
+    policy = resolved_blindly(policy, text_config.num_hidden_layers)
+    runtime = Runtime(policy, text_config)
     check_supported(policy)
     AVLCache(policy, runtime.text_config)  # refuses a policy that does not fit before anything runs
     with runtime.short.hooked(model, policy), switched(model, runtime=runtime):

@@ -52,7 +52,7 @@ class Prompts:
     last: Tensor
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     text: list[Tensor] = field(default_factory=list)
-    _ranks: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _ranks: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

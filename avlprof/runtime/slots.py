@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -48,10 +49,10 @@ class SlotLayer(BufferedLayer):
             values[:, :, slots[0]] = value[:, :, 0]
             positions[:, :, slots[0]] = self.seen
             return more
-        at = per_row(slots, key.device)
-        for buffer, new in ((keys, key), (values, value)):
-            buffer.scatter_(2, at[..., None].expand_as(new), new)
-        positions.scatter_(2, at.expand(-1, positions.shape[1], 1), self.seen)
+        rows, at = torch.arange(len(slots), device=key.device), per_row(slots, key.device)[:, 0, 0]
+        keys[rows, :, at] = key[:, :, 0]
+        values[rows, :, at] = value[:, :, 0]
+        positions[rows, :, at] = self.seen
         return more
 
     def select_rows(self, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class TextRule:
     layer: int
     layers: int
 
-    @property
+    @cached_property
     def running(self) -> str | None:
         """The kind of running score that evicts (see `attention.running`); None when age does, or nothing."""
         joint = self.policy.joint
@@ -31,26 +32,26 @@ class TextRule:
         by_age = self.policy.scorer.name == "position" or joint.decoding == "grow"
         return None if by_age else self.policy.scorer.name
 
-    @property
+    @cached_property
     def evicts(self) -> bool:
         """Whether a token can be evicted while decoding."""
         if self.policy.joint is not None:
             return self.policy.joint.decoding == "evict"
         return not self.policy.text.keeps_all
 
-    @property
+    @cached_property
     def grows(self) -> bool:
         """Whether the most tokens held grow with the text."""
         return not self.evicts or self.policy.text.keep is not None
 
-    @property
+    @cached_property
     def heads_apart(self) -> bool:
         """Whether each KV head has its own set."""
         if self.policy.joint is not None:
             return self.policy.heads == "kv_head"
         return self.policy.text.scored
 
-    @property
+    @cached_property
     def deleted(self) -> float:
         """Share of text that goes: the quantile of the history score."""
         keep = self.policy.text.keep
@@ -120,7 +121,7 @@ class TextPart:
         if self.rule.grows:
             return RESERVE
         limits = [limit for limit, _ in self.rooms()]
-        return max(0, max(limits) - most) + int(self.rule.running is not None)
+        return min(max(0, max(limits) - most), RESERVE) + int(self.rule.running is not None)
 
     def rooms(self) -> list[tuple[int, int]]:
         """Of each row, the most tokens that it holds now, and how many of these are the newest."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 from avlprof.testing.models import (
     BOS,
@@ -22,7 +22,7 @@ from avlprof.testing.models import (
     finished,
     image_types,
 )
-from avlprof.testing.pixels import any_size, flat_patches, squares, tiles
+from avlprof.testing.pixels import any_size, flat_frames, flat_patches, square_frames, squares, tiles
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 3
 WIDTH = HEADS * HEAD_DIM
@@ -55,7 +55,8 @@ def random_llava_onevision(seed: int = 0) -> TinyCase:
         image_grid_pinpoints=[[tile, 2 * tile], [2 * tile, tile]],
     )
     model = finished(hf.LlavaOnevisionForConditionalGeneration, config, seed)
-    return TinyCase("llava_onevision", model, (IMAGE, VIDEO), tiles(tile, PATCH))
+    films = square_frames(tile, tokens=4)
+    return TinyCase("llava_onevision", model, (IMAGE, VIDEO), tiles(tile, PATCH), videos=films)
 
 
 def random_vipllava(seed: int = 0) -> TinyCase:
@@ -87,6 +88,44 @@ def random_qwen3_vl(seed: int = 0) -> TinyCase:
         "num_position_embeddings": 64,
     }
     return _qwen("qwen3_vl", hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLConfig, vision, seed)
+
+
+def random_glm4v(seed: int = 0) -> TinyCase:
+    """Grids of any size, multi-axis RoPE; frames of a video have the id of images."""
+    merge = 2
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = hf.Glm4vConfig(
+        text_config=_text() | {"rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "image_size": 8 * PATCH,
+            "patch_size": PATCH,
+            "spatial_merge_size": merge,
+            "out_hidden_size": WIDTH,
+            "intermediate_size": 64,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        video_start_token_id=VOCABULARY - 1,
+        video_end_token_id=VOCABULARY - 2,
+    )
+    model = finished(hf.Glm4vForConditionalGeneration, config, seed)
+    together = int(config.vision_config.temporal_patch_size)
+    frames = flat_frames(PATCH, merge, together, between=True, token=IMAGE)
+
+    def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        ids, tensors = frames(count, generator)
+        return [[VOCABULARY - 1, *one, VOCABULARY - 2] for one in ids], tensors
+
+    def types(ids: Tensor) -> dict[str, Tensor]:
+        inside = (ids == VOCABULARY - 1).cumsum(dim=1) > (ids == VOCABULARY - 2).cumsum(dim=1)
+        return {"mm_token_type_ids": (ids == IMAGE).long() * (1 + inside.long())}
+
+    return TinyCase(
+        "glm4v", model, (IMAGE, VIDEO), flat_patches(PATCH, merge, together), types, videos
+    )
 
 
 def random_internvl(seed: int = 0) -> TinyCase:
@@ -186,6 +225,7 @@ def families() -> list[tuple[str, Callable[[], TinyCase]]]:
         ("llava_onevision", random_llava_onevision),
         ("qwen2_vl", random_qwen2_vl),
         ("qwen3_vl", random_qwen3_vl),
+        ("glm4v", random_glm4v),
         ("internvl", random_internvl),
         ("idefics3", random_idefics3),
         ("smolvlm", random_smolvlm),
@@ -243,8 +283,10 @@ def _qwen(name: str, kind: Any, config_kind: Any, vision: dict[str, Any], seed: 
     )
 
     model = finished(kind, config, seed)
-    pixels = flat_patches(PATCH, merge, int(config.vision_config.temporal_patch_size))
-    return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"))
+    together = int(config.vision_config.temporal_patch_size)
+    pixels = flat_patches(PATCH, merge, together)
+    films = flat_frames(PATCH, merge, together, between=name == "qwen3_vl")
+    return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"), films)
 
 
 def _idefics(name: str, kind: Any, config_kind: Any, seed: int) -> TinyCase:

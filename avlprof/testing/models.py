@@ -6,8 +6,9 @@ transformer attends almost uniformly, and a test on it would miss most mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -30,6 +31,7 @@ FIRST_WORD: Final = 4
 VOCABULARY: Final = 101
 
 Pixels = Callable[[int, torch.Generator, bool], tuple[list[int], dict[str, Tensor]]]
+Videos = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, Tensor]]]
 Companions = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -38,8 +40,10 @@ class TinyCase:
     """One row of the test matrix: a random model in eval mode and a maker of its inputs.
 
     `pixels(images, generator, uneven)` gives the number of vision tokens of each image and the
-    pixel tensors of all of them; with `uneven` the images may differ in size. `companions(ids)`
-    gives what the family takes beside the ids of prompts with images, `[batch, tokens]` each.
+    pixel tensors of all of them; with `uneven` the images may differ in size. `videos(count,
+    generator)` gives the ids that stand for each video in the prompt, and their tensors; None where
+    the family has none. `companions(ids)` gives what the family takes beside the ids of prompts
+    with images, `[batch, tokens]` each.
     """
 
     name: str
@@ -47,6 +51,7 @@ class TinyCase:
     vision_token_ids: tuple[int, ...]
     pixels: Pixels
     companions: Companions = lambda ids: {}
+    videos: Videos | None = None
 
     def inputs(
         self,
@@ -55,28 +60,34 @@ class TinyCase:
         pad: bool = False,
         text: int = 9,
         images_per_row: int | Sequence[int] = 1,
+        videos_per_row: int | Sequence[int] = 0,
     ) -> dict[str, Tensor]:
         """A batch for `model(**inputs)` and `model.generate(**inputs)`.
 
-        A row is the beginning-of-text token, two text tokens, and then its images with the other
-        text tokens spread behind each of them. `text` counts a row's text tokens without the
+        A row is the beginning-of-text token, two text tokens, and then its images and videos with
+        the other text tokens spread behind each of them. `text` counts a row's text tokens without the
         first; with `pad`, row i has 2 * i fewer (never under 3) and images differ in size where
         the family allows it. Shorter rows are padded on the left.
 
         Returns:
             `input_ids` and `attention_mask`, int64 [batch, tokens]; `pixel_values` and the
-            family's companions of them and of the ids, absent if no row has an image.
+            family's companions of them and of the ids, absent if no row has an image or video.
         """
         generator = torch.Generator().manual_seed(seed)
-        counts = [images_per_row] * batch if isinstance(images_per_row, int) else list(images_per_row)
-        if len(counts) != batch:
-            raise ValueError(f"images_per_row must have {batch} entries, got {len(counts)}")
+        counts = _counts("images_per_row", images_per_row, batch)
+        filmed = _counts("videos_per_row", videos_per_row, batch)
         sizes, extra = self.pixels(sum(counts), generator, pad) if sum(counts) else ([], {})
-        rows, taken = [], 0
-        for index, count in enumerate(counts):
+        shown = iter([[IMAGE] * size for size in sizes])
+        films: Iterator[list[int]] = iter(())
+        if sum(filmed):
+            if self.videos is None:
+                raise ValueError(f"{self.name} has no videos, got videos_per_row {videos_per_row}")
+            ids, tensors = self.videos(sum(filmed), generator)
+            films, extra = iter(ids), extra | tensors
+        rows = []
+        for index, (images, videos) in enumerate(zip(counts, filmed, strict=True)):
             words = max(3, text - 2 * index) if pad else text
-            rows.append(_row(words, sizes[taken : taken + count], generator))
-            taken += count
+            rows.append(_row(words, [*islice(shown, images), *islice(films, videos)], generator))
         width = max(len(row) for row in rows)
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -169,9 +180,16 @@ def random_qwen2_5_vl(
         values = torch.randn(int(grids.prod(dim=1).sum()), width, generator=generator)
         return cells.prod(dim=1).tolist(), {"pixel_values": values, "image_grid_thw": grids}
 
+    def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        grids = torch.tensor([[2 + index, 2 * merge, 3 * merge] for index in range(count)])
+        width = 3 * int(config.vision_config.temporal_patch_size) * patch**2
+        values = torch.randn(int(grids.prod(dim=1).sum()), width, generator=generator)
+        tokens = (grids.prod(dim=1) // merge**2).tolist()
+        return [[VIDEO] * n for n in tokens], {"pixel_values_videos": values, "video_grid_thw": grids}
+
     name = f"qwen2_5_vl-{heads}q{kv_heads}kv"
     model = finished(Qwen2_5_VLForConditionalGeneration, config, seed)
-    return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"))
+    return TinyCase(name, model, (IMAGE, VIDEO), pixels, image_types("mm_token_type_ids"), videos)
 
 
 def cases() -> list[tuple[str, Callable[[], TinyCase]]]:
@@ -183,19 +201,26 @@ def cases() -> list[tuple[str, Callable[[], TinyCase]]]:
     ]
 
 
-def _row(words: int, sizes: list[int], generator: torch.Generator) -> list[int]:
+def _counts(name: str, given: int | Sequence[int], batch: int) -> list[int]:
+    counts = [given] * batch if isinstance(given, int) else list(given)
+    if len(counts) != batch:
+        raise ValueError(f"{name} must have {batch} entries, got {len(counts)}")
+    return counts
+
+
+def _row(words: int, shown: list[list[int]], generator: torch.Generator) -> list[int]:
     drawn = torch.randint(FIRST_WORD, VOCABULARY - 2, (words,), generator=generator).tolist()
     row = [BOS, *drawn[:2]]
     rest = drawn[2:]
-    for index, size in enumerate(sizes):
-        begin, end = index * len(rest) // len(sizes), (index + 1) * len(rest) // len(sizes)
-        row += [IMAGE] * size + rest[begin:end]
-    return row if sizes else row + rest
+    for index, ids in enumerate(shown):
+        begin, end = index * len(rest) // len(shown), (index + 1) * len(rest) // len(shown)
+        row += ids + rest[begin:end]
+    return row if shown else row + rest
 
 
 def image_types(name: str) -> Companions:
-    """Companions of one tensor `name`, int64: 1 on image tokens and 0 elsewhere."""
-    return lambda ids: {name: (ids == IMAGE).long()}
+    """Companions of one tensor `name`, int64: 1 on image tokens, 2 on video tokens and 0 elsewhere."""
+    return lambda ids: {name: (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
 def finished(kind: Any, config: Any, seed: int) -> Any:

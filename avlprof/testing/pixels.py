@@ -1,7 +1,8 @@
 """Random pixels in the forms that vision towers take, with the vision tokens of each picture.
 
 Each function returns a `Pixels`: of a number of pictures, a generator, and whether pictures may
-differ in size, it makes the token counts and the tensors, `pixel_values` fp32 among them.
+differ in size, it makes the token counts and the tensors, `pixel_values` fp32 among them. Those of
+videos return a `Videos`: the prompt's ids of each video, and the tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from avlprof.testing.models import Pixels
+from avlprof.testing.models import FIRST_WORD, VIDEO, Pixels, Videos
 
 Made = tuple[list[int], dict[str, Tensor]]
 GRID = (5, 4)  # rows and columns of vision tokens of a picture of any size; uneven ones have up to 2 more
@@ -72,6 +73,33 @@ def flat_patches(patch: int, merge: int, frames: int) -> Pixels:
         return cells.prod(dim=1).tolist(), {"pixel_values": values, "image_grid_thw": grids}
 
     return pixels
+
+
+def flat_frames(patch: int, merge: int, together: int, *, between: bool, token: int = VIDEO) -> Videos:
+    """Videos as one list of flat patches, with their `video_grid_thw`: the first has two times, the
+    next three, and so on. With `between` a text token, in place of a timestamp, parts the times.
+    """
+
+    def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        grids = torch.tensor([[2 + index, 2 * merge, 3 * merge] for index in range(count)])
+        values = torch.randn(int(grids.prod(dim=1).sum()), 3 * together * patch**2, generator=generator)
+        ids = []
+        for times, rows, columns in grids.tolist():
+            one = [token] * (rows * columns // merge**2)
+            ids.append(([FIRST_WORD + 5] * between + one) * times)
+        return ids, {"pixel_values_videos": values, "video_grid_thw": grids}
+
+    return videos
+
+
+def square_frames(side: int, tokens: int, frames: int = 3) -> Videos:
+    """Videos of square frames, `tokens` vision tokens each, and a newline token behind the last."""
+
+    def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        values = torch.randn(count, frames, 3, side, side, generator=generator)
+        return [[VIDEO] * (frames * tokens + 1)] * count, {"pixel_values_videos": values}
+
+    return videos
 
 
 def _cells(images: int, generator: torch.Generator, uneven: bool) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from avlprof.attention.modality import prompt_shapes
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
+from avlprof.models.tiles import dump_tiles
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample
 from avlprof.tracing.answers import AnswerEnds, GivenAnswers, reference_tokens
@@ -34,9 +35,7 @@ def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
     Raises:
         UserError: a picture cannot be read, or the processor refuses the prompts.
     """
-    return loaded.adapter.encode(
-        [sample.prompt for sample in samples], [sample.open_images() for sample in samples]
-    )
+    return loaded.adapter.encode_samples(samples)
 
 
 def trace_batch(
@@ -49,7 +48,8 @@ def trace_batch(
         forced: feed each sample's reference answer in place of what the model would say.
     """
     started = time.monotonic()
-    encoding = encode(loaded, samples)
+    chats = [sample.messages() for sample in samples]
+    encoding = loaded.adapter.encode_chats(chats)
     prompt = encoding["input_ids"].shape[1]
     recorder = BatchRecorder(len(samples), loaded.adapter.layers, options)
     given = _references(loaded, samples, encoding["input_ids"], limit) if forced else None
@@ -70,11 +70,12 @@ def trace_batch(
     texts = loaded.adapter.decode(answers)
     tables = [(record, record.frame(), record.scores()) for record in records]
     seconds = (time.monotonic() - started) / len(samples)
-    found, images = [], 0
-    for sample, answer, text, (record, stats, scores) in zip(samples, answers, texts, tables, strict=True):
+    layouts = loaded.adapter.vision_layout(encoding, chats)
+    found = []
+    for sample, answer, text, tiles, (record, stats, scores) in zip(
+        samples, answers, texts, layouts, tables, strict=True
+    ):
         shape = prompt_shapes(record.modality[None])[0]
-        grid = loaded.adapter.vision_grid(encoding, images) if len(sample.images) == 1 else None
-        images += len(sample.images)
         row = {
             "sample": sample.id,
             "group": sample.group,
@@ -86,8 +87,7 @@ def trace_batch(
             "vision": shape.vision,
             "text": shape.text,
             "generated": len(answer),
-            "grid_rows": grid[0] if grid else 0,
-            "grid_cols": grid[1] if grid else 0,
+            "tiles": dump_tiles(tiles),
             "seconds": seconds,
         }
         found.append(Traced(row, [{"sample": sample.id, **line} for line in stats], scores))

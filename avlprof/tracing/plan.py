@@ -22,9 +22,10 @@ MOST_ROWS = 256  # of a block: longer ones would form many weights that no row m
 class Block:
     """Rows of a prompt that are measured together.
 
-    `rows [R]` ascend, `order` and `bins` are theirs as in `Columns`; `kinds [K, R]` is 1 where a row is of a kind; `covered [C]` indexes the
-    rows that are measured for coverage and `covered_kinds [K, C]` tells their kinds;
-    `received [3, R]` is 1 where a row counts for each of `RECEIVED`. `later [R, last - first]` is
+    `rows [R]` ascend; `bins` is theirs as in `Columns`, `order` their place among the text tokens.
+    `kinds [K, R]` is 1 where a row is of a kind; `covered [C]` indexes the rows that are measured
+    for coverage and `covered_kinds [K, C]` tells their kinds; `received [3, R]` is 1 where a row
+    counts for each of `RECEIVED`; `is_text` indexes the text rows. `later [R, last - first]` is
     `UNSEEN` on keys that come after a row, 0 elsewhere, from the key behind `first` on: those
     before are seen by all. `first` and `last` are the bounds of the rows, on the host.
     """
@@ -54,7 +55,7 @@ class RowPlan:
             rows["vision"] = _spread(rows["vision"], options.vision_rows)
         rows["last"] = torch.tensor([columns.count - 1])
         self._places = {kind: places for kind, places in rows.items() if len(places)}
-        self.rows = torch.cat(list(self._places.values())).unique()
+        self.rows = torch.tensor(sorted({row for places in self._places.values() for row in places.tolist()}))
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -103,17 +104,18 @@ class RowPlan:
         device = self.columns.device
         kinds, covered, received = (marks[:, start:stop] for marks in self._marks)
         rows = self.rows[start:stop]
+        first, last = int(rows[0]), int(rows[-1])
         chosen = covered.any(dim=0).nonzero()[:, 0]
 
         def there(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             return tensor.to(device, dtype, non_blocking=True)
 
         return Block(
-            first=int(rows[0]),
-            last=int(rows[-1]),
+            first=first,
+            last=last,
             rows=there(rows, torch.long),
             bins=self.columns.bins(rows),
-            later=there((torch.arange(rows[0] + 1, rows[-1] + 1) > rows[:, None]) * UNSEEN, torch.float32),
+            later=there((torch.arange(first + 1, last + 1) > rows[:, None]) * UNSEEN, torch.float32),
             order=there(self.columns.order[rows], torch.long),
             kinds=there(kinds, torch.float64),
             covered=there(chosen, torch.long),

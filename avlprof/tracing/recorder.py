@@ -96,8 +96,10 @@ def _step_logits(call: AttentionCall, length: int) -> Tensor:
     heads = logits.shape[1] // call.positions.shape[1]
     places = call.positions.repeat_interleave(heads, dim=1).expand_as(logits)
     # slots without a token go to a column of their own
-    places = torch.where(places < 0, length, places) if seen is None else places.masked_fill(
-        ~seen[:, :, 0], length
+    places = (
+        torch.where(places < 0, length, places)
+        if seen is None
+        else places.masked_fill(~seen[:, :, 0], length)
     )
     whole = logits.new_full((*logits.shape[:2], length + 1), UNSEEN)
     return whole.scatter_(2, places, logits)[..., :length]

@@ -26,7 +26,8 @@ def entropy(logits: Tensor, weights: Tensor) -> Tensor:
     so no logarithm is taken of every weight. Logits must be finite.
     """
     largest = logits.amax(dim=-1)
-    return largest - weights.amax(dim=-1).log() - torch.linalg.vecdot(weights, logits)
+    mean: Tensor = torch.linalg.vecdot(weights, logits)
+    return largest - weights.amax(dim=-1).log() - mean
 
 
 def coverage(ordered: Tensor, shares: Tensor) -> Tensor:

@@ -90,5 +90,6 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    out = np.full(sums.shape, np.nan)
-    return np.divide(sums, counts, out=out, where=np.broadcast_to(counts > 0, sums.shape))
+    found: NDArray[np.float64] = np.full(sums.shape, np.nan)
+    np.divide(sums, counts, out=found, where=np.broadcast_to(counts > 0, sums.shape))
+    return found

@@ -11,10 +11,9 @@ import optuna
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore
 from avlprof.models import LoadedModel
-from avlprof.policy import ScorerSpec
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Task
-from avlprof.tuning.candidate import Budget
+from avlprof.tuning.candidate import Budget, scorer_spec
 from avlprof.tuning.evidence import read_evidence
 from avlprof.tuning.generated import BATCH, Generated
 from avlprof.tuning.objective import Objective, Scores
@@ -51,7 +50,7 @@ def join(loaded: LoadedModel, task: Task, place: Place, *, progress: Progress | 
         max_new_tokens=meta.max_new_tokens,
         batch_size=BATCH,
         answers="reference" if meta.objective == "likelihood" else "dense",
-        scorers=[ScorerSpec(name=name) for name in space.scorers],
+        scorers=[scorer_spec(name) for name in space.scorers],
         progress=lambda d, t: tell("dense answers", d, t),
     )
     steps = max(round(forced.answer_tokens), 1)

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def run_trace_bench(
             for name in able[turn % len(able) :] + able[: turn % len(able)]:
                 if turn == 0:
                     _prefill(name, model, inputs, options)  # compiles and allocates what stays
-                    peaks[name] = peak_above(model.device, lambda n=name: _prefill(n, model, inputs, options))
+                    peaks[name] = peak_above(model.device, partial(_prefill, name, model, inputs, options))
                 else:
                     seconds[name].append(_timed(name, model, inputs, options))
                 done += 1
@@ -194,7 +195,7 @@ def _summary(
 
 
 def median_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float, float]:
-    """Median with its 95% percentile bootstrap interval; the extremes with fewer than 6 values, NaN with none."""
+    """Median with its 95% bootstrap interval; the extremes with fewer than 6 values, NaN with none."""
     if not len(values):
         return float("nan"), float("nan"), float("nan")
     median = float(np.median(values))

@@ -1,0 +1,55 @@
+"""`avlprof report`: one HTML file about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avlprof.cli import options as given
+from avlprof.cli.output import finished, size
+from avlprof.cli.progress import progress
+from avlprof.cli.runs import run_or_newest
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    run: given.RunArgument = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Show a policy and its cost: a YAML file or a name.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Another run: show how this one differs from it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; by default RUN/report.html.")
+    ] = None,
+    pictures: Annotated[int, typer.Option("--pictures", min=0, help="Samples to show with heatmaps.")] = 3,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")
+    ] = None,
+) -> None:
+    """Write one HTML file about a run: findings, figures, heatmaps, a policy, how to repeat it.
+
+    The file needs no network and no other file, so it can be mailed or archived as it is.
+    """
+    from avlprof.policy import find_policy
+    from avlprof.report import write_report
+    from avlprof.tasks import load_task
+    from avlprof.traced import Run
+
+    shown = None if policy is None else find_policy(policy)
+    other = None if against is None else Run.open(against)
+    place = None if task is None else load_task(task)
+    traced = run_or_newest(run)
+    for one in (traced, other):
+        if one is not None:
+            with progress("analyze") as done:
+                one.profile(done)
+    path = out or traced.path / "report.html"
+    write_report(traced, path, policy=shown, against=other, pictures=pictures, task=place)
+    finished([f"{path} ({size(path.stat().st_size)})"], f"open {path.resolve().as_uri()} in a browser")
+

@@ -1,0 +1,154 @@
+"""From a run to a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import avlprof
+from avlprof.analysis import Profile, findings
+from avlprof.errors import UserError
+from avlprof.files import write_text
+from avlprof.plots import diff_info, layer_diff, run_names
+from avlprof.policy import Policy
+from avlprof.report.commands import report_command, trace_command
+from avlprof.report.embed import as_svg
+from avlprof.report.examples import examples
+from avlprof.report.figures import Shown, sections
+from avlprof.report.policies import policy_part
+from avlprof.report.source import TracedRun
+from avlprof.report.tables import layer_columns, settings_rows, traced_line
+from avlprof.tasks import Task
+
+PICTURES = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """This run less another: both by name, a figure, and what of it is sure."""
+
+    here: str
+    other: str
+    run: str
+    shown: Shown
+    said: str
+
+
+def write_report(
+    run: TracedRun,
+    out: Path | str,
+    *,
+    policy: Policy | None = None,
+    against: TracedRun | None = None,
+    pictures: int = PICTURES,
+    task: Task | None = None,
+    created: str | None = None,
+) -> Path:
+    """Write one self-contained HTML file about a run; the file appears whole or not at all.
+
+    Args:
+        run: what was traced, such as `avlprof.Run.open(...)`.
+        out: path of the file.
+        policy: shown with what it costs on the prompts of the run.
+        against: another run, to show what differs.
+        pictures: samples whose heatmaps are shown.
+        task: where the pictures are, if the run cannot tell.
+        created: date and time to print; by default now. All else is the same for the same input.
+
+    Raises:
+        UserError: policy or other run have another number of layers, or the file cannot be written.
+    """
+    path = Path(out)
+    page = report_html(
+        run, policy=policy, against=against, pictures=pictures, task=task, created=created
+    )
+    write_text(path, page)
+    return path
+
+
+def report_html(
+    run: TracedRun,
+    *,
+    policy: Policy | None = None,
+    against: TracedRun | None = None,
+    pictures: int = PICTURES,
+    task: Task | None = None,
+    created: str | None = None,
+) -> str:
+    """The page as text; arguments as in `write_report`."""
+    if pictures < 0:
+        raise UserError(f"pictures must be 0 or more, got {pictures}")
+    profile, meta = run.profile(), run.meta
+    part = None if policy is None else policy_part(policy, profile)
+    difference = None if against is None else _difference(profile, against.profile())
+    shown, note = examples(run, pictures, task)
+    samples = run.samples()
+    named = "" if policy is None else f"{policy.name}.yaml"
+    page = _template().get_template("report.html.j2")
+    return page.render(
+        title=f"{meta.model} on {meta.task}",
+        findings=findings(profile),
+        traced=traced_line(meta, samples),
+        settings=settings_rows(meta, samples),
+        run=str(run.path),
+        run_hash=profile.meta.run_hash,
+        tiles=_tiles(profile),
+        sections=list(sections(profile)),
+        columns=layer_columns(profile),
+        layers=profile.layers,
+        examples=shown,
+        examples_note=note,
+        policy=part,
+        difference=difference,
+        commands=(
+            trace_command(meta, len(samples), run.path),
+            report_command(run.path, named, None if against is None else against.path),
+        ),
+        under=meta.policy,
+        own_pictures=meta.task == "pictures",
+        created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+        version=avlprof.__version__,
+    )
+
+
+def _tiles(profile: Profile) -> list[tuple[str, str]]:
+    """The few numbers that a reader wants first."""
+    samples, settings = profile.frames["samples"], profile.meta.settings
+    seeing = samples.loc[samples["vision"] > 0, "vision"]
+    return [
+        (f"{profile.meta.samples:,}", "sample" if profile.meta.samples == 1 else "samples"),
+        (f"{settings.layers} × {settings.heads}", "layers × query heads"),
+        (f"{seeing.mean():,.0f}" if len(seeing) else "0", "vision tokens a prompt"),
+        (f"{samples['generated'].mean():,.1f}", "tokens an answer"),
+    ]
+
+
+def _difference(here: Profile, other: Profile) -> Difference:
+    names = run_names(here, other)
+    info = diff_info(here.diff(other), names)
+    sure = sum(int(panel.sure.sum()) for panel in info.panels)
+    total = sum(len(panel.layers) for panel in info.panels)
+    expected = round(total / 20)
+    said = (
+        f"Of the {total} differences shown, {sure} have an interval that excludes zero; without any true "
+        f"difference about {expected} would. Compared: {info.how}."
+    )
+    caption = (
+        "Each panel is one statistic, each dot a layer: this run less the other, with its 95% interval. "
+        "Filled dots are differences whose interval excludes zero; the line at zero is no difference."
+    )
+    shown = Shown(as_svg(layer_diff(info)), "Figure: differences by layer", caption)
+    return Difference(*names, other.meta.run, shown, said)
+
+
+def _template() -> Environment:
+    return Environment(
+        loader=PackageLoader("avlprof.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

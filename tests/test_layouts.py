@@ -1,0 +1,220 @@
+"""Where vision tokens lie in a picture, proved by bright spots in real pictures.
+
+Each family's own image processor cuts a picture, and a small random model of the family, in whose
+vision tower no patch attends to another, makes features of it. Tokens that change when a spot
+of the picture changes must be those whose place, as the layout has it, is at the spot.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from avlprof.models import adapter_for, tiles
+from avlprof.models.tiles import Tile, paint
+from avlprof.testing.families import families
+from avlprof.testing.models import IMAGE, VIDEO, cases
+
+BUILDERS = {**dict(cases()), **dict(families())}
+NEAREST = 0
+GREY, BRIGHT = 180, 250
+
+CLIP = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+TILE = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}
+FINE = [[12, 24], [24, 12], [24, 24], [12, 36], [60, 60]]
+SQUARE = {"size": {"height": 32, "width": 32}}
+CUTS = {"crop_to_patches": True, "min_patches": 1, "max_patches": 6}
+FLAT = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 4096}}
+IDEFICS = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 24}}
+
+# builder, image processor, its options, (width, height) of pictures, reach of a token beyond its place
+SEEN = {
+    "llava": ("llava-4q2kv", "CLIPImageProcessorPil", CLIP, [(60, 60), (90, 60), (60, 140)], 0.5),
+    "llava padded": ("llava-4q2kv", "LlavaImageProcessorPil", CLIP | {"do_pad": True}, [(60, 90)], 0.5),
+    "vipllava": ("vipllava", "CLIPImageProcessorPil", CLIP, [(80, 60), (60, 61)], 0.5),
+    "llava_next": ("llava_next", "LlavaNextImageProcessorPil", TILE, [(90, 50), (48, 90), (61, 60)], 0.5),
+    "llava_onevision": (
+        "llava_onevision", "LlavaOnevisionImageProcessorPil", TILE, [(90, 50), (48, 90)], 0.5
+    ),
+    "llava_onevision shrunk": (
+        "llava_onevision", "LlavaOnevisionImageProcessorPil", TILE, [(120, 120), (200, 150)], 1.3
+    ),
+    "qwen2_5_vl": ("qwen2_5_vl-6q2kv", "Qwen2VLImageProcessorPil", FLAT, [(64, 40), (50, 90)], 0.5),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil", FLAT, [(64, 40), (50, 90)], 0.5),
+    "qwen3_vl": ("qwen3_vl", "Qwen2VLImageProcessorPil", FLAT, [(64, 40), (50, 90)], 0.5),
+    "glm4v": ("glm4v", "Glm4vImageProcessorPil", FLAT, [(64, 40), (50, 90)], 0.5),
+    "internvl": (
+        "internvl", "GotOcr2ImageProcessorPil", CUTS | {"size": {"height": 24, "width": 24}},
+        [(90, 60), (50, 110), (60, 60), (200, 40)], 0.5,
+    ),
+    "aya_vision": (
+        "aya_vision", "GotOcr2ImageProcessorPil", CUTS | SQUARE, [(90, 60), (50, 110), (60, 60)], 0.5
+    ),
+    "idefics3": ("idefics3", "Idefics3ImageProcessorPil", IDEFICS, [(96, 60), (50, 110)], 0.5),
+    "smolvlm": ("smolvlm", "SmolVLMImageProcessorPil", IDEFICS, [(96, 60), (50, 110)], 0.5),
+    "idefics3 whole": (
+        "idefics3", "Idefics3ImageProcessorPil", IDEFICS | {"do_image_splitting": False}, [(96, 60)], 0.5
+    ),
+    "mistral3": (
+        "mistral3", "PixtralImageProcessorPil",
+        {"patch_size": {"height": 8, "width": 8}, "size": {"longest_edge": 64}}, [(64, 40), (33, 64)], 0.5,
+    ),
+    "gemma3": ("gemma3", "Gemma3ImageProcessorPil", SQUARE, [(64, 40), (50, 90)], 0.5),
+    "paligemma": (
+        "paligemma", "SiglipImageProcessorPil", {"size": {"height": 20, "width": 20}}, [(64, 40)], 0.5
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread costs more than it does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def built(name):
+    """The model, its attention in the vision tower silenced."""
+    case = BUILDERS[name]()
+    if name.startswith("llava_"):
+        case.model.config.image_grid_pinpoints = FINE
+    tower = next(
+        module
+        for part, module in case.model.named_modules()
+        if part.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual")
+    )
+    for module in tower.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_hook(silence)
+    return case
+
+
+def silence(module, args, out):
+    return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+
+
+def processor_of(name):
+    _, kind, options, _, _ = SEEN[name]
+    return SimpleNamespace(image_processor=getattr(hf, kind)(**options, **pinpoints(name), resample=NEAREST))
+
+
+def pinpoints(name):
+    return {"image_grid_pinpoints": FINE} if name.startswith("llava_") else {}
+
+
+@torch.no_grad()
+def features(case, pixels):
+    """`[vision tokens, width]` of all pictures, one after the other."""
+    wanted = ("image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
+    extra = {name: pixels[name] for name in wanted if name in pixels}
+    if "image_sizes" in extra:
+        extra["image_sizes"] = torch.as_tensor(extra["image_sizes"])
+    found = case.model.get_image_features(pixels["pixel_values"], **extra, return_dict=True).pooler_output
+    return torch.cat([part.flatten(0, -2) for part in found])
+
+
+def encoding(processor, pictures, token=IMAGE):
+    """What the family's processor would give, text left out."""
+    nested = "batch_num_images" in processor.image_processor.model_input_names
+    nested |= "Idefics" in type(processor.image_processor).__name__
+    nested |= "SmolVLM" in type(processor.image_processor).__name__
+    return dict(processor.image_processor(images=[pictures] if nested else pictures, return_tensors="pt"))
+
+
+def spotted(size, box):
+    """A grey picture with a bright box (left, top, right, bottom in pixels)."""
+    pixels = np.full((size[1], size[0], 3), GREY, dtype=np.uint8)
+    left, top, right, bottom = box
+    pixels[top:bottom, left:right] = BRIGHT
+    return Image.fromarray(pixels)
+
+
+def places(tile):
+    """Index, and left, top, right, bottom in shares of the picture, of each token of a tile."""
+    left, top, right, bottom = tile.box
+    wide, high = (right - left) / tile.columns, (bottom - top) / tile.rows
+    for row, indices in enumerate(tile.tokens().tolist()):
+        for column, index in enumerate(indices):
+            x, y = left + column * wide, top + row * high
+            yield index, (x, y, x + wide, y + high)
+
+
+def check_spots(case, processor, adapter, size, others, reach, draws):
+    """Spots in the last of some pictures light up the tokens that lie there, and no others."""
+    plain = Image.fromarray(np.full((size[1], size[0], 3), GREY, dtype=np.uint8))
+    before = encoding(processor, [*others, plain])
+    base = features(case, before)
+    layouts = [
+        adapter.image_layout(before, index, picture.size) for index, picture in enumerate([*others, plain])
+    ]
+    assert sum(layout.tokens for layout in layouts) == len(base)
+    offset = len(base) - layouts[-1].tokens
+    lit = hidden = 0
+    for _ in range(12):
+        half = draws.uniform(0.15, 0.4, 2) * size
+        middle = draws.uniform(0, 1, 2) * size
+        low, high = (np.clip(edge, 0, size).round().astype(int) for edge in (middle - half, middle + half))
+        if (high - low).min() < 8:
+            continue
+        spot = spotted(size, (*low, *high))
+        moved = (features(case, encoding(processor, [*others, spot])) - base).abs().amax(dim=-1) > 1e-4
+        assert not moved[:offset].any()
+        box = (low[0] / size[0], low[1] / size[1], high[0] / size[0], high[1] / size[1])
+        patches = set()
+        for tile in layouts[-1].tiles:
+            wide = reach * (tile.box[2] - tile.box[0]) / tile.columns
+            tall = reach * (tile.box[3] - tile.box[1]) / tile.rows
+            for index, (left, top, right, bottom) in places(tile):
+                patches.add(index)
+                along = min(right, box[2]) - max(left, box[0])
+                down = min(bottom, box[3]) - max(top, box[1])
+                inside = along > 0.5 * (right - left) and down > 0.5 * (bottom - top)
+                apart = (
+                    left > box[2] + wide
+                    or right < box[0] - wide
+                    or top > box[3] + tall
+                    or bottom < box[1] - tall
+                )
+                if inside:
+                    lit += 1
+                    assert moved[offset + index], (size, box, tile, index)
+                if apart:
+                    hidden += 1
+                    assert not moved[offset + index], (size, box, tile, index)
+        newlines = set(range(layouts[-1].tokens)) - patches
+        assert not any(moved[offset + index] for index in newlines)
+    return lit, hidden
+
+
+@pytest.mark.parametrize("name", list(SEEN))
+def test_bright_spots_light_up_the_tokens_that_lie_there(name):
+    built_as, _, _, sizes, reach = SEEN[name]
+    case, processor = built(built_as), processor_of(name)
+    adapter = adapter_for(case.model, processor)
+    draws = np.random.default_rng(3)
+    lit = hidden = 0
+    for size in sizes:
+        found = check_spots(case, processor, adapter, size, [], reach, draws)
+        lit, hidden = lit + found[0], hidden + found[1]
+    assert lit > 5
+    assert hidden > 20
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_vl"])
+def test_a_picture_behind_another_has_its_own_tokens(name):
+    built_as, _, _, sizes, reach = SEEN[name]
+    case, processor = built(built_as), processor_of(name)
+    adapter = adapter_for(case.model, processor)
+    other = spotted((70, 50), (3, 4, 20, 30))
+    lit, hidden = check_spots(case, processor, adapter, sizes[0], [other], reach, np.random.default_rng(4))
+    assert lit > 2
+    assert hidden > 10
