@@ -46,11 +46,12 @@ def own_task(images: Sequence[ImageLike], prompt: str | None) -> Task:
 def save_pictures(run: Path, samples: Sequence[Sample]) -> None:
     """Note in a run directory where the pictures of its samples lie, as far as they are files."""
     known = _noted(run)
-    new = {
-        sample.id: [str(image.resolve()) for image in sample.images if isinstance(image, Path)]
-        for sample in samples
-        if sample.images and all(isinstance(image, Path) for image in sample.images)
-    }
+    new = {}
+    for sample in samples:
+        sources = [source for turn in sample.conversation() for source in turn.sources(sample.id)]
+        paths = [str(source.resolve()) for source in sources if isinstance(source, Path)]
+        if paths and len(paths) == len(sources):
+            new[sample.id] = paths
     if any(known.get(name) != paths for name, paths in new.items()):
         lines = (json.dumps({"id": name, "images": paths}) for name, paths in (known | new).items())
         write_text(run / f"{NAME}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -58,6 +59,8 @@ def save_pictures(run: Path, samples: Sequence[Sample]) -> None:
 
 def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> list[Image.Image]:
     """The pictures of a traced sample, from `task`, or from where the run says they come from.
+
+    Those of its whole conversation, frames of videos included, in the order of the run's `tiles`.
 
     Raises:
         UserError: they cannot be found or read.
@@ -73,7 +76,7 @@ def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> l
     most = len(run.samples())
     for found in islice(task.stream(run.meta.split), most):
         if found.id == sample:
-            return found.open_images()
+            return [picture for message in found.messages() for picture in message.pictures()]
     raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")
 
 

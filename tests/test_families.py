@@ -31,6 +31,7 @@ from .oracle import Oracle
 from .test_forced import stepwise
 
 FAMILIES = dict(families())
+FILMING = {name: build for name, build in (*cases(), *families()) if build().videos is not None}
 POLICIES = {
     "core": Policy(vision_keep=(0.62, 0.3, 0.45), vision_compute=(0.33, 0.1, 0.2), refresh_interval=3),
     "accumulated and window": Policy(
@@ -166,7 +167,45 @@ def eager(case, inputs):
 @torch.no_grad()
 def test_recorded_mass_is_that_of_eager_weights(case):
     """Every row of every prompt, tokens that attend to later ones included."""
-    inputs = case.inputs(2, seed=7, pad=True, text=11, images_per_row=[2, 1])
+    check_recorded_mass(case, case.inputs(2, seed=7, pad=True, text=11, images_per_row=[2, 1]))
+
+
+def filmed(case, seed, text=11):
+    """Two rows of one and two videos, pictures beside them where the family's model takes both."""
+    images = 0 if case.name == "glm4v" else [1, 0]
+    return case.inputs(2, seed=seed, pad=True, text=text, images_per_row=images, videos_per_row=[1, 2])
+
+
+@pytest.mark.parametrize("name", list(FILMING))
+@torch.no_grad()
+def test_recorded_mass_of_videos_is_that_of_eager_weights(name):
+    case = FILMING[name]()
+    inputs = filmed(case, seed=7)
+    assert "pixel_values_videos" in inputs
+    check_recorded_mass(case, inputs)
+
+
+@pytest.mark.parametrize("name", list(FILMING))
+def test_videos_carry_the_film_under_a_policy_as_the_oracle_says(name):
+    case = FILMING[name]()
+    policy = POLICIES["core"]
+    for seed in range(11, 16):
+        inputs = case.inputs(1, seed=seed, text=13, images_per_row=0, videos_per_row=2)
+        with avlprof.apply(case.model, policy):
+            ours = generate(case, inputs, steps=14)
+        answer = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logits, trace = oracle(case, policy).run(inputs, answer[:-1])
+        if trace.gap > NEAR_TIE:
+            break
+    assert trace.gap > NEAR_TIE, "near-ties decide the sets of every seed"
+    torch.testing.assert_close(torch.cat(ours.logits), logits, atol=1e-4, rtol=1e-4)
+    other = dict(inputs, pixel_values_videos=inputs["pixel_values_videos"].flip(0, -1))
+    with avlprof.apply(case.model, policy):
+        changed = generate(case, other, steps=1)
+    assert (changed.logits[0] - ours.logits[0]).abs().max() > 0.02
+
+
+def check_recorded_mass(case, inputs):
     wanted = eager(case, inputs)
     with record(case.model, RecordOptions(rows="all")) as recorder:
         case.model(**inputs)
@@ -359,20 +398,24 @@ class TestConformance(FamilyConformance):
 
 
 GRIDS = {
-    "vipllava": (5, 5),
-    "qwen2_vl": (5, 4),
-    "qwen3_vl": (5, 4),
-    "mistral3": (5, 4),
-    "gemma3": (4, 4),
-    "paligemma": (5, 5),
-    "paligemma2": (5, 5),
+    "vipllava": [(5, 5)],
+    "llava_next": [(3, 3), (3, 6)],
+    "llava_onevision": [(3, 3), (3, 6)],
+    "qwen2_vl": [(5, 4)],
+    "qwen3_vl": [(5, 4)],
+    "glm4v": [(5, 4)],
+    "mistral3": [(5, 4)],
+    "gemma3": [(4, 4)],
+    "paligemma": [(5, 5)],
+    "paligemma2": [(5, 5)],
 }
 
 
 def test_grids_are_those_of_the_pictures(case):
-    """Tiles, sub-images and newline tokens form no single grid."""
-    inputs = case.inputs(1, seed=1)
-    assert adapter_for(case.model).vision_grid(inputs) == GRIDS.get(case.name)
+    """Families whose cut needs the size of the picture have none without it."""
+    layout = adapter_for(case.model).image_layout(case.inputs(1, seed=1))
+    found = None if layout is None else [(tile.rows, tile.columns) for tile in layout.tiles]
+    assert found == GRIDS.get(case.name)
 
 
 @torch.no_grad()
@@ -381,7 +424,8 @@ def test_a_grid_lies_row_after_row():
     case = built("mistral3")
     adapter = adapter_for(case.model)
     inputs = case.inputs(1, seed=1)
-    rows, columns = adapter.vision_grid(inputs)
+    (tile,) = adapter.image_layout(inputs).tiles
+    rows, columns = tile.rows, tile.columns
     projector, caught = case.model.model.multi_modal_projector, []
     handle = projector.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
     case.model(**inputs)

@@ -11,10 +11,12 @@ import torch
 import avlprof
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy
-from avlprof.runtime import forced_batch, forced_rows, forced_score
 from avlprof.runtime.forced import ForcedBatch, ForcedSet
-from avlprof.runtime.forced_groups import answer_groups, parts, policy_groups, runs
-from avlprof.runtime.forced_head import Head
+from avlprof.runtime.forced import batch as forced_batch
+from avlprof.runtime.forced import rows as forced_rows
+from avlprof.runtime.forced import score as forced_score
+from avlprof.runtime.forced.groups import answer_groups, parts, policy_groups, runs
+from avlprof.runtime.forced.head import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava

@@ -18,12 +18,12 @@ from avlprof.policy import (
     sizes,
     text_room,
 )
-from avlprof.runtime import forced_rows
 from avlprof.runtime.forced import ForcedBatch
-from avlprof.runtime.forced_attention import windows
-from avlprof.runtime.forced_plan import Plans
-from avlprof.runtime.forced_prompt import Capture, left_aligned, places, text_weights
-from avlprof.runtime.forced_scan import Pool, running_kind
+from avlprof.runtime.forced import rows as forced_rows
+from avlprof.runtime.forced.attention import windows
+from avlprof.runtime.forced.plan import Plans
+from avlprof.runtime.forced.prompt import Capture, left_aligned, places, text_weights
+from avlprof.runtime.forced.scan import Pool, running_kind
 from avlprof.scorers import Prefill
 from avlprof.testing.families import families
 from avlprof.testing.models import random_llava, random_qwen2_5_vl

@@ -242,7 +242,9 @@ def test_prompt_is_the_training_form(tiny: LoadedModel) -> None:
     first = int((ids == image).nonzero()[0])
     count = int((ids == image).sum())
     assert [*ids[: first + 1].tolist(), *ids[first + count :].tolist()] == plain
-    assert count == np.prod(tiny.adapter.vision_grid(batch))
+    layout = tiny.adapter.image_layout(batch)
+    assert layout is not None
+    assert count == layout.tokens
     assert ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
@@ -250,10 +252,10 @@ def test_prompt_is_the_training_form(tiny: LoadedModel) -> None:
 def test_rows_may_differ_in_images(tiny: LoadedModel, rows: list[int]) -> None:
     questions = ["describe the image.", "how many objects are there?", "list the colors."][: len(rows)]
     batch = tiny.adapter.encode(questions, [[picture(i) for i in range(count)] for count in rows])
-    grid = tiny.adapter.vision_grid(batch)
-    assert grid is not None
+    layout = tiny.adapter.image_layout(batch)
+    assert layout is not None
     assert tiny.adapter.vision_mask(batch["input_ids"]).sum(dim=1).tolist() == [
-        n * grid[0] * grid[1] for n in rows
+        n * layout.tokens for n in rows
     ]
     assert ("pixel_values" in batch) == any(rows)
 

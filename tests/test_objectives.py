@@ -27,6 +27,7 @@ from avlprof.tuning.knobs import PLAIN
 from avlprof.tuning.knobs import knob_effects as measured_effects
 from avlprof.tuning.layers import LayerSpace
 from avlprof.tuning.objective import OBJECTIVES, Objective
+from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined, refine
 from avlprof.tuning.samplers import SAMPLERS, make_sampler
 from avlprof.tuning.storage import read_study
@@ -240,3 +241,13 @@ def test_the_figure_of_knobs_says_both_values():
     with pytest.raises(UserError, match="knob effects"):
         knob_effects_info(frame.drop(columns="plain"))
     assert plots.save_figure
+
+
+def test_dense_answers_are_judged_as_generated_ones(tiny, few, tmp_path):
+    task = load_task("shapes:read,color")
+    forced = ForcedSet.prepare(tiny, few, max_new_tokens=8)
+    profile, evidence = None, Evidence(layers=6, tokens=196)
+    made = Prepared(tiny, task, profile, few, 8, forced, "fidelity", evidence)
+    wanted = made.generated(AnswerStore(tmp_path)).metric(None)
+    np.testing.assert_array_equal(made.dense_metric(AnswerStore(tmp_path / "other")), wanted)
+    assert not (tmp_path / "other").exists()

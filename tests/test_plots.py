@@ -16,12 +16,23 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from avlprof import plots
+from avlprof.analysis import Profile
 from avlprof.errors import UserError
+from avlprof.models.tiles import Tile, grid
+from avlprof.plots.arrange import arrange
 from avlprof.plots.pareto import unbeaten
 from avlprof.plots.style import MODALITY_COLOURS, layer_colours, theme
 from avlprof.policy import JointPool, Policy, TextPolicy
+from tests.synthetic_run import write_run
 
 DEPTHS = (1, 6, 48)
+
+
+def over(rows: int, columns: int) -> tuple[tuple[Tile, ...], ...]:
+    """One picture under one grid of tokens."""
+    return (grid(rows, columns).tiles,)
+
+
 SETTINGS = dict(mpl.rcParams)
 
 
@@ -65,6 +76,44 @@ def window_frame(layers: int) -> pd.DataFrame:
     frame["mean"] = frame.groupby(["layer", "phase", "query"])["mean"].cumsum()
     frame["mean"] /= frame.groupby(["layer", "phase", "query"])["mean"].transform("max")
     return frame
+
+
+def sink_frame(layers: int) -> pd.DataFrame:
+    kinds = [("decode", "generated"), ("prefill", "last"), ("prefill", "text")]
+    rows = [(layer, *kind, sink) for layer in range(layers) for kind in kinds for sink in ("first", "text")]
+    return measured(rows, ["layer", "phase", "query", "sink"])
+
+
+def vision_frame(layers: int) -> pd.DataFrame:
+    queries = ("system", "text", "last", "generated")
+    return measured(list(itertools.product(range(layers), queries)), ["layer", "query"])
+
+
+def horizon_frame(layers: int) -> pd.DataFrame:
+    """None for text, a sure one for the last row, one that may be none for generated rows."""
+    rows = [("text", None, None, None), ("last", layers // 2, 0, layers // 2), ("generated", 0, 0, None)]
+    rows.append(("any", None, None, None))
+    frame = pd.DataFrame(rows, columns=["query", "layer", "low", "high"])
+    return frame.astype({name: "Int64" for name in ("layer", "low", "high")})
+
+
+def head_frame(layers: int, heads: int = 4) -> pd.DataFrame:
+    kinds = [("decode", "generated"), ("prefill", "last")]
+    names = ("vision", "sink", "entropy")
+    rows = [
+        (i, j, *kind, name) for i in range(layers) for j in range(heads) for kind in kinds for name in names
+    ]
+    return measured(rows, ["layer", "head", "phase", "query", "statistic"])
+
+
+def diff_frame(layers: int) -> pd.DataFrame:
+    queries = (("prefill", "last"), ("decode", "generated"))
+    names = ("mass_vision", "coverage_90", "overlap_8", "window_95", "entropy", "mass_sink")
+    rows = [(i, *query, name) for i in range(layers) for query in queries for name in names]
+    frame = measured(rows, ["layer", "phase", "query", "statistic"], seed=4)
+    frame["mean"] -= 0.5
+    frame["low"], frame["high"] = frame["mean"] - 0.2, frame["mean"] + 0.2
+    return frame.assign(n_other=7, how="paired")
 
 
 def pareto_frame() -> pd.DataFrame:
@@ -114,6 +163,12 @@ def every_figure(layers: int) -> dict[str, Figure]:
     scores = np.random.default_rng(9).random((5, layers, 12))
     return {
         "mass": plots.modality_mass(plots.mass_info(mass_frame(layers))),
+        "horizon": plots.vision_horizon(
+            plots.horizon_info(vision_frame(layers), horizon_frame(layers), 0.01)
+        ),
+        "sinks": plots.sink_mass(plots.sink_info(sink_frame(layers)), 4),
+        "heads": plots.head_maps(plots.head_info(head_frame(layers), ("vision", "sink", "entropy"))),
+        "diff": plots.layer_diff(plots.diff_info(diff_frame(layers))),
         "coverage": plots.coverage_curves(plots.coverage_info(coverage_frame(layers))),
         "overlap": plots.layer_overlap(plots.overlap_info(overlap_frame(layers)), 0.1),
         "drift": plots.step_drift(plots.drift_info(drift_frame(layers)), 0.1),
@@ -173,7 +228,7 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
     frame = mass_frame(5)
     info = plots.mass_info(frame)
     assert [panel.title.split(":")[0] for panel in info.panels] == ["Prefill", "Decode"]
-    assert info.panels[0].modalities == ("system", "vision", "text")
+    assert info.panels[0].modalities == ("vision", "text", "system")
     assert info.note == "mean over 7 samples"
     for panel, query in zip(info.panels, ("last", "generated"), strict=True):
         np.testing.assert_allclose(panel.share.sum(axis=1), 1.0)
@@ -183,6 +238,118 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
                 assert panel.share[i, j] == pytest.approx(chosen["mean"].item())
 
 
+def test_mass_has_the_interval_of_vision_and_the_horizon_of_its_rows() -> None:
+    frame = mass_frame(4)
+    last, generated = plots.mass_info(frame, horizon_frame(4)).panels
+    for panel, query in ((last, "last"), (generated, "generated")):
+        for layer, low, high in zip(panel.layers, panel.low, panel.high, strict=True):
+            own = frame[(frame.layer == layer) & (frame["query"] == query) & (frame.modality == "vision")]
+            assert (low, high) == (own["low"].item(), own["high"].item())
+    assert last.horizon is not None and last.horizon.words == "layer 2 (95%: 0 to 2)"
+    assert generated.horizon is not None and generated.horizon.words == "layer 0 (95%: 0 to none)"
+    assert plots.mass_info(frame).panels[0].horizon is None
+    lines = [len(ax.lines) for ax in plots.modality_mass(plots.mass_info(frame, horizon_frame(4))).axes]
+    without = [len(ax.lines) for ax in plots.modality_mass(plots.mass_info(frame)).axes]
+    assert [a - b for a, b in zip(lines, without, strict=True)] == [1, 1]
+
+
+def test_horizon_lines_are_the_frame_in_layer_order() -> None:
+    frame = vision_frame(5)
+    info = plots.horizon_info(frame, horizon_frame(5), 0.02)
+    assert info.threshold == 0.02
+    assert [line.title for line in info.lines] == [
+        "Text of the prompt",
+        "Last prompt token",
+        "Generated tokens",
+    ]
+    assert [line.horizon.layer for line in info.lines] == [None, 2, 0]
+    for line, query in zip(info.lines, ("text", "last", "generated"), strict=True):
+        assert line.layers == (0, 1, 2, 3, 4)
+        for layer in line.layers:
+            own = frame[(frame["layer"] == layer) & (frame["query"] == query)]
+            assert line.share[layer] == own["mean"].item()
+            assert (line.low[layer], line.high[layer]) == (own["low"].item(), own["high"].item())
+    only = plots.horizon_info(frame[frame["query"] == "last"], horizon_frame(5), 0.02)
+    assert len(only.lines) == 1
+
+
+def test_the_horizon_of_a_profile_counts_samples_with_vision_alone(tmp_path: Path) -> None:
+    profile = Profile.from_run(write_run(tmp_path, vision=(7, 0, 5)))
+    figure = plots.vision_horizon(profile, 0.3)
+    said = " ".join(text.get_text() for text in figure.legends[0].get_texts())
+    row = profile.horizon(0.3).set_index("query").loc["last"]
+    assert ("none" if pd.isna(row["layer"]) else f"layer {row['layer']}") in said
+    drawn = {line.get_label().split("\n")[0]: line.get_ydata() for line in figure.axes[0].lines}
+    table = profile.by_sample()
+    for layer in range(profile.layers):
+        own = table[(table["query"] == "last") & (table["layer"] == layer)]
+        seen = [row.mass_vision for row in own.itertuples() if row.sample != "s1"]
+        assert drawn["Last prompt token"][layer] == pytest.approx(sum(seen) / len(seen))
+
+
+def test_sinks_by_kind_and_layer() -> None:
+    frame = sink_frame(3)
+    info = plots.sink_info(frame)
+    assert [panel.kinds for panel in info.panels] == [("first", "text")] * 2
+    for panel, query in zip(info.panels, ("last", "generated"), strict=True):
+        for (i, kind), (j, layer) in itertools.product(enumerate(panel.kinds), enumerate(panel.layers)):
+            own = frame[(frame["query"] == query) & (frame["sink"] == kind) & (frame["layer"] == layer)]
+            assert panel.share[i, j] == own["mean"].item()
+            assert (panel.low[i, j], panel.high[i, j]) == (own["low"].item(), own["high"].item())
+
+
+def test_head_maps_are_of_decoding_if_there_is_any() -> None:
+    frame = head_frame(3, heads=5)
+    info = plots.head_info(frame)
+    assert [one.statistic for one in info.maps] == ["vision", "sink"]
+    assert info.rows == "generated tokens"
+    assert info.half == pytest.approx(0.1)
+    for one, (i, j) in itertools.product(info.maps, itertools.product(range(3), range(5))):
+        own = frame[(frame["layer"] == i) & (frame["head"] == j) & (frame["phase"] == "decode")]
+        assert one.values[i, j] == own[own["statistic"] == one.statistic]["mean"].item()
+    prefill = plots.head_info(frame[frame["phase"] == "prefill"], ("entropy",))
+    assert (prefill.rows, prefill.maps[0].values.shape) == ("last prompt token", (3, 5))
+
+
+def test_differences_are_in_their_units_and_marked_where_sure() -> None:
+    frame = diff_frame(6)
+    info = plots.diff_info(frame, ("a", "b"))
+    assert (info.here, info.other, info.how) == ("a", "b", "7 samples, each against itself")
+    wanted = ["mass_vision", "mass_vision", "coverage_90", "overlap_8", "window_95", "entropy"]
+    queries = ["last", *["generated"] * 5]
+    factors = [100, 100, 100, 100, 1, 1]
+    sure = 0
+    for panel, statistic, query, factor in zip(info.panels, wanted, queries, factors, strict=True):
+        for place, layer in enumerate(panel.layers):
+            part = frame[(frame["layer"] == layer) & (frame["query"] == query)]
+            row = part[part["statistic"] == statistic].iloc[0]
+            assert panel.change[place] == pytest.approx(factor * row["mean"])
+            assert panel.low[place] == pytest.approx(factor * row["low"])
+            assert panel.sure[place] == (abs(row["mean"]) > 0.2)
+            sure += panel.sure[place]
+    assert 0 < sure < 36
+    prefill = plots.diff_info(frame[frame["query"] == "last"].assign(how="unpaired", n_other=3))
+    assert len(prefill.panels) == 4
+    assert prefill.how == "7 samples against 3 others"
+
+
+def test_one_sample_has_differences_but_none_that_is_sure() -> None:
+    info = plots.diff_info(diff_frame(2).assign(low=np.nan, high=np.nan))
+    assert not any(panel.sure.any() for panel in info.panels)
+    assert isinstance(plots.layer_diff(info), Figure)
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    def profile(name: str, **changes: str) -> Profile:
+        return Profile.from_run(write_run(tmp_path / name, vision=(5, 4), **changes))
+
+    plain = profile("a")
+    assert plots.run_names(profile("b", policy="tuned 0123"), plain) == ("tuned", "dense")
+    assert plots.run_names(plain, profile("c", task="other")) == ("noise", "other")
+    assert plots.run_names(plain, profile("d", model="x" * 50))[1] == "x" * 27 + "…"
+    assert plots.run_names(plain, profile("e"))[0] != ""
+
+
 def test_a_run_without_decoding_has_one_panel() -> None:
     frame = mass_frame(2)
     info = plots.mass_info(frame[frame["phase"] == "prefill"])
@@ -190,17 +357,17 @@ def test_a_run_without_decoding_has_one_panel() -> None:
     assert len(plots.modality_mass(info).axes) == 1
 
 
-def test_coverage_starts_at_nothing_and_follows_the_frame() -> None:
+def test_coverage_follows_the_frame() -> None:
     frame = coverage_frame(4)
     info = plots.coverage_info(frame)
     assert len(info.panels) == 3
     for panel, query in zip(info.panels, ("last", "step", "answer"), strict=True):
-        assert panel.kept[0] == 0.0
-        assert (panel.attention[:, 0] == 0.0).all()
-        for layer, curve in zip(panel.layers, panel.attention, strict=True):
+        curves = zip(panel.layers, panel.attention, panel.low, panel.high, strict=True)
+        for layer, curve, low, high in curves:
             part = frame[(frame["query"] == query) & (frame["layer"] == layer)].sort_values("share_kept")
-            np.testing.assert_allclose(curve[1:], part["mean"])
-            np.testing.assert_allclose(panel.kept[1:], part["share_kept"])
+            np.testing.assert_allclose(panel.kept, part["share_kept"])
+            for drawn, name in ((curve, "mean"), (low, "low"), (high, "high")):
+                np.testing.assert_allclose(drawn, part[name])
 
 
 def test_overlap_matrix_and_its_mean_apart() -> None:
@@ -217,6 +384,7 @@ def test_overlap_matrix_and_its_mean_apart() -> None:
         assert apart == pytest.approx(sum(total) / len(total))
         highest += total
     assert info.most == pytest.approx(max(highest))
+    assert info.half == pytest.approx(0.1)
 
 
 def test_overlap_with_holes_and_of_one_layer() -> None:
@@ -255,6 +423,9 @@ def test_window_needed_is_the_first_that_holds_enough() -> None:
                 d for d, held in zip(part["distance"], part["mean"], strict=True) if held >= level - 1e-9
             ]
             assert needed == min(enough)
+        first = frame[(frame["layer"] == 0) & (frame["phase"] == "decode")]
+        np.testing.assert_allclose(info.low[0], first["low"])
+        np.testing.assert_allclose(info.high[0], first["high"])
     never = plots.window_info(frame.assign(mean=frame["mean"] * 0.5))
     assert np.isnan(never.needed).all()
     assert isinstance(plots.text_window(never), Figure)
@@ -320,28 +491,74 @@ def test_heat_panels_keep_order_and_state_their_peak() -> None:
     assert len(info.panels) == 12
     assert info.panels[0].title == "Layer 0"
     assert info.panels[-1].title == "Layer 19"
-    assert info.picture.shape == (32, 48, 3)
+    assert info.pictures[0].shape == (32, 48, 3)
     for panel in info.panels:
         row = scores[int(panel.title.split()[1])]
         for i, j in itertools.product(range(3), range(4)):
-            assert panel.weight[i, j] == pytest.approx(row[4 * i + j] / max(row))
+            assert panel.weights[0][i, j] == pytest.approx(row[4 * i + j] / max(row))
         assert panel.peak == pytest.approx(max(row) / sum(row))
 
 
 def test_heatmap_of_a_layer_that_never_looks() -> None:
     info = plots.vision_heatmap_info(picture(), np.zeros((1, 4)), over(2, 2))
     assert info.panels[0].peak == 0.0
-    assert (info.panels[0].weight == 0.0).all()
+    assert (info.panels[0].weights[0] == 0.0).all()
     assert isinstance(plots.vision_heatmap(picture(), np.zeros((1, 4)), over(2, 2)), Figure)
+
+
+def test_heat_of_overlapping_tiles_adds_up_and_leaves_newlines_out() -> None:
+    """An overview of 2 x 2 and, over the left half, 2 x 2 with a newline behind each row."""
+    tiles = ((Tile(0, 2, 2, 2), Tile(4, 2, 2, 3, (0.0, 0.0, 0.5, 1.0))),)
+    scores = np.random.default_rng(6).random((1, 10))
+    (panel,) = plots.vision_heatmap_info(picture(), scores, tiles).panels
+    row = scores[0]
+    fine = np.array([[row[4], row[5], 0, 0], [row[7], row[8], 0, 0]])
+    coarse = np.array([[row[0], row[0], row[1], row[1]], [row[2], row[2], row[3], row[3]]]) / 2
+    wanted = fine + coarse
+    np.testing.assert_allclose(panel.weights[0], wanted / wanted.max())
+    assert panel.peak == pytest.approx(np.delete(row, [6, 9]).max() / row.sum())
+    assert panel.unplaced == pytest.approx((row[6] + row[9]) / row.sum())
+    info = plots.vision_heatmap_info(picture(), scores, tiles)
+    assert f"newline tokens, not drawn, hold {panel.unplaced:.1%}" in info.note
+
+
+def test_heat_of_several_pictures_is_on_one_scale() -> None:
+    """A picture without tiles of its own (a frame that shares another's) is left out."""
+    tiles = (grid(2, 2).tiles, (), tuple(tile.behind(4) for tile in grid(1, 2).tiles))
+    pictures = [picture(), picture().rotate(90), picture().resize((20, 40))]
+    scores = np.array([[1.0, 2.0, 3.0, 4.0, 8.0, 6.0]])
+    info = plots.vision_heatmap_info(pictures, scores, tiles)
+    assert [found.shape[:2] for found in info.pictures] == [(32, 48), (40, 20)]
+    first, second = info.panels[0].weights
+    np.testing.assert_allclose(first, np.array([[1, 2], [3, 4]]) / 8)
+    np.testing.assert_allclose(second, [[1.0, 0.75]])
+    assert isinstance(plots.vision_heatmap(pictures, scores, tiles), Figure)
+    words = plots.word_heatmaps_info(pictures, scores[None], tiles, ["word"])
+    np.testing.assert_allclose(words.panels[0].weights[1], second)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_pictures_on_a_panel_keep_their_shape_and_do_not_touch(count: int) -> None:
+    random = np.random.default_rng(count)
+    sizes = [(int(w), int(h)) for w, h in random.integers(20, 90, (count, 2))]
+    placed = arrange(sizes)
+    for (width, height), (left, right, bottom, top) in zip(sizes, placed.places, strict=True):
+        assert (right - left) / (bottom - top) == pytest.approx(width / height)
+        assert left >= 0
+        assert top >= 0
+        assert right <= placed.width + 1e-9
+        assert bottom <= placed.height + 1e-9
+    for one, other in itertools.combinations(placed.places, 2):
+        assert one[1] < other[0] or other[1] < one[0] or one[2] < other[3] or other[2] < one[3]
 
 
 def test_word_panels_average_steps_and_layers() -> None:
     scores = np.random.default_rng(2).random((4, 3, 6))
     info = plots.word_heatmaps_info(picture(), scores, over(2, 3), ["one", "two"], steps=[[0], [1, 3]])
     mean = (scores[1] + scores[3]).mean(axis=0) / 2
-    np.testing.assert_allclose(info.panels[1].weight.ravel(), mean / mean.max())
+    np.testing.assert_allclose(info.panels[1].weights[0].ravel(), mean / mean.max())
     single = plots.word_heatmaps_info(picture(), scores, over(2, 3), list("abcd"), layer=2)
-    np.testing.assert_allclose(single.panels[3].weight.ravel(), scores[3, 2] / scores[3, 2].max())
+    np.testing.assert_allclose(single.panels[3].weights[0].ravel(), scores[3, 2] / scores[3, 2].max())
     many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), over(2, 3), ["w"] * 40)
     assert len(many.panels) == 23
     assert "23 of 40" in many.note
@@ -385,11 +602,23 @@ def test_importances_are_sorted_shares() -> None:
         (lambda: plots.overlap_info(overlap_frame(2).iloc[:0]), "no traced sample has vision tokens"),
         (lambda: plots.drift_info(drift_frame(2).iloc[:0]), "longer answers"),
         (lambda: plots.mass_info(mass_frame(2).iloc[:0]), "trace some samples first"),
+        (lambda: plots.sink_info(sink_frame(2).query("query == 'text'")), "trace some samples first"),
+        (lambda: plots.head_info(head_frame(2).iloc[:0]), "trace with --per-head"),
+        (lambda: plots.diff_info(diff_frame(2).query("statistic == 'mass_sink'")), "no statistic in common"),
+        (
+            lambda: plots.horizon_info(vision_frame(2).iloc[:0], horizon_frame(2), 0.01),
+            "no traced sample has vision tokens",
+        ),
         (lambda: plots.mass_info(mass_frame(2).drop(columns="modality")), "needs the column 'modality'"),
         (lambda: plots.vision_heatmap(picture(), np.zeros((2, 0)), over(0, 0)), "vision tokens"),
         (
-            lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), over(2, 2)),
-            "2 x 2 has 4 cells.* 6 vision tokens",
+            lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), over(3, 3)),
+            "vision token 8, but there are 6",
+        ),
+        (lambda: plots.vision_heatmap(picture(), np.ones((2, 6)), ()), "not known"),
+        (
+            lambda: plots.vision_heatmap([picture()] * 2, np.ones((2, 4)), over(2, 2)),
+            "each of the 2 pictures, got 1",
         ),
         (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), over(2, 2), [2]), "0 to 1, got 2"),
         (lambda: plots.vision_heatmap(picture(), np.ones((2, 4)), over(2, 2), []), "at least one layer"),
@@ -402,7 +631,10 @@ def test_importances_are_sorted_shares() -> None:
             lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a"], steps=[[5]]),
             "0 to 1.*got 5",
         ),
-        (lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a", "b"], layer=1), "got 1"),
+        (
+            lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a", "b"], layer=1),
+            "got 1",
+        ),
         (lambda: plots.trial_history(trials_frame().assign(state="FAIL")), "needs a complete trial"),
         (lambda: plots.pareto_info(pareto_frame(), "read_share"), "needs the column 'read_share'"),
         (lambda: plots.save_figure(Figure(), "x.gif"), r"must end in .png, .svg or .pdf, got '.gif'"),

@@ -18,6 +18,7 @@ from PIL import Image
 
 from avlprof.errors import UserError
 from avlprof.models import load_model
+from avlprof.models.tiles import parse_tiles
 from avlprof.runs import RunDirectory, RunMeta, RunWriter
 from avlprof.tasks import Sample, load_task
 from avlprof.tracing import RecordOptions, estimate_bytes, record, trace, trace_samples
@@ -343,7 +344,7 @@ def test_a_run_holds_what_the_recorder_saw(tmp_path, tiny, task):
         assert row["generated"] == ids.shape[1] - length
         assert row["system"] + row["vision"] + row["text"] == length
         assert row["vision"] == int(tiny.adapter.vision_mask(encoding["input_ids"]).sum())
-        (((tile,),),) = (parse_tiles(row["tiles"]),)
+        ((tile,),) = parse_tiles(row["tiles"])
         assert sorted(tile.tokens().ravel()) == list(range(row["vision"]))
         assert list(row["references"]) == list(one.answers)
         ours = run.stats().query("sample == @one.id").drop(columns="sample").reset_index(drop=True)

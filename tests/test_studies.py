@@ -186,7 +186,7 @@ def opened(tmp_path):
     figure = plots.policy_layers(Policy(vision_keep=(0.2, 0.4)), layers=2)
     plots.save_figure(figure, tmp_path / "study" / "figures" / "layers.png")
     server = subprocess.Popen(
-        [sys.executable, "-m", "avlprof.cli", "studies", "open", str(tmp_path / "study"), "--port", "0"],
+        [sys.executable, "-m", "avlprof", "studies", "open", str(tmp_path / "study"), "--port", "0"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

@@ -52,4 +52,3 @@ def report(
     path = out or traced.path / "report.html"
     write_report(traced, path, policy=shown, against=other, pictures=pictures, task=place)
     finished([f"{path} ({size(path.stat().st_size)})"], f"open {path.resolve().as_uri()} in a browser")
-

@@ -34,9 +34,15 @@ def fidelity(
     found: list[list[ForcedScore]] = [[] for _ in policies]
     for start in range(0, len(samples) if policies else 0, batch_size):
         chunk = samples[start : start + batch_size]
-        forced = ForcedSet.prepare(loaded, chunk, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        for scores, policy in zip(found, policies, strict=True):
-            scores.extend(forced.score(policy))
+        forced = ForcedSet.prepare(
+            loaded,
+            chunk,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            scorers=[policy.scorer for policy in policies],
+        )
+        for scores, more in zip(found, forced.score_many(policies), strict=True):
+            scores.extend(more)
             if advanced:
                 advanced(len(chunk))
     return found

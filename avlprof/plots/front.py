@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import ArrayLike
 
 from avlprof.plots.frames import Array, need
 from avlprof.plots.pareto import COST_LABELS
@@ -105,9 +106,15 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
         percent_axis(ax, "xy", full=False)
         ax.set_xlabel(COST_LABELS["live_share"])
         ax.set_ylabel(score)
-        bytes_axis = ax.secondary_xaxis(
-            "top", functions=(lambda s: s * info.dense_bytes / 1024, lambda b: b * 1024 / info.dense_bytes)
-        )
+        whole = info.dense_bytes / 1024
+
+        def kib(share: ArrayLike) -> Array:
+            return np.asarray(share, dtype=float) * whole
+
+        def share_of(size: ArrayLike) -> Array:
+            return np.asarray(size, dtype=float) / whole
+
+        bytes_axis = ax.secondary_xaxis("top", functions=(kib, share_of))
         bytes_axis.set_xlabel("Prompt KV in memory (KiB per prompt)")
         figure.legend(loc="outside right center")
         return figure

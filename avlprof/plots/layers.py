@@ -97,7 +97,9 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
             if spoken:
                 _draw_text(info.panels[place], info, own[1], longest)
         cored = any(panel.compute != panel.keep for panel in info.panels)
-        named = {"Kept in memory": STORED, "Read at every step": COMPUTED} if cored else {READ_WHOLE: COMPUTED}
+        named = (
+            {"Kept in memory": STORED, "Read at every step": COMPUTED} if cored else {READ_WHOLE: COMPUTED}
+        )
         named |= {"Text kept": SPOKEN} if spoken else {}
         handles = [axes[0][0].bar(0, 0, color=colour) for colour in named.values()]
         figure.legend(handles, list(named), loc="outside lower center", ncols=len(named))

@@ -160,7 +160,13 @@ def _say(panel: MassPanel, name: str, share: Array, base: Array, ax: Axes) -> No
         if end - start >= 0.06:
             ink = INK if name in ("text", "system") else "white"
             ax.text(
-                layer, (start + end) / 2, f"{100 * part:.0f}", ha="center", va="center", color=ink, fontsize=12
+                layer,
+                (start + end) / 2,
+                f"{100 * part:.0f}",
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=12,
             )
 
 
@@ -169,7 +175,9 @@ def _whiskers(panel: MassPanel, ax: Axes) -> None:
         return
     mean = panel.share[:, panel.modalities.index("vision")]
     known = np.isfinite(panel.low)
-    where, mean, low, high = (values[known] for values in (np.array(panel.layers), mean, panel.low, panel.high))
+    where, mean, low, high = (
+        values[known] for values in (np.array(panel.layers), mean, panel.low, panel.high)
+    )
     ends = np.clip(np.stack([mean - np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0) - mean]), 0.0, None)
     thin = len(panel.layers) > LABELLED_LAYERS
     for colour, width in (("white", 4.0), (INK, 1.6)):

@@ -90,7 +90,9 @@ def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None)
         source = overlap_info(source.overlap())
     with theme():
         chance = "" if top_share is None else f"random sets would overlap by {top_share:.0%}"
-        typical = "" if np.isnan(source.half) else f"95% intervals: ±{100 * source.half:.1f} points, typically"
+        typical = (
+            "" if np.isnan(source.half) else f"95% intervals: ±{100 * source.half:.1f} points, typically"
+        )
         note = joined(source.note, chance, typical)
         size = (1.9 + 4.7 * len(source.panels), 6.0)
         figure = new_figure("Do layers look at the same vision tokens?", note, size, square=True)

@@ -37,7 +37,10 @@ def examples(run: TracedRun, count: int, task: Task | None = None) -> tuple[tupl
         return (), "None was asked for."
     rows = [row for row in run.samples().to_dict("records") if row["tiles"] != "[]"]
     if not rows:
-        return (), "There is none: the places of these samples' vision tokens in their pictures are not known."
+        return (
+            (),
+            "There is none: the places of these samples' vision tokens in their pictures are not known.",
+        )
     found: list[Example] = []
     reason = ""
     for row in _spread(rows, count):

@@ -57,10 +57,16 @@ def settings_rows(meta: RunMeta, samples: pd.DataFrame) -> list[tuple[str, str]]
     heads = "of every head" if meta.per_head else "mean over heads"
     found = [
         ("Model", _joined(meta.model, meta.revision and f"revision {meta.revision}", meta.family)),
-        ("Shape", f"{meta.layers} layers, {meta.heads} query heads, {meta.kv_heads} KV heads of {meta.head_dim}"),
+        (
+            "Shape",
+            f"{meta.layers} layers, {meta.heads} query heads, {meta.kv_heads} KV heads of {meta.head_dim}",
+        ),
         ("Task", _joined(meta.task, meta.split and f"split {meta.split}")),
         ("Samples", f"{len(samples):,}"),
-        ("Prompts", _joined(_counts(samples, "vision"), _counts(samples, "text"), _counts(samples, "system"))),
+        (
+            "Prompts",
+            _joined(_counts(samples, "vision"), _counts(samples, "text"), _counts(samples, "system")),
+        ),
         ("Answers", f"{answers}{limit}; {_counts(samples, 'generated')}"),
         ("Attention", f"under policy {meta.policy}" if meta.policy else "dense"),
         ("Recorded", f"{rows} of each prompt, {heads}"),

@@ -62,9 +62,7 @@ def write_report(
         UserError: policy or other run have another number of layers, or the file cannot be written.
     """
     path = Path(out)
-    page = report_html(
-        run, policy=policy, against=against, pictures=pictures, task=task, created=created
-    )
+    page = report_html(run, policy=policy, against=against, pictures=pictures, task=task, created=created)
     write_text(path, page)
     return path
 

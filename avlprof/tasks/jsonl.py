@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avlprof.errors import UserError
+from avlprof.tasks.jsonl_turns import pictures_of, shown, text_of, turns_of
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.splits import ALL, HELD_OUT, SEARCH, half_of
 from avlprof.tasks.task import Task
@@ -42,9 +43,13 @@ def jsonl_task(path: Path) -> Task:
 def _stream(records: list[_Record], split: str) -> Iterator[Sample]:
     for record in records:
         if split in (ALL, record.split or half_of(record.sample.id)):
-            for image in record.sample.images:
-                if isinstance(image, Path) and not image.is_file():
-                    raise UserError(f"{record.where}: image {image} does not exist")
+            for turn in record.sample.conversation():
+                for image in turn.images:
+                    if isinstance(image, Path) and not image.is_file():
+                        raise UserError(f"{record.where}: image {image} does not exist")
+                for video in turn.videos:
+                    if isinstance(video, Path) and not video.exists():
+                        raise UserError(f"{record.where}: video {video} does not exist")
             yield record.sample
 
 
@@ -79,52 +84,35 @@ def _record(line: str, number: int, path: Path) -> _Record:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: must be a JSON object, got {_shown(entry)}")
+        raise UserError(f"{where}: must be a JSON object, got {shown(entry)}")
     name = entry.get("id", number)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise UserError(f"{where}: id must be text or a whole number, got {_shown(name)}")
-    prompt = _text(entry, "prompt", where)
+        raise UserError(f"{where}: id must be text or a whole number, got {shown(name)}")
+    prompt = text_of(entry, "prompt", where)
     if prompt is None or not prompt.strip():
-        raise UserError(f"{where}: prompt must be a text that is not empty, got {_shown(prompt)}")
-    split = _text(entry, "split", where)
+        raise UserError(f"{where}: prompt must be a text that is not empty, got {shown(prompt)}")
+    split = text_of(entry, "split", where)
     if split in (ALL, ""):
-        raise UserError(f"{where}: split must be a name other than '{ALL}', got {_shown(split)}")
+        raise UserError(f"{where}: split must be a name other than '{ALL}', got {shown(split)}")
+    images, videos = pictures_of(entry, where, path.parent)
+    turns = turns_of(entry, where, path.parent)
+    if not any((images, videos, *(turn.images or turn.videos for turn in turns))):
+        raise UserError(f"{where}: must have either image (a path) or images (a list of paths), or videos")
     sample = Sample(
         id=str(name),
-        images=_images(entry, where, path.parent),
+        images=images,
         prompt=prompt,
         answers=_answers(entry, where),
-        group=_text(entry, "group", where) or "",
+        group=text_of(entry, "group", where) or "",
+        videos=videos,
+        turns=turns,
     )
     return _Record(where, sample, split)
-
-
-def _images(entry: dict[str, Any], where: str, folder: Path) -> tuple[Path, ...]:
-    if ("image" in entry) == ("images" in entry):
-        raise UserError(f"{where}: must have either image (a path) or images (a list of paths)")
-    field = "image" if "image" in entry else "images"
-    paths = [entry["image"]] if field == "image" else entry["images"]
-    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
-        wanted = "a path" if field == "image" else "a list of at least one path"
-        raise UserError(f"{where}: {field} must be {wanted}, got {_shown(entry[field])}")
-    return tuple(folder / p for p in paths)
 
 
 def _answers(entry: dict[str, Any], where: str) -> tuple[str, ...]:
     given = entry.get("answers", [])
     answers = [given] if isinstance(given, str) else given
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise UserError(f"{where}: answers must be a text or a list of texts, got {_shown(given)}")
+        raise UserError(f"{where}: answers must be a text or a list of texts, got {shown(given)}")
     return tuple(answers)
-
-
-def _text(entry: dict[str, Any], field: str, where: str) -> str | None:
-    value = entry.get(field)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {field} must be a text, got {_shown(value)}")
-    return value
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

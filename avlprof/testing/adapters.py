@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
+from avlprof.models.tiles import Layout
 from avlprof.testing.models import TinyCase
 
 
@@ -67,12 +68,31 @@ class FamilyConformance:
                 assert held == rows * tokens * adapter.kv_bytes_per_token_per_layer(layer.keys.dtype)
         assert adapter.heads % adapter.kv_heads == 0
 
-    def test_grid_holds_every_vision_token(self) -> None:
+    def test_layout_holds_every_vision_token(self) -> None:
+        """None where the picture's size decides; else all tokens, each patch in one tile alone."""
         inputs = self.case.inputs(2, seed=4, pad=True)
         counts = self.adapter.vision_mask(inputs["input_ids"]).sum(dim=1).tolist()
         for image, count in enumerate(counts):
-            grid = self.adapter.vision_grid(inputs, image)
-            assert grid is None or grid[0] * grid[1] == count
+            self._check(self.adapter.image_layout(inputs, image), count)
+
+    def test_layout_of_a_video_holds_every_vision_token(self) -> None:
+        if self.case.videos is None:
+            assert self.adapter.video_layout(self.case.inputs(1), 0) is None
+            return
+        inputs = self.case.inputs(2, seed=4, images_per_row=0, videos_per_row=1)
+        counts = self.adapter.vision_mask(inputs["input_ids"]).sum(dim=1).tolist()
+        for video, count in enumerate(counts):
+            layout = self.adapter.video_layout(inputs, video)
+            self._check(layout, count)
+            assert layout is None or len({tile.frame for tile in layout.tiles}) == len(layout.tiles) > 1
+
+    def _check(self, layout: Layout | None, count: int) -> None:
+        if layout is None:
+            return
+        assert layout.tokens == count
+        patches = [int(token) for tile in layout.tiles for token in tile.tokens().ravel()]
+        assert len(set(patches)) == len(patches)
+        assert set(patches) <= set(range(count))
 
     def test_left_padding_changes_nothing(self) -> None:
         batch = self.case.inputs(3, seed=5, pad=True, images_per_row=[2, 1, 0])

@@ -49,7 +49,7 @@ class Crew:
 
     def command(self, folder: Path) -> list[str]:
         """What starts a further worker of a study on this machine."""
-        words = [sys.executable, "-m", "avlprof.cli", "studies", "join", str(folder)]
+        words = [sys.executable, "-m", "avlprof", "studies", "join", str(folder)]
         words += ["--model", self.model, "--task", self.task, "--device", self.device, "--dtype", self.dtype]
         words += ["--revision", self.revision] if self.revision else []
         return words + (["--trust-remote-code"] if self.trust_remote_code else [])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import pandas as pd
 
@@ -11,7 +12,7 @@ from avlprof.evaluation import paired_difference
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.prepared import Prepared
 
-PLAIN = {
+PLAIN: Mapping[str, Any] = {
     **{"allocator": "uniform", "mix": 1.0, "temperature": 1.0, "floor": 0.0, "midpoint": 0.5},
     **{"scorer": "last_query", "heads": "shared", "refresh_interval": 0, "refresh": "full"},
     **{"compute_temperature": 1.0, "text_share": 1.0, "text_sink": 0},

@@ -143,7 +143,7 @@ def play_off(
         raise UserError("no baseline can be set at the bytes of the winner; raise --budget")
     progress(len(judged) * len(prepared.samples), len(judged) * len(prepared.samples))
     strongest = min(rest, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
-    return PlayOff(tuple(judged), winner, strongest, answers.metric(None), left_out)
+    return PlayOff(tuple(judged), winner, strongest, prepared.dense_metric(store), left_out)
 
 
 def _entries(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:

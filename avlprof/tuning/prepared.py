@@ -17,7 +17,7 @@ from avlprof.evaluation import AnswerStore
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
-from avlprof.tasks import Sample, Task
+from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, scorer_spec
 from avlprof.tuning.generated import BATCH, Generated
 from avlprof.tuning.objective import OBJECTIVES, Scores
@@ -110,6 +110,16 @@ class Prepared:
             name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
         }
         return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store)
+
+    def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
+        """The task's metric `[n]` of the dense model's answers, which are known unless references are."""
+        if self.kind == "likelihood":
+            return self.generated(store).metric(None)
+        judge = load_metric(self.task.metric)
+        texts = self.loaded.adapter.decode(self.forced.answers)
+        return np.array(
+            [judge(text, sample.answers) for text, sample in zip(texts, self.samples, strict=True)]
+        )
 
     def scores(self, store: AnswerStore) -> Scores:
         """What trials are scored by."""

@@ -213,9 +213,8 @@ def _say_power(
     prepared: Prepared, settings: Settings, space: Space, budget: Budget, store: AnswerStore, say: Told
 ) -> None:
     """Before anything is searched: what the proof will be able to show, from a first look at uniform."""
-    answers = prepared.generated(store)
     uniform = space.starts()[0].policy(prepared.evidence, budget, "uniform")
-    dense, plain = answers.metric(None), answers.metric(uniform)
+    dense, plain = prepared.dense_metric(store), prepared.generated(store).metric(uniform)
     say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall
-from avlprof.runtime.forced_prompt import PromptLayer
+from avlprof.runtime.forced.prompt import PromptLayer
 
 _WEIGHTS = 1 << 20  # attention weights that exist at a time: few enough for a CPU cache
 

@@ -25,7 +25,7 @@ class TextRoom:
 
 
 class Plans:
-    """Counts of `P` policies that differ in their shares alone (see `forced_groups`).
+    """Counts of `P` policies that differ in their shares alone (see `groups`).
 
     The text part of a split pool is the same for all of them, so its P is 1.
     """

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.policy import Policy, PromptShape
-from avlprof.runtime.forced_cache import ForcedCache
-from avlprof.runtime.forced_prompt import Capture
+from avlprof.runtime.forced.cache import ForcedCache
+from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.turns import Turn
 

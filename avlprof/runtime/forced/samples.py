@@ -19,13 +19,11 @@ from avlprof.errors import UserError
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.ends import answer_length, end_tokens
-from avlprof.runtime.forced_batch import ForcedBatch
-from avlprof.runtime.forced_head import Head
-from avlprof.runtime.forced_prompt import Capture
-from avlprof.runtime.forced_score import ForcedScore
+from avlprof.runtime.forced.batch import ForcedBatch
+from avlprof.runtime.forced.head import Head
+from avlprof.runtime.forced.prompt import Capture
+from avlprof.runtime.forced.score import ForcedScore
 from avlprof.tasks import Sample
-
-__all__ = ["ForcedBatch", "ForcedScore", "ForcedSet"]
 
 Answers = Literal["dense", "reference"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.runtime.forced_groups import wanted_scorers
-from avlprof.runtime.forced_plan import Plans, TextRoom
-from avlprof.runtime.forced_prompt import Prompts, places
-from avlprof.runtime.forced_rows import AnswerRows
+from avlprof.runtime.forced.groups import wanted_scorers
+from avlprof.runtime.forced.plan import Plans, TextRoom
+from avlprof.runtime.forced.prompt import Prompts, places
+from avlprof.runtime.forced.rows import AnswerRows
 
 
 def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avlprof.runtime.forced_head import Head
+from avlprof.runtime.forced.head import Head
 
 _LOGITS = 1 << 24  # numbers of logits that exist at a time
 

@@ -13,7 +13,7 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.rows import group_mean
 from avlprof.policy import ScorerSpec
-from avlprof.runtime.forced_head import Head
+from avlprof.runtime.forced.head import Head
 from avlprof.scorers import Prefill, make_scorer
 
 _TEXT_ROWS = 64  # text rows whose weights exist at a time

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from avlprof.attention.session import switched
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cache import stock_layers
-from avlprof.runtime.forced_filter import FilteredPrefill
-from avlprof.runtime.forced_groups import prefix_key, wanted_scorers
-from avlprof.runtime.forced_head import Head
-from avlprof.runtime.forced_prompt import Capture, Prompts
+from avlprof.runtime.forced.filter import FilteredPrefill
+from avlprof.runtime.forced.groups import prefix_key, wanted_scorers
+from avlprof.runtime.forced.head import Head
+from avlprof.runtime.forced.prompt import Capture, Prompts
 
 
 class Prefixes:
