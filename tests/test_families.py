@@ -207,7 +207,7 @@ def test_videos_carry_the_film_under_a_policy_as_the_oracle_says(name):
 
 def check_recorded_mass(case, inputs):
     wanted = eager(case, inputs)
-    with record(case.model, RecordOptions(rows="all")) as recorder:
+    with record(case.model, RecordOptions(rows="all", per_head=True)) as recorder:
         case.model(**inputs)
     for row, found in enumerate(recorder.records):
         frame = pd.DataFrame(found.frame()).set_index(["query", "layer", "head"]).sort_index()
@@ -442,6 +442,50 @@ def test_families_are_marked_as_tested():
     models = [build().model for _, build in (*cases(), *families())]
     run = {model.config.model_type for model in models}
     assert run == {alias.family for alias in ALIASES.values() if is_tested(alias.family)}
+
+
+def specials(case):
+    """What is special of a model, read off the model itself."""
+    config, text = case.model.config, case.model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    layers = getattr(config, "vision_feature_layer", 0)
+    adapter = adapter_for(case.model)
+    inputs = case.inputs(1, seed=1)
+    layout = adapter.image_layout(inputs)
+    others = [adapter.image_layout(case.inputs(1, seed=seed, pad=True)) for seed in range(8)]
+    grids = {other.tiles[0].rows for other in others if other is not None}
+    facts = {
+        "tiles": layout is None or len(layout.tiles) > 1,
+        "newline tokens": layout is not None and any(tile.stride > tile.columns for tile in layout.tiles),
+        "own grid": len(grids) > 1,
+        "video": case.videos is not None,
+        "mrope": "mrope_section" in rope,
+        "deepstack": hasattr(config.vision_config, "deepstack_visual_indexes"),
+        "several features": isinstance(layers, list | tuple) and len(layers) > 1,
+        "sliding layers": bool(adapter.sliding_layers),
+        "soft cap": getattr(text, "attn_logit_softcapping", None) is not None,
+    }
+    seen = torch.stack(eager(case, inputs)).amax(dim=(0, 1, 2))
+    ahead = seen.triu(1) > 0
+    vision = torch.isin(inputs["input_ids"][0], torch.tensor(case.vision_token_ids))
+    facts["two-way prefix"] = bool(ahead[~vision].any())
+    facts["two-way pictures"] = bool(ahead.any()) and not facts["two-way prefix"]
+    return {name for name, holds in facts.items() if holds}
+
+
+ALIAS_OF = {"paligemma": "paligemma", "paligemma2": "paligemma2"}
+
+
+@torch.no_grad()
+def test_what_the_table_calls_special_is_so_and_nothing_else(case):
+    named = [
+        alias
+        for name, alias in ALIASES.items()
+        if alias.family == case.model.config.model_type and ALIAS_OF.get(case.name, name) == name
+    ]
+    assert named
+    for alias in named:
+        assert set(alias.special) == specials(case)
 
 
 def test_builders_repeat_and_differ_by_seed():

@@ -16,10 +16,12 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from avlprof.models import adapter_for, tiles
-from avlprof.models.tiles import Tile, paint
+from avlprof.errors import UserError
+from avlprof.models import adapter_for
+from avlprof.models.tiles import Tile, dump_tiles, paint, parse_tiles, resolution
+from avlprof.tasks import Message
 from avlprof.testing.families import families
-from avlprof.testing.models import IMAGE, VIDEO, cases
+from avlprof.testing.models import IMAGE, cases
 
 BUILDERS = {**dict(cases()), **dict(families())}
 NEAREST = 0
@@ -122,7 +124,7 @@ def features(case, pixels):
     return torch.cat([part.flatten(0, -2) for part in found])
 
 
-def encoding(processor, pictures, token=IMAGE):
+def encoding(processor, pictures):
     """What the family's processor would give, text left out."""
     nested = "batch_num_images" in processor.image_processor.model_input_names
     nested |= "Idefics" in type(processor.image_processor).__name__
@@ -218,3 +220,95 @@ def test_a_picture_behind_another_has_its_own_tokens(name):
     lit, hidden = check_spots(case, processor, adapter, sizes[0], [other], reach, np.random.default_rng(4))
     assert lit > 2
     assert hidden > 10
+
+
+def drawn_tiles(draws, count, beyond=0.3):
+    """Tiles of any shape over any box, some of which reach beyond the picture."""
+    found, first = [], 0
+    for _ in range(count):
+        rows, columns = (int(n) for n in draws.integers(1, 6, 2))
+        stride = columns + int(draws.integers(0, 2))
+        low, high = draws.uniform(-beyond, 0.45, 2), draws.uniform(0.55, 1 + beyond, 2)
+        found.append(Tile(first, rows, columns, stride, (low[0], low[1], high[0], high[1])))
+        first += rows * stride
+    return found, first
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_painting_is_what_points_thrown_into_each_place_say(seed):
+    """Many points a token, evenly over the part of its place that is in the picture."""
+    draws = np.random.default_rng(seed)
+    tiles, tokens = drawn_tiles(draws, 3, beyond=0.1)
+    scores = draws.random(tokens)
+    rows, columns = (int(n) for n in draws.integers(2, 9, 2))
+    wanted = np.zeros((rows, columns))
+    for tile in tiles:
+        for index, (left, top, right, bottom) in places(tile):
+            across = np.linspace(left, right, 801)[:-1] + (right - left) / 1600
+            down = np.linspace(top, bottom, 801)[:-1] + (bottom - top) / 1600
+            across, down = (points[(points > 0) & (points < 1)] for points in (across, down))
+            share = np.outer(
+                np.bincount((down * rows).astype(int), minlength=rows) / len(down),
+                np.bincount((across * columns).astype(int), minlength=columns) / len(across),
+            )
+            wanted += scores[index] * share
+    np.testing.assert_allclose(paint(tiles, scores, rows, columns), wanted, atol=0.01)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_painting_loses_nothing(seed):
+    draws = np.random.default_rng(100 + seed)
+    tiles, tokens = drawn_tiles(draws, int(draws.integers(1, 5)))
+    scores = draws.random(tokens)
+    patches = np.concatenate([tile.tokens().ravel() for tile in tiles])
+    for size in ((1, 1), (3, 7), resolution(tiles)):
+        painted = paint(tiles, scores, *size)
+        assert painted.shape == size
+        assert (painted >= 0).all()
+        assert painted.sum() == pytest.approx(scores[patches].sum())
+
+
+def test_one_grid_is_painted_as_it_is():
+    scores = np.random.default_rng(1).random(35)
+    tile = Tile(0, 5, 7, 7)
+    assert resolution([tile]) == (5, 7)
+    np.testing.assert_allclose(paint([tile], scores, 5, 7), scores.reshape(5, 7))
+
+
+def test_tiles_are_read_as_they_were_written():
+    tiles, _ = drawn_tiles(np.random.default_rng(2), 4)
+    found = parse_tiles(dump_tiles([tiles[:3], [], tiles[3:]]))
+    assert [len(own) for own in found] == [3, 0, 1]
+    for ours, theirs in zip((tile for own in found for tile in own), tiles, strict=True):
+        assert (ours.first, ours.rows, ours.columns, ours.stride) == (
+            theirs.first,
+            theirs.rows,
+            theirs.columns,
+            theirs.stride,
+        )
+        np.testing.assert_allclose(ours.box, theirs.box, atol=1e-6)
+    assert parse_tiles(dump_tiles(())) == ()
+    for bad in ("", "3", "[[[1,2]]]", '[[[0,1,1,1,"a",0,1,1]]]'):
+        with pytest.raises(UserError, match="eight numbers a tile"):
+            parse_tiles(bad)
+
+
+def test_rows_count_their_own_tokens_and_wrong_sums_have_no_layout():
+    """Two rows of several pictures and videos; then a row that has a token more than they say."""
+    case = BUILDERS["qwen2_vl"]()
+    inputs = case.inputs(2, seed=3, pad=True, images_per_row=[2, 1], videos_per_row=[1, 1])
+    still = Image.new("RGB", (8, 8))
+    chats = [
+        [Message("user", "", (still, still), ((still,) * 4,))],
+        [Message("user", "", (still,)), Message("assistant", ""), Message("user", "", (), ((still,) * 5,))],
+    ]
+    adapter = adapter_for(case.model)
+    first, second = adapter.vision_layout(inputs, chats)
+    totals = adapter.vision_mask(inputs["input_ids"]).sum(dim=1).tolist()
+    assert [len(own) for own in first] == [1, 1, 1, 0, 1, 0]
+    assert [len(own) for own in second] == [1, 1, 0, 1, 0, 1]
+    for row, total in zip((first, second), totals, strict=True):
+        tokens = [int(token) for own in row for tile in own for token in tile.tokens().ravel()]
+        assert sorted(tokens) == list(range(total))
+    inputs["input_ids"][0, -1] = IMAGE
+    assert adapter.vision_layout(inputs, chats) == [(), second]

@@ -98,11 +98,16 @@ def test_offline_hub_ids(tmp_path: Path) -> None:
 
 def test_docs_list_every_alias() -> None:
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-    rows = [
-        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line
-    ]
-    listed = {row[0]: (row[1], row[2], row[3]) for row in rows[2:]}
-    assert listed == {name: (alias.source, alias.family, alias.tested) for name, alias in ALIASES.items()}
+    start = page.index("| alias |")
+    table = page[start : page.index("\n\n", start)].splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
+    listed = {row[0]: tuple(row[1:5]) for row in rows[2:]}
+    assert listed == {
+        name: (alias.source, alias.family, alias.tested, ", ".join(alias.special))
+        for name, alias in ALIASES.items()
+    }
+    for word in {word for alias in ALIASES.values() for word in alias.special}:
+        assert f"**{word}**" in page, word
 
 
 # loading

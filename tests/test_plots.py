@@ -278,7 +278,7 @@ def test_the_horizon_of_a_profile_counts_samples_with_vision_alone(tmp_path: Pat
     figure = plots.vision_horizon(profile, 0.3)
     said = " ".join(text.get_text() for text in figure.legends[0].get_texts())
     row = profile.horizon(0.3).set_index("query").loc["last"]
-    assert ("none" if pd.isna(row["layer"]) else f"layer {row['layer']}") in said
+    assert ("none" if pd.isna(row["layer"]) else f"layer {row['layer']:.0f}") in said
     drawn = {line.get_label().split("\n")[0]: line.get_ydata() for line in figure.axes[0].lines}
     table = profile.by_sample()
     for layer in range(profile.layers):

@@ -25,7 +25,7 @@ from avlprof.models.load import LoadedModel
 from avlprof.policy import Policy
 from avlprof.runs import RunDirectory
 from avlprof.runtime import apply
-from avlprof.tasks import Sample, Task
+from avlprof.tasks import Message, Sample, Task
 from avlprof.testing.models import BOS, FIRST_WORD, IMAGE, PAD, VOCABULARY, cases, random_llava
 from avlprof.tracing import record, trace_samples
 from avlprof.tracing.answers import reference_tokens
@@ -58,13 +58,13 @@ class Words:
 class Wordy(Adapter):
     """Prompts of words, and pictures whose width is the seed of their random pixels."""
 
-    def encode(self, prompts, images):
+    def encode_chats(self, chats):
         case = self.processor.case
         rows, pixels = [], []
-        for prompt, pictures in zip(prompts, images, strict=True):
-            words = self.processor.tokenizer(prompt)["input_ids"]
+        for (message,) in chats:
+            words = self.processor.tokenizer(message.text)["input_ids"]
             row = [BOS, *words[:2]]
-            for picture in pictures:
+            for picture in message.images:
                 sizes, tensors = case.pixels(1, torch.Generator().manual_seed(picture.width), True)
                 row += [IMAGE] * sizes[0] + words[2:4]
                 pixels.append(tensors)
@@ -296,7 +296,7 @@ def test_an_answer_follows_the_prompt_as_in_training(tiny):
     """The embedded model learned ` answer` behind `ASSISTANT:`, and then the end of the text."""
     tokenizer = tiny.processor.tokenizer
     sample = Sample("s", (), "what?", ("two red squares",))
-    last = tokenizer(tiny.adapter.prompt("what?", 0))["input_ids"][-1]
+    last = tokenizer(tiny.adapter.prompt([Message("user", "what?")]))["input_ids"][-1]
     want = [*tokenizer(" two red squares", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert reference_tokens(tiny, sample, last) == want
 

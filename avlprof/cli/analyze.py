@@ -56,7 +56,7 @@ def analyze(
     ] = None,
     sample: Annotated[
         str | None,
-        typer.Option("--sample", help="Sample of the heatmap; by default the first whose tokens have known places."),
+        typer.Option("--sample", help="Sample of the heatmap; by default the first that has one."),
     ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")

@@ -129,26 +129,23 @@ def decode(
         shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
     )
     where, kind = _place(device, dtype, threads)
-    rows: list[dict[str, Any]] = []
-    for rows_ in _counts("--batch", batch):
-        for tokens in [chosen.vision_tokens] if vision is None else _counts("--vision", vision):
-            with progress(f"batch {rows_}, {tokens} vision tokens", "rounds") as tell:
-                found = run_decode_bench(
-                    chosen,
-                    batch=rows_,
-                    vision=tokens,
-                    budgets=_shares("--budget", budget),
-                    layers=layers,
-                    rounds=rounds,
-                    device=where,
-                    dtype=kind,
-                    attentions=attentions,
-                    progress=tell,
-                )
-            rows += [asdict(cost) for cost in found]
+    with progress("bench decode", "rounds") as tell:
+        found = run_decode_bench(
+            chosen,
+            batches=_counts("--batch", batch),
+            visions=None if vision is None else _counts("--vision", vision),
+            budgets=_shares("--budget", budget),
+            layers=layers,
+            rounds=rounds,
+            device=where,
+            dtype=kind,
+            attentions=attentions,
+            progress=tell,
+        )
+    rows = [asdict(cost) for cost in found]
     _told(chosen, layers, where, kind)
     columns = ["batch", "vision", "method", "step_ms", "speedup", "speedup_low", "speedup_high", "cap"]
-    columns += ["attention_ms", "attention_speedup", "refresh_overhead", "kv_bytes"]
+    columns += ["attention_ms", "attention_speedup", "refresh_overhead", "kv_bytes", "note"]
     _print(rows, columns, form, out, {"kv_bytes": size})
 
 

@@ -11,11 +11,17 @@ app = typer.Typer()
 
 @app.command()
 def models(form: FormatOption = Format.table) -> None:
-    """List the short names of models; any hub id or local folder works as well."""
+    """List the short names of models and what is special of each; hub ids and folders work as well."""
     from avlprof.models import ALIASES
 
     rows = [
-        {"name": name, "source": alias.source, "family": alias.family, "tested": alias.tested}
+        {
+            "name": name,
+            "source": alias.source,
+            "family": alias.family,
+            "tested": alias.tested,
+            "special": ", ".join(alias.special),
+        }
         for name, alias in ALIASES.items()
     ]
     show(rows, form)

@@ -16,24 +16,14 @@ CELLS = {"KV live": percent, "KV read": percent, "live": size, "budget": percent
 
 def draw(found: Tuned) -> list[Path]:
     """The figures of a study: score by trial, the winner's layers, its knobs, and the proof."""
-    import pandas as pd
-
     from avlprof import plots
     from avlprof.plots.importances import knob_effects
     from avlprof.tuning.objective import MEANING
 
-    trials = [t for t in found.study.get_trials(deepcopy=False) if t.value is not None]
-    history = pd.DataFrame(
-        {
-            "trial": [t.number for t in trials],
-            "value": [t.value for t in trials],
-            "state": ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials],
-        }
-    )
     kind = found.policy.provenance.objective if found.policy.provenance else ""
     meaning, cheap = (MEANING[name] for name in (kind, "fidelity" if kind == "accuracy" else kind))
     figures = {
-        "trials": plots.trial_history(history, f"Mean {meaning}"),
+        "trials": plots.trial_history(found.history(), f"Mean {meaning}", second=found.second),
         "layers": plots.policy_layers(found.policy, layers=found.policy.layers or 1),
         "proof": plots.pareto_front(found.proof.pareto(), score=_label(found)),
     }

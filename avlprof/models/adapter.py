@@ -160,6 +160,10 @@ class Adapter:
             found.append(_in_a_row(shown, total))
         return found
 
+    def prompt(self, chat: Sequence[Message]) -> str:
+        """The text of a conversation in the model's own chat form; see `encode_chats`."""
+        return chat_text(self._processor(), self.family, chat)
+
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """`encode_chats` of rows that are one prompt each: `images[i]`, then `prompts[i]`."""
         if len(prompts) != len(images) or not prompts:
@@ -187,7 +191,7 @@ class Adapter:
                 for a conversation.
         """
         processor = self._processor()
-        texts = [chat_text(processor, self.family, chat) for chat in chats]
+        texts = [self.prompt(chat) for chat in chats]
         begin = processor.tokenizer.bos_token
         try:
             batch = processor(

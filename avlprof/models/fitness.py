@@ -16,8 +16,8 @@ def check_fits(config: Any) -> None:
 
     Raises:
         UserError: cross-attention to pictures, an encoder beside the decoder, layers without
-            softmax attention (linear attention, convolution, state space), layers that share
-            their keys and values, or no vision tokens in the prompt.
+            a key and value for every token (linear attention, convolution, chunks), layers that
+            share their keys and values, or no vision tokens in the prompt.
     """
     kind = config.model_type
     text = config.get_text_config(decoder=True)
@@ -34,7 +34,7 @@ def check_fits(config: Any) -> None:
     others = sorted(set(getattr(text, "layer_types", None) or KINDS) - set(KINDS))
     if others:
         raise UserError(
-            f"model type '{kind}' has {others[0]} layers, which keep no key and value a token; use a model "
+            f"model type '{kind}' has layers of kind {others[0]}, which no policy is made for; use a model "
             "whose layers are full or sliding-window attention"
         )
     if getattr(text, "num_kv_shared_layers", 0):

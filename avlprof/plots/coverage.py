@@ -100,8 +100,18 @@ def _draw(panel: CoveragePanel, ax: Axes, bands: bool) -> None:
     even = np.geomspace(least, 1.0, 64)
     ax.plot(even, even, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
     behind = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8}
-    away = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-    ax.annotate("even", (0.35, 0.35), **away, color=SOFT, fontsize=12, bbox=behind, zorder=6)
+    ax.annotate(
+        "even",
+        (0.35, 0.35),
+        (-7, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=SOFT,
+        fontsize=12,
+        bbox=behind,
+        zorder=6,
+    )
     colours = layer_colours(panel.layers)
     for curve, low, high, colour in zip(panel.attention, panel.low, panel.high, colours, strict=True):
         ax.plot(panel.kept, curve, color=colour, linewidth=2.2 if bands else 1.4)

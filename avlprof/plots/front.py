@@ -103,6 +103,11 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
             )
         shares = np.concatenate([line.live_share for line in info.lines])
         ax.set_xlim(0.0, float(shares.max()) * 1.12)
+        # drawn with a shift, data does not move the limits by itself
+        bottom = min([low, *(float(line.low.min()) for line in info.lines)])
+        top = max([high, *(float(line.high.max()) for line in info.lines)])
+        room = 0.05 * max(top - bottom, 1e-3)
+        ax.set_ylim(bottom - room, top + room)
         percent_axis(ax, "xy", full=False)
         ax.set_xlabel(COST_LABELS["live_share"])
         ax.set_ylabel(score)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
@@ -19,7 +20,7 @@ from avlprof.errors import UserError
 from avlprof.models.tiles import Tile, paint, resolution
 from avlprof.plots.arrange import Arrangement, arrange
 from avlprof.plots.frames import NO_VISION, Array
-from avlprof.plots.style import SOFT, new_figure, theme
+from avlprof.plots.style import GRID, SOFT, new_figure, theme
 
 Pictures = Image.Image | Sequence[Image.Image]
 Tiles = Sequence[Sequence[Tile]]
@@ -90,15 +91,14 @@ def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[
     found = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not any(tiles):
         raise UserError(
-            "the places of these vision tokens in the pictures are not known; the docs on models say of which "
-            "families they are"
+            "where these vision tokens lie in the pictures is not known; docs/models.md says when it is"
         )
     if len(found) != len(tiles):
         raise UserError(f"tiles must have one list for each of the {len(found)} pictures, got {len(tiles)}")
     last = max(int(tile.tokens().max()) for own in tiles for tile in own)
     if last >= tokens:
         raise UserError(
-            f"tiles name vision token {last}, but there are {tokens} vision tokens; give the tiles of this prompt"
+            f"tiles name vision token {last}, but there are {tokens} vision tokens; give this prompt's tiles"
         )
     kept = [place for place, own in enumerate(tiles) if own]
     return [found[place] for place in kept], [tiles[place] for place in kept]
@@ -179,8 +179,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         for panel, ax in zip(info.panels, flat[1:], strict=False):
             _overlay(panel, info.pictures, placed, ax)
         for ax in flat[:count]:
-            ax.set_xlim(0, placed.width)
-            ax.set_ylim(placed.height, 0)
+            _frame(placed, ax)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
         bar = figure.colorbar(colours, ax=flat, aspect=28, pad=0.015)
         bar.set_label("Attention, relative to panel's peak")
@@ -189,9 +188,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         return figure
 
 
-def _overlay(
-    panel: HeatPanel, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes
-) -> None:
+def _overlay(panel: HeatPanel, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes) -> None:
     for weight, picture, place in zip(panel.weights, pictures, placed.places, strict=True):
         grey = picture.mean(axis=2) / 255.0
         ax.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0.0, vmax=1.0, extent=place)
@@ -206,6 +203,16 @@ def _overlay(
     )
     peak = f"{panel.peak:.1%}" if panel.peak < 0.0995 else f"{panel.peak:.0%}"
     ax.set_title(peak, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
+
+
+def _frame(placed: Arrangement, ax: Axes) -> None:
+    """A line around each picture, which on white paper may have no other edge."""
+    for left, right, bottom, top in placed.places:
+        ax.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=GRID, clip_on=False)
+        )
+    ax.set_xlim(0, placed.width)
+    ax.set_ylim(placed.height, 0)
 
 
 def _heat() -> Colormap:

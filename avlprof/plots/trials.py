@@ -71,13 +71,17 @@ def trial_history_info(frame: pd.DataFrame, direction: Direction = "minimize") -
 
 
 def trial_history(
-    source: pd.DataFrame | TrialInfo, value: str = "Mean KL to dense (nat)", direction: Direction = "minimize"
+    source: pd.DataFrame | TrialInfo,
+    value: str = "Mean KL to dense (nat)",
+    direction: Direction = "minimize",
+    second: int | None = None,
 ) -> Figure:
     """Every trial's value, the best so far as a line, and the winner as a star.
 
     Args:
         source: a frame as `trial_history_info` takes it, or that information.
         value: label of the value axis, with its unit.
+        second: first trial of the second stage; a line is drawn before it.
     """
     info = source if isinstance(source, TrialInfo) else trial_history_info(source, direction)
     with theme():
@@ -119,9 +123,19 @@ def trial_history(
             va="top" if info.direction == "minimize" else "bottom",
             fontsize=12.5,
         )
+        if second is not None:
+            ax.axvline(second - 0.5, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
+            ax.annotate(
+                "layer by layer",
+                (second - 0.4, 1.0),
+                xycoords=ax.get_xaxis_transform(),
+                va="top",
+                fontsize=12.5,
+                color=SOFT,
+            )
         ax.margins(y=0.14)
         ax.set_xlabel("Trial")
-        ax.set_ylabel(f"{value}, {'lower' if info.direction == 'minimize' else 'higher'} is better")
+        ax.set_ylabel(f"{value}\n{'lower' if info.direction == 'minimize' else 'higher'} is better")
         ax.set_xlim(-0.02 * end - 0.6, 1.02 * end + 0.6)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(loc="outside right center")

@@ -54,15 +54,15 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
             _Plan(
                 "how deep vision is looked at",
                 plots.vision_horizon,
-                "Attention on vision by depth, on a log scale. A diamond on the dashed line marks the horizon: "
-                "from that layer on the picture gets less than 1% of the attention. This says where the "
-                "picture is no longer looked at; whether anything is lost without it, only an evaluation tells.",
+                "Attention on vision by depth, on a log scale. A diamond on the dashed line marks the "
+                "horizon: from that layer on the picture gets less than 1% of the attention. This says where "
+                "it is no longer looked at; whether anything is lost without it, only an evaluation tells.",
             ),
             _Plan(
                 "attention on first tokens",
                 plots.sink_mass,
-                "Attention that rests on the first tokens whatever they say (attention sinks, arXiv 2309.17453). "
-                "Where a line is high, a policy that evicts these tokens disturbs the layer.",
+                "Attention that rests on the first tokens whatever they say (attention sinks, arXiv "
+                "2309.17453). Where a line is high, a policy that evicts these tokens disturbs the layer.",
             ),
             _Plan(
                 "layers by heads",
@@ -93,8 +93,8 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
                 "drift over steps",
                 plots.step_drift,
                 "The share of the most attended vision tokens that were so some decoding steps earlier. "
-                "Where the curve nears the dashed line, a core chosen that long ago is no better than chance: "
-                "it must be refreshed before.",
+                "Where the curve nears the dashed line, a core chosen that long ago is no better than "
+                "chance: it must be refreshed before.",
             ),
         ),
     ),

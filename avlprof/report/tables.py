@@ -104,7 +104,7 @@ def _cells(table: pd.DataFrame, layers: int, text: Callable[[float], str]) -> li
     for layer in range(layers):
         row = by_layer.get(layer)
         if row is None or pd.isna(row["mean"]):
-            cells.append(Cell("–"))
+            cells.append(Cell("-"))
         else:
             known = not (pd.isna(row["low"]) or pd.isna(row["high"]))
             cells.append(

@@ -118,7 +118,7 @@ def _tiles(profile: Profile) -> list[tuple[str, str]]:
     seeing = samples.loc[samples["vision"] > 0, "vision"]
     return [
         (f"{profile.meta.samples:,}", "sample" if profile.meta.samples == 1 else "samples"),
-        (f"{settings.layers} × {settings.heads}", "layers × query heads"),
+        (f"{settings.layers} x {settings.heads}", "layers x query heads"),
         (f"{seeing.mean():,.0f}" if len(seeing) else "0", "vision tokens a prompt"),
         (f"{samples['generated'].mean():,.1f}", "tokens an answer"),
     ]

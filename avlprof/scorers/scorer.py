@@ -50,6 +50,11 @@ class Prefill:
         )
 
     @property
+    def held(self) -> int:
+        """Tokens of earlier turns whose keys come before these; 0 for a prompt."""
+        return 0
+
+    @property
     def valid(self) -> Tensor:
         """bool `[B, N]`, False on padding."""
         return self.modality != Modality.PAD

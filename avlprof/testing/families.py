@@ -123,9 +123,7 @@ def random_glm4v(seed: int = 0) -> TinyCase:
         inside = (ids == VOCABULARY - 1).cumsum(dim=1) > (ids == VOCABULARY - 2).cumsum(dim=1)
         return {"mm_token_type_ids": (ids == IMAGE).long() * (1 + inside.long())}
 
-    return TinyCase(
-        "glm4v", model, (IMAGE, VIDEO), flat_patches(PATCH, merge, together), types, videos
-    )
+    return TinyCase("glm4v", model, (IMAGE, VIDEO), flat_patches(PATCH, merge, together), types, videos)
 
 
 def random_internvl(seed: int = 0) -> TinyCase:

@@ -82,8 +82,8 @@ class TinyCase:
         if sum(filmed):
             if self.videos is None:
                 raise ValueError(f"{self.name} has no videos, got videos_per_row {videos_per_row}")
-            ids, tensors = self.videos(sum(filmed), generator)
-            films, extra = iter(ids), extra | tensors
+            filmed_ids, tensors = self.videos(sum(filmed), generator)
+            films, extra = iter(filmed_ids), extra | tensors
         rows = []
         for index, (images, videos) in enumerate(zip(counts, filmed, strict=True)):
             words = max(3, text - 2 * index) if pad else text

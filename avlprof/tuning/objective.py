@@ -60,7 +60,7 @@ OBJECTIVES: Mapping[str, Callable[[Any], float]] = MappingProxyType(
 MEANING: Mapping[str, str] = MappingProxyType(
     {
         "fidelity": "KL to dense (nat per token)",
-        "likelihood": "minus log-likelihood of the references (nat per token)",
+        "likelihood": "negative log-likelihood (nat per token)",
         "accuracy": "1 - task metric",
     }
 )

@@ -40,15 +40,37 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome of a study: the winner with its provenance, where it is, and its proof."""
+    """The outcome of a study: the winner with its provenance, where it is, and its proof.
+
+    `refined` is the study of the second stage, if there was one.
+    """
 
     policy: Policy
     folder: Path
     study: optuna.Study
+    refined: optuna.Study | None
     played: PlayOff
     proof: Evaluation
     verdict: Verdict
     knobs: pd.DataFrame
+
+    def history(self) -> pd.DataFrame:
+        """Scored trials in order, the second stage last: `trial, value, state`, for the figure of trials.
+
+        A trial that was stopped early is `PRUNED`; `trial` counts over both stages.
+        """
+        studies = (self.study, self.refined) if self.refined else (self.study,)
+        trials = [t for study in studies for t in study.get_trials(deepcopy=False) if t.value is not None]
+        states = ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials]
+        return pd.DataFrame(
+            {"trial": range(len(trials)), "value": [t.value for t in trials], "state": states}
+        )
+
+    @property
+    def second(self) -> int | None:
+        """Where in `history` the second stage begins; None without one."""
+        scored = [trial for trial in self.study.get_trials(deepcopy=False) if trial.value is not None]
+        return len(scored) if self.refined else None
 
     def comparisons(self) -> list[str]:
         """The winner against each rival on the same held-out samples, in a sentence each."""
@@ -67,6 +89,7 @@ class Search:
     budget: Budget
     folder: Path
     study: optuna.Study
+    refined: optuna.Study | None
     played: PlayOff
     candidate: Candidate
 
@@ -152,25 +175,23 @@ def search(
             progress=lambda d, t: tell("trials", d, settings.trials),
             on_trial=on_trial,
         )
-        more = []
+        refined = None
         if settings.refining:
-            more.append(
-                refine(
-                    folder,
-                    settings,
-                    objective,
-                    finalists(study, 1)[0],
-                    progress=lambda d, t: tell("trials", scalar + d, settings.trials),
-                    on_trial=on_trial,
-                )
+            refined = refine(
+                folder,
+                settings,
+                objective,
+                finalists(study, 1)[0],
+                progress=lambda d, t: tell("trials", scalar + d, settings.trials),
+                on_trial=on_trial,
             )
-        best = finalists(study, settings.finalists, *more)
+        best = finalists(study, settings.finalists, *([refined] if refined else []))
         played = play_off(prepared, best, budget, store, lambda d, t: tell("finalists", d, t))
         played.write(folder / "fidelity.json", prepared.task.metric, settings.split)
     finally:
         lock.release()
     start = Candidate.of(finalists(study, 1)[0].params)
-    return Search(prepared, settings, budget, folder, study, played, start)
+    return Search(prepared, settings, budget, folder, study, refined, played, start)
 
 
 def prove_winner(found: Search, *, progress: Progress | None = None, told: Told | None = None) -> Tuned:
@@ -206,7 +227,7 @@ def prove_winner(found: Search, *, progress: Progress | None = None, told: Told 
         save_policy(winner, found.folder / "policy.yaml")
     finally:
         lock.release()
-    return Tuned(winner, found.folder, found.study, played, proof, judged, knobs)
+    return Tuned(winner, found.folder, found.study, found.refined, played, proof, judged, knobs)
 
 
 def _say_power(

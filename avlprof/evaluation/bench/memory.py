@@ -1,27 +1,25 @@
-"""Peak memory of one piece of work: CUDA's own counter, or the process's high-water mark on Linux."""
+"""Peak memory of one piece of work, as torch's own allocators count it."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
+import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_above(device: torch.device, work: Callable[[], None]) -> int | None:
-    """Run `work` and return the bytes by which memory rose above where it stood before.
+    """Run `work` and return the bytes by which tensors on the device rose above where they stood.
 
-    On CUDA these are bytes that torch allocated. On CPU they are pages of the process, counted
-    by the kernel, after freed ones were given back to it; what an allocation never touched is not
-    in them, and numbers under a few MiB are noise. None where Linux's counters are missing.
+    On CUDA it is the allocator's own high-water mark. On CPU every allocation is recorded by
+    torch's profiler, which slows the work down but misses nothing; pages of the process would tell
+    more of the C library's habits than of the work. None on other devices.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -29,16 +27,38 @@ def peak_above(device: torch.device, work: Callable[[], None]) -> int | None:
         work()
         torch.cuda.synchronize(device)
         return max(torch.cuda.max_memory_allocated(device) - before, 0)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        _CLEAR.write_text("5")  # the high-water mark starts anew: man 5 proc
-        before = _kilobytes("VmRSS")
-    except (OSError, TypeError):
+    if device.type != "cpu":
         work()
         return None
-    work()
-    return max(_kilobytes("VmHWM") - before, 0) * 1024
+    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _silent():
+        recorder.start()
+    try:
+        work()
+    finally:
+        with _silent():
+            recorder.stop()
+    results = getattr(recorder.profiler, "kineto_results", None)
+    events = [event for event in results.events() if event.name() == "[memory]"] if results else []
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes lines of its own to the process's stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -50,10 +70,3 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
-
-
-def _kilobytes(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", _STATUS.read_text())
-    if found is None:
-        raise OSError(f"{_STATUS} has no {name}")
-    return int(found[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import modality_map, vision_token_ids
 from avlprof.attention.session import switched
 from avlprof.evaluation.footprint import cache_bytes
 from avlprof.policy import Policy
 from avlprof.runtime import apply
+
+_TILE = 1_000_003  # random numbers drawn; prime, so that repeated they give rows that differ
 
 
 class Clock:
@@ -46,12 +48,51 @@ class Clock:
         return time.perf_counter()
 
 
+@dataclass(frozen=True)
+class PromptStates:
+    """Random queries, keys and values of a prompt of `length` tokens, as a random model would make them.
+
+    Projections of normed states have mean 0 and variance 1, and so have these; a decoding step costs
+    the same behind them, and the prompt need not run. A layer's states are the same at every call.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    tile: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, length: int) -> PromptStates:
+        """For a model's decoder, on its device and in its dtype."""
+        config = model.config.get_text_config(decoder=True)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        drawn = torch.randn(_TILE, generator=torch.Generator().manual_seed(0))
+        tile = drawn.to(model.device, model.dtype)
+        return cls(config.num_attention_heads, config.num_key_value_heads, size, length, tile)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[1, H, N, D]` (one row, shown N times), key and value `[1, Hkv, N, D]` of a layer."""
+        query = self._drawn(3 * index, self.heads, 1).expand(-1, -1, self.length, -1)
+        key, value = (self._drawn(3 * index + i, self.kv_heads, self.length) for i in (1, 2))
+        return query, key, value
+
+    def _drawn(self, seed: int, heads: int, rows: int) -> Tensor:
+        values = self.tile.new_empty(heads * rows * self.head_dim)
+        tile = self.tile.roll(4099 * seed)
+        for start in range(0, len(values), _TILE):
+            part = values[start : start + _TILE]
+            part.copy_(tile[: len(part)])
+        return values.view(1, heads, rows, self.head_dim)
+
+
 @dataclass
 class Runner:
     """One way to decode: its cache, filled with a prompt, and how a step is taken.
 
     `policy` None is the stock cache. `hidden [N]` marks prompt positions that a mask takes away (the
-    authors' emulation of eviction, which frees nothing). `attentions` asks for weights, as eager gives.
+    authors' emulation of eviction, which frees nothing). `eager` runs the model's eager attention, and
+    `attentions` asks it for its weights.
     """
 
     name: str
@@ -60,26 +101,68 @@ class Runner:
     batch: int
     policy: Policy | None = None
     hidden: Tensor | None = None
+    eager: bool = False
     attentions: bool = False
     cache: Any = None
     taken: int = 0
     _modality: Tensor | None = field(default=None, repr=False)
+    _prompt: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @torch.inference_mode()
-    def fill(self) -> None:
-        """Run the prompt once, and repeat its cache for every row of the batch."""
+    def fill(self, states: PromptStates) -> None:
+        """Fill the cache with a prompt's `states`, and repeat it for every row of the batch.
+
+        Under a policy the prompt is scored and evicted as if the model had run it.
+        """
+        config = self.model.config.get_text_config(decoder=True)
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
-        self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        with self._engine():
-            out = self.model(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        modality = modality_map(ids, mask, vision_token_ids(self.model.config))
+        self._modality = modality.expand(self.batch, -1)
+        if self.policy is None:
+            self.cache = DynamicCache(config=config)
+            for index in range(config.num_hidden_layers):
+                self.cache.update(*states.layer(index)[1:], index)
+            if self.batch > 1:
+                self.cache.batch_repeat_interleave(self.batch)
+            self._prompt = [(layer.keys, layer.values) for layer in self.cache.layers]
+            return
+        with apply(self.model, self.policy) as runtime:
+            self.cache = runtime.new_cache()
+            forward = Forward(modality, ids.shape[1], 0)
+            for index, layer in enumerate(self.model.get_decoder().layers):
+                query, key, value = states.layer(index)
+                key, value = self.cache.update(key, value, index)
+                call = AttentionCall(
+                    layer=index,
+                    module=layer.self_attn,
+                    query=query,
+                    key=key,
+                    value=value,
+                    mask=None,
+                    scaling=states.head_dim**-0.5,
+                    softcap=None,
+                    kernel=lambda module, query, *args, **options: (query, None),
+                    options={},
+                )
+                runtime.attend(forward, self.cache, call)
         if self.batch > 1:
             self.cache.batch_repeat_interleave(self.batch)
-        self._modality = modality_map(ids, mask, vision_token_ids(self.model.config)).expand(self.batch, -1)
 
     def filled_as(self, other: Runner) -> None:
-        """Take over a copy of another stock runner's cache, which saves a prefill."""
-        self.cache, self._modality = copy.deepcopy(other.cache), other._modality
+        """Take over another stock runner's prompt, without a copy: a stock step makes one of its own."""
+        self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        self._modality, self._prompt = other._modality, other._prompt
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Let a stock cache forget the steps, and its copies of the prompt."""
+        if self.policy is not None:
+            return
+        for layer, (keys, values) in zip(self.cache.layers, self._prompt, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        self.taken = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -122,7 +205,7 @@ class Runner:
     def _engine(self, clock: Clock | None = None) -> Iterator[None]:
         """The model as this runner wants it; with a clock its attention is timed."""
         with contextlib.ExitStack() as stack:
-            if self.attentions:
+            if self.eager or self.attentions:
                 self.model.set_attn_implementation({"text_config": "eager"})
                 stack.callback(self.model.set_attn_implementation, {"text_config": "sdpa"})
             runtime = stack.enter_context(apply(self.model, self.policy)) if self.policy else None

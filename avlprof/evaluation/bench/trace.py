@@ -29,8 +29,9 @@ class TraceCost:
 
     `seconds` is the median over rounds. `ratio` is the median over rounds of this method's
     seconds over plain's in the same round, with its 95% bootstrap interval (smallest and largest
-    ratio with fewer than 6 rounds). `peak_bytes` is how far memory rose above where it stood,
-    cache and activations included; `extra_bytes` is that less plain's. Numbers are NaN or None
+    ratio with fewer than 6 rounds). `peak_bytes` is how far tensors rose above what was there,
+    cache and activations included; `extra_bytes` is that less plain's, so what lives beside the
+    MLP's activations shows and what fits below their peak does not. Numbers are NaN or None
     where `note` says why there are none.
     """
 

@@ -60,7 +60,7 @@ class LlavaNextAdapter(Adapter):
         pitch = tile / side
 
         def share(token: int, axis: int) -> float:
-            return (token * pitch - pasted[axis]) / drawn[axis]
+            return float((token * pitch - pasted[axis]) / drawn[axis])
 
         box = (share(left, 1), share(top, 0), share(left + columns, 1), share(top + rows, 0))
         return rows, columns, box

@@ -36,7 +36,7 @@ def canvas(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
     By the function of the image processor's own module (GOT-OCR 2.0's, which both families use);
     None where it has none.
     """
-    cutter = getattr(processor, "image_processor", None)
+    cutter = processor.image_processor
     options = getattr(processor, "images_kwargs", None) or {}
     if not options.get("crop_to_patches", getattr(cutter, "crop_to_patches", False)):
         return 1, 1
