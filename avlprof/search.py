@@ -201,28 +201,15 @@ class _Asked:
         max_new_tokens: int | None,
         progress: Progress | None,
     ) -> Run:
-        """The run to take the profile from; traced here when there is none."""
-        found = self._found(given, folder, max_new_tokens, progress)
+        """The run to take the profile from, of this model; traced here when there is none."""
+        found = given if isinstance(given, Run) else Run.open(given) if given is not None else None
+        found = found or _run_of_study(folder) or latest_run(loaded=self.loaded, task=self.task.name)
+        if found is None:
+            tell = None if progress is None else (lambda done, total: progress("trace", done, total))
+            few = len(self.task.samples("search", TRACED_SAMPLES))
+            found = trace(self.loaded, self.task, few, max_new_tokens=max_new_tokens, progress=tell)
         found.check_model(self.loaded)
         return found
-
-    def _found(
-        self,
-        given: Run | Path | str | None,
-        folder: Path,
-        max_new_tokens: int | None,
-        progress: Progress | None,
-    ) -> Run:
-        if isinstance(given, Run):
-            return given
-        if given is not None:
-            return Run.open(given)
-        known = _run_of_study(folder) or latest_run(loaded=self.loaded, task=self.task.name)
-        if known is not None:
-            return known
-        tell = None if progress is None else (lambda done, total: progress("trace", done, total))
-        few = len(self.task.samples("search", TRACED_SAMPLES))
-        return trace(self.loaded, self.task, few, max_new_tokens=max_new_tokens, progress=tell)
 
 
 def _asked(

@@ -40,7 +40,12 @@ SEEN = {
     "llava": ("llava-4q2kv", "CLIPImageProcessorPil", CLIP, [(60, 60), (90, 60), (60, 140)], 0.5),
     "llava padded": ("llava-4q2kv", "LlavaImageProcessorPil", CLIP | {"do_pad": True}, [(60, 90)], 0.5),
     "vipllava": ("vipllava", "CLIPImageProcessorPil", CLIP, [(80, 60), (60, 61)], 0.5),
-    "llava_next": ("llava_next", "LlavaNextImageProcessorPil", TILE, [(90, 50), (48, 90), (61, 60)], 0.5),
+    "llava_next": (
+        "llava_next", "LlavaNextImageProcessorPil", TILE, [(90, 50), (48, 90), (61, 60)], 0.5
+    ),
+    "llava_next half a token of padding": (
+        "llava_next", "LlavaNextImageProcessorPil", TILE, [(60, 56), (56, 60)], 0.15
+    ),
     "llava_onevision": (
         "llava_onevision", "LlavaOnevisionImageProcessorPil", TILE, [(90, 50), (48, 90)], 0.5
     ),

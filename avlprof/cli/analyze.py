@@ -130,6 +130,10 @@ def _figures(
 
     share = profile.meta.settings.top_share
     yield "modality-mass", lambda: plots.modality_mass(profile)
+    yield "vision-horizon", lambda: plots.vision_horizon(profile)
+    yield "sinks", lambda: plots.sink_mass(profile)
+    if profile.meta.settings.per_head:
+        yield "heads", lambda: plots.head_maps(profile)
     yield "coverage-curves", lambda: plots.coverage_curves(profile)
     yield "layer-overlap", lambda: plots.layer_overlap(profile, share)
     yield "step-drift", lambda: plots.step_drift(profile, share)

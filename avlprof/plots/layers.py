@@ -13,7 +13,7 @@ from avlprof.errors import UserError
 from avlprof.plots.style import MODALITY_COLOURS, SOFT, layer_axis, new_figure, percent_axis, theme
 from avlprof.policy import Policy, broadcast
 
-COLUMNS = 4
+COLUMNS = 3
 READ_WHOLE = "Kept in memory and read at every step"
 STORED, COMPUTED, SPOKEN = "#9CC7E4", MODALITY_COLOURS["vision"], MODALITY_COLOURS["text"]
 
@@ -72,7 +72,7 @@ def policy_layers_info(policies: Policy | Sequence[Policy], layers: int | None =
 def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int | None = None) -> Figure:
     """Bars of stored and attended vision KV above the text that stays, a column a policy."""
     info = policies if isinstance(policies, PolicyInfo) else policy_layers_info(policies, layers)
-    cols = min(len(info.panels), COLUMNS)
+    cols = 2 if len(info.panels) == 4 else min(len(info.panels), COLUMNS)
     bands = math.ceil(len(info.panels) / cols)
     with theme():
         spoken = any(panel.text is not None for panel in info.panels)
@@ -85,7 +85,7 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
         figure = new_figure(title, note, size)
         rows = 2 if spoken else 1
         axes = figure.subplots(rows * bands, cols, squeeze=False, height_ratios=[2, 1][:rows] * bands)
-        longest = _longest_window(info)
+        longest, top = _longest_window(info), _top(info)
         for place in range(bands * cols):
             band, col = divmod(place, cols)
             own = [axes[rows * band + row][col] for row in range(rows)]
@@ -93,7 +93,7 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
                 for ax in own:
                     ax.set_axis_off()
                 continue
-            _draw_vision(info.panels[place], info, own[0], named=not one, label=not spoken)
+            _draw_vision(info.panels[place], info, own[0], top, named=not one, label=not spoken)
             if spoken:
                 _draw_text(info.panels[place], info, own[1], longest)
         cored = any(panel.compute != panel.keep for panel in info.panels)
@@ -125,7 +125,15 @@ def _longest_window(info: PolicyInfo) -> float:
     return max(windows, default=1.0)
 
 
-def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool, label: bool) -> None:
+def _top(info: PolicyInfo) -> float:
+    """End of the axis of shares, one for all panels: small shares fill it as well."""
+    most = max(max(panel.keep) for panel in info.panels)
+    return min(math.ceil(most * 1.1 * 10 - 1e-9) / 10 or 0.1, 1.0)
+
+
+def _draw_vision(
+    panel: PolicyPanel, info: PolicyInfo, ax: Axes, top: float, named: bool, label: bool
+) -> None:
     where = list(range(info.layers))
     ax.bar(where, panel.keep, 0.82, color=STORED)
     ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED)
@@ -134,7 +142,8 @@ def _draw_vision(panel: PolicyPanel, info: PolicyInfo, ax: Axes, named: bool, la
     )
     ax.set_title(f"{panel.name}\n{how}".strip() if named else how, fontsize=13)
     ax.set_ylabel("Prompt KV" if panel.joint else "Vision KV")
-    percent_axis(ax, "y")
+    percent_axis(ax, "y", full=False)
+    ax.set_ylim(0.0, top)
     _layers(ax, info, label)
 
 

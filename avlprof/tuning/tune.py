@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +16,19 @@ from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, save_policy
 from avlprof.runs.lock import FolderLock
-from avlprof.tasks import Sample, Task
+from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.tuning.identity import study_meta
 from avlprof.tuning.knobs import knob_effects
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.playoff import PlayOff, play_off
-from avlprof.tuning.prepared import Prepared, Progress, answer_limit, check_same_model
+from avlprof.tuning.prepared import Prepared, Progress, check_same_model
 from avlprof.tuning.proof import finalists, prove, with_provenance
 from avlprof.tuning.refine import refine
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.storage import StudyMeta, check_folder, claim_folder
+from avlprof.tuning.storage import check_folder, claim_folder
 from avlprof.tuning.trials import run_trials
 from avlprof.tuning.verdict import Verdict, power_sentence, verdict
 from avlprof.tuning.warm import noted_starts
@@ -237,28 +236,3 @@ def _say_power(
     uniform = space.starts()[0].policy(prepared.evidence, budget, "uniform")
     dense, plain = prepared.dense_metric(store), prepared.generated(store).metric(uniform)
     say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))
-
-
-def study_meta(
-    loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, space: Space
-) -> StudyMeta:
-    """What a study searches for."""
-    samples: Sequence[Sample] = task.samples(settings.split, settings.samples)
-    asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
-    return StudyMeta(
-        model=loaded.source,
-        model_hash=loaded.revision or "",
-        task=task.name,
-        split=settings.split,
-        samples=len(samples),
-        sample_hash=hashlib.sha256(asked.encode()).hexdigest()[:16],
-        max_new_tokens=answer_limit(task, settings),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        budget=settings.budget,
-        read_budget=settings.read_budget,
-        objective=settings.objective,
-        sampler=settings.sampler,
-        seed=settings.seed,
-        run_hash=profile.meta.run_hash,
-        space=space.described(),
-    )
