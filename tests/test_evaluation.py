@@ -196,12 +196,13 @@ def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monke
         tiny, samples[:3], LAYERED, max_new_tokens=LIMIT, batch_size=2, store=AnswerStore(tmp_path)
     )
     asked = []
-    encode = type(tiny.adapter).encode
-    monkeypatch.setattr(
-        type(tiny.adapter),
-        "encode",
-        lambda self, prompts, images: asked.extend(prompts) or encode(self, prompts, images),
-    )
+    encode = type(tiny.adapter).encode_samples
+
+    def noted(self, samples):
+        asked.extend(sample.prompt for sample in samples)
+        return encode(self, samples)
+
+    monkeypatch.setattr(type(tiny.adapter), "encode_samples", noted)
     again = generate_answers(
         tiny, samples, LAYERED, max_new_tokens=LIMIT, batch_size=2, store=AnswerStore(tmp_path)
     )

@@ -43,9 +43,6 @@ SEEN = {
     "llava_next": (
         "llava_next", "LlavaNextImageProcessorPil", TILE, [(90, 50), (48, 90), (61, 60)], 0.5
     ),
-    "llava_next half a token of padding": (
-        "llava_next", "LlavaNextImageProcessorPil", TILE, [(60, 56), (56, 60)], 0.15
-    ),
     "llava_onevision": (
         "llava_onevision", "LlavaOnevisionImageProcessorPil", TILE, [(90, 50), (48, 90)], 0.5
     ),
@@ -225,6 +222,23 @@ def test_a_picture_behind_another_has_its_own_tokens(name):
     lit, hidden = check_spots(case, processor, adapter, sizes[0], [other], reach, np.random.default_rng(4))
     assert lit > 2
     assert hidden > 10
+
+
+@pytest.mark.parametrize(("size", "rows", "columns"), [((60, 56), 15, 15), ((50, 60), 15, 13)])
+def test_padding_of_half_a_token_is_where_the_layout_has_it(size, rows, columns):
+    """A picture that is not resized: a spot as large as a token's place lights up that token alone."""
+    case, processor = built("llava_next"), processor_of("llava_next")
+    plain = encoding(processor, [Image.fromarray(np.full((size[1], size[0], 3), GREY, dtype=np.uint8))])
+    fine = adapter_for(case.model, processor).image_layout(plain, 0, size).tiles[1]
+    assert (fine.rows, fine.columns) == (rows, columns)
+    base = features(case, plain)
+    spots = list(places(fine))
+    for index, box in spots[:columns] + spots[columns :: columns + 1]:
+        edges = np.array(box) * (*size, *size)
+        np.testing.assert_allclose(edges, edges.round(), atol=1e-6)
+        spot = spotted(size, np.clip(edges.round().astype(int), 0, (*size, *size)))
+        moved = (features(case, encoding(processor, [spot])) - base).abs().amax(dim=-1) > 1e-4
+        assert (moved.nonzero()[:, 0][moved.nonzero()[:, 0] >= fine.first]).tolist() == [index]
 
 
 def drawn_tiles(draws, count, beyond=0.3):

@@ -213,6 +213,9 @@ def test_starts_are_points_of_the_space():
         ("pyramid", "value_norm", "kv_head", 16),
     ]
     assert Space(refreshes=(0, 2, 4)).starts()[0].refresh_interval == 4
+    static = [start for start in replace(Space(), reads=True).starts() if start.refresh_interval == 0]
+    assert [start.scorer for start in static] == list(Space().scorers)
+    assert len(replace(Space(), reads=True).starts()) == len(starts) + len(static)
     window = Space(text="trade").starts()
     assert {start.text_share for start in window} == {1.0, 0.25}
 

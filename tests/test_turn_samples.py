@@ -362,3 +362,11 @@ def test_messages_do_not_open_what_is_not_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"image .*gone\.png of sample 's' does not exist"):
         sample.messages()
     assert Message("user", "?").pictures() == []
+
+
+def test_what_was_asked_tells_conversations_apart():
+    bare = Sample("a", (), "and now?")
+    earlier = Sample("a", (), "and now?", turns=(Turn("user", "first"), Turn("assistant", "yes")))
+    other = Sample("a", (), "and now?", turns=(Turn("user", "first"), Turn("assistant", "no")))
+    assert bare.asked == "and now?"
+    assert len({bare.asked, earlier.asked, other.asked}) == 3

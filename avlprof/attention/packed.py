@@ -14,6 +14,8 @@ from torch import Tensor
 
 from avlprof.attention.rows import row_logits
 
+_MANY = 256  # keys from which streaming products win
+
 
 def packed_attention(
     query: Tensor,
@@ -36,7 +38,7 @@ def packed_attention(
         `[B, 1, H, D]`, as transformers' attention functions return it.
     """
     batch, heads, _, size = query.shape
-    if softcap is not None or _streams(key, heads):
+    if softcap is not None or (_streams(key, heads) and key.shape[2] >= _MANY):
         return weighted_values(step_weights(query, key, scaling, mask, softcap), value)
     rows = query.view(batch, key.shape[1], -1, size)
     out: Tensor = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
@@ -51,7 +53,8 @@ def step_weights(
     length = key.shape[2]
     half = key.dtype in (torch.float16, torch.bfloat16)
     if _streams(key, heads):
-        logits = torch.bmm(key.flatten(0, 1), query.view(-1, size, 1) * scaling).view(batch, heads, 1, length)
+        columns = (query * scaling).view(-1, 1, size).mT  # as a transposed row, which MKL reads far faster
+        logits = torch.bmm(key.flatten(0, 1), columns).view(batch, heads, 1, length)
     elif half and key.is_cuda and torch.version.hip is None:  # fp32 sums without a copy of the keys in fp32
         rows = query.view(batch * key.shape[1], -1, size)
         products = torch.bmm(rows, key.flatten(0, 1).mT, out_dtype=torch.float32)

@@ -109,7 +109,7 @@ def _generate(loaded: LoadedModel, policy: Policy, sample: Sample, limit: int) -
     from avlprof.runtime import apply
 
     found = _Generated()
-    encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
+    encoding = loaded.adapter.encode_samples([sample])
     with apply(loaded.model, policy) as runtime, torch.inference_mode():
 
         def note_prefill() -> None:

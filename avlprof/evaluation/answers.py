@@ -139,4 +139,4 @@ def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: 
 
 
 def _encode(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    return loaded.adapter.encode([s.prompt for s in samples], [s.open_images() for s in samples])
+    return loaded.adapter.encode_samples(samples)

@@ -81,4 +81,4 @@ def model_key(loaded: LoadedModel) -> str:
 
 
 def _asked(sample: Sample) -> str:
-    return hashlib.sha256(sample.prompt.encode()).hexdigest()[:16]
+    return hashlib.sha256(sample.asked.encode()).hexdigest()[:16]

@@ -76,7 +76,7 @@ def measure_latency(
     names = list(policies)
     times: dict[str, list[_Timed]] = {name: [] for name in names}
     for number, sample in enumerate(samples):
-        encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
+        encoding = loaded.adapter.encode_samples([sample])
         if number == 0:
             for name in names:
                 _timed(loaded, encoding, policies[name], new_tokens)

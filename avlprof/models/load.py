@@ -25,6 +25,7 @@ from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
+from avlprof.models.fitness import check_fits
 from avlprof.models.hub import hub_reachable
 from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
 from avlprof.models.revision import folder_fingerprint, hub_commit
@@ -96,6 +97,7 @@ def load_model(
     with _explained(name, source, options):
         config = AutoConfig.from_pretrained(source, **options)
         _check_kind(name, config)
+        check_fits(config)
         chosen = resolve_dtype(dtype, place, config, hub=folder is None)
         with _quiet(progress=folder is None):
             model, report = AutoModelForImageTextToText.from_pretrained(

@@ -10,23 +10,16 @@ from torch.nn.functional import pad
 
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import Modality
-from avlprof.attention.rows import group_mean, row_weights
+from avlprof.attention.packed import step_weights
+from avlprof.attention.rows import group_mean
 from avlprof.runtime.competition import merged, text_choice, vision_classes
-from avlprof.runtime.core import exchange_all, pick_core
-from avlprof.runtime.layout import (
-    PADDING,
-    SYSTEM,
-    TEXT,
-    RowPlan,
-    left_order,
-    per_row,
-    slot_classes,
-    text_order,
-)
+from avlprof.runtime.core import CoreSlots
+from avlprof.runtime.layout import PADDING, SYSTEM, TEXT, RowPlan, left_order, slot_classes, text_order
 from avlprof.runtime.reads import Reads
 from avlprof.runtime.slots import SlotLayer
 from avlprof.runtime.text_part import TextPart, TextRule
 from avlprof.runtime.turns import Turn
+from avlprof.runtime.window import Windows
 from avlprof.scorers import Scorer
 
 
@@ -55,14 +48,11 @@ class AdaptiveLayer(SlotLayer):
         self.text = TextPart(self.rule)
         self._spans: list[tuple[int, int]] = []
         self._left = self._step = 0
+        self._windows = Windows([], 0)
+        self._core: CoreSlots | None = None
+        self._has_core = self.refreshing = False
         self._view = (0, 0)
         self._mask: Tensor | None = None
-
-    @property
-    def refreshing(self) -> bool:
-        """Whether the current decoding step re-picks the core."""
-        has_core = any(plan.core < plan.vision for plan in self.plans)
-        return has_core and self.refresh_interval > 0 and self._step % self.refresh_interval == 0
 
     def reset(self) -> None:
         super().reset()
@@ -88,12 +78,16 @@ class AdaptiveLayer(SlotLayer):
             key_states = torch.cat([keys[:, :, :end], key_states], dim=2)
             return key_states, torch.cat([values[:, :, :end], value_states], dim=2)
         self._step += 1
-        slots = [self._left + self.text.claim(row) for row in range(len(self.plans))]
-        self.text.grow(self.write(slots, key_states, value_states))
+        self.refreshing = self._has_core and self._step % self.refresh_interval == 0
+        claimed = [self.text.claim(row) for row in range(len(self.plans))]
+        more = self.grow_for(self._left + max(claimed))
+        if more:
+            self.text.grow(more)
+            self._windows.forget_masks()
+        self.write(self._windows.slot(claimed, self.device), key_states, value_states)
         self.seen += 1
-        refresh = self.refreshing
-        self._view, self._mask = self._window(refresh and not self.score_only)
-        self.reads.count(self.plans, self.text.count_read(), refresh, self.score_only)
+        self._view, self._mask = self._window(self.refreshing and not self.score_only)
+        self.reads.count(self.text.count_read(), self.refreshing, self.score_only)
         start, end = self._view
         keys, values, _ = self.buffers
         return keys[:, :, start:end], values[:, :, start:end]
@@ -148,22 +142,30 @@ class AdaptiveLayer(SlotLayer):
         if running is not None:
             running = pad(running.gather(-1, parts[1]), (0, room))
         self.text.lay(counts, places.gather(-1, parts[1]), self._spans, running)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Work out once what all steps until the next turn need."""
+        self.reads.expect(self.plans)
+        self._windows, self._core = Windows(self.plans, self._left), None
+        smaller = any(plan.core < plan.vision for plan in self.plans)
+        self._has_core = smaller and self.refresh_interval > 0
+
+    @property
+    def weighing(self) -> bool:
+        """Whether the current step's weights are wanted afterwards: a refresh, or text stays by score."""
+        return self.rule.running is not None or (self.refreshing and not self.score_only)
 
     def before_step(self, query: Tensor, scaling: float, softcap: float | None) -> None:
-        """At a refresh step that only scores, re-pick the core before the step attends to it."""
+        """At a refresh step that only scores, re-pick the core before `query [B, H, 1, D]` attends to it."""
         if self.refreshing and self.score_only:
             (start, end), mask = self._window(True)
-            keys = self.buffers[0][:, :, start:end]
-            self._pick(row_weights(query, keys, scaling, mask, softcap)[:, :, 0], start)
+            self._pick(step_weights(query, self.buffers[0][:, :, start:end], scaling, mask, softcap), start)
 
-    def after_step(self, query: Tensor, scaling: float, softcap: float | None) -> None:
-        """Re-pick the core at a refresh step, and forget text, by this step's `query [B, H, 1, D]`."""
-        refresh = self.refreshing and not self.score_only
-        if not refresh and self.rule.running is None:
-            return
+    def after_step(self, weights: Tensor) -> None:
+        """Re-pick the core at a refresh step, and forget text, by its `weights [B, H, n]` of the view."""
         (start, end), (keys, values, positions) = self._view, self.buffers
-        weights = row_weights(query, keys[:, :, start:end], scaling, self._mask, softcap)[:, :, 0]
-        if refresh:
+        if self.refreshing and not self.score_only:
             self._pick(weights, start)
         if self.rule.running is not None:
             own = group_mean(weights[..., self._left - start :], positions.shape[1])
@@ -172,18 +174,13 @@ class AdaptiveLayer(SlotLayer):
 
     def _pick(self, weights: Tensor, start: int) -> None:
         """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
-        keys, values, positions = self.buffers
-        groups = keys.shape[1] if self.per_kv_head else 1
-        fixed = keys.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
-        pairs = pick_core(
-            weights[..., : self._left - start],
-            self._classes(self._left)[..., start:],
-            positions[..., start : self._left],
-            self.plans,
-            groups,
-            fixed,
-        )
-        exchange_all((keys, values, positions), pairs, start)
+        if self._core is None:
+            self._core = CoreSlots.of(self.plans, self._classes(self._left))
+        positions = self.buffers[2]
+        groups = self.buffers[0].shape[1] if self.per_kv_head else 1
+        new = self._core.best(weights[..., : self._left - start], positions[..., : self._left], groups)
+        on_device = positions.device.type != "cpu"
+        self._core.exchange(new, self.buffers, on_device if self.fixed_shapes is None else self.fixed_shapes)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
@@ -191,6 +188,7 @@ class AdaptiveLayer(SlotLayer):
             picked = rows.tolist()
             self.plans = [self.plans[row] for row in picked]
             self.text.select_rows(picked, rows.to(self.positions.device))
+            self._plan()
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind keys, values, the slots' positions and their scores."""
@@ -239,11 +237,6 @@ class AdaptiveLayer(SlotLayer):
 
     def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
         """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
-        left = [p.system + (p.vision if whole else p.core) for p in self.plans]
-        counts = self.text.counts
-        start, end = self._left - max(left), self._left + max(counts)
-        if len(set(left)) == 1 and len(set(counts)) == 1:
-            return (start, end), None
-        column = torch.arange(start, end, device=self.device)
-        begins, ends = self._left - per_row(left, self.device), self._left + per_row(counts, self.device)
-        return (start, end), ((column >= begins) & (column < ends))[:, :, None]
+        counts, capacity = self.text.counts, self.buffers[2].shape[-1]
+        span = self._windows.span(counts, whole)
+        return span, self._windows.mask(counts, whole, capacity, self.device)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from avlprof.allocators.resolve import resolved_blindly
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
-from avlprof.attention.packed import packed_attention
+from avlprof.attention.packed import packed_attention, step_weights, weighted_values
 from avlprof.attention.session import switched
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
@@ -61,8 +61,12 @@ class Runtime:
             return call.stock(), call
         layer.before_step(call.query, call.scaling, call.softcap)
         positions, mask = layer.attended()
-        out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
-        after = partial(layer.after_step, call.query, call.scaling, call.softcap)
+        if not layer.weighing:
+            out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
+            return out, replace(call, mask=None, positions=positions, valid=mask)
+        weights = step_weights(call.query, call.key, call.scaling, mask, call.softcap)
+        out = weighted_values(weights, call.value)
+        after = partial(layer.after_step, weights)
         return out, replace(call, mask=None, positions=positions, valid=mask, after=after)
 
     def _turn(

@@ -2,40 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from avlprof.attention.rows import group_mean
-from avlprof.attention.selection import best
-from avlprof.runtime.layout import CORE, STORED, RowPlan, exchange, per_row, swaps
+from avlprof.runtime.layout import CORE, STORED, RowPlan, exchange, exchange_counted, per_row, swaps
 
 
-def pick_core(
-    weights: Tensor, classes: Tensor, positions: Tensor, plans: list[RowPlan], groups: int, fixed: bool
-) -> tuple[Tensor, Tensor]:
-    """Slot pairs `[B, groups, m]` to exchange, so that the best vision tokens are the core.
+@dataclass(frozen=True)
+class CoreSlots:
+    """Where core and stored vision tokens lie in a layer's left part, the same until the next turn.
 
-    Args:
-        weights: `[B, H, n]` attention of the step to the left part's slots.
-        classes: `[B, 1, n]` of the slots.
-        positions: `[B, G, n]` logical, `G` being `groups` or more; ties go to the lower one.
-        plans: of the rows, for the number of tokens in the core.
-        groups: sets of tokens: 1, or one a KV head.
-        fixed: exchange as many pairs as could be needed, so that the host need not ask how many.
+    `vision` and `core` are bool `[B, 1, n]` over its slots, `counts [B, 1, 1]` the sizes of the cores.
     """
-    scores = group_mean(weights, groups)
-    old = classes.expand_as(scores)
-    vision = (old == STORED) | (old == CORE)
-    counts = per_row([plan.core for plan in plans], scores.device)[:, 0, 0]
-    core = best(scores, vision, counts, positions[:, :groups])
-    new = torch.where(vision, torch.where(core, CORE, STORED), old)
-    most = max(min(plan.core, plan.vision - plan.core) for plan in plans) if fixed else None
-    return swaps(old, new, most)
 
+    vision: Tensor
+    core: Tensor
+    counts: Tensor
+    size: int
+    exchanges: int
+    even: bool
 
-def exchange_all(buffers: tuple[Tensor, ...], pairs: tuple[Tensor, Tensor], start: int) -> None:
-    """Exchange pairs of slots, counted from `start`, in all buffers."""
-    first, second = pairs
-    if first.shape[-1]:
+    @classmethod
+    def of(cls, plans: list[RowPlan], classes: Tensor) -> CoreSlots:
+        """Of the `classes [B, 1, n]` of the slots."""
+        cores = [plan.core for plan in plans]
+        return cls(
+            vision=(classes == STORED) | (classes == CORE),
+            core=classes == CORE,
+            counts=per_row(cores, classes.device),
+            size=max(cores),
+            exchanges=max(min(plan.core, plan.vision - plan.core) for plan in plans),
+            even=len(set(cores)) == 1,
+        )
+
+    def best(self, weights: Tensor, positions: Tensor, groups: int) -> Tensor:
+        """The vision slots that should be the core, bool `[B, groups, n]`; ties go to the lower position.
+
+        Args:
+            weights: `[B, H, m]` attention of the step to the last `m` slots, all vision slots among them.
+            positions: `[B, G, n]` logical, `G` being `groups` or more.
+            groups: sets of tokens: 1, or one a KV head.
+        """
+        scores = group_mean(weights, groups)
+        start = self.vision.shape[-1] - scores.shape[-1]
+        # positive floats are ordered as their bits are, so score and position fit into one key
+        keys = (scores.view(torch.int32).long() << 32) - positions[:, :groups, start:]
+        keys = keys.masked_fill(~self.vision[..., start:], torch.iinfo(torch.int64).min)
+        top = keys.topk(self.size, dim=-1, sorted=not self.even).indices + start
+        chosen = torch.arange(self.size, device=top.device) < self.counts
+        found = torch.zeros_like(self.vision).repeat(1, groups, 1)
+        return found.scatter_(-1, top, chosen.expand_as(top))
+
+    def exchange(self, new: Tensor, buffers: tuple[Tensor, ...], fixed: bool) -> None:
+        """Make `new [B, groups, n]` the core: exchange slots of all buffers.
+
+        `fixed`: exchange as many pairs as could be needed, so that the host need not ask how many.
+        """
+        if not fixed:
+            for buffer in buffers:
+                exchange_counted(buffer, self.core, new)
+            return
+        first, second = swaps(self.core, new, self.exchanges)
         for buffer in buffers:
-            exchange(buffer, first + start, second + start)
+            exchange(buffer, first, second)

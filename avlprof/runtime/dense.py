@@ -10,7 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from avlprof.errors import UserError
 
-RESERVE = 32  # tokens allocated beyond what is stored; grown by half when used up
+RESERVE = 32  # tokens allocated beyond what is stored
+
+
+def more_room(capacity: int) -> int:
+    """Slots that a full buffer of `capacity` grows by: an eighth, so that copies are rare and spare room small."""
+    return max(RESERVE, capacity // 8)
 
 
 def grown(buffer: Tensor, capacity: int) -> Tensor:
@@ -105,7 +110,7 @@ class DenseLayer(BufferedLayer):
             self.keys = key_states.new_empty((*room, key_states.shape[3]))
             self.values = value_states.new_empty((*room, value_states.shape[3]))
         elif self.seen + new > self.keys.shape[2]:
-            capacity = self.seen + new + max(RESERVE, self.seen // 2)
+            capacity = self.seen + new + more_room(self.seen)
             self.keys, self.values = grown(self.keys, capacity), grown(self.values, capacity)
         self.keys[:, :, self.seen : self.seen + new] = key_states
         self.values[:, :, self.seen : self.seen + new] = value_states

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
+_BLOCK = 2048  # rows moved at once; even, so that a pair stays together
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,15 @@ def _by_position(classes: Tensor, positions: Tensor) -> Tensor:
     return by_position.gather(-1, by_class)
 
 
-def swaps(old: Tensor, new: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Slot pairs `[B, G, m]` whose exchange turns the class order `old` into `new`.
+def swaps(old: Tensor, new: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Slot pairs `[B, G, most]` whose exchange turns the core `old` into `new`, of fixed shape.
 
-    `old` is sorted by class and `new` has the same number of slots of each class in every row;
-    only STORED and CORE change places. `most` is a bound of the exchanges that is known ahead;
-    without one the host asks the device. A row that needs fewer than `m` exchanges repeats its last
-    pair, and one that needs none gets a slot with itself; `exchange` bears both.
+    `old [B, 1, n]` and `new [B, G, n]` are bool and have the same number of slots in every row;
+    `most` is a bound of the exchanges that is known ahead. A row that needs fewer exchanges repeats
+    its last pair, and one that needs none gets a slot with itself; `exchange` bears both.
     """
-    leaving = (old == CORE) & (new == STORED)
-    entering = (old == STORED) & (new == CORE)
+    leaving, entering = old & ~new, new & ~old
     counts = leaving.sum(dim=-1, keepdim=True)
-    if most is None:
-        most = int(counts.max())
     first = (~leaving).long().argsort(dim=-1, stable=True)[..., :most]
     second = (~entering).long().argsort(dim=-1, stable=True)[..., :most]
     place = torch.arange(most, device=old.device).expand_as(first).minimum(counts - 1).clamp(min=0)
@@ -113,6 +110,26 @@ def exchange(buffer: Tensor, first: Tensor, second: Tensor) -> None:
     a, b = _spread(first, buffer), _spread(second, buffer)
     held_a, held_b = buffer.gather(2, a), buffer.gather(2, b)
     buffer.scatter_(2, a, held_b).scatter_(2, b, held_a)
+
+
+def exchange_counted(buffer: Tensor, old: Tensor, new: Tensor) -> None:
+    """Exchange the slots that leave the core with those that enter it, in place, as many as there are.
+
+    `buffer [B, H, C, ...]` is contiguous; `old` and `new` are as in `swaps`. The host asks how many
+    there are, which costs nothing on a CPU. Blocks of rows are small enough for its cache.
+    """
+    batch, heads, capacity = buffer.shape[:3]
+    groups = new.shape[1]
+    first, second = (old & ~new).nonzero(), (new & ~old).nonzero()
+    rows, group, slots = first.unbind(dim=1)
+    start = (rows * heads + group) * capacity
+    if groups == 1 and heads > 1:
+        start = start + torch.arange(0, heads * capacity, capacity, device=buffer.device)[:, None]
+    pairs = torch.stack([start + slots, start + second[:, 2]], dim=-1).view(-1, 2)
+    target, source = pairs.flatten(), pairs.flip(-1).flatten()
+    flat = buffer.view(batch * heads * capacity, -1)
+    for into, of in zip(target.split(_BLOCK), source.split(_BLOCK), strict=True):
+        flat.index_copy_(0, into, flat.index_select(0, of))
 
 
 def move(buffer: Tensor, source: Tensor, target: Tensor) -> None:

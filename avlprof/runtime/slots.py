@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avlprof.runtime.dense import RESERVE, BufferedLayer, grown
-from avlprof.runtime.layout import per_row, take
+from avlprof.runtime.dense import BufferedLayer, grown, more_room
+from avlprof.runtime.layout import take
+from avlprof.runtime.window import Slot
 
 
 class SlotLayer(BufferedLayer):
@@ -35,25 +36,24 @@ class SlotLayer(BufferedLayer):
         assert self.positions is not None
         return self.keys, self.values, self.positions
 
-    def write(self, slots: list[int], key: Tensor, value: Tensor) -> int:
-        """Write one token a row, `[B, Hkv, 1, D]`, into its slot; how many slots this added."""
+    def grow_for(self, slot: int) -> int:
+        """Make room for slot `slot`; how many slots this added."""
         keys, values, positions = self.buffers
-        capacity, more = keys.shape[2], 0
-        if max(slots) >= capacity:
-            more = max(RESERVE, capacity // 2)
-            keys = self.keys = grown(keys, capacity + more)
-            values = self.values = grown(values, capacity + more)
-            positions = self.positions = pad(positions, (0, more), value=-1)
-        if len(set(slots)) == 1:
-            keys[:, :, slots[0]] = key[:, :, 0]
-            values[:, :, slots[0]] = value[:, :, 0]
-            positions[:, :, slots[0]] = self.seen
-            return more
-        rows, at = torch.arange(len(slots), device=key.device), per_row(slots, key.device)[:, 0, 0]
+        capacity = keys.shape[2]
+        if slot < capacity:
+            return 0
+        more = more_room(capacity)
+        self.keys, self.values = grown(keys, capacity + more), grown(values, capacity + more)
+        self.positions = pad(positions, (0, more), value=-1)
+        return more
+
+    def write(self, slot: Slot, key: Tensor, value: Tensor) -> None:
+        """Write one token a row, `[B, Hkv, 1, D]`, into its slot."""
+        keys, values, positions = self.buffers
+        rows, at = slot if isinstance(slot, tuple) else (slice(None), slot)
         keys[rows, :, at] = key[:, :, 0]
         values[rows, :, at] = value[:, :, 0]
         positions[rows, :, at] = self.seen
-        return more
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from PIL import Image
@@ -30,6 +31,13 @@ class Sample:
     def conversation(self) -> tuple[Turn, ...]:
         """The earlier turns, and last the prompt."""
         return (*self.turns, Turn("user", self.prompt, self.images, self.videos))
+
+    @property
+    def asked(self) -> str:
+        """All that is asked, in words: the prompt, behind the texts of earlier turns."""
+        if not self.turns:
+            return self.prompt
+        return json.dumps([[turn.role, turn.text] for turn in self.conversation()])
 
     def messages(self) -> tuple[Message, ...]:
         """The conversation with its pictures open; what `Adapter.encode_chats` takes of a row.

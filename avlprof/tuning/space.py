@@ -18,6 +18,7 @@ HEADS = ("shared", "kv_head")
 REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
+_ASIDE = ("warm", "reads")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Space:
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
-    needs more than the budgets. `warm` are further starts, which are no part of what the space is.
+    needs more than the budgets. `warm` are further starts and `reads` says that reads are
+    limited, which `within` finds out; both are no part of what the space is.
 
     Raises:
         UserError: a list is empty or names what is not known.
@@ -46,10 +48,11 @@ class Space:
     refresh: tuple[str, ...] = REFRESH
     text: str = "auto"
     warm: tuple[Candidate, ...] = ()
+    reads: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name != "warm" and not getattr(self, field.name):
+            if field.name not in _ASIDE and not getattr(self, field.name):
                 raise UserError(f"{field.name} of the search space must name at least one, got none")
         for name in self.allocators:
             ALLOCATORS.get(name)
@@ -130,7 +133,8 @@ class Space:
         """The first trials: every allocator as it is, uniform first, then other scorers, then `warm`.
 
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
-        a start that keeps a quarter of it comes next to uniform.
+        a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
+        also starts with a core that is never re-picked, which short answers can hardly better.
         """
         plain = self._in_reach(Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
@@ -143,12 +147,16 @@ class Space:
         for name in ("uniform", "sensitivity"):
             if name in allocators:
                 starts += [replace(plain, allocator=name, scorer=scorer) for scorer in others]
+        if self.reads and 0 in self.refreshes:
+            starts += [
+                replace(plain, allocator=allocators[0], scorer=s, refresh_interval=0) for s in self.scorers
+            ]
         warm = [self._in_reach(start) for start in self.warm if start.allocator in self.allocators]
         return [*dict.fromkeys([*starts, *warm])]
 
     def described(self) -> dict[str, tuple[int | str, ...]]:
         """The space as plain values, as a study notes it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "warm"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
 
     def _in_reach(self, start: Candidate) -> Candidate:
@@ -174,7 +182,7 @@ class Space:
     def _narrowed(self, budget: Budget, layers: int) -> Space:
         found = self._refreshes(budget, layers)
         if found:
-            return replace(self, refreshes=found) if budget.read is not None else self
+            return replace(self, refreshes=found, reads=True) if budget.read is not None else self
         least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
         vision_share(budget.prompts, layers, budget.memory, least)
         always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)

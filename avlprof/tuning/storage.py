@@ -154,7 +154,7 @@ def place_meta(place: Place) -> StudyMeta:
 
 def sample_hash(samples: Sequence[Sample]) -> str:
     """A fingerprint of which samples are searched on, and what they ask."""
-    asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
+    asked = json.dumps([[sample.id, sample.asked] for sample in samples])
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 

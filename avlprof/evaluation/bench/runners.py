@@ -208,18 +208,17 @@ class Runner:
             if self.eager or self.attentions:
                 self.model.set_attn_implementation({"text_config": "eager"})
                 stack.callback(self.model.set_attn_implementation, {"text_config": "sdpa"})
-            runtime = stack.enter_context(apply(self.model, self.policy)) if self.policy else None
-            if runtime is None and clock is None:
+            if self.policy is not None:
+                stack.enter_context(apply(self.model, self.policy))
+            elif clock is None:
                 yield
                 return
             session = stack.enter_context(switched(self.model))
             if self._modality is not None:
                 seen = self._modality.new_full((self.batch, self.taken), 3)
                 session.adopt(self.cache, torch.cat([self._modality, seen], dim=1))
-            if clock is not None and runtime is not None:
-                runtime.attend = clock.around(runtime.attend)  # type: ignore[method-assign]
-            elif clock is not None:
-                session.kernel = clock.around(session.kernel)
+            if clock is not None:
+                session.attend = clock.around(session.attend)  # type: ignore[method-assign]
             yield
 
     def _step_inputs(self) -> dict[str, Any]:

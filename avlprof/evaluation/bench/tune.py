@@ -148,7 +148,7 @@ def trial_policies(layers: int, trials: int, budget: float, seed: int) -> list[P
 
 def _encoded(loaded: LoadedModel, samples: Sequence[Sample], size: int) -> list[dict[str, torch.Tensor]]:
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return [loaded.adapter.encode([s.prompt for s in p], [s.open_images() for s in p]) for p in parts]
+    return [loaded.adapter.encode_samples(part) for part in parts]
 
 
 @torch.inference_mode()

@@ -78,7 +78,7 @@ class ForcedSet:
         for start in range(0, len(samples), batch_size):
             rows = list(range(start, min(start + batch_size, len(samples))))
             part = [samples[i] for i in rows]
-            inputs = loaded.adapter.encode([s.prompt for s in part], [s.open_images() for s in part])
+            inputs = loaded.adapter.encode_samples(part)
             capture = None
             if answers == "reference":
                 texts = [_reference(loaded, sample, max_new_tokens) for sample in part]

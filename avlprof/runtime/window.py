@@ -1,0 +1,60 @@
+"""The slots that a step attends to: a view of the buffers, and a mask where rows of a batch differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from avlprof.runtime.layout import RowPlan, per_row
+
+Slot = int | tuple[Tensor, Tensor]
+
+
+class Windows:
+    """An ordinary step's view and a refresh step's (`whole`), of a layer laid out by `plans`.
+
+    The text part begins at slot `left`. A mask is made when rows first differ, and then kept: each
+    step adds the slots that it writes.
+    """
+
+    def __init__(self, plans: list[RowPlan], left: int) -> None:
+        self.left = left
+        self._lefts = {
+            whole: [p.system + (p.vision if whole else p.core) for p in plans] for whole in (False, True)
+        }
+        self._masks: dict[bool, Tensor] = {}
+        self._rows: Tensor | None = None
+
+    def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
+        """Slots from and to, of rows that hold `counts` text tokens."""
+        return self.left - max(self._lefts[whole]), self.left + max(counts)
+
+    def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor | None:
+        """Bool `[B, 1, 1, n]` over the view's slots; None if all rows hold all of them."""
+        lefts = self._lefts[whole]
+        if len(set(lefts)) == 1 and len(set(counts)) == 1:
+            return None
+        if whole not in self._masks:
+            column = torch.arange(capacity, device=device)
+            begins, ends = self.left - per_row(lefts, device), self.left + per_row(counts, device)
+            self._masks[whole] = ((column >= begins) & (column < ends))[:, :, None]
+        start, end = self.span(counts, whole)
+        return self._masks[whole][..., start:end]
+
+    def slot(self, claimed: list[int], device: torch.device) -> Slot:
+        """Where a step's tokens go, each row's in text slot `claimed`, as an index of rows and slots."""
+        if len(set(claimed)) == 1:
+            slot = self.left + claimed[0]
+            for mask in self._masks.values():
+                mask[..., slot] = True
+            return slot
+        if self._rows is None:
+            self._rows = torch.arange(len(claimed), device=device)
+        columns = self.left + per_row(claimed, device)[:, 0, 0]
+        for mask in self._masks.values():
+            mask[self._rows, 0, 0, columns] = True
+        return self._rows, columns
+
+    def forget_masks(self) -> None:
+        """Capacity changed."""
+        self._masks = {}
