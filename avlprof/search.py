@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from avlprof import tuning
 from avlprof.api import trace
@@ -16,6 +16,7 @@ from avlprof.models import LoadedModel, load_model
 from avlprof.tasks import Task, load_task
 from avlprof.traced import RUNS, Run, latest_run
 from avlprof.tuning import Settings, Smallest, Space, Sweep, Tuned, read_meta
+from avlprof.tuning.crew import Crew
 
 if TYPE_CHECKING:
     from avlprof.tuning.tune import OnTrial
@@ -51,6 +52,8 @@ def tune(
     progress: Progress | None = None,
     on_trial: OnTrial | None = None,
     told: Callable[[str], None] | None = None,
+    workers: int = 1,
+    storage: str | None = None,
 ) -> Tuned:
     """Find the best policy at a budget of prompt KV and prove it; the same call resumes.
 
@@ -74,6 +77,9 @@ def tune(
         progress: called with the name of a phase, units done and units in all.
         on_trial: called with study and trial after each trial.
         told: called with sentences for the reader.
+        workers: processes on this machine that run trials, this one included; with more than one
+            model and task are given by name.
+        storage: PostgreSQL URL for the trials, to work on several machines; a journal file by default.
 
     Raises:
         UserError: an infeasible budget, a run of another model, or a folder of another study.
@@ -88,7 +94,7 @@ def tune(
     profile = asked.run(run, folder, max_new_tokens, progress).profile()
     return tuning.tune(
         asked.loaded, asked.task, profile, folder, settings,
-        space=space, progress=progress, on_trial=on_trial, told=told,
+        space=space, progress=progress, on_trial=on_trial, told=told, crew=asked.crew(workers, storage),
     )  # fmt: skip
 
 
@@ -109,6 +115,8 @@ def sweep(
     on_trial: OnTrial | None = None,
     on_budget: Callable[[float], None] | None = None,
     told: Callable[[str], None] | None = None,
+    workers: int = 1,
+    storage: str | None = None,
 ) -> Sweep:
     """Tune and prove at several budgets, each started from its neighbour's best; resumes.
 
@@ -129,6 +137,7 @@ def sweep(
     return tuning.sweep(
         asked.loaded, asked.task, profile, folder, budgets, settings,
         space=space, progress=progress, on_trial=on_trial, on_budget=on_budget, told=told,
+        crew=asked.crew(workers, storage),
     )  # fmt: skip
 
 
@@ -149,6 +158,8 @@ def smallest(
     on_trial: OnTrial | None = None,
     on_budget: Callable[[float], None] | None = None,
     told: Callable[[str], None] | None = None,
+    workers: int = 1,
+    storage: str | None = None,
 ) -> Smallest:
     """Find the smallest budget whose tuned policy loses at most `max_drop` of the metric; resumes.
 
@@ -165,6 +176,7 @@ def smallest(
     return tuning.smallest(
         asked.loaded, asked.task, profile, folder, max_drop, settings,
         space=space, progress=progress, on_trial=on_trial, on_budget=on_budget, told=told,
+        crew=asked.crew(workers, storage),
     )  # fmt: skip
 
 
@@ -193,6 +205,15 @@ class _Asked:
 
     loaded: LoadedModel
     task: Task
+    named: dict[str, Any] | None = None  # by what further workers load them
+
+    def crew(self, workers: int, storage: str | None) -> Crew:
+        """Who works on the studies."""
+        if self.named is None:
+            if workers > 1:
+                raise UserError("several workers load model and task by themselves; give both by name")
+            return Crew(workers, storage)
+        return Crew(workers, storage, **self.named)
 
     def run(
         self,
@@ -226,7 +247,11 @@ def _asked(
     loaded = load_model(
         model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
-    return _Asked(loaded, chosen)
+    named = {
+        "model": model, "task": task, "device": device, "dtype": dtype, "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    return _Asked(loaded, chosen, named if isinstance(task, str) else None)
 
 
 def _folder(out: Path | str | None, asked: _Asked, settings: Settings, what: str) -> Path:

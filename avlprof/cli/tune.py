@@ -87,6 +87,16 @@ def tune(
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
     ] = True,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", help="Processes here that run trials.", rich_help_panel="Workers"),
+    ] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage", help="PostgreSQL URL for the trials, to share them.", rich_help_panel="Workers"
+        ),
+    ] = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     revision: given.RevisionOption = None,
@@ -116,7 +126,7 @@ def tune(
         given_too: dict[str, Any] = {
             "run": run, "out": out, "device": device, "dtype": dtype, "revision": revision,
             "trust_remote_code": trust_remote_code, "space": Space(text=text), "told": live.tell,
-            "progress": live.progress, "on_trial": live.on_trial,
+            "progress": live.progress, "on_trial": live.on_trial, "workers": workers, "storage": storage,
         }  # fmt: skip
         if budgets is not None:
             swept = search.sweep(

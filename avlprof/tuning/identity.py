@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 from avlprof.analysis import Profile
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
 from avlprof.tuning.prepared import answer_limit
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.storage import StudyMeta
+from avlprof.tuning.storage import StudyMeta, sample_hash
 
 
 def study_meta(
@@ -19,14 +16,13 @@ def study_meta(
 ) -> StudyMeta:
     """What a study searches for."""
     samples = task.samples(settings.split, settings.samples)
-    asked = json.dumps([[sample.id, sample.prompt] for sample in samples])
     return StudyMeta(
         model=loaded.source,
         model_hash=loaded.revision or "",
         task=task.name,
         split=settings.split,
         samples=len(samples),
-        sample_hash=hashlib.sha256(asked.encode()).hexdigest()[:16],
+        sample_hash=sample_hash(samples),
         max_new_tokens=answer_limit(task, settings),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         budget=settings.budget,

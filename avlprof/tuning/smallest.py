@@ -15,6 +15,7 @@ from avlprof.evaluation import PairedDifference
 from avlprof.files import write_text
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
+from avlprof.tuning.crew import Crew
 from avlprof.tuning.prepared import Prepared, Progress
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
@@ -71,6 +72,7 @@ def smallest(
     on_trial: OnTrial | None = None,
     on_budget: AtBudget | None = None,
     told: Told | None = None,
+    crew: Crew | None = None,
 ) -> Smallest:
     """Bisect over memory budgets for the smallest that loses at most `max_drop` of the metric.
 
@@ -107,6 +109,7 @@ def smallest(
             progress=progress,
             on_trial=on_trial,
             told=told,
+            crew=crew,
         )
         tried.append((budget, float(np.mean(found.played.dense - found.played.winner.metric))))
         if told:

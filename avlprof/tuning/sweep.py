@@ -14,6 +14,7 @@ from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Candidate
+from avlprof.tuning.crew import Crew
 from avlprof.tuning.prepared import Prepared, Progress
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
@@ -64,6 +65,7 @@ def sweep(
     on_trial: OnTrial | None = None,
     on_budget: AtBudget | None = None,
     told: Told | None = None,
+    crew: Crew | None = None,
 ) -> Sweep:
     """Tune and prove at several memory budgets; the same call resumes.
 
@@ -101,6 +103,7 @@ def sweep(
             progress=progress,
             on_trial=on_trial,
             told=told,
+            crew=crew,
         )
         done.append(prove_winner(found, progress=progress, told=told))
         before = found

@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial
 
+from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.evaluation import AnswerStore, Evaluation
 from avlprof.files import replacing
@@ -18,6 +19,8 @@ from avlprof.policy import Policy, save_policy
 from avlprof.runs.lock import FolderLock
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.tuning.crew import Crew
+from avlprof.tuning.evidence import shared_evidence
 from avlprof.tuning.identity import study_meta
 from avlprof.tuning.knobs import knob_effects
 from avlprof.tuning.objective import Objective
@@ -28,8 +31,7 @@ from avlprof.tuning.refine import refine
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.storage import check_folder, claim_folder
-from avlprof.tuning.trials import run_trials
+from avlprof.tuning.storage import check_folder, claim_study
 from avlprof.tuning.verdict import Verdict, power_sentence, verdict
 from avlprof.tuning.warm import noted_starts
 
@@ -104,6 +106,7 @@ def tune(
     progress: Progress | None = None,
     on_trial: OnTrial | None = None,
     told: Told | None = None,
+    crew: Crew | None = None,
 ) -> Tuned:
     """Tune a policy for a model and task at fixed budgets, and prove it on held-out samples.
 
@@ -117,6 +120,7 @@ def tune(
         progress: called with the name of a phase, units done and units in all.
         on_trial: called with study and trial after each trial.
         told: called with sentences for the reader, such as what the proof will be able to show.
+        crew: who runs the trials and where they are kept; this process and a journal file by default.
 
     Raises:
         UserError: a budget is infeasible, the profile is of another model, no dense answer has
@@ -126,7 +130,9 @@ def tune(
     check_same_model(loaded, profile)
     check_folder(folder, study_meta(loaded, task, profile, settings, space))
     prepared = Prepared.make(loaded, task, profile, settings, space.scorers, progress)
-    found = search(prepared, folder, settings, space, progress=progress, on_trial=on_trial, told=told)
+    found = search(
+        prepared, folder, settings, space, progress=progress, on_trial=on_trial, told=told, crew=crew
+    )
     return prove_winner(found, progress=progress, told=told)
 
 
@@ -141,6 +147,7 @@ def search(
     progress: Progress | None = None,
     on_trial: OnTrial | None = None,
     told: Told | None = None,
+    crew: Crew | None = None,
 ) -> Search:
     """Run the trials of a study, and generate with the best and with their rivals; resumes.
 
@@ -156,18 +163,25 @@ def search(
     check_folder(folder, meta)
     budget = prepared.budget(settings)
     space = space.within(budget, prepared.layers)
-    lock = FolderLock(folder)
-    try:
-        claim_folder(folder, meta)
+    crew = crew or Crew()
+    place = crew.place(folder)
+
+    def evidence() -> Evidence:
         if "sensitivity" in space.allocators:
             prepared.probe(probe or folder / "probe.json", progress)
+        return prepared.evidence
+
+    lock = FolderLock(folder)
+    try:
+        claim_study(place, meta)
+        prepared.evidence = shared_evidence(place, evidence)
         space = replace(space.supported(prepared.evidence), warm=noted_starts(folder, warm))
         store = AnswerStore(folder / "answers")
         _say_power(prepared, settings, space, budget, store, say)
         scalar = settings.trials - settings.refining
         objective = Objective(prepared.scores(store), prepared.evidence, budget, space, settings.objective)
-        study = run_trials(
-            folder,
+        study = crew.run(
+            place,
             replace(settings, trials=scalar, refine=0),
             space,
             objective,
