@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from avlprof.models import load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.runtime import AVLCache, apply
-    from avlprof.search import tune
+    from avlprof.search import smallest, sweep, tune
     from avlprof.tasks import load_task
     from avlprof.traced import Run, latest_run
     from avlprof.tracing import record
@@ -29,6 +29,8 @@ _LAZY = {
     "Run": "avlprof.traced",
     "latest_run": "avlprof.traced",
     "trace": "avlprof.api",
+    "smallest": "avlprof.search",
+    "sweep": "avlprof.search",
     "tune": "avlprof.search",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
@@ -57,6 +59,8 @@ __all__ = [
     "load_task",
     "record",
     "save_policy",
+    "smallest",
+    "sweep",
     "trace",
     "tune",
 ]

@@ -126,6 +126,11 @@ def pareto_frame() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sample(frac=1.0, random_state=1)
 
 
+def knobs_frame() -> pd.DataFrame:
+    values = {"knob": ["mix", "scorer"], "value": ["0.3", "pooled"], "plain": ["1", "last_query"]}
+    return pd.DataFrame(values | {"change": [-0.01, 0.2], "low": [-0.02, 0.1], "high": [0.0, 0.3]})
+
+
 def trials_frame(count: int = 30) -> pd.DataFrame:
     random = np.random.default_rng(5)
     state = random.choice(
@@ -180,9 +185,7 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "words": plots.word_heatmaps(picture(), scores, over(3, 4), list("abcde")),
         "trials": plots.trial_history(trials_frame()),
         "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
-        "importances": plots.parameter_importances(
-            pd.DataFrame({"parameter": ["a", "b"], "importance": [0.2, 0.6]})
-        ),
+        "knobs": plots.knob_effects(knobs_frame()),
     }
 
 
@@ -584,15 +587,6 @@ def test_best_so_far_counts_complete_trials_alone(direction: str) -> None:
     assert len(info.complete) == len(seen)
     assert frame.set_index("trial")["value"][info.best_trial] == better(seen)
     assert set(info.failed) == set(frame[frame["state"] == "FAIL"]["trial"])
-
-
-def test_importances_are_sorted_shares() -> None:
-    frame = pd.DataFrame({"parameter": ["a", "b", "c"], "importance": [1.0, 3.0, 0.0]})
-    info = plots.parameter_importances_info(frame)
-    assert info.parameters == ("b", "a", "c")
-    np.testing.assert_allclose(info.shares, [0.75, 0.25, 0.0])
-    zeros = plots.parameter_importances_info(frame.assign(importance=0.0))
-    assert (zeros.shares == 0.0).all()
 
 
 @pytest.mark.parametrize(

@@ -113,4 +113,10 @@ def phases() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-_UNITS = {"probe": "forwards", "trials": "trials", "finalists": "answers", "proof": "answers"}
+_UNITS = {
+    "probe": "forwards",
+    "trials": "trials",
+    "finalists": "answers",
+    "proof": "answers",
+    "knobs": "policies",
+}

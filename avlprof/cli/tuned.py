@@ -17,7 +17,7 @@ CELLS = {"KV live": percent, "KV read": percent, "live": size, "budget": percent
 def draw(found: Tuned) -> list[Path]:
     """The figures of a study: score by trial, the winner's layers, its knobs, and the proof."""
     from avlprof import plots
-    from avlprof.plots.importances import knob_effects
+    from avlprof.plots.knobs import knob_effects
     from avlprof.tuning.objective import MEANING
 
     kind = found.policy.provenance.objective if found.policy.provenance else ""

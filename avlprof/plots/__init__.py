@@ -4,10 +4,11 @@ from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
 from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
 from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
 from avlprof.plots.drift import DriftInfo, drift_info, step_drift
+from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
 from avlprof.plots.heads import HeadInfo, head_info, head_maps
 from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
 from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
-from avlprof.plots.importances import ImportanceInfo, parameter_importances, parameter_importances_info
+from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
 from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
 from avlprof.plots.mass import MassInfo, mass_info, modality_mass
 from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
@@ -23,10 +24,11 @@ __all__ = [
     "CoverageInfo",
     "DiffInfo",
     "DriftInfo",
+    "FrontInfo",
     "HeadInfo",
     "HeatInfo",
     "HorizonInfo",
-    "ImportanceInfo",
+    "KnobInfo",
     "MassInfo",
     "OverlapInfo",
     "ParetoInfo",
@@ -34,6 +36,8 @@ __all__ = [
     "SinkInfo",
     "TrialInfo",
     "WindowInfo",
+    "budget_front",
+    "budget_front_info",
     "budgets_info",
     "coverage_curves",
     "coverage_info",
@@ -43,13 +47,13 @@ __all__ = [
     "head_info",
     "head_maps",
     "horizon_info",
+    "knob_effects",
+    "knob_effects_info",
     "layer_diff",
     "layer_overlap",
     "mass_info",
     "modality_mass",
     "overlap_info",
-    "parameter_importances",
-    "parameter_importances_info",
     "pareto_front",
     "pareto_info",
     "policy_layers",

@@ -62,8 +62,7 @@ class CoreSlots:
         `fixed`: exchange as many pairs as could be needed, so that the host need not ask how many.
         """
         if not fixed:
-            for buffer in buffers:
-                exchange_counted(buffer, self.core, new)
+            exchange_counted(buffers, self.core, new)
             return
         first, second = swaps(self.core, new, self.exchanges)
         for buffer in buffers:

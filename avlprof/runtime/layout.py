@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
-_BLOCK = 2048  # rows moved at once; even, so that a pair stays together
+_BLOCK = 2048  # rows moved at once, few enough for a CPU's cache; even, so that a pair stays together
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def per_row(counts: list[int], device: torch.device) -> Tensor:
     """`counts` as a tensor `[B, 1, 1]` on a device, without making the host wait for it."""
     if len(set(counts)) == 1:
         return torch.full((len(counts), 1, 1), counts[0], device=device)
-    values = torch.tensor(counts)[:, None, None]
+    values = torch.tensor(counts).view(-1, 1, 1)
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
@@ -112,24 +112,27 @@ def exchange(buffer: Tensor, first: Tensor, second: Tensor) -> None:
     buffer.scatter_(2, a, held_b).scatter_(2, b, held_a)
 
 
-def exchange_counted(buffer: Tensor, old: Tensor, new: Tensor) -> None:
+def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> None:
     """Exchange the slots that leave the core with those that enter it, in place, as many as there are.
 
-    `buffer [B, H, C, ...]` is contiguous; `old` and `new` are as in `swaps`. The host asks how many
-    there are, which costs nothing on a CPU. Blocks of rows are small enough for its cache.
+    `buffers [B, H, C, ...]` are contiguous; `old` and `new` are as in `swaps`. The host asks how many
+    there are, which costs nothing on a CPU.
     """
-    batch, heads, capacity = buffer.shape[:3]
-    groups = new.shape[1]
-    first, second = (old & ~new).nonzero(), (new & ~old).nonzero()
-    rows, group, slots = first.unbind(dim=1)
-    start = (rows * heads + group) * capacity
-    if groups == 1 and heads > 1:
-        start = start + torch.arange(0, heads * capacity, capacity, device=buffer.device)[:, None]
-    pairs = torch.stack([start + slots, start + second[:, 2]], dim=-1).view(-1, 2)
-    target, source = pairs.flatten(), pairs.flip(-1).flatten()
-    flat = buffer.view(batch * heads * capacity, -1)
-    for into, of in zip(target.split(_BLOCK), source.split(_BLOCK), strict=True):
-        flat.index_copy_(0, into, flat.index_select(0, of))
+    (rows, groups, first), second = (old & ~new).nonzero().unbind(1), (new & ~old).nonzero()[:, 2]
+    moves: dict[int, tuple[Tensor, Tensor]] = {}
+    for buffer in buffers:
+        heads, capacity = buffer.shape[1:3]
+        if heads not in moves:
+            start = (rows * heads + groups) * capacity
+            if heads > new.shape[1]:
+                start = start + torch.arange(0, heads * capacity, capacity, device=buffer.device)[:, None]
+            pairs = torch.stack([start + first, start + second], dim=-1)
+            moves[heads] = pairs.flatten(), pairs.flip(-1).flatten()
+        flat = buffer.view(buffer.shape[0] * heads * capacity, -1)
+        if flat.shape[1] * flat.itemsize % 16 == 0:
+            flat = flat.view(torch.complex128)  # torch moves a row element by element: fewer, wider ones
+        for target, source in zip(*(index.split(_BLOCK) for index in moves[heads]), strict=True):
+            flat.index_copy_(0, target, flat.index_select(0, source))
 
 
 def move(buffer: Tensor, source: Tensor, target: Tensor) -> None:

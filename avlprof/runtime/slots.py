@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -50,10 +49,14 @@ class SlotLayer(BufferedLayer):
     def write(self, slot: Slot, key: Tensor, value: Tensor) -> None:
         """Write one token a row, `[B, Hkv, 1, D]`, into its slot."""
         keys, values, positions = self.buffers
-        rows, at = slot if isinstance(slot, tuple) else (slice(None), slot)
-        keys[rows, :, at] = key[:, :, 0]
-        values[rows, :, at] = value[:, :, 0]
-        positions[rows, :, at] = self.seen
+        if isinstance(slot, int):
+            keys[:, :, slot] = key[:, :, 0]
+            values[:, :, slot] = value[:, :, 0]
+            positions[:, :, slot] = self.seen
+            return
+        keys.scatter_(2, slot[..., None].expand(key.shape), key)
+        values.scatter_(2, slot[..., None].expand(value.shape), value)
+        positions.scatter_(2, slot.expand(-1, positions.shape[1], -1), self.seen)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from avlprof.runtime.layout import RowPlan, per_row
 
-Slot = int | tuple[Tensor, Tensor]
+Slot = int | Tensor
 
 
 class Windows:
@@ -23,7 +23,6 @@ class Windows:
             whole: [p.system + (p.vision if whole else p.core) for p in plans] for whole in (False, True)
         }
         self._masks: dict[bool, Tensor] = {}
-        self._rows: Tensor | None = None
 
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
         """Slots from and to, of rows that hold `counts` text tokens."""
@@ -42,18 +41,16 @@ class Windows:
         return self._masks[whole][..., start:end]
 
     def slot(self, claimed: list[int], device: torch.device) -> Slot:
-        """Where a step's tokens go, each row's in text slot `claimed`, as an index of rows and slots."""
+        """The slot of each row's token, in its text slot `claimed`: one for all, or `[B, 1, 1]`."""
         if len(set(claimed)) == 1:
             slot = self.left + claimed[0]
             for mask in self._masks.values():
                 mask[..., slot] = True
             return slot
-        if self._rows is None:
-            self._rows = torch.arange(len(claimed), device=device)
-        columns = self.left + per_row(claimed, device)[:, 0, 0]
+        slots = per_row([self.left + at for at in claimed], device)
         for mask in self._masks.values():
-            mask[self._rows, 0, 0, columns] = True
-        return self._rows, columns
+            mask.scatter_(3, slots[..., None], True)
+        return slots
 
     def forget_masks(self) -> None:
         """Capacity changed."""
