@@ -149,6 +149,42 @@ def decode(
     _print(rows, columns, form, out, {"kv_bytes": size})
 
 
+@app.command()
+def tune(
+    model: given.ModelOption = "tiny",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
+    ] = "shapes",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Samples that a trial is judged on.")] = 64,
+    trials: Annotated[int, typer.Option("--trials", help="Policies judged in all.")] = 12,
+    batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated at a time.")] = 32,
+    single: Annotated[bool, typer.Option("--single/--no-single", help="Generate at batch 1 as well.")] = True,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    out: SaveOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Trials of a search: one forced forward against generating anew for every policy and sample."""
+    from avlprof.evaluation.bench.tune import run_tune_bench
+    from avlprof.models import load_model
+    from avlprof.tasks import load_task
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded = load_model(model, device=device, dtype=dtype)
+    with progress("bench tune", "steps") as tell:
+        found = run_tune_bench(
+            loaded, load_task(task), samples, trials, batch=batch, single=single, progress=tell
+        )
+    rows = [asdict(cost) for cost in found]
+    columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
+    columns += ["preparation_s", "break_even", "answer_tokens"]
+    _print(rows, columns, form, out, {})
+
+
 def _place(device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
     import torch
 

@@ -23,6 +23,8 @@ class Windows:
             whole: [p.system + (p.vision if whole else p.core) for p in plans] for whole in (False, True)
         }
         self._masks: dict[bool, Tensor] = {}
+        self._claimed: list[int] = []
+        self._last: Tensor | None = None
 
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
         """Slots from and to, of rows that hold `counts` text tokens."""
@@ -47,7 +49,11 @@ class Windows:
             for mask in self._masks.values():
                 mask[..., slot] = True
             return slot
-        slots = per_row([self.left + at for at in claimed], device)
+        if self._last is not None and claimed == [before + 1 for before in self._claimed]:
+            slots = self._last.add_(1)
+        else:
+            slots = self._last = per_row([self.left + at for at in claimed], device)
+        self._claimed = claimed
         for mask in self._masks.values():
             mask.scatter_(3, slots[..., None], True)
         return slots
