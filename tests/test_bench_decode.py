@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from avlprof.errors import UserError
-from avlprof.evaluation.bench.decode import ATTENTIONS, OURS, PACKED, REFRESH, STOCK, run_decode_bench
-from avlprof.evaluation.bench.runners import Clock, Runner
-from avlprof.evaluation.bench.shapes import decoder_shape, prompt, random_model
-from avlprof.policy import DENSE, Policy
+from avlprof.attention.session import switched
+from avlprof.evaluation.bench import decode
+from avlprof.evaluation.bench.decode import ALL, ATTENTIONS, OURS, run_decode_bench
+from avlprof.evaluation.bench.decode_cost import PACKED, REFRESH, STOCK
+from avlprof.evaluation.bench.prefill import run_prefill_bench
+from avlprof.evaluation.bench.runners import Clock, PromptStates, Runner
+from avlprof.evaluation.bench.shapes import IMAGE, decoder_shape, prompt, random_model
+from avlprof.policy import DENSE, Policy, PromptShape, live_share
 
 SHAPE = decoder_shape("custom", hidden=64, intermediate=32, heads=4, kv_heads=2, layers=2, vocabulary=64)
 VISION, TEXT = 60, SHAPE.text_tokens
@@ -19,14 +23,19 @@ VISION, TEXT = 60, SHAPE.text_tokens
 def costs():
     calls = []
     found = run_decode_bench(
-        SHAPE, batch=3, vision=VISION, budgets=(0.5, 0.2), rounds=2, progress=lambda *seen: calls.append(seen)
+        SHAPE,
+        batches=(3,),
+        visions=(VISION,),
+        budgets=(0.5, 0.2),
+        rounds=2,
+        progress=lambda *seen: calls.append(seen),
     )
     assert calls[-1][0] == calls[-1][1] == len(calls)
     return {cost.method: cost for cost in found}
 
 
 def test_every_way_is_there(costs):
-    budgets = [f"{way} {b}" for b in (0.5, 0.2) for way in ("masked", "keep", "core")]
+    budgets = [f"{way} {b}" for b in (0.5, 0.2) for way in ("masked", "masked eager", "keep", "core")]
     assert list(costs) == [STOCK, ATTENTIONS, OURS, PACKED, *budgets]
     for cost in costs.values():
         assert cost.step_ms > 0
@@ -67,29 +76,167 @@ def logits_of(runner, steps):
 
 
 def test_the_ways_decode_what_they_say():
-    """Dense and stock agree; a mask and its timed twin agree; the rest differ from stock."""
+    """Dense and stock agree, masks agree in sdpa and eager; the rest differ from stock."""
     model = random_model(SHAPE)
     inputs = prompt(model, SHAPE, vision=VISION)
+    states = PromptStates.of(model, inputs["input_ids"].shape[1])
     hidden = torch.arange(5, 50)
 
     def filled(name, **options):
         runner = Runner(name, model, inputs, 2, **options)
-        runner.fill()
+        runner.fill(states)
         return runner
 
     stock = filled("stock")
-    twin = Runner("twin", model, inputs, 2, hidden=hidden)
+    twin, eager = (Runner("twin", model, inputs, 2, hidden=hidden, eager=eager) for eager in (False, True))
     twin.filled_as(stock)
+    eager.filled_as(stock)
     masked = filled("masked", hidden=hidden)
     plain = logits_of(stock, REFRESH)
-    torch.testing.assert_close(logits_of(filled("dense", policy=DENSE), REFRESH), plain, atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits_of(masked, REFRESH), logits_of(twin, REFRESH))
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(logits_of(filled("dense", policy=DENSE), REFRESH), plain, **close)
+    torch.testing.assert_close(logits_of(filled("packed", policy=decode.KEEP_ALL), REFRESH), plain, **close)
+    shown = logits_of(masked, REFRESH)
+    assert torch.equal(shown, logits_of(twin, REFRESH))
+    torch.testing.assert_close(shown, logits_of(eager, REFRESH), **close)
     for other in (filled("mask", hidden=hidden), filled("keep", policy=Policy(vision_keep=0.1))):
         assert not torch.allclose(logits_of(other, REFRESH), plain, atol=1e-4)
     # after steps, timed or not, the sequences are equally long
     masked.attention_steps(3)
     assert masked.cache.get_seq_length() == 1 + VISION + TEXT + REFRESH + 3
     assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_a_cache_is_filled_as_by_a_prompt():
+    """Random states count and lie as those of a forward do, and are the same whenever they are asked for."""
+    model = random_model(SHAPE)
+    inputs = prompt(model, SHAPE, vision=VISION)
+    states = PromptStates.of(model, inputs["input_ids"].shape[1])
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=4, heads="kv_head")
+    runner = Runner("core", model, inputs, 2, policy=policy)
+    runner.fill(states)
+    shape = PromptShape(1, VISION, TEXT)
+    for use in runner.cache.use():
+        assert use.prompt / use.dense_prompt == pytest.approx(live_share(policy, [shape], 2))
+    for index, layer in enumerate(runner.cache.layers):
+        query, key, value = states.layer(index)
+        assert key.mean().abs() < 0.1
+        assert key.std() == pytest.approx(1, abs=0.1)
+        weights = (query[0, ::2, -1] + 0.0).unsqueeze(1) @ key[0].mT
+        assert weights.shape == (2, 1, states.length)
+        kept, _ = layer.vision_positions(1)
+        vision = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+        scores = torch.stack(
+            [
+                (query[0, h : h + 2, -1] @ key[0, h // 2].mT * 16**-0.5).softmax(-1).mean(0)[vision]
+                for h in (0, 2)
+            ]
+        )
+        for head in range(2):
+            best = vision[scores[head].topk(VISION // 2).indices]
+            assert set(kept[head].tolist()) == set(best.tolist())
+        held = layer.positions[1, 0, : layer._left]
+        torch.testing.assert_close(layer.keys[1, 0, : layer._left], key[0, 0, held])
+        torch.testing.assert_close(layer.values[1, 0, : layer._left], value[0, 0, held])
+    again = PromptStates.of(model, states.length)
+    assert torch.equal(again.layer(1)[2], states.layer(1)[2])
+    assert not torch.equal(states.layer(0)[1], states.layer(1)[1])
+
+
+def test_stock_caches_share_a_prompt_and_go_back_to_it():
+    model = random_model(SHAPE)
+    inputs = prompt(model, SHAPE, vision=VISION)
+    stock = Runner("stock", model, inputs, 1)
+    stock.fill(PromptStates.of(model, inputs["input_ids"].shape[1]))
+    other = Runner("masked", model, inputs, 1, hidden=torch.arange(5, 50))
+    other.filled_as(stock)
+    pointers = [layer.keys.data_ptr() for layer in stock.cache.layers]
+    first = logits_of(stock, 2)
+    assert [layer.keys.data_ptr() for layer in other.cache.layers] == pointers
+    stock.rewind()
+    assert [layer.keys.data_ptr() for layer in stock.cache.layers] == pointers
+    assert torch.equal(logits_of(stock, 2), first)
+
+
+def test_the_clock_sees_what_a_refresh_does_after_attention():
+    """The swaps of a refresh come after its attention, and belong to its time."""
+    model = random_model(SHAPE, layers=1)
+    inputs = prompt(model, SHAPE, vision=VISION)
+    core = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=2)
+    runner = Runner("core", model, inputs, 1, policy=core)
+    runner.fill(PromptStates.of(model, inputs["input_ids"].shape[1]))
+    layer = runner.cache.layers[0]
+    after, slept = layer.after_step, 0.05
+
+    def slow(weights):
+        import time
+
+        time.sleep(slept)
+        after(weights)
+
+    layer.after_step = slow
+    plain, refresh = runner.attention_steps(2)
+    assert plain < slept <= refresh
+    with switched(model) as session:
+        assert "attend" not in vars(session)
+
+
+def test_what_does_not_fit_gets_a_row_with_a_note(monkeypatch):
+    monkeypatch.setattr(decode, "free_bytes", lambda device: 10 << 20)
+    found = run_decode_bench(SHAPE, batches=(1, 512), visions=(VISION,), rounds=1, attentions=False)
+    assert [cost.batch for cost in found if cost.method == ALL] == [512]
+    (left_out,) = (cost for cost in found if cost.method == ALL)
+    assert "GiB are free" in left_out.note
+    assert left_out.step_ms != left_out.step_ms
+    assert len(found) == 8
+    with pytest.raises(UserError, match="GiB are free; give fewer layers"):
+        run_decode_bench(SHAPE, batches=(512,), visions=(VISION,), rounds=1)
+
+
+@pytest.fixture(scope="module")
+def prefills():
+    calls = []
+    shape = decoder_shape("custom", hidden=64, intermediate=32, heads=4, kv_heads=2, layers=4, vocabulary=64)
+    found = run_prefill_bench(shape, (400,), rounds=1, progress=lambda *seen: calls.append(seen))
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    return {cost.method: cost for cost in found}
+
+
+def test_prefills_hold_what_their_policies_say(prefills):
+    assert list(prefills) == ["stock", "dense", "keep 0.25", "fastv 0.25", "two filters 0.25"]
+    token, text, reserve = 2 * 2 * 16 * 4, 1 + TEXT, 32
+    held = {
+        "stock": [400] * 4,
+        "dense": [400] * 4,
+        "keep 0.25": [100] * 4,
+        "fastv 0.25": [400, 400, 100, 100],
+        "two filters 0.25": [400, 200, 100, 100],
+    }
+    for method, visions in held.items():
+        least = sum((text + vision) * token for vision in visions)
+        assert least <= prefills[method].kv_bytes <= least + 4 * reserve * (token + 8) + 4 * 8 * (text + 400)
+
+
+def test_filters_take_work_and_memory_away(prefills):
+    """Exact counts: multiplications, and bytes that tensors take at the worst moment."""
+    each = 64 * 16 * 2 * (4 + 2) + 3 * 64 * 32
+
+    def work(tokens):
+        return sum(n * each + n * n * 64 for n in tokens)
+
+    n, few, half = 401 + TEXT, 101 + TEXT, 201 + TEXT
+    assert prefills["fastv 0.25"].cap == pytest.approx(work([n] * 4) / work([n, n, few, few]))
+    assert prefills["two filters 0.25"].cap == pytest.approx(work([n] * 4) / work([n, half, few, few]))
+    assert prefills["keep 0.25"].cap == prefills["dense"].cap == prefills["stock"].cap == 1.0
+    peaks = {name: cost.peak_bytes for name, cost in prefills.items()}
+    assert peaks["keep 0.25"] < peaks["dense"]
+    assert peaks["two filters 0.25"] < peaks["fastv 0.25"] < peaks["dense"]
+
+
+def test_bad_prefills_are_refused():
+    for options in ({"rounds": 0}, {"keep": 0.0}, {"layers": 2}, {"visions": ()}):
+        with pytest.raises(UserError, match="a prefill bench needs"):
+            run_prefill_bench(SHAPE, **{"visions": (50,), "layers": 3} | options)
 
 
 def test_the_clock_adds_up_what_it_wraps():
@@ -103,8 +250,6 @@ def test_the_clock_adds_up_what_it_wraps():
 
 
 def test_bad_numbers_are_refused():
-    for options in ({"rounds": 0}, {"batch": 0}, {"budgets": (0.0,)}):
+    for options in ({"rounds": 0}, {"batches": (0,)}, {"budgets": (0.0,)}, {"visions": (0,)}):
         with pytest.raises(UserError, match="a decode bench needs"):
             run_decode_bench(SHAPE, **options)
-    with pytest.raises(UserError, match="GiB are free"):
-        run_decode_bench(SHAPE, batch=1 << 22, layers=1)

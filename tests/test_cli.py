@@ -225,7 +225,10 @@ POLICIES = {
     ),
     "layers": ("vision_keep: [0.5, 0.25]", "written for 2 layers, the model has 6"),
     "scorer": ("scorer: last_qery", "unknown scorer 'last_qery'; did you mean last_query?"),
-    "not supported": ("text: {keep: 0.5}", "text.keep"),
+    "not supported": (
+        "pool: joint\njoint: {keep: 0.5}\nprefill_filter: [{after_layer: 2, keep: 0.5}]",
+        "prefill_filter",
+    ),
 }
 
 

@@ -155,7 +155,7 @@ REFUSED = {
     "prefill_filter: [{after_layer: 2, kep: 0.1}]": "unknown policy key 'prefill_filter[0].kep'",
     "prefill_filter: [{after_layer: 2}]": "prefill_filter[0].keep is missing",
     "prefill_filter: [{after_layer: 2, keep: 0.5}, {after_layer: 1, keep: 0.2}]": "ordered by after_layer",
-    "provenance: {scores: {dense: {mena: 1}}}": "did you mean provenance.scores.mean?",
+    "provenance: {scores: {dense: {mena: 1}}}": "did you mean provenance.scores.mean or",
     "text: {window: 0}": "text.window must be 1 or more tokens, got 0",
     "text: {window: 3, keep: 0.5}": "text.window and text.keep exclude each other",
     "pool: joint": "pool: joint needs the field joint",
