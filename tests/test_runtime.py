@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import avlprof
-from avlprof.attention.packed import packed_attention, step_weights
+from avlprof.attention.packed import packed_attention, step_weights, weighted_values
 from avlprof.attention.rows import row_weights
 from avlprof.attention.session import switched
 from avlprof.errors import UserError
@@ -28,7 +28,10 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.runtime.adaptive import AdaptiveLayer
+from avlprof.runtime.core import CoreSlots
 from avlprof.runtime.dense import RESERVE
+from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.window import Windows
 from avlprof.testing.models import cases, random_llava
 
 from .oracle import Oracle
@@ -399,6 +402,106 @@ def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
         found.append((torch.stack(out.logits), [[set(r.tolist()) for r in core] for _, core in cores]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_core_is_the_best_with_ties_to_the_lower_position(groups):
+    """Against a sort in plain Python; weights of few values, so that most of them tie."""
+    generator = torch.Generator().manual_seed(groups)
+    plans = [RowPlan(2, 9, 4, 3, 0, None), RowPlan(1, 12, 7, 3, 0, None), RowPlan(5, 0, 0, 3, 0, None)]
+    left = 13
+    core = CoreSlots.of(plans, slot_classes(plans, [3, 3, 3], left, left, torch.device("cpu")))
+    weights = torch.randint(0, 4, (3, 4, left), generator=generator) / 64
+    positions = torch.stack([torch.randperm(90, generator=generator)[:left] for _ in range(6)])
+    positions = positions.view(3, 2, left)
+    found = core.best(weights, positions, groups)
+    for row, plan in enumerate(plans):
+        vision = range(left - plan.system - plan.vision, left - plan.system)
+        for group in range(groups):
+            heads = range(4) if groups == 1 else range(2 * group, 2 * group + 2)
+            mean = [sum(float(weights[row, head, slot]) for head in heads) for slot in range(left)]
+            ranked = sorted(vision, key=lambda slot: (-mean[slot], int(positions[row, group, slot])))
+            assert set(found[row, group].nonzero()[:, 0].tolist()) == set(ranked[: plan.core])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_exchange_moves_what_changes_and_nothing_else(groups, fixed):
+    generator = torch.Generator().manual_seed(groups)
+    plans = [RowPlan(1, 40, 15, 0, 0, None), RowPlan(3, 30, 30, 0, 0, None)]
+    left = 41
+    core = CoreSlots.of(plans, slot_classes(plans, [0, 0], left, left, torch.device("cpu")))
+    weights = torch.rand(2, 3, left, generator=generator)
+    places = torch.stack([torch.randperm(99, generator=generator)[: left + 4] for _ in range(2 * groups)])
+    places = places.view(2, groups, -1)
+    # every slot tells where it came from: row, head and slot
+    keys = torch.arange(2 * 3 * (left + 4)).view(2, 3, -1, 1).expand(-1, -1, -1, 8).float().contiguous()
+    new = core.best(weights, places[..., :left], groups)
+    before = keys.clone()
+    core.exchange(new, (keys, places), fixed)
+    for row, plan in enumerate(plans):
+        first, last = left - plan.system - plan.core, left - plan.system
+        for head in range(3):
+            group = head if groups == 3 else 0
+            wanted = before[row, head, :left, 0][new[row, group]]
+            assert set(keys[row, head, first:last, 0].tolist()) == set(wanted.tolist())
+            moved = (keys[row, head] != before[row, head]).any(dim=-1)
+            stays = new[row, group] & core.core[row, 0]
+            assert not moved[:left][stays].any()
+            assert not moved[left:].any()
+            assert int(moved.sum()) == 2 * (plan.core - int(stays.sum()))
+            assert sorted(keys[row, head, :, 0].tolist()) == before[row, head, :, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 300), (4, 4, 20), (6, 2, 300), (3, 1, 7)])
+def test_one_row_attends_as_plain_softmax_does(heads, kv_heads, length, dtype):
+    """Views of a buffer, masks of rows and heads, soft caps; both ways through the weights and without."""
+    generator = torch.Generator().manual_seed(length)
+    size, scaling = 16, 0.3
+    buffers = [torch.randn(3, kv_heads, length + 9, size, generator=generator).to(dtype) for _ in range(2)]
+    key, value = (buffer[:, :, 4 : 4 + length] for buffer in buffers)
+    query = torch.randn(3, heads, 1, size, generator=generator).to(dtype)
+    each = heads // kv_heads
+    masks = [torch.rand(3, n, 1, length, generator=generator) > 0.3 for n in (1, kv_heads)]
+    loose = {"atol": 0.02, "rtol": 0.02} if dtype is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    for mask in (None, *masks):
+        for softcap in (None, 2.0):
+            logits = query.float() @ key.float().repeat_interleave(each, dim=1).mT * scaling
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            if mask is not None:
+                wide = mask if mask.shape[1] == 1 else mask.repeat_interleave(each, dim=1)
+                logits = logits.masked_fill(~wide, -torch.inf)
+            wanted = logits.softmax(dim=-1)
+            out = (wanted @ value.float().repeat_interleave(each, dim=1)).transpose(1, 2)
+            weights = step_weights(query, key, scaling, mask, softcap)
+            assert weights.dtype == torch.float32
+            torch.testing.assert_close(weights, wanted[:, :, 0], **loose)
+            torch.testing.assert_close(weighted_values(weights, value).float(), out, **loose)
+            packed = packed_attention(query, key, value, scaling, mask, softcap)
+            torch.testing.assert_close(packed.float(), out, **loose)
+
+
+def test_a_window_shows_each_row_what_it_holds():
+    """Masks that are carried from step to step, against the rows' counts."""
+    plans = [RowPlan(1, 6, 3, 4, 0, None), RowPlan(2, 8, 2, 2, 0, None), RowPlan(4, 0, 0, 5, 0, None)]
+    left, capacity = 10, 24
+    windows = Windows(plans, left)
+    counts, claims = [4, 2, 5], [(4, 2, 5), (5, 3, 6), (1, 4, 0), (6, 6, 6), (2, 7, 7), (7, 8, 8)]
+    for claimed in claims:
+        windows.slot(list(claimed), torch.device("cpu"))
+        counts = [max(count, slot + 1) for count, slot in zip(counts, claimed, strict=True)]
+        for whole in (False, True):
+            start, end = windows.span(counts, whole)
+            mask = windows.mask(counts, whole, capacity, torch.device("cpu"))
+            assert mask.shape == (3, 1, 1, end - start)
+            for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
+                own = plan.system + (plan.vision if whole else plan.core)
+                seen = mask[row, 0, 0].nonzero()[:, 0] + start
+                assert seen.tolist() == list(range(left - own, left + count))
+    even = Windows([plans[0]] * 2, left)
+    assert even.mask([3, 3], True, capacity, torch.device("cpu")) is None
 
 
 class HostReads(TorchDispatchMode):

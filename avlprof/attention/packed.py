@@ -69,7 +69,7 @@ def step_weights(
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
-    """Output `[B, 1, H, D]` of one query row per sequence: `weights [B, H, N]` times `value [B, Hkv, N, D]`."""
+    """Output `[B, 1, H, D]` of one query row per sequence: `weights [B, H, N]` by `value [B, Hkv, N, D]`."""
     batch, heads, length = weights.shape
     groups, size = value.shape[1], value.shape[3]
     if _streams(value, heads) and _rows_apart(value):

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from avlprof.cli import options as given
-from avlprof.cli.output import Cells, Format, FormatOption, finished, note, show, size
+from avlprof.cli.bench_options import (
+    HeadsOption,
+    HiddenOption,
+    KVHeadsOption,
+    LayersOption,
+    MlpOption,
+    RoundsOption,
+    SaveOption,
+    ShapeOption,
+    ThreadsOption,
+    VocabularyOption,
+    counts,
+    place,
+    print_costs,
+    shares,
+    told,
+)
+from avlprof.cli.output import Format, FormatOption, size
 from avlprof.cli.progress import progress
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from avlprof.evaluation.bench.shapes import DecoderShape
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
     no_args_is_help=True,
 )
-
-ShapeOption = Annotated[
-    str,
-    typer.Option(
-        "--shape", help="llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, tiny, or custom with --hidden ..."
-    ),
-]
-LayersOption = Annotated[
-    int | None, typer.Option("--layers", min=1, help="Decoder layers; by default the shape's.")
-]
-RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Times each way is measured.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of torch; by default its own choice.")
-]
-SaveOption = Annotated[Path | None, typer.Option("--out", "-o", help="Write the table to this CSV file too.")]
-_SIZES = "Sizes of the shape"
-
-
-def _size(name: str, text: str) -> Any:
-    return typer.Option(f"--{name}", min=1, help=text, rich_help_panel=_SIZES)
-
-
-HiddenOption = Annotated[int | None, _size("hidden", "Width of the decoder.")]
-MlpOption = Annotated[int | None, _size("intermediate", "Width of its MLP.")]
-HeadsOption = Annotated[int | None, _size("heads", "Query heads.")]
-KVHeadsOption = Annotated[int | None, _size("kv-heads", "Key-value heads.")]
-VocabularyOption = Annotated[int | None, _size("vocabulary", "Tokens of the vocabulary.")]
 
 
 @app.command()
@@ -79,11 +63,11 @@ def trace(
     chosen = decoder_shape(
         shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
     )
-    where, kind = _place(device, dtype, threads)
+    where, kind = place(device, dtype, threads)
     with progress("bench trace", "prefills") as tell:
         found = run_trace_bench(
             chosen,
-            _counts("--tokens", tokens),
+            counts("--tokens", tokens),
             layers=layers,
             rounds=rounds,
             device=where,
@@ -91,10 +75,10 @@ def trace(
             methods=METHODS if eager else METHODS[:-1],
             progress=tell,
         )
-    _told(chosen, layers, where, kind)
+    told(chosen, layers, where, kind)
     rows = [asdict(cost) for cost in found]
     columns = ["tokens", "method", "seconds", "ratio", "ratio_low", "ratio_high", "extra_bytes", "note"]
-    _print(rows, columns, form, out, {"extra_bytes": size})
+    print_costs(rows, columns, form, out, {"extra_bytes": size})
 
 
 @app.command()
@@ -128,13 +112,13 @@ def decode(
     chosen = decoder_shape(
         shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
     )
-    where, kind = _place(device, dtype, threads)
+    where, kind = place(device, dtype, threads)
     with progress("bench decode", "rounds") as tell:
         found = run_decode_bench(
             chosen,
-            batches=_counts("--batch", batch),
-            visions=None if vision is None else _counts("--vision", vision),
-            budgets=_shares("--budget", budget),
+            batches=counts("--batch", batch),
+            visions=None if vision is None else counts("--vision", vision),
+            budgets=shares("--budget", budget),
             layers=layers,
             rounds=rounds,
             device=where,
@@ -143,10 +127,10 @@ def decode(
             progress=tell,
         )
     rows = [asdict(cost) for cost in found]
-    _told(chosen, layers, where, kind)
+    told(chosen, layers, where, kind)
     columns = ["batch", "vision", "method", "step_ms", "speedup", "speedup_low", "speedup_high", "cap"]
     columns += ["attention_ms", "attention_speedup", "refresh_overhead", "kv_bytes", "note"]
-    _print(rows, columns, form, out, {"kv_bytes": size})
+    print_costs(rows, columns, form, out, {"kv_bytes": size})
 
 
 @app.command()
@@ -182,68 +166,49 @@ def tune(
     rows = [asdict(cost) for cost in found]
     columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
     columns += ["preparation_s", "break_even", "answer_tokens"]
-    _print(rows, columns, form, out, {})
+    print_costs(rows, columns, form, out, {})
 
 
-def _place(device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
-    import torch
-
-    from avlprof.models.placement import resolve_device, resolve_dtype
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = resolve_device(device)
-    return where, resolve_dtype(dtype, where, None, hub=True)
-
-
-def _counts(option: str, text: str) -> list[int]:
-    from avlprof.errors import UserError
-
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise UserError(f"{option} must be whole numbers above 0 with commas between, got '{text}'")
-    return found
-
-
-def _shares(option: str, text: str) -> list[float]:
-    from avlprof.errors import UserError
-
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
-        raise UserError(f"{option} must be shares in (0, 1] with commas between, got '{text}'")
-    return found
-
-
-def _told(shape: DecoderShape, layers: int | None, device: Any, dtype: Any) -> None:
-    import platform
-
-    import torch
-
-    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.processor()
-    used = f"{layers} of {shape.layers} layers" if layers else f"{shape.layers} layers"
-    threads = "" if str(device).startswith("cuda") else f", {torch.get_num_threads()} threads"
-    kind = str(dtype).removeprefix("torch.")
-    note(f"{shape.name}, {used}, {kind}, {name or 'CPU'}{threads}, torch {torch.__version__}")
-
-
-def _print(
-    rows: Sequence[dict[str, Any]], columns: list[str], form: Format, out: Path | None, cells: Cells
+@app.command()
+def prefill(
+    shape: ShapeOption = "llava-1.5-7b",
+    vision: Annotated[str | None, typer.Option("--vision", help="Vision tokens, such as 576,2880.")] = None,
+    keep: Annotated[
+        float, typer.Option("--keep", help="Share of the vision tokens that stays, or goes on.")
+    ] = 0.25,
+    layers: LayersOption = 4,
+    rounds: RoundsOption = 3,
+    hidden: HiddenOption = None,
+    intermediate: MlpOption = None,
+    heads: HeadsOption = None,
+    kv_heads: KVHeadsOption = None,
+    vocabulary: VocabularyOption = None,
+    device: given.DeviceOption = "auto",
+    dtype: given.DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    out: SaveOption = None,
+    form: FormatOption = Format.table,
 ) -> None:
-    if form is Format.table:
-        shown = [{name: row[name] for name in columns if any(r[name] for r in rows)} for row in rows]
-        show(shown, form, cells=cells)
-    else:
-        show(rows, form)
-    if out is not None:
-        import pandas as pd
+    """Prompts of the stock model, under eviction, and with vision tokens dropped on the way."""
+    from avlprof.evaluation.bench.prefill import run_prefill_bench
+    from avlprof.evaluation.bench.shapes import decoder_shape
 
-        from avlprof.files import write_text
-
-        write_text(out, pd.DataFrame(list(rows)).to_csv(index=False))
-        finished([out])
+    chosen = decoder_shape(
+        shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
+    )
+    where, kind = place(device, dtype, threads)
+    with progress("bench prefill", "prefills") as tell:
+        found = run_prefill_bench(
+            chosen,
+            [chosen.vision_tokens] if vision is None else counts("--vision", vision),
+            keep=keep,
+            layers=layers,
+            rounds=rounds,
+            device=where,
+            dtype=kind,
+            progress=tell,
+        )
+    told(chosen, layers, where, kind)
+    columns = ["tokens", "method", "seconds", "speedup", "speedup_low", "speedup_high", "cap"]
+    columns += ["peak_bytes", "kv_bytes"]
+    print_costs([asdict(cost) for cost in found], columns, form, out, {"peak_bytes": size, "kv_bytes": size})

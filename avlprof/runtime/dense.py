@@ -14,7 +14,7 @@ RESERVE = 32  # tokens allocated beyond what is stored
 
 
 def more_room(capacity: int) -> int:
-    """Slots that a full buffer of `capacity` grows by: an eighth, so that copies are rare and spare room small."""
+    """Slots that a full buffer of `capacity` grows by: an eighth, for rare copies and little spare room."""
     return max(RESERVE, capacity // 8)
 
 

@@ -131,7 +131,7 @@ def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> N
         flat = buffer.view(buffer.shape[0] * heads * capacity, -1)
         if flat.shape[1] * flat.itemsize % 16 == 0:
             flat = flat.view(torch.complex128)  # torch moves a row element by element: fewer, wider ones
-        for target, source in zip(*(index.split(_BLOCK) for index in moves[heads]), strict=True):
+        for target, source in zip(*(torch.split(index, _BLOCK) for index in moves[heads]), strict=True):
             flat.index_copy_(0, target, flat.index_select(0, source))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_above(device: torch.device, work: Callable[[], None]) -> int | None:
+def peak_above(device: torch.device, work: Callable[[], object]) -> int | None:
     """Run `work` and return the bytes by which tensors on the device rose above where they stood.
 
     On CUDA it is the allocator's own high-water mark. On CPU every allocation is recorded by
