@@ -13,21 +13,19 @@ from PIL import Image
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel, load_model
 from avlprof.models.placement import own_device
+from avlprof.models.references import longest_reference
 from avlprof.pictures import ImageLike, own_task, save_pictures
 from avlprof.policy import Policy, find_policy
-from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta, Shard
 from avlprof.runtime import apply
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.splits import ALL
 from avlprof.traced import RUNS, Run, latest_run
-from avlprof.tracing import RecordOptions, encode, estimate_bytes, longest_reference, run_meta, trace_samples
+from avlprof.tracing import RecordOptions, encode, estimate_bytes, run_meta, trace_samples
 from avlprof.tracing.trace import Progress
 
 __all__ = ["Run", "TracePlan", "latest_run", "plan_trace", "trace"]
-
-ROWS = ("default", "all")
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,6 @@ def plan_trace(
     shard: Shard | None = None,
 ) -> TracePlan:
     """Load what a trace needs and check it, without tracing; arguments as in `trace`."""
-    if rows not in ROWS:
-        raise unknown("kind of rows", rows, ROWS)
-    if vision_rows < 0:
-        raise UserError(f"vision_rows must be 0 or more, got {vision_rows}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if batch_size < 1:

@@ -18,15 +18,6 @@ from avlprof.evaluation.bench.trace import METHODS, median_interval, run_trace_b
 SMALL = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 60}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread costs more than it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(name="tiny"):
     return decoder_shape(name, **SMALL)
 

@@ -113,7 +113,7 @@ def test_wrong_usage(arguments, said):
         (["--split", "serch"], "did you mean search?"),
         (["--samples", "0"], "at least 1, got 0"),
         (["--rows", "al"], "unknown kind of rows 'al'; did you mean all?"),
-        (["--vision-rows", "-1"], "vision_rows must be 0 or more, got -1"),
+        (["--vision-rows", "-1"], "vision_rows must be at least 0, got -1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),

@@ -29,6 +29,7 @@ from avlprof.evaluation import (
 from avlprof.evaluation.contenders import contenders, with_baselines
 from avlprof.evaluation.evaluation import COLUMNS, Evaluation
 from avlprof.models import load_model
+from avlprof.models.ends import answer_length
 from avlprof.policy import (
     DENSE,
     JointPool,
@@ -40,7 +41,6 @@ from avlprof.policy import (
     read_share,
     sizes,
 )
-from avlprof.runtime.ends import answer_length
 from avlprof.tasks import load_task
 
 LAYERED = Policy(
@@ -264,6 +264,17 @@ def test_baselines_have_equal_bytes(policy):
         assert read - 2 * token <= read_share(baseline, SHAPES, 6, 20) <= read + 1e-12
         counts = {sizes(baseline, SHAPES[0], 6)[layer].vision for layer in range(6)}
         assert max(counts) - min(counts) <= 1
+
+
+def test_baselines_refresh_as_the_policy_does():
+    scoring = LAYERED.model_copy(update={"refresh": "score_only"})
+    found = equal_bytes(scoring, SHAPES, 6, 20)
+    assert {p.refresh for p in found} == {"score_only"}
+    assert sum(found[0].compute(6)) > sum(equal_bytes(LAYERED, SHAPES, 6, 20)[0].compute(6)) - 1e-9
+    read = read_share(scoring, SHAPES, 6, 20)
+    token = 1 / sum(shape.total for shape in SHAPES)
+    for baseline in found:
+        assert read - 2 * token <= read_share(baseline, SHAPES, 6, 20) <= read + 1e-12
 
 
 def test_baselines_that_do_what_another_contender_does_are_left_out():

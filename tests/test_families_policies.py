@@ -48,15 +48,6 @@ NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens eith
 STEPS = 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread costs more than it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def built(family):
     return FAMILIES[family]()

@@ -87,12 +87,14 @@ def drawn(seed):
 def test_random_policies_are_the_plain_oracle(case, seed):
     policy = drawn(seed)
     assert running_kind(policy) is not None
-    inputs = case.inputs(1, seed=seed, text=12)
-    answer = answers_of([16], seed)[0]
+    for other in range(seed, seed + 500, 100):
+        inputs = case.inputs(1, seed=other, text=12)
+        answer = answers_of([16], other)[0]
+        theirs, trace = Oracle(case.model, policy, case.vision_token_ids).run(inputs, answer[:-1])
+        if trace.gap >= NEAR_TIE:
+            break
+    assert trace.gap >= NEAR_TIE, "near-ties decide the sets of every seed"
     ours = ForcedBatch(case.model, inputs, [answer]).logits(policy)[0]
-    theirs, trace = Oracle(case.model, policy, case.vision_token_ids).run(inputs, answer[:-1])
-    if trace.gap < NEAR_TIE:
-        pytest.skip("two tokens score alike, and fp32 may order them either way")
     torch.testing.assert_close(ours, theirs[1:], atol=1e-4, rtol=1e-4)
 
 

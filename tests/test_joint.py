@@ -16,14 +16,6 @@ MODELS = dict(cases())
 STEPS = 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pool(scorer, heads="shared", **options):
     return Policy(pool="joint", joint=JointPool(**options), scorer=ScorerSpec(name=scorer), heads=heads)
 

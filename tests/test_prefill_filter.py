@@ -30,14 +30,6 @@ PYRAMID = Policy(
 NEAR_TIE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextlib.contextmanager
 def counted(model):
     """Tokens that each decoder layer is handed, a list a forward."""

@@ -156,7 +156,7 @@ def test_refreshes_that_only_score_leave_room_for_a_larger_core():
     score_only = full.model_copy(update={"refresh": "score_only"})
     cores = [spread_reads(p, (1.0,) * 4, PROMPTS, 0.5, 10).compute(4) for p in (full, score_only)]
     assert sum(cores[1]) > sum(cores[0])
-    with pytest.raises(ValueError, match="reads more than"):
+    with pytest.raises(UserError, match=r"read budget 0\.1 is below"):
         spread_reads(full, (1.0,) * 4, PROMPTS, 0.1, 10)
 
 

@@ -13,14 +13,6 @@ from avlprof.models.tiny.train import Stage, Trainer
 from avlprof.tasks.shapes.scene import render, sample_scene
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(work, name, *stops):
     """A trainer after a stage of 4 steps, with a new process at each of `stops` (in images)."""
     for stop in (*stops, None):

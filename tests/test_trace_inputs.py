@@ -22,13 +22,13 @@ from avlprof.errors import UserError
 from avlprof.models import load_model, placement
 from avlprof.models.adapter import Adapter
 from avlprof.models.load import LoadedModel
+from avlprof.models.references import reference_tokens
 from avlprof.policy import Policy
 from avlprof.runs import RunDirectory
 from avlprof.runtime import apply
 from avlprof.tasks import Message, Sample, Task
 from avlprof.testing.models import BOS, FIRST_WORD, IMAGE, PAD, VOCABULARY, cases, random_llava
 from avlprof.tracing import record, trace_samples
-from avlprof.tracing.answers import reference_tokens
 from avlprof.tracing.trace import FLUSH_SAMPLES
 
 KEYS = ["sample", "layer", "head", "phase", "query"]
@@ -114,11 +114,6 @@ def task_of(samples, most=8):
 
 def traced(loaded, samples, out, **options):
     return trace_samples(loaded, task_of(samples), samples, out, split="own", **options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,6 @@ SCORED = Policy(
 STEPS = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def case(request):
     return MODELS[request.param]()

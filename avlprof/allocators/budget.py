@@ -14,7 +14,7 @@ import numpy as np
 
 from avlprof.allocators.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
-from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
+from avlprof.policy import Policy, PromptShape, Refresh, TextPolicy, live_share, read_share, tokens
 
 ALL_TEXT = TextPolicy()
 
@@ -86,6 +86,7 @@ def meet_read_budget(
     text: TextPolicy = ALL_TEXT,
     shares: Sequence[float] | None = None,
     floor: float = 0.0,
+    refresh: Refresh = "full",
 ) -> tuple[float, ...]:
     """`vision_compute` of each layer at a read budget; never above `keep`.
 
@@ -98,6 +99,7 @@ def meet_read_budget(
         text: what stays of text; it is read at every step.
         shares: relative computed share of each layer; without them it is in proportion to `keep`.
         floor: smallest computed share of a layer, as far as keep and budget allow.
+        refresh: what a refresh reads: all kept vision tokens, or (`score_only`) their keys.
 
     Returns:
         Ratios with `read_share <= read_budget`; one more token in the next layer would exceed it.
@@ -125,6 +127,7 @@ def meet_read_budget(
             vision_keep=tuple(keep),
             vision_compute=tuple(compute),
             refresh_interval=refresh_interval,
+            refresh=refresh,
             text=text,
         )
 

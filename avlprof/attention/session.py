@@ -43,6 +43,7 @@ class Session:
 
     model: PreTrainedModel
     kernel: Kernel
+    signature: inspect.Signature
     observers: list[Observer] = field(default_factory=list)
     runtime: AttentionRuntime | None = None
     _states: WeakKeyDictionary[Any, _State] = field(default_factory=WeakKeyDictionary)
@@ -57,7 +58,7 @@ class Session:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         values: dict[str, Any] = {**bound, **extra}
         values.pop("self", None)
@@ -198,7 +199,7 @@ def switched(
 def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     text_config: Any = decoder.config
     before: str = text_config._attn_implementation
-    session = Session(model, stock_kernel(decoder, before))
+    session = Session(model, stock_kernel(decoder, before), inspect.signature(model.forward))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
     for name, mask in zip(NAMES.values(), (sdpa_mask, explicit_mask), strict=True):
         AttentionInterface.register(name, _attention)

@@ -9,20 +9,16 @@ import typer
 
 from avlprof.cli import options as given
 from avlprof.cli.bench_options import (
-    HeadsOption,
-    HiddenOption,
-    KVHeadsOption,
     LayersOption,
-    MlpOption,
     RoundsOption,
     SaveOption,
     ShapeOption,
+    SizesOption,
     ThreadsOption,
-    VocabularyOption,
     counts,
     place,
     print_costs,
-    shares,
+    shape_of,
     told,
 )
 from avlprof.cli.output import Format, FormatOption, size
@@ -45,11 +41,7 @@ def trace(
     eager: Annotated[
         bool, typer.Option("--eager/--no-eager", help="Measure output_attentions of eager as well.")
     ] = True,
-    hidden: HiddenOption = None,
-    intermediate: MlpOption = None,
-    heads: HeadsOption = None,
-    kv_heads: KVHeadsOption = None,
-    vocabulary: VocabularyOption = None,
+    sizes: SizesOption = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     threads: ThreadsOption = None,
@@ -57,12 +49,9 @@ def trace(
     form: FormatOption = Format.table,
 ) -> None:
     """Prefill alone, prefill while tracing, and eager attention that hands out its weights."""
-    from avlprof.evaluation.bench.shapes import decoder_shape
     from avlprof.evaluation.bench.trace import METHODS, run_trace_bench
 
-    chosen = decoder_shape(
-        shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
-    )
+    chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
     with progress("bench trace", "prefills") as tell:
         found = run_trace_bench(
@@ -94,11 +83,7 @@ def decode(
     attentions: Annotated[
         bool, typer.Option("--attentions/--no-attentions", help="Measure output_attentions of eager as well.")
     ] = True,
-    hidden: HiddenOption = None,
-    intermediate: MlpOption = None,
-    heads: HeadsOption = None,
-    kv_heads: KVHeadsOption = None,
-    vocabulary: VocabularyOption = None,
+    sizes: SizesOption = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     threads: ThreadsOption = None,
@@ -107,18 +92,15 @@ def decode(
 ) -> None:
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
     from avlprof.evaluation.bench.decode import run_decode_bench
-    from avlprof.evaluation.bench.shapes import decoder_shape
 
-    chosen = decoder_shape(
-        shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
-    )
+    chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
     with progress("bench decode", "rounds") as tell:
         found = run_decode_bench(
             chosen,
             batches=counts("--batch", batch),
             visions=None if vision is None else counts("--vision", vision),
-            budgets=shares("--budget", budget),
+            budgets=given.parse_shares("--budget", budget),
             layers=layers,
             rounds=rounds,
             device=where,
@@ -178,11 +160,7 @@ def prefill(
     ] = 0.25,
     layers: LayersOption = 4,
     rounds: RoundsOption = 3,
-    hidden: HiddenOption = None,
-    intermediate: MlpOption = None,
-    heads: HeadsOption = None,
-    kv_heads: KVHeadsOption = None,
-    vocabulary: VocabularyOption = None,
+    sizes: SizesOption = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     threads: ThreadsOption = None,
@@ -191,11 +169,8 @@ def prefill(
 ) -> None:
     """Prompts of the stock model, under eviction, and with vision tokens dropped on the way."""
     from avlprof.evaluation.bench.prefill import run_prefill_bench
-    from avlprof.evaluation.bench.shapes import decoder_shape
 
-    chosen = decoder_shape(
-        shape, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary
-    )
+    chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
     with progress("bench prefill", "prefills") as tell:
         found = run_prefill_bench(

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 ShapeOption = Annotated[
     str,
-    typer.Option(
-        "--shape", help="llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, tiny, or custom with --hidden ..."
-    ),
+    typer.Option("--shape", help="llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, tiny, or custom with --sizes"),
 ]
 LayersOption = Annotated[
     int | None, typer.Option("--layers", min=1, help="Decoder layers; by default the shape's.")
@@ -28,18 +26,30 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads of torch; by default its own choice.")
 ]
 SaveOption = Annotated[Path | None, typer.Option("--out", "-o", help="Write the table to this CSV file too.")]
-_SIZES = "Sizes of the shape"
+SizesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sizes", help="Other sizes of the shape, as in hidden=2048,intermediate=64,vocabulary=512."
+    ),
+]
 
 
-def _size(name: str, text: str) -> Any:
-    return typer.Option(f"--{name}", min=1, help=text, rich_help_panel=_SIZES)
+def shape_of(name: str, sizes: str | None) -> DecoderShape:
+    """The shape of a name with other sizes, `NAME=COUNT` with commas between.
 
+    Raises:
+        UserError: an unknown shape or size, or a count that is not a whole number.
+    """
+    from avlprof.errors import UserError
+    from avlprof.evaluation.bench.shapes import decoder_shape
 
-HiddenOption = Annotated[int | None, _size("hidden", "Width of the decoder.")]
-MlpOption = Annotated[int | None, _size("intermediate", "Width of its MLP.")]
-HeadsOption = Annotated[int | None, _size("heads", "Query heads.")]
-KVHeadsOption = Annotated[int | None, _size("kv-heads", "Key-value heads.")]
-VocabularyOption = Annotated[int | None, _size("vocabulary", "Tokens of the vocabulary.")]
+    changes = {}
+    for part in sizes.split(",") if sizes else []:
+        size, _, count = part.partition("=")
+        if not count.isdigit():
+            raise UserError(f"--sizes must be like hidden=2048,intermediate=64, got '{part}'")
+        changes[size.strip()] = int(count)
+    return decoder_shape(name, **changes)
 
 
 def place(device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
@@ -64,19 +74,6 @@ def counts(option: str, text: str) -> list[int]:
         found = []
     if not found or min(found) < 1:
         raise UserError(f"{option} must be whole numbers above 0 with commas between, got '{text}'")
-    return found
-
-
-def shares(option: str, text: str) -> list[float]:
-    """Shares in (0, 1] with commas between; `UserError` for anything else."""
-    from avlprof.errors import UserError
-
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
-        raise UserError(f"{option} must be shares in (0, 1] with commas between, got '{text}'")
     return found
 
 

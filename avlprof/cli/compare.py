@@ -97,7 +97,7 @@ def compare(
     from avlprof.policy import find_policy
     from avlprof.tasks import load_task
 
-    budgets = _budgets(budget)
+    budgets = given.parse_shares("--budget", budget)
     mine = [find_policy(name) for name in policy or []]
     tuned = _winners(study or [])
     rivals = _baselines(baseline, mine)
@@ -122,18 +122,6 @@ def compare(
     wrote = _write(found, folder)
     _print(found, form)
     finished(wrote, f"avlprof tune --model {model} --task {task} --budget {budgets[0]:g}")
-
-
-def _budgets(text: str) -> list[float]:
-    from avlprof.errors import UserError
-
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [-1.0]
-    if not all(0.0 < share <= 1.0 for share in found):
-        raise UserError(f"budget must be shares in (0, 1] such as 0.1,0.2,0.4, got '{text}'")
-    return found
 
 
 def _baselines(names: list[str] | None, mine: list[Policy]) -> list[Policy]:

@@ -48,3 +48,16 @@ RunArgument = Annotated[
         metavar="[RUN]", help="Run directory; by default the newest below runs/.", show_default=False
     ),
 ]
+
+
+def parse_shares(option: str, text: str) -> list[float]:
+    """Shares in (0, 1] with commas between, as in `0.1,0.2`; `UserError` for anything else."""
+    from avlprof.errors import UserError
+
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0.0 < share <= 1.0 for share in found):
+        raise UserError(f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got '{text}'")
+    return found

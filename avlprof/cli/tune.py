@@ -130,7 +130,12 @@ def tune(
         }  # fmt: skip
         if budgets is not None:
             swept = search.sweep(
-                model, task, _shares(budgets), settings, on_budget=live.on_budget, **given_too
+                model,
+                task,
+                given.parse_shares("--budgets", budgets),
+                settings,
+                on_budget=live.on_budget,
+                **given_too,
             )
         elif max_drop is not None:
             least = search.smallest(model, task, max_drop, settings, on_budget=live.on_budget, **given_too)
@@ -152,12 +157,3 @@ def tune(
     policy = found.folder / "policy.yaml"
     then = f"avlprof evaluate{other} --policy {policy} --task {task}"
     finished([*wrote, found.folder / "proof.csv", policy], then)
-
-
-def _shares(text: str) -> list[float]:
-    from avlprof.errors import UserError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--budgets takes shares with commas, as in 0.1,0.2,0.4, got '{text}'") from None

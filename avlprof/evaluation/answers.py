@@ -15,9 +15,9 @@ from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.generation import generate_tokens, running
 from avlprof.evaluation.record import STOCK, Answer
 from avlprof.models import LoadedModel
+from avlprof.models.ends import answer_length, end_tokens
 from avlprof.policy import Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
-from avlprof.runtime.ends import answer_length, end_tokens
 from avlprof.tasks import Sample, load_metric
 
 FLUSH_SECONDS = 10.0

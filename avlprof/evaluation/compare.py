@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,17 +10,17 @@ import pandas as pd
 
 from avlprof.allocators.allocator import Evidence
 from avlprof.errors import UserError
+from avlprof.evaluation.about import about
 from avlprof.evaluation.answers import generate_answers, prompt_lengths
 from avlprof.evaluation.answers_store import AnswerStore
 from avlprof.evaluation.comparison import Comparison
 from avlprof.evaluation.contenders import seeded
 from avlprof.evaluation.evaluate import check_samples
-from avlprof.evaluation.lineup import Entry, LineUp, line_up
+from avlprof.evaluation.lineup import line_up
 from avlprof.evaluation.strongest import strongest
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, PromptShape
 from avlprof.tasks import Task
-from avlprof.versions import versions
 
 Progress = Callable[[int, int], None]
 
@@ -77,13 +76,13 @@ def compare(
         if progress:
             progress(done, max(total, done))
 
-    def rows(run: Policy | None, seed: int, about: dict[str, Any]) -> pd.DataFrame:
+    def rows(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
         answers = generate_answers(
             loaded, chosen, run, max_new_tokens=limit, batch_size=batch_size, metric=task.metric,
             lengths=lengths, store=store,
         )  # fmt: skip
         advanced(len(answers))
-        return pd.DataFrame([about | {"seed": seed} | asdict(answer) for answer in answers])
+        return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
 
     parts = [rows(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
     shapes = [PromptShape(int(s), int(v), int(t)) for s, v, t in _shapes(parts[0])]
@@ -91,7 +90,7 @@ def compare(
     found = line_up(
         asked, shapes, loaded.adapter.layers, baselines=baselines, given=given, tuned=tuned, evidence=evidence
     )
-    candidates = {budget: _rivals(found, budget) for budget in asked} if select_split else {}
+    candidates = {budget: found.at(budget, "baseline") for budget in asked} if select_split else {}
     picked = sum(len(seeded(e.policy)) for rivals in candidates.values() for e in rivals)
     total += len(chosen) * sum(len(seeded(e.policy)) for e in found.entries)
     total += picked * len(task.samples(select_split, samples)) if select_split else 0
@@ -104,43 +103,12 @@ def compare(
             )  # fmt: skip
             best[budget] = winner.policy.name
     for entry in found.entries:
-        about = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [rows(run, seed, about) for seed, run in enumerate(seeded(entry.policy))]
-    meta = _meta(loaded, task, split, select_split, len(chosen), limit, batch_size, asked)
+        who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
+        parts += [rows(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
+    meta = about(loaded, task, split, len(chosen), limit, batch_size)
+    meta |= {"select_split": select_split or "", "budgets": list(asked)}
     return Comparison(meta, pd.concat(parts, ignore_index=True), found, best)
-
-
-def _rivals(found: LineUp, budget: float) -> list[Entry]:
-    return found.at(budget, "baseline")
 
 
 def _shapes(dense: pd.DataFrame) -> Any:
     return dense[["system", "vision", "text"]].itertuples(index=False)
-
-
-def _meta(
-    loaded: LoadedModel,
-    task: Task,
-    split: str,
-    select_split: str | None,
-    samples: int,
-    limit: int,
-    batch_size: int,
-    budgets: Sequence[float],
-) -> dict[str, Any]:
-    return {
-        "model": loaded.source,
-        "revision": loaded.revision or "",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
-        "task": task.name,
-        "metric": task.metric,
-        "split": split,
-        "select_split": select_split or "",
-        "samples": samples,
-        "max_new_tokens": limit,
-        "batch_size": batch_size,
-        "budgets": list(budgets),
-        "versions": versions(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

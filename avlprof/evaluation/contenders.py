@@ -75,7 +75,7 @@ def equal_bytes(
 ) -> list[Policy]:
     """`uniform` and `random` with the live bytes and the read bytes of `policy`, never above.
 
-    They share the policy's text part, refresh interval and, uniform only, its scorer; a core that
+    They share the policy's text part, refreshes and, uniform only, its scorer; a core that
     is refreshed is re-picked by attention in both. What the policy is already is left out; so is
     everything, with a warning, where a joint pool keeps less than the prompt's text alone needs.
     Counts are exact over `prompts`, to one token, with `answer_tokens` decoding steps.
@@ -89,12 +89,12 @@ def equal_bytes(
         uniform = Policy(name="uniform", vision_keep=keep, scorer=scorer, heads=policy.heads, text=text)
         if not joint and policy.compute(layers) != policy.keep(layers):
             reads = read_share(policy, prompts, layers, answer_tokens)
+            every, refresh = policy.refresh_interval, policy.refresh
             compute = meet_read_budget(
-                keep, prompts, policy.refresh_interval, reads, answer_tokens, text, flat
+                keep, prompts, every, reads, answer_tokens, text, flat, refresh=refresh
             )
-            uniform = uniform.model_copy(
-                update={"vision_compute": compute, "refresh_interval": policy.refresh_interval}
-            )
+            cored = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
+            uniform = uniform.model_copy(update=cored)
     except UserError as error:
         _log.warning("policy '%s' has no baselines at equal bytes: %s", policy.name, error)
         return []
@@ -131,7 +131,7 @@ def _effect(contender: Contender, shapes: Iterable[PromptShape], layers: int) ->
         return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
-    refresh = policy.refresh_interval if has_core else 0
+    refresh = (policy.refresh_interval, policy.refresh) if has_core else (0, "full")
     return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
 
 

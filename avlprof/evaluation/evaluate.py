@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import pandas as pd
 
 from avlprof.errors import UserError
+from avlprof.evaluation.about import about
 from avlprof.evaluation.answers import generate_answers, prompt_lengths
 from avlprof.evaluation.answers_store import AnswerStore
 from avlprof.evaluation.contenders import Contender, contenders, with_baselines
@@ -21,7 +20,6 @@ from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task
-from avlprof.versions import versions
 
 Progress = Callable[[int, int], None]
 LATENCY_SAMPLES = 2
@@ -93,7 +91,8 @@ def evaluate(
         order = sorted(chosen, key=lambda sample: lengths[sample.id]) if lengths else chosen
         table = _with_fidelity(table, loaded, order, found, limit, batch_size, work)
     timed = _latencies(loaded, chosen, found, limit, work) if latency else ()
-    meta = _meta(loaded, task, split, len(chosen), limit, batch_size, found)
+    meta = about(loaded, task, split, len(chosen), limit, batch_size)
+    meta["policies"] = {c.label: [run.hash for run in c.runs if run] for c in found}
     return Evaluation(meta, table, timed)
 
 
@@ -188,30 +187,3 @@ def _latencies(
             advanced=work.add,
         )
     )
-
-
-def _meta(
-    loaded: LoadedModel,
-    task: Task,
-    split: str,
-    samples: int,
-    limit: int,
-    batch_size: int,
-    found: Sequence[Contender],
-) -> dict[str, Any]:
-    """What was evaluated, and with what."""
-    return {
-        "model": loaded.source,
-        "revision": loaded.revision or "",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
-        "task": task.name,
-        "metric": task.metric,
-        "split": split,
-        "samples": samples,
-        "max_new_tokens": limit,
-        "batch_size": batch_size,
-        "policies": {c.label: [run.hash for run in c.runs if run] for c in found},
-        "versions": versions(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

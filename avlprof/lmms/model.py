@@ -17,8 +17,8 @@ from avlprof.errors import UserError
 from avlprof.evaluation.generation import generate_tokens, running
 from avlprof.lmms.arguments import checked_policy
 from avlprof.models import LoadedModel, load_model
+from avlprof.models.ends import answer_length, end_tokens
 from avlprof.policy import DENSE
-from avlprof.runtime.ends import answer_length, end_tokens
 from avlprof.runtime.support import check_supported
 
 DEFAULT_NEW_TOKENS = 1024

@@ -15,6 +15,7 @@ SCHEMA = "avlprof.policy/1"
 EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
 N = TypeVar("N", int, float)
 
+Refresh = Literal["full", "score_only"]
 Ratio = float | tuple[float, ...]
 Count = int | tuple[int, ...]
 
@@ -165,7 +166,7 @@ class Policy(_Part):
     vision_keep: Ratio = 1.0
     vision_compute: Ratio | None = None
     refresh_interval: Annotated[int, Field(ge=0)] = 0
-    refresh: Literal["full", "score_only"] = "full"
+    refresh: Refresh = "full"
     allocator: AllocatorSpec | None = None
     scorer: ScorerSpec = ScorerSpec()
     heads: Literal["shared", "kv_head"] = "shared"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from avlprof.attention.modality import Modality
 from avlprof.scorers.scorer import Prefill, Scorer, at_least_one
 
 
@@ -25,9 +23,6 @@ class Instruction(Scorer):
         at_least_one(self, "rows")
 
     def score(self, prefill: Prefill) -> Tensor:
-        text = prefill.modality == Modality.TEXT
-        asked = torch.where(text.any(dim=1, keepdim=True), text, prefill.valid)
-        order = asked.long().argsort(dim=1, stable=True)[:, -self.rows :]
-        counted = asked.gather(1, order)[:, None, :, None]
-        weights = prefill.weights(order) * counted
+        rows, counted = prefill.text_rows(self.rows)
+        weights = prefill.weights(rows) * counted
         return weights.sum(dim=2) / counted.sum(dim=2).clamp(min=1)

@@ -65,6 +65,17 @@ class Prefill:
         positions = torch.arange(self.modality.shape[1], device=self.modality.device)
         return torch.where(self.valid, positions, -1).amax(dim=1)
 
+    def text_rows(self, most: int) -> tuple[Tensor, Tensor]:
+        """The newest `most` text rows of each prompt, all its rows where it has no text.
+
+        Returns:
+            positions `[B, R]`, and bool `[B, 1, R, 1]`, False where a prompt has fewer.
+        """
+        text = self.modality == Modality.TEXT
+        asked = torch.where(text.any(dim=1, keepdim=True), text, self.valid)
+        rows = asked.long().argsort(dim=1, stable=True)[:, -most:]
+        return rows, asked.gather(1, rows)[:, None, :, None]
+
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""
         seen = self._seen(rows)

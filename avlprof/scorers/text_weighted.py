@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from avlprof.attention.modality import Modality
 from avlprof.scorers.scorer import Prefill, Scorer, at_least_one
 
 
@@ -27,12 +25,9 @@ class TextWeighted(Scorer):
         at_least_one(self, "rows")
 
     def score(self, prefill: Prefill) -> Tensor:
-        text = prefill.modality == Modality.TEXT
-        asked = torch.where(text.any(dim=1, keepdim=True), text, prefill.valid)
-        order = asked.long().argsort(dim=1, stable=True)[:, -self.rows :]
-        counted = asked.gather(1, order)[:, None, :, None]
-        weights = prefill.weights(order) * counted
-        columns = order[:, None, None, :].expand(-1, *weights.shape[1:3], -1)
+        rows, counted = prefill.text_rows(self.rows)
+        weights = prefill.weights(rows) * counted
+        columns = rows[:, None, None, :].expand(-1, *weights.shape[1:3], -1)
         received = (weights.gather(3, columns) * counted.mT).sum(dim=2)
         share = received / received.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         return (weights * share[..., None]).sum(dim=2)

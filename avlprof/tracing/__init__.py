@@ -1,6 +1,5 @@
 """The recorder, and tracing samples into a run directory."""
 
-from avlprof.tracing.answers import longest_reference
 from avlprof.tracing.batch import encode
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.record import RowRecord
@@ -14,7 +13,6 @@ __all__ = [
     "RowRecord",
     "encode",
     "estimate_bytes",
-    "longest_reference",
     "record",
     "run_meta",
     "trace_samples",

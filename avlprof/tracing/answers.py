@@ -10,12 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from avlprof.errors import UserError
-from avlprof.models import LoadedModel
-from avlprof.tasks import Sample
 from avlprof.tracing.rows import BatchRecorder
-
-CONTROL = (">", "]")  # what the tokens of chat templates end with
 
 
 class AnswerEnds(StoppingCriteria):
@@ -60,50 +55,3 @@ class GivenAnswers(LogitsProcessor):
         wanted = [answer[min(step, len(answer) - 1)] for answer in self._answers]
         index = torch.tensor(wanted, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter_(1, index, 0.0)
-
-
-def reference(sample: Sample) -> str:
-    """The first reference answer of a sample; `UserError` when it has none."""
-    if not sample.answers or not sample.answers[0].strip():
-        raise UserError(
-            f"sample '{sample.id}' has no reference answer to trace over; give it one, or trace "
-            "what the model answers itself (without forced)"
-        )
-    return sample.answers[0]
-
-
-def reference_tokens(loaded: LoadedModel, sample: Sample, last: int) -> list[int]:
-    """Tokens of a sample's reference answer as they follow the prompt, with the end token.
-
-    A word behind `ASSISTANT:` begins with a space, one behind a line break or a control token
-    does not. Tokenizers write the beginning of a text in ways of their own, so the answer is
-    read off behind the prompt's `last` token.
-    """
-    tokenizer = loaded.processor.tokenizer
-    before = str(tokenizer.decode([last]))
-    gap = "" if not before or before[-1].isspace() or before.endswith(CONTROL) else " "
-    context = tokenizer(before, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(before + gap + reference(sample).strip(), add_special_tokens=False)["input_ids"]
-    shared = next(
-        (place for place, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context)
-    )
-    return [*whole[shared:], *_end(loaded)]
-
-
-def longest_reference(loaded: LoadedModel, samples: Sequence[Sample]) -> int:
-    """Tokens of the longest reference answer of some samples, near enough to price a run.
-
-    Raises:
-        UserError: a sample has none.
-    """
-    texts = [f" {reference(sample)}" for sample in samples]
-    rows = loaded.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return 1 + max(len(row) for row in rows)
-
-
-def _end(loaded: LoadedModel) -> list[int]:
-    """The token that ends an answer, in a list that is empty when the model has none."""
-    ends = loaded.model.generation_config.eos_token_id
-    known = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    own = loaded.processor.tokenizer.eos_token_id
-    return [own] if own is not None and (own in known or not known) else known[:1]

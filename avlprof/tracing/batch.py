@@ -13,10 +13,11 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from avlprof.attention.modality import prompt_shapes
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
+from avlprof.models.references import reference_tokens
 from avlprof.models.tiles import dump_tiles
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample
-from avlprof.tracing.answers import AnswerEnds, GivenAnswers, reference_tokens
+from avlprof.tracing.answers import AnswerEnds, GivenAnswers
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.rows import BatchRecorder
 

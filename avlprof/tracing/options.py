@@ -40,7 +40,7 @@ class RecordOptions:
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
-            raise unknown("choice of rows", self.rows, ROWS)
+            raise unknown("kind of rows", self.rows, ROWS)
         for name, least in (("vision_rows", 0), ("coverage_rows", 0), ("text_sink", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -11,9 +11,9 @@ import torch
 
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
+from avlprof.models.references import reference
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import Sample, Task
-from avlprof.tracing.answers import reference
 from avlprof.tracing.batch import Traced, trace_batch
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.settings import run_meta

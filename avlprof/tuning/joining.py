@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,21 +10,19 @@ import optuna
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore
 from avlprof.models import LoadedModel
-from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Task
-from avlprof.tuning.candidate import Budget, scorer_spec
+from avlprof.tuning.candidate import Budget
 from avlprof.tuning.evidence import read_evidence
-from avlprof.tuning.generated import BATCH, Generated
+from avlprof.tuning.generated import Generated
 from avlprof.tuning.objective import Objective, Scores
 from avlprof.tuning.places import Place
+from avlprof.tuning.prepared import Progress, forced_answers
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
 from avlprof.tuning.storage import StudyMeta, claim_study, place_meta, sample_hash
 from avlprof.tuning.trials import asked_of, run_trials
 from avlprof.tuning.warm import noted_starts
 from avlprof.tuning.workers import watch_parent
-
-Progress = Callable[[str, int, int], None]
 
 
 def join(loaded: LoadedModel, task: Task, place: Place, *, progress: Progress | None = None) -> optuna.Study:
@@ -44,15 +41,7 @@ def join(loaded: LoadedModel, task: Task, place: Place, *, progress: Progress | 
     evidence = read_evidence(place)
     tell = progress or (lambda phase, done, total: None)
     space = _space(meta)
-    forced = ForcedSet.prepare(
-        loaded,
-        samples,
-        max_new_tokens=meta.max_new_tokens,
-        batch_size=BATCH,
-        answers="reference" if meta.objective == "likelihood" else "dense",
-        scorers=[scorer_spec(name) for name in space.scorers],
-        progress=lambda d, t: tell("dense answers", d, t),
-    )
+    forced = forced_answers(loaded, samples, meta.max_new_tokens, meta.objective, space.scorers, progress)
     steps = max(round(forced.answer_tokens), 1)
     budget = Budget(meta.budget, meta.read_budget, tuple(forced.shapes), steps)
     space = space.within(budget, evidence.layers).supported(evidence)

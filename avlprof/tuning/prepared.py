@@ -63,18 +63,9 @@ class Prepared:
             UserError: no dense answer has a second token, or the profile is of another model.
         """
         check_same_model(loaded, profile)
-        tell = progress or (lambda phase, done, total: None)
         samples = task.samples(settings.split, settings.samples)
         limit = answer_limit(task, settings)
-        forced = ForcedSet.prepare(
-            loaded,
-            samples,
-            max_new_tokens=limit,
-            batch_size=BATCH,
-            answers="reference" if settings.objective == "likelihood" else "dense",
-            scorers=[scorer_spec(name) for name in scorers],
-            progress=lambda d, t: tell("dense answers", d, t),
-        )
+        forced = forced_answers(loaded, samples, limit, settings.objective, scorers, progress)
         if not forced.answer_tokens:
             kind = "reference" if settings.objective == "likelihood" else "dense"
             raise UserError(
@@ -146,3 +137,28 @@ def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
             f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
             f"not with {loaded.source} {loaded.revision}; trace this model first"
         )
+
+
+def forced_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    limit: int,
+    objective: str,
+    scorers: Sequence[str],
+    progress: Progress | None,
+) -> ForcedSet:
+    """The samples with the answers that an objective is scored on, at most `limit` tokens each.
+
+    Args:
+        scorers: names of scorers that will be used; another one costs a further run of the prompts.
+    """
+    tell = progress or (lambda phase, done, total: None)
+    return ForcedSet.prepare(
+        loaded,
+        samples,
+        max_new_tokens=limit,
+        batch_size=BATCH,
+        answers="reference" if objective == "likelihood" else "dense",
+        scorers=[scorer_spec(name) for name in scorers],
+        progress=lambda d, t: tell("dense answers", d, t),
+    )

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.session import switched
-from avlprof.errors import UserError
 from avlprof.models import LoadedModel
+from avlprof.models.ends import answer_length, end_tokens
+from avlprof.models.references import reference_tokens
 from avlprof.policy import Policy, PromptShape, ScorerSpec
-from avlprof.runtime.ends import answer_length, end_tokens
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.head import Head
 from avlprof.runtime.forced.prompt import Capture
@@ -81,7 +81,9 @@ class ForcedSet:
             inputs = loaded.adapter.encode_samples(part)
             capture = None
             if answers == "reference":
-                texts = [_reference(loaded, sample, max_new_tokens) for sample in part]
+                lasts = inputs["input_ids"][:, -1].tolist()
+                told = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
+                texts = [answer[:max_new_tokens] for answer in told]
             else:
                 capture = Capture(list(scorers))
                 texts = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
@@ -147,13 +149,3 @@ def _dense_answers(
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: answer_length(row, ends)] for row in new]
-
-
-def _reference(loaded: LoadedModel, sample: Sample, limit: int) -> list[int]:
-    """The sample's first reference as tokens, with an end token, at most `limit` of them."""
-    if not sample.answers:
-        raise UserError(f"sample '{sample.id}' has no reference answer to score against")
-    tokenizer: Any = loaded.adapter.processor.tokenizer
-    ids = tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
-    ends = end_tokens(loaded.model)
-    return [*ids, *ends[:1]][:limit]
