@@ -52,7 +52,7 @@ from avlprof.tuning.places import JOURNAL
 from avlprof.tuning.probe import LEVELS, probed
 from avlprof.tuning.proof import finalists
 from avlprof.tuning.rivals import rivals
-from avlprof.tuning.trials import finished_trials, run_trials
+from avlprof.tuning.trials import run_trials
 
 ALLOCATORS = ("uniform", "pyramid", "coverage", "sensitivity")
 SPACE = Space(ALLOCATORS, ("last_query", "instruction", "accumulated", "key_diversity", "value_norm"))
@@ -449,7 +449,7 @@ def test_a_torn_journal_and_a_stale_lock_are_mended(tmp_path, whole):
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"worker_id":"x","study_i')
     (tmp_path / f"{JOURNAL}.lock").symlink_to(journal)
-    assert finished_trials(read_study(tmp_path)) == 5
+    assert len(read_study(tmp_path).get_trials(states=(TrialState.COMPLETE,))) == 5
     assert outcome(searched(tmp_path, 17)) == whole
 
 

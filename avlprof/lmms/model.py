@@ -11,7 +11,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from avlprof.errors import UserError
 from avlprof.evaluation.generation import generate_tokens, running
@@ -20,6 +19,7 @@ from avlprof.models import LoadedModel, load_model
 from avlprof.models.ends import answer_length, end_tokens
 from avlprof.policy import DENSE
 from avlprof.runtime.support import check_supported
+from avlprof.tracing.answers import GivenAnswers
 
 DEFAULT_NEW_TOKENS = 1024
 PLACEHOLDER = "<image>"
@@ -152,7 +152,7 @@ class AVLProf(lmms):
         if not tokens:
             return 0.0, True
         encoding = loaded.adapter.encode([_text(context)], [self._pictures(to_visual, doc_id, task, split)])
-        forced = _Forced(tokens, encoding["input_ids"].shape[1])
+        forced = _Noted(tokens, encoding["input_ids"].shape[1])
         with running(loaded, self._run) as runtime:
             generate_tokens(loaded, encoding, runtime, max_new_tokens=len(tokens), logits_processor=forced)
         return -sum(forced.log_probabilities) / len(tokens), forced.greedy
@@ -167,20 +167,19 @@ class AVLProf(lmms):
         return [picture.convert("RGB") for picture in pictures]
 
 
-class _Forced(LogitsProcessor):
-    """Makes one row's generation take the tokens that are given, and notes how likely each was."""
+class _Noted(GivenAnswers):
+    """Makes one row's generation take given tokens, and notes how likely each was."""
 
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:
-        self.tokens, self.prompt = list(tokens), prompt
+        super().__init__([tokens], prompt)
         self.log_probabilities: list[float] = []
         self.greedy = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.tokens[input_ids.shape[1] - self.prompt]
+        forced = super().__call__(input_ids, scores)
+        token = int(forced[0].argmax())
         self.log_probabilities.append(float(scores[0].float().log_softmax(dim=-1)[token]))
         self.greedy &= int(scores[0].argmax()) == token
-        forced = torch.full_like(scores, float("-inf"))
-        forced[:, token] = 0.0
         return forced
 
 

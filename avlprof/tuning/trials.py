@@ -99,11 +99,6 @@ def asked_of(place: Place) -> tuple[int, bool]:
     return int(attributes[WANTED]), bool(attributes.get(PRUNE, True))
 
 
-def finished_trials(study: optuna.Study) -> int:
-    """Trials that have a value."""
-    return len(_in(study, TrialState.COMPLETE))
-
-
 def _in(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=states)
     return found
