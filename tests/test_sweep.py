@@ -13,7 +13,7 @@ import torch
 
 import avlprof
 from avlprof.cli.live import HEADINGS, Board, board
-from avlprof.cli.tune import _shares
+from avlprof.cli.options import parse_shares
 from avlprof.errors import UserError
 from avlprof.evaluation import paired_difference
 from avlprof.models import load_model
@@ -101,9 +101,9 @@ def test_sweeps_refuse_budgets_before_anything_runs(tiny, run, tmp_path):
         with pytest.raises(UserError, match=said):
             sweep(tiny, TASK, budgets, SETTINGS, space=SPACE, run=run, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    assert _shares("0.1,0.2") == [0.1, 0.2]
+    assert parse_shares("--budgets", "0.1,0.2") == [0.1, 0.2]
     with pytest.raises(UserError, match="--budgets takes shares with commas"):
-        _shares("0.1;0.2")
+        parse_shares("--budgets", "0.1;0.2")
 
 
 def test_the_front_is_drawn_with_tuned_first(swept):
