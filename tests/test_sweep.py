@@ -102,7 +102,7 @@ def test_sweeps_refuse_budgets_before_anything_runs(tiny, run, tmp_path):
             sweep(tiny, TASK, budgets, SETTINGS, space=SPACE, run=run, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert parse_shares("--budgets", "0.1,0.2") == [0.1, 0.2]
-    with pytest.raises(UserError, match="--budgets takes shares with commas"):
+    with pytest.raises(UserError, match="--budgets must be shares"):
         parse_shares("--budgets", "0.1;0.2")
 
 
