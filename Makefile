@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 	$(BIN)/avlprof demo --out demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # lmms-eval, for the tests of its plug-in; they are skipped without it
 lmms: $(VENV)/lmms

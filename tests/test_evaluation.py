@@ -14,6 +14,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import avlprof
+from avlprof.attention.cache_argument import cache_of
 from avlprof.cli.evaluate import app
 from avlprof.errors import UserError
 from avlprof.evaluation import (
@@ -185,7 +186,7 @@ def test_stock_bytes_are_the_stock_cache_itself(tiny, samples):
     answer = generate_answers(tiny, samples[:1], None, max_new_tokens=2, batch_size=1)[0]
     inputs = tiny.adapter.encode([samples[0].prompt], [samples[0].open_images()])
     with torch.inference_mode():
-        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(tiny.model(**inputs, use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert answer.live_bytes == answer.dense_bytes == answer.allocated_bytes == held
     assert answer.read_bytes_per_step == held

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import avlprof
+from avlprof.attention.cache_argument import given_cache
 from avlprof.errors import UserError
 from avlprof.evaluation import generate_answers
 from avlprof.lmms import manifest, model_args
@@ -180,12 +181,12 @@ def plain_loss(loaded: Any, sample: Sample, continuation: str) -> float:
     encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
     with avlprof.apply(loaded.model, CUT) as runtime:
         cache = runtime.new_cache()
-        logits = loaded.model(**encoding, past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = loaded.model(**encoding, **given_cache(loaded.model, cache)).logits[0, -1]
         total = 0.0
         for token in tokens:
             total -= float(logits.log_softmax(dim=-1)[token])
             logits = loaded.model(
-                input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True
+                input_ids=torch.tensor([[token]]), **given_cache(loaded.model, cache)
             ).logits[0, -1]
     return total / len(tokens)
 

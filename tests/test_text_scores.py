@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import avlprof
+from avlprof.attention.cache_argument import cache_of, given_cache
 from avlprof.attention.running import KINDS, prompt_scores, quantile, step_scores
 from avlprof.policy import Policy, TextPolicy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
@@ -44,7 +45,7 @@ def stepwise(case, policy, inputs):
     """Greedy ids, logits, and after each forward the core and text sets of every layer."""
     with avlprof.apply(case.model, policy) as runtime:
         cache = runtime.new_cache()
-        out = case.model(**inputs, past_key_values=cache, use_cache=True)
+        out = case.model(**inputs, **given_cache(case.model, cache))
         logits, ids, cores, texts = [], [], [], []
         for _ in range(STEPS + 1):
             cores.append([sets(layer.vision_positions(0)[1]) for layer in cache.layers])
@@ -53,7 +54,7 @@ def stepwise(case, policy, inputs):
             row = logits[-1].clone()
             row[list(case.vision_token_ids)] = -torch.inf
             ids.append(int(row.argmax()))
-            out = case.model(input_ids=torch.tensor([[ids[-1]]]), past_key_values=cache, use_cache=True)
+            out = case.model(input_ids=torch.tensor([[ids[-1]]]), **given_cache(case.model, cache))
     return ids, torch.stack(logits), cores, texts, cache
 
 
@@ -149,7 +150,7 @@ def test_scored_text_is_counted_by_head():
     left = []
     with avlprof.apply(case.model, policy) as runtime, torch.inference_mode():
         out = case.model(**inputs, use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         mask = inputs["attention_mask"]
         for _ in range(30):
             held = [given(layer, row, prompt) for layer in cache.layers for row in range(2)]
@@ -159,7 +160,7 @@ def test_scored_text_is_counted_by_head():
                 input_ids=torch.full((2, 1), 9),
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=cache,
+                **given_cache(case.model, cache),
             )
     size = cache.layers[0].bytes_per_token()
     use = runtime.cache.use()

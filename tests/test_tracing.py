@@ -20,6 +20,7 @@ from transformers import (
 
 import avlprof
 from avlprof.analysis.head_mean import head_mean
+from avlprof.attention.cache_argument import cache_of, given_cache
 from avlprof.attention.modality import MODALITIES
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
@@ -557,7 +558,7 @@ def test_prompts_follow_one_another(case):
     first, second = case.inputs(1, seed=1), case.inputs(2, seed=2, pad=True)
     with record(case.model, FEW) as recorder:
         generate(case, first, 5)
-        cache = generate(case, second, 5).past_key_values
+        cache = cache_of(generate(case, second, 5))
         length = cache.get_seq_length()
         for new in (3, 1):
             length += new
@@ -566,7 +567,12 @@ def test_prompts_follow_one_another(case):
             )
             ids = torch.full((2, new), 7)
             place = torch.arange(length - new, length).expand(2, -1)
-            case.model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, position_ids=place)
+            case.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                **given_cache(case.model, cache),
+                position_ids=place,
+            )
     assert [r.steps for r in recorder.records] == [4, 6, 6]
     decoded = [pd.DataFrame(r.frame()).query("phase == 'decode'") for r in recorder.records]
     assert [set(frame["rows"]) for frame in decoded] == [{4}, {5}, {5}], (

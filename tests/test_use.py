@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 
 import avlprof
+from avlprof.attention.cache_argument import NAMES, cache_argument, cache_of, given_cache
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import VOCABULARY, cases, random_llava
 
@@ -99,19 +101,33 @@ def test_a_loop_of_ones_own(case, passed):
     wanted = greedy(case, inputs)
     with avlprof.apply(case.model, POLICY) as runtime:
         cache = runtime.new_cache() if passed else None
-        out = case.model(**inputs, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = case.model(**inputs, **given_cache(case.model, cache))
+        cache = cache_of(out)
         assert isinstance(cache, avlprof.AVLCache)
         assert runtime.cache is cache
         answer = [out.logits[:, -1].argmax(dim=-1, keepdim=True)]
         while len(answer) < STEPS:
-            out = case.model(input_ids=answer[-1], past_key_values=cache, use_cache=True)
+            out = case.model(input_ids=answer[-1], **given_cache(case.model, cache))
             answer.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
     assert torch.equal(torch.cat(answer, dim=1), wanted)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
 
 
 @torch.inference_mode()
+def test_a_cache_is_taken_by_its_old_and_new_name_and_by_place(case):
+    inputs = case.inputs()
+    names = list(inspect.signature(case.model.forward).parameters)
+    found = []
+    for name in NAMES:
+        with avlprof.apply(case.model, POLICY) as runtime, torch.no_grad():
+            cache = runtime.new_cache()
+            given = dict.fromkeys(names[: names.index(cache_argument(case.model))]) | inputs
+            ids = given.pop("input_ids")
+            found.append(case.model(ids, **given, **{name: cache}, use_cache=True).logits)
+            assert cache.get_seq_length() == ids.shape[1]
+    assert torch.equal(*found)
+
+
 def test_a_padded_batch_in_a_loop_of_ones_own():
     """As with the stock cache, positions that skip the padding are the caller's to give."""
     case = random_llava()
@@ -121,7 +137,7 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with avlprof.apply(case.model, POLICY) as runtime:
         cache = runtime.new_cache()
-        out = case.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = case.model(**inputs, position_ids=positions, **given_cache(case.model, cache))
         answer = [out.logits[:, -1].argmax(dim=-1, keepdim=True)]
         while len(answer) < STEPS:
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
@@ -129,8 +145,7 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
                 input_ids=answer[-1],
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
+                **given_cache(case.model, cache),
             )
             answer.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
     assert torch.equal(torch.cat(answer, dim=1), wanted)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from avlprof.attention.cache_argument import NAMES, cache_argument
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
 from avlprof.attention.kernels import explicit_mask, stock_kernel
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.errors import UserError
 
-NAMES = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
+IMPLEMENTATIONS = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
 _SESSION = "_avlprof_session"
 
 
@@ -43,7 +44,8 @@ class Session:
 
     model: PreTrainedModel
     kernel: Kernel
-    signature: inspect.Signature
+    arguments: tuple[str, ...]
+    cache_name: str
     observers: list[Observer] = field(default_factory=list)
     runtime: AttentionRuntime | None = None
     _states: WeakKeyDictionary[Any, _State] = field(default_factory=WeakKeyDictionary)
@@ -58,15 +60,15 @@ class Session:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
-        bound = self.signature.bind_partial(*args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
-        values: dict[str, Any] = {**bound, **extra}
-        values.pop("self", None)
-        cache = values.get("past_key_values")
+        values: dict[str, Any] = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        found = [values.pop(name) for name in NAMES if name in values]
+        cache = next((one for one in found if one is not None), None)
         past = cache.get_seq_length() if cache is not None else 0
         ids = values.get("input_ids")
         if self.runtime is not None:
             cache = self._swapped(cache, past, values)
+        if cache is not None or found:
+            values[self.cache_name] = cache
         if past == 0:
             if ids is None:
                 raise UserError(
@@ -116,7 +118,6 @@ class Session:
                     "the cache was filled outside of this context; run the prompt inside the context"
                 )
             cache = runtime.new_cache()
-        values["past_key_values"] = cache
         values["use_cache"] = True
         return cache
 
@@ -199,9 +200,10 @@ def switched(
 def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     text_config: Any = decoder.config
     before: str = text_config._attn_implementation
-    session = Session(model, stock_kernel(decoder, before), inspect.signature(model.forward))
+    arguments = tuple(inspect.signature(model.forward).parameters)
+    session = Session(model, stock_kernel(decoder, before), arguments, cache_argument(model))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
-    for name, mask in zip(NAMES.values(), (sdpa_mask, explicit_mask), strict=True):
+    for name, mask in zip(IMPLEMENTATIONS.values(), (sdpa_mask, explicit_mask), strict=True):
         AttentionInterface.register(name, _attention)
         AttentionMaskInterface.register(name, mask)
     hooks = [
@@ -211,7 +213,7 @@ def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     try:
         for module in (decoder, *modules):
             setattr(module, _SESSION, session)
-        _set_implementation(model, text_config, NAMES[before or "eager"])
+        _set_implementation(model, text_config, IMPLEMENTATIONS[before or "eager"])
         yield session
     finally:
         for hook in hooks:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
+from avlprof.attention.cache_argument import given_cache
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.runtime import Runtime, apply
@@ -64,7 +65,7 @@ def generate_tokens(
     listeners = [_Listener(partial(on_token, cache))] if on_token else []
     ids: Tensor = loaded.model.generate(
         **encoding,
-        past_key_values=cache,
+        **given_cache(loaded.model, cache),
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         do_sample=False,

@@ -42,7 +42,7 @@ class AVLCache(Cache):
     """A transformers `Cache` under a policy; valid inside the context that made it.
 
     `generate` gets one by itself inside `avlprof.apply`; with a loop of your own pass
-    `past_key_values=runtime.new_cache()`.
+    `cache=runtime.new_cache()` (before transformers 5.24 the argument was `past_key_values`).
     """
 
     def __init__(self, policy: Policy, text_config: Any) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from avlprof.attention.cache_argument import given_cache
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
 from avlprof.models.tiles import Layout
@@ -56,7 +57,7 @@ class FamilyConformance:
         inputs = self.case.inputs(2, seed=3)
         cache = DynamicCache(config=self.case.model.config)
         with torch.no_grad():
-            self.case.model(**inputs, past_key_values=cache, use_cache=True)
+            self.case.model(**inputs, **given_cache(self.case.model, cache))
         rows, tokens = inputs["input_ids"].shape
         adapter = self.adapter
         assert len(cache.layers) == adapter.layers

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from avlprof.attention.cache_argument import cache_of, given_cache
 from avlprof.errors import UserError
 from avlprof.evaluation.bench.memory import peak_above
 from avlprof.evaluation.bench.shapes import DecoderShape, prompt, random_model
@@ -152,8 +153,8 @@ def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor], policy: Policy |
     """Run the prompt; the bytes that its cache holds afterwards."""
     cache = None if policy else DynamicCache(config=model.config.get_text_config(decoder=True))
     with apply(model, policy) if policy else contextlib.nullcontext():
-        out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache_bytes(out.past_key_values)
+        out = model(**inputs, **given_cache(model, cache), logits_to_keep=1)
+    return cache_bytes(cache_of(out))
 
 
 def _seconds(device: torch.device, work: Callable[[], int]) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from avlprof.attention.cache_argument import given_cache
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import modality_map, vision_token_ids
 from avlprof.attention.session import switched
@@ -234,7 +235,6 @@ class Runner:
             "input_ids": torch.full((self.batch, 1), 9, device=device),
             "attention_mask": mask,
             "position_ids": position,
-            "past_key_values": self.cache,
-            "use_cache": True,
+            **given_cache(self.model, self.cache),
             "output_attentions": self.attentions,
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.cache_argument import given_cache
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
@@ -132,8 +133,7 @@ class ForcedBatch:
             self.model(
                 input_ids=packed.packed([group.tokens for group in groups])[None],
                 position_ids=packed.packed(positions).unsqueeze(-2),
-                past_key_values=cache,
-                use_cache=True,
+                **given_cache(self.model, cache),
             )
         assert seen.rows is not None
         return seen.rows[0][packed.order]
