@@ -15,6 +15,7 @@ from PIL import Image
 from avlprof.errors import UserError
 from avlprof.models import adapter_for, load_model
 from avlprof.models.fitness import check_fits
+from avlprof.models.soft_cap import keep_soft_cap
 from avlprof.models.tiles import parse_tiles
 from avlprof.pictures import find_pictures, save_pictures
 from avlprof.tasks import Message, Sample, Task, Turn, load_task
@@ -218,7 +219,85 @@ def test_videos_go_to_a_processor_that_has_a_place_for_them(tiny):
     assert [len(video) for video in given["videos"]] == [2, 1, 3]
     assert given["videos"][2][1].tobytes() == frames[3].tobytes()
     assert given["do_sample_frames"] is False
+    assert [clip["frames_indices"] for clip in given["video_metadata"]] == [[0, 1], [0], [0, 1, 2]]
+    assert {clip["fps"] for clip in given["video_metadata"]} == {2.0}
     assert [len(row) for row in given["images"]] == [1, 0]
+
+
+FRAME = Image.new("RGB", (8, 8))
+SHOWN, FILMED = Message("user", "a", (FRAME,)), Message("user", "b", (), ((FRAME,) * 4,))
+SHORT, SPOKEN = Message("user", "c", (), ((FRAME,) * 2,)), Message("assistant", "d")
+
+
+@pytest.mark.parametrize(
+    ("family", "chats", "said"),
+    [
+        ("glm4v", [[SHOWN], [FILMED]], "a batch of 'glm4v' may have pictures or videos, got both; run such"),
+        ("smolvlm", [[SHOWN, SPOKEN, FILMED]], "a prompt of 'smolvlm' may have pictures or videos, got both"),
+        (
+            "internvl",
+            [[FILMED], [SHORT]],
+            "of a batch of 'internvl' must have the same number of frames, got 2 and 4",
+        ),
+        (
+            "llava_onevision",
+            [[FILMED, SPOKEN, SHORT]],
+            "videos of a prompt of 'llava_onevision' must have the same",
+        ),
+        ("glm4v", [[FILMED], [SHORT, SPOKEN, FILMED]], None),
+        ("smolvlm", [[SHOWN], [SHOWN, SPOKEN, SHOWN]], None),
+        ("internvl", [[FILMED], [SHOWN, SPOKEN, FILMED]], None),
+        ("llava_onevision", [[SHOWN, SPOKEN, FILMED], [SPOKEN]], None),
+        ("qwen2_vl", [[SHOWN, SPOKEN, FILMED], [SHORT]], None),
+    ],
+)
+def test_what_a_family_cannot_take_together_is_said(family, chats, said):
+    adapter = adapter_for(BUILDERS[family]().model)
+    if said is None:
+        adapter.check_together(chats)
+        return
+    with pytest.raises(UserError, match=said):
+        adapter.check_together(chats)
+
+
+def test_labels_of_a_processor_do_not_reach_the_model(tiny):
+    """PaliGemma's processor returns them always; the model would compute a loss from them."""
+
+    class Processor:
+        chat_template = None
+        tokenizer = tiny.processor.tokenizer
+
+        def __call__(self, **inputs):
+            ids = torch.ones(1, 3, dtype=torch.long)
+            return {"input_ids": ids, "labels": ids, "token_type_ids": ids}
+
+    batch = adapter_for(tiny.model, Processor()).encode_samples([Sample("a", (), "one")])
+    assert set(batch) == {"input_ids", "token_type_ids"}
+
+
+def test_errors_of_a_processor_are_one_line(tiny):
+    class Processor:
+        chat_template = None
+        tokenizer = tiny.processor.tokenizer
+
+        def __call__(self, **inputs):
+            raise ValueError("cannot stack.\nYou can try:\n  1. padding")
+
+    with pytest.raises(UserError, match=r"prompt: cannot stack\. You can try: 1\. padding$"):
+        adapter_for(tiny.model, Processor()).encode_samples([Sample("a", (), "one")])
+
+
+@pytest.mark.parametrize(
+    ("cap", "found", "wanted"), [(4.0, "sdpa", "eager"), (4.0, "eager", None), (None, "sdpa", None)]
+)
+def test_soft_capped_logits_never_run_in_sdpa(cap, found, wanted):
+    text = SimpleNamespace(attn_logit_softcapping=cap, _attn_implementation=found)
+    asked = []
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda decoder: text), set_attn_implementation=asked.append
+    )
+    keep_soft_cap(model)
+    assert asked == ([{"text_config": wanted}] if wanted else [])
 
 
 REFUSED = {

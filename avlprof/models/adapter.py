@@ -188,9 +188,10 @@ class Adapter:
 
         Raises:
             UserError: the processor refuses the prompts, has no place for videos or no template
-                for a conversation.
+                for a conversation, or the family cannot take them in one batch.
         """
         processor = self._processor()
+        self.check_together(chats)
         texts = [self.prompt(chat) for chat in chats]
         begin = processor.tokenizer.bos_token
         try:
@@ -204,8 +205,16 @@ class Adapter:
                 return_tensors="pt",
             )
         except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"the processor of '{self.family}' cannot encode this prompt: {error}") from error
-        return {name: self._place(value) for name, value in batch.items() if isinstance(value, Tensor)}
+            said = " ".join(str(error).split())
+            raise UserError(f"the processor of '{self.family}' cannot encode this prompt: {said}") from error
+        return {
+            name: self._place(value)
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and name != "labels"  # PaliGemma's; they ask forward for a loss
+        }
+
+    def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
+        """Refuses what the family cannot take in one batch (`avlprof.models.mixing`); here nothing."""
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of token ids, without special tokens and outer blanks."""

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from avlprof.errors import UserError
 from avlprof.tasks.turn import Message
+
+FRAMES_PER_SECOND: Final = 2.0
+"""How far apart the frames of a video are taken to be.
+
+Families that tell the model the time of a frame (Qwen2.5-VL, Qwen3-VL, GLM-4V, SmolVLM) need it,
+and a folder of frames does not say. It is the rate of Qwen's and GLM-4V's own sampling; left out,
+processors assume 24, which puts the frames of a short film at one and the same time.
+"""
 
 
 def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
@@ -45,14 +53,29 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
 def processor_inputs(chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
     """The pictures and videos of a batch, as arguments of a processor.
 
-    Pictures are lists a row, None for none. Every frame of a video is used: nothing is sampled.
+    Pictures are lists a row, None for none. Every frame of a video is used: nothing is sampled. Of
+    time, the processor learns `FRAMES_PER_SECOND`.
     """
     images = [[image for message in chat for image in message.images] for chat in chats]
     videos = [list(video) for chat in chats for message in chat for video in message.videos]
     given: dict[str, Any] = {"images": images if any(images) else None}
     if videos:
-        given |= {"videos": videos, "do_sample_frames": False}
+        given |= {
+            "videos": videos,
+            "do_sample_frames": False,
+            "video_metadata": [_timing(len(video)) for video in videos],
+        }
     return given
+
+
+def _timing(frames: int) -> dict[str, Any]:
+    """What a processor asks of a video of so many frames."""
+    return {
+        "total_num_frames": frames,
+        "fps": FRAMES_PER_SECOND,
+        "duration": frames / FRAMES_PER_SECOND,
+        "frames_indices": list(range(frames)),
+    }
 
 
 def _content(message: Message) -> list[dict[str, str]]:

@@ -29,6 +29,7 @@ from avlprof.models.fitness import check_fits
 from avlprof.models.hub import hub_reachable
 from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
 from avlprof.models.revision import folder_fingerprint, hub_commit
+from avlprof.models.soft_cap import keep_soft_cap
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
 
@@ -112,6 +113,7 @@ def load_model(
         if device_map is None:
             model = model.to(place)
     _check_complete(name, report)
+    keep_soft_cap(model)
     processor = _processor(name, source, options)
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)

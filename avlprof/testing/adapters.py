@@ -168,7 +168,8 @@ class ProcessorConformance:
 
 def _features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Features of all images as the model itself makes them, [vision tokens, width]."""
-    extra = {name: inputs[name] for name in ("image_grid_thw", "image_sizes") if name in inputs}
+    companions = ("image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
+    extra = {name: inputs[name] for name in companions if name in inputs}
     with torch.no_grad():
         found = model.get_image_features(inputs["pixel_values"], **extra, return_dict=True)
     parts = found.pooler_output if hasattr(found, "pooler_output") else found

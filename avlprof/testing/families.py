@@ -6,6 +6,7 @@ several features a picture, sliding layers, pictures and prefixes that attend bo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from avlprof.models.soft_cap import keep_soft_cap
 from avlprof.testing.models import (
     BOS,
     IMAGE,
@@ -61,12 +63,14 @@ def random_llava_onevision(seed: int = 0) -> TinyCase:
 
 def random_vipllava(seed: int = 0) -> TinyCase:
     """Features of several layers of the tower, side by side."""
+    new, old = "vision_feature_layer", "vision_feature_layers"  # renamed after transformers 5.17
+    name = new if new in inspect.signature(hf.VipLlavaConfig).parameters else old
     config = hf.VipLlavaConfig(
         text_config=hf.LlamaConfig(**_text()),
         vision_config=_tower(hf.CLIPVisionConfig, 5 * PATCH),
         image_token_index=IMAGE,
         image_seq_length=25,
-        vision_feature_layer=[-1, -2],
+        **{name: [-1, -2]},
     )
     model = finished(hf.VipLlavaForConditionalGeneration, config, seed)
     return TinyCase("vipllava", model, (IMAGE,), squares(5 * PATCH, 25))
@@ -305,5 +309,6 @@ def _paligemma(name: str, text: Any, seed: int) -> TinyCase:
         tie_word_embeddings=False,
     )
     model = finished(hf.PaliGemmaForConditionalGeneration, config, seed)
+    keep_soft_cap(model)
     pixels = squares(5 * PATCH, 25)
     return TinyCase(name, model, (IMAGE,), pixels, lambda ids: {"token_type_ids": torch.zeros_like(ids)})

@@ -19,12 +19,12 @@ FAMILIES: Final[Registry[type[Adapter]]] = Registry(
         "internvl": "avlprof.models.families.tiled:InternVLAdapter",
         "aya_vision": "avlprof.models.families.tiled:AyaVisionAdapter",
         "idefics3": "avlprof.models.families.idefics:IdeficsAdapter",
-        "smolvlm": "avlprof.models.families.idefics:IdeficsAdapter",
+        "smolvlm": "avlprof.models.families.idefics:SmolVLMAdapter",
         "mistral3": "avlprof.models.families.mistral3:Mistral3Adapter",
         "qwen2_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen2_5_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
         "qwen3_vl": "avlprof.models.families.qwen_vl:QwenVLAdapter",
-        "glm4v": "avlprof.models.families.qwen_vl:QwenVLAdapter",
+        "glm4v": "avlprof.models.families.qwen_vl:Glm4vAdapter",
     },
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,9 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from avlprof.models.adapter import Adapter
 from avlprof.models.families.shown import padded_box
+from avlprof.models.mixing import check_equal_length
 from avlprof.models.tiles import Box, Layout, Tile
+from avlprof.tasks.turn import Message
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         side = math.ceil(self._side / 2)
         tiles = [Tile(at * side * side, side, side, side, frame=at) for at in range(pixels.shape[1])]
         return Layout(len(tiles) * side * side + 1, tuple(tiles))
+
+    def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
+        """The processor stacks the videos of a batch."""
+        check_equal_length(self.family, chats)
 
     def _fine(self, size: tuple[int, int]) -> tuple[int, int, Box]:
         rows, columns, box = super()._fine(size)

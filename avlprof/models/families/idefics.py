@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
-from avlprof.models.families.tiled import tiled
+from avlprof.models.families.tiled import squares, tiled
+from avlprof.models.mixing import check_apart
 from avlprof.models.tiles import Layout
+from avlprof.tasks.turn import Message
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,24 @@ class IdeficsAdapter(Adapter):
         if size is None or cutter is None:
             return None
         _, rows, columns = cutter.get_number_of_image_patches(size[1], size[0])
+        return tiled(max(rows, 1), max(columns, 1), self._side)
+
+    @property
+    def _side(self) -> int:
+        """Vision tokens along a side of a part."""
         config = self.model.config
         patches = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
-        return tiled(max(rows, 1), max(columns, 1), patches // int(config.scale_factor))
+        return patches // int(config.scale_factor)
+
+
+@dataclass(frozen=True)
+class SmolVLMAdapter(IdeficsAdapter):
+    """As Idefics3; a frame of a video is one part (arXiv 2504.05299)."""
+
+    def video_layout(self, encoding: Mapping[str, Tensor], video: int = 0, frames: int = 0) -> Layout | None:
+        """One square a frame, each squeezed into it whole."""
+        return squares(frames, self._side)
+
+    def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
+        """Pictures and videos cannot stand in one batch: the processor returns both as `pixel_values`."""
+        check_apart(self.family, chats)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.mixing import check_apart
 from avlprof.models.tiles import Layout, Tile
+from avlprof.tasks.turn import Message
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,12 @@ class QwenVLAdapter(Adapter):
             for time in range(times)
         ]
         return Layout(times * rows * columns, tuple(tiles))
+
+
+@dataclass(frozen=True)
+class Glm4vAdapter(QwenVLAdapter):
+    """As Qwen-VL, but frames have the id of pictures, by which transformers' model puts in both."""
+
+    def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
+        """Pictures and videos cannot stand in one batch."""
+        check_apart(self.family, chats)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.mixing import check_equal_length
 from avlprof.models.tiles import Layout, Tile
+from avlprof.tasks.turn import Message
 
 
 def tiled(rows: int, columns: int, side: int) -> Layout:
@@ -30,6 +32,12 @@ def tiled(rows: int, columns: int, side: int) -> Layout:
     return Layout(len(tiles) * each, tiles)
 
 
+def squares(frames: int, side: int) -> Layout | None:
+    """A tile of `side` x `side` tokens for each frame of a video; None without frames."""
+    tiles = tuple(Tile(at * side * side, side, side, side, frame=at) for at in range(frames))
+    return Layout(frames * side * side, tiles) if tiles else None
+
+
 def canvas(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
     """Rows and columns of tiles that a processor cuts a picture of this (width, height) into.
 
@@ -37,7 +45,7 @@ def canvas(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
     None where it has none.
     """
     cutter = processor.image_processor
-    options = getattr(processor, "images_kwargs", None) or {}
+    options = _defaults(processor)
     if not options.get("crop_to_patches", getattr(cutter, "crop_to_patches", False)):
         return 1, 1
     choose = getattr(inspect.getmodule(type(cutter)), "get_optimal_tiled_canvas", None)
@@ -47,6 +55,16 @@ def canvas(processor: Any, size: tuple[int, int]) -> tuple[int, int] | None:
     tile = (int(cutter.size["height"]), int(cutter.size["width"]))
     columns, rows = choose((size[1], size[0]), tile, least, most) if most > 1 else (1, 1)
     return int(rows), int(columns)
+
+
+def _defaults(processor: Any) -> dict[str, Any]:
+    """What the processor asks of its image processor unless told otherwise."""
+    stated = getattr(processor, "images_kwargs", None)
+    if stated is None:  # transformers before 5.24
+        stated = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {}).get(
+            "images_kwargs"
+        )
+    return dict(stated or {})
 
 
 @dataclass(frozen=True)
@@ -62,9 +80,11 @@ class InternVLAdapter(Adapter):
 
     def video_layout(self, encoding: Mapping[str, Tensor], video: int = 0, frames: int = 0) -> Layout | None:
         """One tile a frame."""
-        side = self._side
-        tiles = [Tile(at * side * side, side, side, side, frame=at) for at in range(frames)]
-        return Layout(frames * side * side, tuple(tiles)) if tiles else None
+        return squares(frames, self._side)
+
+    def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
+        """The processor stacks the videos of a batch."""
+        check_equal_length(self.family, chats)
 
     @property
     def _side(self) -> int:
