@@ -10,6 +10,7 @@ DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 COVERAGES = (50, 80, 90, 95, 99)
 LAGS = (1, 2, 4, 8, 16, 32)
 TEXT_SINK = 4
+HEADS = "_heads"  # behind the name of scores: of every query head, not their mean
 
 
 class RunMeta(BaseModel):

@@ -17,8 +17,9 @@ class RecordOptions:
 
     `rows` is `default` (all text and system rows, `vision_rows` evenly spaced vision rows) or
     `all`; of each kind of prompt row at most `coverage_rows`, evenly spaced, are measured for
-    coverage. Statistics are averaged over query heads unless `per_head`. With `history`, the kept
-    share of text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
+    coverage. Statistics are averaged over query heads unless `per_head`, which also keeps the
+    scores of single tokens head by head, beside their mean. With `history`, the kept share of
+    text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
     `block` and `held` bound memory and change no result.
 
     Raises:

@@ -11,7 +11,8 @@ from avlprof.attention.rows import head_logits
 from avlprof.tracing import statistics
 from avlprof.tracing.history import history
 from avlprof.tracing.measure import UNSEEN, row_values
-from avlprof.tracing.plan import MOST_ROWS, Block, RowPlan
+from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.plan import MOST_ROWS, RECEIVED, Block, RowPlan
 from avlprof.tracing.sums import Sums
 
 CPU_BLOCK = 1 << 19  # weights that stay in a core's cache
@@ -36,8 +37,8 @@ class PromptAttention:
 
 @dataclass
 class PromptFound:
-    """Sums over the rows; `received` fp32 `[3, N]`, what each key got from `RECEIVED`, mean over
-    heads, summed over rows; `history [T]`, where it was asked for."""
+    """Sums over the rows: `received` fp32 `[H, 3, V]`, what each vision token got from `RECEIVED`;
+    `history` fp64 `[H, T]`, where it was asked for. Without `per_head` H is 1, the mean over heads."""
 
     sums: Sums
     received: Tensor
@@ -52,19 +53,22 @@ def measure_prompt(attention: PromptAttention, plan: RowPlan) -> PromptFound:
     """
     heads, length, _ = attention.query.shape
     groups = len(attention.key)
-    size = heads // groups
-    budget = plan.options.block or (CPU_BLOCK if attention.key.device.type == "cpu" else DEVICE_BLOCK)
-    found = PromptFound(Sums(plan.kinds), attention.query.new_zeros((3, length), dtype=torch.float32), None)
+    size, device = heads // groups, attention.key.device
+    budget = plan.options.block or (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK)
+    kept = heads if plan.options.per_head else 1
+    shape = (kept, len(RECEIVED), len(plan.columns.vision))
+    found = PromptFound(Sums(plan.kinds), torch.zeros(shape, dtype=torch.float32, device=device), None)
     if plan.options.history is not None:
-        found.history = torch.zeros(len(plan.columns.text), dtype=torch.float64, device=attention.key.device)
+        found.history = torch.zeros(kept, len(plan.columns.text), dtype=torch.float64, device=device)
     for block in plan.blocks(min(max(budget // (length * size), 1), MOST_ROWS)):
         seen = block.last + 1 if attention.mask is None and attention.causal else length
         together = max(budget // (len(block.rows) * seen * size), 1)
         for start in range(0, groups, together):
             _measure(found, attention, plan, block, seen, slice(start, min(start + together, groups)))
-    found.received /= heads
-    if found.history is not None:
-        found.history /= heads
+    if not plan.options.per_head:
+        found.received /= heads
+        if found.history is not None:
+            found.history /= heads
     return found
 
 
@@ -99,9 +103,17 @@ def _measure(
         vision = columns.vision.of_first(weights[:, block.covered])
         counts = statistics.coverage(statistics.descending(vision), columns.shares)
         found.sums.add_coverage(counts, block.covered_kinds, heads, total)
+    where = heads if options.per_head else slice(0, 1)
     if block.is_received:
-        found.received[:, :seen] += (block.received @ weights).sum(dim=0)
+        gained = columns.vision.of_first(_kept(block.received @ weights, options))
+        found.received[where, :, : gained.shape[-1]] += gained
     if found.history is not None and options.history is not None and len(block.is_text):
         rows = block.is_text
-        added = history(text[:, rows], block.order[rows], options.history, decoding=False)
-        found.history[: len(added)] += added * len(weights)
+        scores = history(text[:, rows], block.order[rows], options.history, decoding=False)
+        added = _kept(scores, options)
+        found.history[where, : added.shape[-1]] += added
+
+
+def _kept(values: Tensor, options: RecordOptions) -> Tensor:
+    """Values `[h, ...]` of some heads as they are added up: one by one, or `[1, ...]` together."""
+    return values if options.per_head else values.sum(dim=0, keepdim=True)

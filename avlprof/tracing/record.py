@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
+from avlprof.runs.meta import HEADS
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.plan import RECEIVED, RowPlan
@@ -26,8 +27,9 @@ class RowRecord:
     the prompt. `frame()` and `scores()` are what a run directory stores of it.
 
     Memory: the sums are small and do not grow. Decoding scores are 4 bytes x layers x vision
-    tokens for each step, in host memory (32 layers, 2,880 tokens: 0.35 MiB a step); what is
-    held back to be measured together is bounded by `RecordOptions.held`.
+    tokens for each step, in host memory (32 layers, 2,880 tokens: 0.35 MiB a step), and with
+    `per_head` as much for each head (of 32 heads 11 MiB a step); what is held back to be measured
+    together is bounded by `RecordOptions.held`.
     """
 
     def __init__(self, modality: Tensor, layers: int, options: RecordOptions) -> None:
@@ -80,44 +82,58 @@ class RowRecord:
         return sorted(lists, key=lambda row: (row["layer"], row["phase"], row["query"], row["head"]))
 
     def scores(self) -> dict[str, NDArray[np.float32]]:
-        """Head-mean attention that single tokens received, fp32.
+        """Attention that single tokens received, mean over query heads, fp32.
 
         `last` and `instruction [L, V]` are what the last row and the mean text row of the prompt
         gave the vision tokens, `decode [steps, L, V]` what each step did. With all rows recorded,
         `all [L, V]` are the column sums over all rows of the prompt. With `options.history`,
         `history [L, T]` are A-VL's scores of the text tokens, prompt text and generated.
+
+        With `per_head` each of them stands there head by head as well, as `last_heads [L, H, V]`,
+        `decode_heads [steps, L, H, V]` and so on.
         """
         self.settle()
-        vision = (self.modality == Modality.VISION).nonzero()[:, 0]
         text_rows = max(int((self.modality == Modality.TEXT).sum()), 1)
-        none = torch.zeros(len(RECEIVED), len(self.modality))
-        received = torch.stack([none if p is None else p.received.cpu() for p in self._prompt])[..., vision]
-        found = {
-            "last": received[:, LAST],
-            "instruction": received[:, INSTRUCTION] / text_rows,
-            "decode": self._decoded(len(vision)),
+        received = self._received()
+        heads = {
+            "last": received[:, :, LAST],
+            "instruction": received[:, :, INSTRUCTION] / text_rows,
+            "decode": self._decoded(received.shape),
         }
         if self.options.rows == "all":
-            found["all"] = received[:, ALL]
+            heads["all"] = received[:, :, ALL]
         if self.options.history is not None:
-            found["history"] = torch.stack([self._history(layer) for layer in range(len(self._steps))])
+            heads["history"] = self._history(received.shape[1])
+        found = {name: values.mean(dim=-2) for name, values in heads.items()}
+        if self.options.per_head:
+            found |= {f"{name}{HEADS}": values for name, values in heads.items()}
         return {name: np.ascontiguousarray(values.numpy()) for name, values in found.items()}
 
-    def _decoded(self, vision: int) -> Tensor:
-        measured = [torch.cat(steps.scores) for steps in self._steps if steps.scores]
-        steps = min((len(seen) for seen in measured), default=0)
-        if len(measured) < len(self._steps):
-            return torch.zeros(0, len(self._steps), vision)
-        return torch.stack([seen[:steps] for seen in measured], dim=1)
+    def _received(self) -> Tensor:
+        """fp32 `[L, H, 3, V]` of `RECEIVED`; 0 in layers that did not attend."""
+        vision = int((self.modality == Modality.VISION).sum())
+        shape = next((p.received.shape for p in self._prompt if p), (1, len(RECEIVED), vision))
+        none = torch.zeros(shape, dtype=torch.float32)
+        return torch.stack([none if p is None else p.received.cpu() for p in self._prompt])
 
-    def _history(self, layer: int) -> Tensor:
-        """fp32 `[T]`: the prompt's rows and the steps' together."""
+    def _decoded(self, shape: torch.Size) -> Tensor:
+        """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
+        layers, heads, _, vision = shape
+        steps = min(sum(len(part) for part in layer.scores) for layer in self._steps)
+        found = torch.empty(steps, layers, heads, vision, dtype=torch.float32)
+        if steps:
+            for place, layer in enumerate(self._steps):
+                found[:, place] = torch.cat(layer.scores)[:steps]
+        return found
+
+    def _history(self, heads: int) -> Tensor:
+        """fp32 `[L, H, T]`: the prompt's rows and the steps' together."""
         text = (self._grown == Modality.TEXT) | (self._grown == Modality.GENERATED)
-        total = torch.zeros(int(text.sum()), dtype=torch.float64)
-        prompt, steps = self._prompt[layer], self._steps[layer].history
-        for part in (None if prompt is None else prompt.history, steps):
-            if part is not None:
-                total[: len(part)] += part.cpu()
+        total = torch.zeros(len(self._steps), heads, int(text.sum()), dtype=torch.float64)
+        for layer, prompt, steps in zip(total, self._prompt, self._steps, strict=True):
+            for part in (None if prompt is None else prompt.history, steps.history):
+                if part is not None:
+                    layer[:, : part.shape[-1]] += part.cpu()
         return total.float()
 
     def _measure_steps(self, layer: int) -> None:

@@ -60,6 +60,8 @@ def estimate_bytes(
 ) -> int:
     """Upper estimate of a run's size on disk: scores of full-length answers and the stats table.
 
+    With `per_head` these are the scores of every head beside their mean, and a row a head.
+
     Args:
         vision: vision tokens of a prompt.
         answer_tokens: tokens of the longest answer; by default `meta.max_new_tokens`.
@@ -70,5 +72,5 @@ def estimate_bytes(
     if meta.history is not None:
         scores += text + tokens
     row = 8 * (12 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
-    stats = 5 * row * (meta.heads if meta.per_head else 1)
-    return samples * meta.layers * (4 * scores + stats)
+    heads = meta.heads if meta.per_head else 0
+    return samples * meta.layers * (4 * scores * (1 + heads) + 5 * row * max(heads, 1))

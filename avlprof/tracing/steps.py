@@ -18,8 +18,9 @@ HELD_STEPS = 32  # decoding steps measured at once, at most
 class LayerSteps:
     """Logits of decoding steps held back, and what the measured ones came to.
 
-    `scores` are head-mean weights on vision, fp32 `[S, V]` each, in host memory: they are all
-    that grows with the length of an answer. `history [T]` are sums over the steps, if asked for.
+    `scores` are weights on vision, fp32 `[S, H, V]` each, in host memory: they are all that grows
+    with the length of an answer. `history` fp64 `[H, T]` are sums over the steps, if asked for.
+    Without `per_head` H is 1, the mean over heads.
     """
 
     def __init__(self, options: RecordOptions) -> None:
@@ -53,14 +54,19 @@ class LayerSteps:
         self.sums.add(values, every, whole, heads)
         if self._options.history is not None:
             order = columns.order[rows].to(weights.device)
-            self._add_history(history(text, order, self._options.history, decoding=True))
+            self._add_history(self._kept(history(text, order, self._options.history, decoding=True)))
         if not len(columns.vision):
             return
         vision = columns.vision.of_first(weights)
         ordered = statistics.descending(vision)
         self.sums.add_coverage(statistics.coverage(ordered, columns.shares), every, whole, heads)
-        self.scores.append(vision.mean(dim=0).cpu())
+        # contiguous: a view would hold on to the weights of all keys
+        self.scores.append(self._kept(vision).transpose(0, 1).contiguous().cpu())
         self._add_overlaps(statistics.top_sets(vision, self._options.top_share, ordered))
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """`[H, ...]` as they are stored: of every head, or their mean `[1, ...]`."""
+        return values if self._options.per_head else values.mean(dim=0, keepdim=True)
 
     def _add_overlaps(self, now: Tensor) -> None:
         """Compare the top sets `[H, S, V]` of these steps with those `lags` steps before each."""
@@ -81,5 +87,5 @@ class LayerSteps:
         if self.history is None:
             self.history = added
         else:
-            grown = len(added) - len(self.history)
+            grown = added.shape[-1] - self.history.shape[-1]
             self.history = torch.nn.functional.pad(self.history, (0, grown)) + added
