@@ -14,6 +14,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers.utils import is_num2words_available, is_torchvision_available
 
@@ -38,6 +40,8 @@ if not is_torchvision_available():
     pytest.skip("processors with a place for videos need torchvision", allow_module_level=True)
 
 BUILDERS = {**dict(cases()), **dict(families())}
+OLD = Version(transformers.__version__) < Version("5.24")  # 5.17 was run, and those between not
+SMOLVLM = is_num2words_available() and not OLD
 NAMES = [
     pytest.param(
         name,
@@ -47,7 +51,16 @@ NAMES = [
     )
     for name in REAL
 ]
-FILMS = [param for param in NAMES if REAL[param.values[0]].films]
+FILMS = [
+    pytest.param(
+        *param.values,
+        marks=(*param.marks, pytest.mark.skipif(OLD, reason="SmolVLM's processor counts frames as videos"))
+        if param.values[0] == "smolvlm"
+        else (),
+    )
+    for param in NAMES
+    if REAL[param.values[0]].films
+]
 TURNS = [param for param in NAMES if not param.values[0].startswith("paligemma")]
 
 
@@ -237,7 +250,7 @@ def test_frames_are_half_a_second_apart():
     chats = [[user("what?", videos=[film(6)])]]
     said = {
         name: letters(built(name), built(name).encode_chats(chats)["input_ids"][0])
-        for name in ("qwen3_vl", "glm4v", *(["smolvlm"] if is_num2words_available() else []))
+        for name in ("qwen3_vl", "glm4v", *(["smolvlm"] if SMOLVLM else []))
     }
     assert re.findall(r"(\d\.\d) seconds", said["qwen3_vl"]) == ["0.2", "1.2", "2.2"]
     assert re.findall(r"<\|end_of_image\|>(\d)", said["glm4v"]) == ["0", "1", "2"]
