@@ -440,7 +440,7 @@ def specials(case):
     """What is special of a model, read off the model itself."""
     config, text = case.model.config, case.model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    layers = getattr(config, "vision_feature_layer", 0)
+    layers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", 0))
     adapter = adapter_for(case.model)
     inputs = case.inputs(1, seed=1)
     layout = adapter.image_layout(inputs)

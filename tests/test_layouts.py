@@ -99,7 +99,11 @@ def silence(module, args, out):
 
 def processor_of(name):
     _, kind, options, _, _ = SEEN[name]
-    return SimpleNamespace(image_processor=getattr(hf, kind)(**options, **pinpoints(name), resample=NEAREST))
+    try:
+        cutter = getattr(hf, kind)(**options, **pinpoints(name), resample=NEAREST)
+    except ImportError:
+        pytest.skip(f"transformers {hf.__version__} has no {kind} without torchvision")
+    return SimpleNamespace(image_processor=cutter)
 
 
 def pinpoints(name):
