@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,9 @@ class Run:
         """One row per sample, layer, head, phase and kind of query row."""
         return self.directory.stats()
 
-    def scores(self, sample: str) -> Scores:
-        """Attention that the vision tokens of a sample received, by kind of query row."""
-        return self.directory.scores(sample)
+    def scores(self, sample: str, names: Collection[str] = ()) -> Scores:
+        """Attention that single tokens of a sample received, by kind of row; of `names` alone, if given."""
+        return self.directory.scores(sample, names)
 
     def pictures(self, sample: str, task: Task | str | None = None) -> list[Image.Image]:
         """The pictures of a traced sample.

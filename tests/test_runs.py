@@ -120,6 +120,12 @@ def test_a_run_larger_than_memory_is_read_by_part(tmp_path):
     assert set(run.scores("c")) == {"last", "instruction", "decode", "extra"}
     assert set(run.scores("b")) == {"last", "instruction", "decode"}
     assert (run.scores("c")["extra"] == 2).all()
+    assert set(run.scores("c", ["extra", "last"])) == {"extra", "last"}
+    assert np.array_equal(run.scores("b", ["last"])["last"], sample("b", 1)[2]["last"])
+    with pytest.raises(UserError, match=r"has no scores 'extra' of sample 'b', it has .*last$"):
+        run.scores("b", ["last", "extra"])
+    with pytest.raises(UserError, match=r"no scores 'last_heads' of sample 'b'.*trace with --per-head$"):
+        run.scores("b", ["last_heads"])
 
 
 def test_no_pickle_and_a_meta_that_people_can_read(tmp_path):
@@ -355,6 +361,47 @@ def test_a_run_holds_what_the_recorder_saw(tmp_path, tiny, task):
             assert np.array_equal(run.scores(one.id)[name], array)
             stored += array.nbytes
     assert stored <= estimate_bytes(run.meta, int(table["vision"].max()), 3)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("rows", ["default", "all"])
+def test_the_estimate_is_of_scores_and_table(tmp_path, tiny, task, per_head, rows):
+    """Answers of full length: the scores are what was foretold, but for a step that nothing is fed in."""
+    options = RecordOptions(rows=rows, per_head=per_head, history=0.5)
+    samples = [Sample("a", task.samples("search", 1)[0].images, "describe the image.", ("a " * 9,))]
+    run = trace_samples(
+        tiny, task, samples, tmp_path, split="search", max_new_tokens=6, options=options, forced=True
+    )
+    one = run.samples().iloc[0]
+    assert one["generated"] == 6
+    text = int(one["system"] + one["text"])
+    estimate = estimate_bytes(run.meta, int(one["vision"]), 1, text=text)
+    stored = sum(array.nbytes for array in run.scores("a").values())
+    layers, heads = run.meta.layers, tiny.adapter.heads if per_head else 0
+    unfed = 4 * layers * (1 + heads) * (int(one["vision"]) + 1 + int(one["system"]))
+    table = estimate - stored - unfed
+    assert table % (layers * max(heads, 1) * 5) == 0
+    assert 200 <= table / (layers * max(heads, 1) * 5) <= 400, "bytes of a row of the table"
+    written = sum(f.stat().st_size for f in tmp_path.glob("s[ct]*"))
+    assert stored < written < 1.1 * estimate
+
+
+def test_large_scores_do_not_pile_up(tmp_path, tiny, task, monkeypatch):
+    """A part is written as soon as its scores fill the memory that they may take."""
+    parts = []
+    monkeypatch.setattr(trace, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(trace, "FLUSH_SECONDS", 1e9)
+    run = trace_samples(
+        tiny,
+        task,
+        task.samples("search", 3),
+        tmp_path,
+        split="search",
+        max_new_tokens=2,
+        progress=lambda done, total: parts.append(len(RunDirectory(tmp_path).parts())),
+    )
+    assert parts == [0, 0, 1, 2]
+    assert len(run.parts()) == 3
 
 
 def test_a_longer_run_extends_a_shorter_one(tmp_path, tiny, task):

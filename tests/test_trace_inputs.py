@@ -28,7 +28,7 @@ from avlprof.runs import RunDirectory
 from avlprof.runtime import apply
 from avlprof.tasks import Message, Sample, Task
 from avlprof.testing.models import BOS, FIRST_WORD, IMAGE, PAD, VOCABULARY, cases, random_llava
-from avlprof.tracing import record, trace_samples
+from avlprof.tracing import RecordOptions, record, trace_samples
 from avlprof.tracing.trace import FLUSH_SAMPLES
 
 KEYS = ["sample", "layer", "head", "phase", "query"]
@@ -161,7 +161,8 @@ def test_a_batch_gives_the_numbers_of_its_samples_alone(name, build, tmp_path):
     }
 
 
-def test_a_batch_under_a_policy_gives_the_numbers_of_its_samples_alone(tmp_path):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_batch_under_a_policy_gives_the_numbers_of_its_samples_alone(tmp_path, per_head):
     loaded = wordy(random_llava(2), ends=list(range(FIRST_WORD, FIRST_WORD + 8)))
     samples = questions(5, seed=1, images=(1, 2))
     runs = [
@@ -173,10 +174,12 @@ def test_a_batch_under_a_policy_gives_the_numbers_of_its_samples_alone(tmp_path)
             batch_size=size,
             policy="half",
             under=lambda: apply(loaded.model, POLICY),
+            options=RecordOptions(per_head=per_head, history=0.5),
         )
         for size in (1, 5)
     ]
     assert_same_numbers(*runs)
+    assert ("decode_heads" in runs[0].scores("s0")) == per_head
 
 
 def test_a_batch_of_the_embedded_model(tiny, tmp_path):
@@ -211,8 +214,9 @@ def test_a_batch_resumes_a_run_of_single_samples(tmp_path):
 # --- given answers
 
 
-def teacher_forced_masses(loaded, sample, answer):
-    """Mean vision mass `[L, H]` of the decoding rows, from eager weights of one plain forward."""
+def teacher_forced_weights(loaded, sample, answer):
+    """Eager weights `[H, N, N]` of each layer over prompt and answer, from one plain forward; the
+    length of the prompt; and which tokens are vision, bool `[N]`."""
     model = loaded.model
     batch = loaded.adapter.encode([sample.prompt], [sample.open_images()])
     prompt = batch["input_ids"].shape[1]
@@ -223,9 +227,7 @@ def teacher_forced_masses(loaded, sample, answer):
     with torch.no_grad():
         weights = model(**batch, output_attentions=True).attentions
     model.set_attn_implementation({"text_config": "sdpa"})
-    vision = ids[0] == IMAGE
-    rows = slice(prompt, prompt + len(answer) - 1)
-    return np.stack([layer[0, :, rows][..., vision].sum(-1).mean(-1).numpy() for layer in weights])
+    return [layer[0].numpy() for layer in weights], prompt, (ids[0] == IMAGE).numpy()
 
 
 @pytest.mark.parametrize(("name", "build"), cases())
@@ -234,7 +236,8 @@ def test_given_answers_are_traced_to_their_end(name, build, size, tmp_path):
     """The oracle is one forward over prompt and answer, in which nothing is generated."""
     loaded = wordy(build(), ends=[FIRST_WORD])
     samples = questions(4, seed=5, answers=((2, 15), (1, 2)))
-    run = traced(loaded, samples, tmp_path, batch_size=size, forced=True)
+    options = RecordOptions(per_head=True)
+    run = traced(loaded, samples, tmp_path, batch_size=size, forced=True, options=options)
     assert run.meta.forced
     table = run.samples().set_index("sample")
     assert table["generated"].max() > 8, "longer than what the task lets a model answer"
@@ -244,9 +247,17 @@ def test_given_answers_are_traced_to_their_end(name, build, size, tmp_path):
         answer = answer[:first_end]
         assert list(table.loc[sample.id, "tokens"]) == [f"w{i}" for i in answer]
         stats = run.stats().query("sample == @sample.id and query == 'generated'")
-        ours = stats.groupby("layer")["mass_vision"].mean().to_numpy()
-        want = teacher_forced_masses(loaded, sample, answer).mean(axis=1)
-        np.testing.assert_allclose(ours, want, atol=1e-5)
+        masses, scores = stats.set_index(["layer", "head"])["mass_vision"], run.scores(sample.id)
+        weights, prompt, vision = teacher_forced_weights(loaded, sample, answer)
+        for layer, of_layer in enumerate(weights):
+            for head, full in enumerate(of_layer):
+                rows = full[prompt : prompt + len(answer) - 1][:, vision]
+                np.testing.assert_allclose(scores["decode_heads"][:, layer, head], rows, atol=1e-5)
+                last = scores["last_heads"][layer, head]
+                np.testing.assert_allclose(last, full[prompt - 1][vision], atol=1e-5)
+                if len(rows):
+                    want = sum(row.sum() for row in rows) / len(rows)
+                    assert abs(masses[layer, head] - want) < 1e-5
 
 
 def test_a_model_without_end_token_stops_with_the_answer(tmp_path):

@@ -65,7 +65,7 @@ def _spread(rows: list[dict[Hashable, Any]], count: int) -> list[dict[Hashable, 
 def _example(run: TracedRun, row: dict[Hashable, Any], task: Task | None) -> Example:
     sample = str(row["sample"])
     tiles = parse_tiles(row["tiles"])
-    figure = vision_heatmap(run.pictures(sample, task), run.scores(sample)["last"], tiles)
+    figure = vision_heatmap(run.pictures(sample, task), run.scores(sample, ["last"])["last"], tiles)
     references = tuple(_short(str(text)) for text in row["references"])
     return Example(sample, _short(str(row["prompt"])), _short(str(row["answer"])), references, as_png(figure))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +32,8 @@ class TracedRun(Protocol):
     def samples(self) -> pd.DataFrame:
         """One row a sample; see `avlprof.runs.RunDirectory`."""
 
-    def scores(self, sample: str) -> Scores:
-        """Attention that the vision tokens of a sample received, by kind of query row."""
+    def scores(self, sample: str, names: Collection[str] = ()) -> Scores:
+        """Attention that single tokens of a sample received, by kind of row; of `names` alone, if given."""
 
     def pictures(self, sample: str, task: Task | str | None = None) -> list[Image.Image]:
         """The pictures of a sample; `UserError` when they cannot be found."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.numpy import safe_open, save_file
 from avlprof.errors import UserError
 from avlprof.files import replacing
 from avlprof.runs.lock import FolderLock
-from avlprof.runs.meta import RunMeta
+from avlprof.runs.meta import HEADS, RunMeta
 from avlprof.runs.start import check_free, read_meta, settle_meta, unreadable
 
 Scores = dict[str, NDArray[np.float32]]
@@ -46,7 +46,9 @@ class RunDirectory:
         scores: per sample the head-mean attention that vision tokens received, fp32: `last` and
             `instruction` `[layers, vision]`, `decode [steps, layers, vision]`; with every row
             recorded also `all [layers, vision]`, and with `history` of the text tokens
-            `history [layers, text]`.
+            `history [layers, text]`. In a run of all heads each of them stands there head by head
+            as well: `last_heads [layers, heads, vision]`, `decode_heads [steps, layers, heads,
+            vision]` and so on.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -82,18 +84,29 @@ class RunDirectory:
         """Ids of the traced samples, in the order of the parts."""
         return list(self._places)
 
-    def scores(self, sample: str) -> Scores:
-        """Scores of a sample's tokens by kind of row; `UserError` when it was not traced."""
+    def scores(self, sample: str, names: Collection[str] = ()) -> Scores:
+        """Scores of a sample's tokens by kind of row: those of `names`, by default all.
+
+        Raises:
+            UserError: the sample was not traced, or the run has no scores of that name.
+        """
         part, index = self._places.get(sample, ("", -1))
         if index < 0:
             raise UserError(f"sample '{sample}' is not in run {self.path}")
         path = self.path / f"scores-{part}.safetensors"
         try:
             with safe_open(path, framework="np") as file:
-                own = [key for key in file.keys() if key.startswith(f"{index}.")]  # noqa: SIM118
-                return {key.removeprefix(f"{index}."): file.get_tensor(key) for key in own}
+                keys = (key.split(".", 1) for key in file.keys())  # noqa: SIM118
+                own = [name for part_index, name in keys if part_index == str(index)]
+                missing = next((name for name in names if name not in own), None)
+                if missing is None:
+                    return {name: file.get_tensor(f"{index}.{name}") for name in names or own}
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error) from None
+        hint = "; trace with --per-head" if missing.endswith(HEADS) else ""
+        raise UserError(
+            f"run {self.path} has no scores '{missing}' of sample '{sample}', it has {', '.join(own)}{hint}"
+        )
 
     @cached_property
     def hash(self) -> str:
@@ -155,6 +168,11 @@ class RunWriter:
     def pending(self) -> int:
         """Samples taken and not yet on disk."""
         return len(self._samples)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Memory that their scores take."""
+        return sum(values.nbytes for values in self._scores.values())
 
     def flush(self) -> None:
         """Write the samples in hand as one part; they stay in hand if the disk refuses."""

@@ -20,6 +20,7 @@ from avlprof.tracing.settings import run_meta
 
 FLUSH_SECONDS = 10.0
 FLUSH_SAMPLES = 32
+FLUSH_BYTES = 1 << 30
 Progress = Callable[[int, int], None]
 Under = Callable[[], AbstractContextManager[object]]
 
@@ -114,7 +115,8 @@ def _trace_missing(
             finished += 1
         if progress:
             progress(finished, len(samples))
-        if writer.pending >= FLUSH_SAMPLES or time.monotonic() - flushed > FLUSH_SECONDS:
+        full = writer.pending >= FLUSH_SAMPLES or writer.pending_bytes >= FLUSH_BYTES
+        if full or time.monotonic() - flushed > FLUSH_SECONDS:
             writer.flush()
             flushed = time.monotonic()
 
