@@ -46,6 +46,14 @@ def test_every_way_is_there(costs):
     assert costs[STOCK].speedup == 1.0
 
 
+def test_captured_steps_stand_beside_the_others():
+    found = run_decode_bench(SHAPE, visions=(VISION,), rounds=2, attentions=False, captured=True)
+    replayed = [cost for cost in found if cost.method.endswith(", captured")]
+    under = [cost.method for cost in found if cost.method in (OURS, PACKED, "keep 0.2", "core 0.2")]
+    assert [cost.method.removesuffix(", captured") for cost in replayed] == under
+    assert all(cost.step_ms > 0 and cost.attention_ms != cost.attention_ms for cost in replayed)
+
+
 def test_the_cap_is_the_bytes_of_a_dense_step_over_those_read(costs):
     token = 2 * 2 * 16 * 4  # keys and values, KV heads, head size, fp32
     dense = 2 * 3 * token * (1 + VISION + TEXT)

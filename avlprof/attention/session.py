@@ -52,6 +52,11 @@ class Session:
     _forward: Forward | None = None
     _cache: Any = None
 
+    @property
+    def stepping(self) -> bool:
+        """Whether the pass at work is a decoding step."""
+        return self._forward is not None and self._forward.step > 0 and self._forward.new == 1
+
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
         self._states[cache] = _State(modality)

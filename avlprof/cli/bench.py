@@ -83,6 +83,14 @@ def decode(
     attentions: Annotated[
         bool, typer.Option("--attentions/--no-attentions", help="Measure output_attentions of eager as well.")
     ] = True,
+    captured: Annotated[
+        bool | None,
+        typer.Option(
+            "--captured/--no-captured",
+            help="Measure captured steps (CUDA graphs) as well; on CUDA unless told.",
+            show_default=False,
+        ),
+    ] = None,
     sizes: SizesOption = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
@@ -106,6 +114,7 @@ def decode(
             device=where,
             dtype=kind,
             attentions=attentions,
+            captured=captured,
             progress=tell,
         )
     rows = [asdict(cost) for cost in found]

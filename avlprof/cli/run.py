@@ -32,6 +32,14 @@ def run(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show every layer; with json or csv, only the layers.")
     ] = False,
+    captured: Annotated[
+        int | None,
+        typer.Option(
+            "--captured",
+            help="Capture decoding steps and replay them (CUDA graphs on a GPU), so many by one capture.",
+            show_default=False,
+        ),
+    ] = None,
     device: given.DeviceOption = "auto",
     dtype: given.DtypeOption = "auto",
     revision: given.RevisionOption = None,
@@ -63,7 +71,7 @@ def run(
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     note(f"prompt: {sample.prompt}" + (f" (reference: {sample.answers[0]})" if sample.answers else ""))
     _generate(loaded, DENSE, sample, 2)
-    dense, ours = _generate(loaded, DENSE, sample, limit), _generate(loaded, chosen, sample, limit)
+    dense, ours = (_generate(loaded, one, sample, limit, captured) for one in (DENSE, chosen))
     bytes_in = dict.fromkeys(("live_kv", "allocated_kv", "read_kv_per_step"), size)
     if form is Format.table or not explain:
         show([_summary("dense", dense), _summary(chosen.name, ours)], form, cells=bytes_in)
@@ -103,14 +111,16 @@ class _Clock:
         self.last = time.perf_counter()
 
 
-def _generate(loaded: LoadedModel, policy: Policy, sample: Sample, limit: int) -> _Generated:
+def _generate(
+    loaded: LoadedModel, policy: Policy, sample: Sample, limit: int, captured: int | None = None
+) -> _Generated:
     import torch
 
     from avlprof.runtime import apply
 
     found = _Generated()
     encoding = loaded.adapter.encode_samples([sample])
-    with apply(loaded.model, policy) as runtime, torch.inference_mode():
+    with apply(loaded.model, policy, captured) as runtime, torch.inference_mode():
 
         def note_prefill() -> None:
             found.prefill = runtime.cache.use() if runtime.cache is not None else []

@@ -19,7 +19,7 @@ from avlprof.runtime.reads import Reads
 from avlprof.runtime.slots import SlotLayer
 from avlprof.runtime.text_part import TextPart, TextRule
 from avlprof.runtime.turns import Turn
-from avlprof.runtime.window import Windows
+from avlprof.runtime.window import FixedWindows, Windows
 from avlprof.scorers import Scorer
 
 
@@ -53,6 +53,8 @@ class AdaptiveLayer(SlotLayer):
         self._has_core = self.refreshing = False
         self._view = (0, 0)
         self._mask: Tensor | None = None
+        self.claimed: list[int] = []
+        self.fixed: Tensor | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -77,20 +79,57 @@ class AdaptiveLayer(SlotLayer):
             end = self._left + max(self.text.counts)
             key_states = torch.cat([keys[:, :, :end], key_states], dim=2)
             return key_states, torch.cat([values[:, :, :end], value_states], dim=2)
-        self._step += 1
-        self.refreshing = self._has_core and self._step % self.refresh_interval == 0
-        claimed = [self.text.claim(row) for row in range(len(self.plans))]
-        more = self.grow_for(self._left + max(claimed))
-        if more:
-            self.text.grow(more)
-            self._windows.forget_masks()
-        self.write(self._windows.slot(claimed, self.device), key_states, value_states)
-        self.seen += 1
+        if self.fixed is None:
+            self.advance()
+        position = self.seen - 1 if self.fixed is None else self.fixed
+        self.write(self._windows.slot(self.claimed, self.device), key_states, value_states, position)
         self._view, self._mask = self._window(self.refreshing and not self.score_only)
-        self.reads.count(self.text.count_read(), self.refreshing, self.score_only)
         start, end = self._view
         keys, values, _ = self.buffers
         return keys[:, :, start:end], values[:, :, start:end]
+
+    def advance(self) -> None:
+        """Count one more token: what kind of step it is, where each row's token goes, and what is read.
+
+        All that a step does on the host is here; `update` does it unless shapes are `fixed`.
+        """
+        self._step += 1
+        self.refreshing = self._has_core and self._step % self.refresh_interval == 0
+        self.claimed = [self.text.claim(row) for row in range(len(self.plans))]
+        more = self.grow_for(self._left + max(self.claimed))
+        if more:
+            self.text.grow(more)
+            self._windows.forget_masks()
+        self.seen += 1
+        self.reads.count(self.text.count_read(), self.refreshing, self.score_only)
+
+    def fix(self, ahead: int, slots: Tensor, position: Tensor) -> None:
+        """Give the coming steps, `ahead` or more, the same shapes: they differ by what the device holds.
+
+        From now on someone else calls `advance` before each step, and puts the slots that are `claimed`,
+        counted from the text part on, into `slots [B, 1, 1]` (see `slot_numbers`) and the token's logical
+        position into `position [1]`. Call it after `advance`; once a step needs more, again.
+        """
+        counts = self.text.counts
+        limits = [count + ahead for count in counts]
+        if not self.rule.grows:
+            limits = [min(a, most) for a, (most, _) in zip(limits, self.text.rooms(), strict=True)]
+        self.grow_for(self._left + max(limits) - 1, exactly=True)
+        self._windows = FixedWindows(self.plans, self._left, counts, max(limits), slots)
+        if self._has_core and self._core is None:
+            self._core = CoreSlots.of(self.plans, self._classes(self._left))
+        self.fixed, self.fixed_shapes = position, True
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tokens claimed lie within the fixed shapes."""
+        windows = self._windows
+        return isinstance(windows, FixedWindows) and max(self.claimed) < windows.width
+
+    @property
+    def slot_numbers(self) -> list[int]:
+        """The slot of each row's token."""
+        return [self._left + slot for slot in self.claimed]
 
     def taken(self, call: AttentionCall, modality: Tensor, positions: Tensor) -> Turn:
         """The turn that `update` was handed: `modality [B, q]`, logical `positions [B, 1, q]`."""
@@ -147,6 +186,7 @@ class AdaptiveLayer(SlotLayer):
     def _plan(self) -> None:
         """Work out once what all steps until the next turn need."""
         self.reads.expect(self.plans)
+        self.fixed = None
         self._windows, self._core = Windows(self.plans, self._left), None
         smaller = any(plan.core < plan.vision for plan in self.plans)
         self._has_core = smaller and self.refresh_interval > 0

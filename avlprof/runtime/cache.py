@@ -45,14 +45,18 @@ class AVLCache(Cache):
     `cache=runtime.new_cache()` (before transformers 5.24 the argument was `past_key_values`).
     """
 
-    def __init__(self, policy: Policy, text_config: Any) -> None:
+    def __init__(self, policy: Policy, text_config: Any, adaptive: bool = False) -> None:
+        """`adaptive`: also of layers that keep all, which else are dense ones."""
         self.policy = policy
         self.rows: list[PromptShape] = []
         self.turn: list[PromptShape] = []
+        self.captured: Any = None  # what `runtime.captured` has captured of its steps
         self._given = 0
         stock = stock_layers(text_config)
         policy.check_layers(len(stock))
-        super().__init__(layers=[_layer(policy, i, len(stock), layer) for i, layer in enumerate(stock)])
+        super().__init__(
+            layers=[_layer(policy, i, len(stock), layer, adaptive) for i, layer in enumerate(stock)]
+        )
 
     def row_plans(self, layer: int) -> list[RowPlan]:
         """What each row of the batch keeps in a layer of its latest prompt or turn."""
@@ -144,10 +148,10 @@ def is_sliding(layer: Any) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer)
 
 
-def _layer(policy: Policy, index: int, count: int, stock: Any) -> Any:
+def _layer(policy: Policy, index: int, count: int, stock: Any, adaptive: bool) -> Any:
     if is_sliding(stock):
         return stock
-    if is_dense(policy, index, count):
+    if not adaptive and is_dense(policy, index, count):
         return DenseLayer()
     return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count))
 

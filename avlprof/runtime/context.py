@@ -21,6 +21,7 @@ from avlprof.attention.session import switched
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.cache import AVLCache
+from avlprof.runtime.captured import captured_steps, check_capturable
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
@@ -33,11 +34,12 @@ class Runtime:
     policy: Policy
     text_config: Any
     cache: AVLCache | None = None
+    captured: bool = False
     short: ShortPrefill = field(default_factory=ShortPrefill)
 
     def new_cache(self) -> AVLCache:
         """A fresh cache for a new prompt, for loops that do not use `generate`."""
-        self.cache = AVLCache(self.policy, self.text_config)
+        self.cache = AVLCache(self.policy, self.text_config, adaptive=self.captured)
         return self.cache
 
     def owns(self, cache: Any) -> bool:
@@ -101,25 +103,36 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def apply(model: PreTrainedModel, policy: Policy | str | Path) -> Iterator[Runtime]:
+def apply(
+    model: PreTrainedModel, policy: Policy | str | Path, captured: int | None = None
+) -> Iterator[Runtime]:
     """Run a model under a policy for the length of the context.
 
     Inside it, `generate` and plain forward calls use the policy's cache by themselves; on exit,
     exceptions included, the model is as it was. `policy` may be a `Policy`, a YAML file, or the
     name of a shipped one. An allocator that it names spreads its share over the model's layers.
 
+    With `captured` decoding steps are captured and replayed, in a CUDA graph on a GPU (see
+    `avlprof.runtime.captured`): one capture serves so many steps.
+
     Raises:
         UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
-            an allocator that needs a profile (see `avlprof.allocators.resolve`).
+            an allocator that needs a profile (see `avlprof.allocators.resolve`); steps cannot be
+            captured.
     """
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
     text_config = model.config.get_text_config(decoder=True)
     policy = resolved_blindly(policy, text_config.num_hidden_layers)
-    runtime = Runtime(policy, text_config)
+    runtime = Runtime(policy, text_config, captured=captured is not None)
     check_supported(policy)
-    AVLCache(policy, runtime.text_config)  # refuses a policy that does not fit before anything runs
-    with runtime.short.hooked(model, policy), switched(model, runtime=runtime):
+    cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runtime.short.hooked(model, policy))
+        session = stack.enter_context(switched(model, runtime=runtime))
+        if captured is not None:
+            check_capturable(model, policy, cache, captured)
+            stack.enter_context(captured_steps(model, session, captured))
         yield runtime
 
 

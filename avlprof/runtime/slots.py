@@ -35,28 +35,32 @@ class SlotLayer(BufferedLayer):
         assert self.positions is not None
         return self.keys, self.values, self.positions
 
-    def grow_for(self, slot: int) -> int:
-        """Make room for slot `slot`; how many slots this added."""
+    def grow_for(self, slot: int, exactly: bool = False) -> int:
+        """Make room for slot `slot`, and unless `exactly` for more; how many slots this added."""
         keys, values, positions = self.buffers
         capacity = keys.shape[2]
         if slot < capacity:
             return 0
-        more = more_room(capacity)
+        more = slot + 1 - capacity if exactly else more_room(capacity)
         self.keys, self.values = grown(keys, capacity + more), grown(values, capacity + more)
         self.positions = pad(positions, (0, more), value=-1)
         return more
 
-    def write(self, slot: Slot, key: Tensor, value: Tensor) -> None:
-        """Write one token a row, `[B, Hkv, 1, D]`, into its slot."""
+    def write(self, slot: Slot, key: Tensor, value: Tensor, position: int | Tensor) -> None:
+        """Write one token a row, `[B, Hkv, 1, D]` at a logical position, into its slot."""
         keys, values, positions = self.buffers
         if isinstance(slot, int):
             keys[:, :, slot] = key[:, :, 0]
             values[:, :, slot] = value[:, :, 0]
-            positions[:, :, slot] = self.seen
+            positions[:, :, slot] = position
             return
         keys.scatter_(2, slot[..., None].expand(key.shape), key)
         values.scatter_(2, slot[..., None].expand(value.shape), value)
-        positions.scatter_(2, slot.expand(-1, positions.shape[1], -1), self.seen)
+        places = slot.expand(-1, positions.shape[1], -1)
+        if isinstance(position, int):
+            positions.scatter_(2, places, position)
+        else:
+            positions.scatter_(2, places, position.expand(places.shape))
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)

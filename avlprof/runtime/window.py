@@ -36,11 +36,15 @@ class Windows:
         if len(set(lefts)) == 1 and len(set(counts)) == 1:
             return None
         if whole not in self._masks:
-            column = torch.arange(capacity, device=device)
-            begins, ends = self.left - per_row(lefts, device), self.left + per_row(counts, device)
-            self._masks[whole] = ((column >= begins) & (column < ends))[:, :, None]
+            self._masks[whole] = self._seen(counts, whole, capacity, device)
         start, end = self.span(counts, whole)
         return self._masks[whole][..., start:end]
+
+    def _seen(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor:
+        """Bool `[B, 1, 1, capacity]`: which slots each row may look at."""
+        column = torch.arange(capacity, device=device)
+        begins, ends = self.left - per_row(self._lefts[whole], device), self.left + per_row(counts, device)
+        return ((column >= begins) & (column < ends))[:, :, None]
 
     def slot(self, claimed: list[int], device: torch.device) -> Slot:
         """The slot of each row's token, in its text slot `claimed`: one for all, or `[B, 1, 1]`."""
@@ -61,3 +65,30 @@ class Windows:
     def forget_masks(self) -> None:
         """Capacity changed."""
         self._masks = {}
+
+
+class FixedWindows(Windows):
+    """Views that stay as long as they are while steps are captured and replayed.
+
+    The text part of a view has `width` slots, free ones among them, so there is always a mask, which
+    lives on the device like the slots `[B, 1, 1]` that the rows' tokens go to; whoever replays steps
+    fills these.
+    """
+
+    def __init__(self, plans: list[RowPlan], left: int, counts: list[int], width: int, slots: Tensor) -> None:
+        super().__init__(plans, left)
+        self.width, self.slots = width, slots
+        for whole in (False, True):
+            self._masks[whole] = self._seen(counts, whole, left + width, slots.device)
+
+    def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
+        return super().span(counts, whole)[0], self.left + self.width
+
+    def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor:
+        start, end = self.span(counts, whole)
+        return self._masks[whole][..., start:end]
+
+    def slot(self, claimed: list[int], device: torch.device) -> Slot:
+        for mask in self._masks.values():
+            mask.scatter_(3, self.slots[..., None], True)
+        return self.slots

@@ -39,6 +39,7 @@ def run_decode_bench(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attentions: bool = True,
+    captured: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DecodeCost]:
     """Time decoding steps behind random prompts on a random model of `shape`, for each batch and length.
@@ -54,6 +55,9 @@ def run_decode_bench(
     - `keep b`: eviction.
     - `core b`: the same with a core of half the kept tokens, refreshed every 8th step.
 
+    With `captured` (None: on CUDA), the dense cache and each budget's two policies once more with steps
+    that are captured and replayed (see `avlprof.runtime.captured`).
+
     All caches hold the same random keys and values (see `PromptStates`). A round takes 8 steps each
     way, then 8 more with the attention timed by itself; the ways take turns at every step, and each
     round begins with another. A stock cache goes back to the prompt after each step, so all of them
@@ -65,6 +69,7 @@ def run_decode_bench(
         visions: vision tokens of the prompt; None: the shape's.
         budgets: shares of the vision tokens that stay, in (0, 1].
         attentions: whether to run the stock model with `output_attentions` too.
+        captured: whether to run captured steps too.
         progress: called with rounds of one method done and their total, of each batch and length anew.
 
     Raises:
@@ -78,10 +83,16 @@ def run_decode_bench(
             f"budgets {_listed(budgets)}"
         )
     model = random_model(shape, layers=layers, dtype=dtype, device=device)
+    captured = model.device.type == "cuda" if captured is None else captured
     found = []
     for batch in batches:
         for vision in visions:
-            found += _cell(shape, model, batch, vision, budgets, rounds, attentions, progress)
+            runners = list(_runners(model, shape, batch, vision, budgets))
+            if captured:
+                runners += [runner.replaying() for runner in runners if runner.policy is not None]
+            if not attentions:
+                runners = [runner for runner in runners if not runner.attentions]
+            found += _cell(shape, model, runners, rounds, progress)
     if all(cost.note for cost in found):
         raise UserError(f"{found[0].note}; give fewer layers, a smaller batch or fewer vision tokens")
     return found
@@ -94,17 +105,12 @@ def _listed(values: Sequence[float]) -> str:
 def _cell(
     shape: DecoderShape,
     model: PreTrainedModel,
-    batch: int,
-    vision: int,
-    budgets: Sequence[float],
+    ways: list[Runner],
     rounds: int,
-    attentions: bool,
     progress: Callable[[int, int], None] | None,
 ) -> list[DecodeCost]:
-    """The costs at one batch and one number of vision tokens."""
-    runners = {runner.name: runner for runner in _runners(model, shape, batch, vision, budgets)}
-    if not attentions:
-        del runners[ATTENTIONS]
+    """The costs of some ways at one batch and one number of vision tokens."""
+    runners = {runner.name: runner for runner in ways}
     obstacle = _obstacle(model, shape, list(runners.values()))
     if obstacle:
         return [cost_of(shape, model, runners[STOCK], ALL, note=obstacle)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from avlprof.evaluation.footprint import cache_bytes
 from avlprof.policy import Policy
 from avlprof.runtime import apply
 
+_CAPTURED = 256  # steps that one capture serves, more than a bench takes between captures
 _TILE = 1_000_003  # random numbers drawn; prime, so that repeated they give rows that differ
 
 
@@ -93,7 +94,8 @@ class Runner:
 
     `policy` None is the stock cache. `hidden [N]` marks prompt positions that a mask takes away (the
     authors' emulation of eviction, which frees nothing). `eager` runs the model's eager attention, and
-    `attentions` asks it for its weights.
+    `attentions` asks it for its weights. With `captured` steps are captured and replayed, so that their
+    attention cannot be timed by itself.
     """
 
     name: str
@@ -104,10 +106,15 @@ class Runner:
     hidden: Tensor | None = None
     eager: bool = False
     attentions: bool = False
+    captured: int | None = None
     cache: Any = None
     taken: int = 0
     _modality: Tensor | None = field(default=None, repr=False)
     _prompt: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+
+    def replaying(self) -> Runner:
+        """This runner with captured steps."""
+        return replace(self, name=f"{self.name}, captured", captured=_CAPTURED)
 
     @torch.inference_mode()
     def fill(self, states: PromptStates) -> None:
@@ -127,7 +134,7 @@ class Runner:
                 self.cache.batch_repeat_interleave(self.batch)
             self._prompt = [(layer.keys, layer.values) for layer in self.cache.layers]
             return
-        with apply(self.model, self.policy) as runtime:
+        with apply(self.model, self.policy, captured=self.captured) as runtime:
             self.cache = runtime.new_cache()
             forward = Forward(modality, ids.shape[1], 0)
             for index, layer in enumerate(self.model.get_decoder().layers):
@@ -184,7 +191,9 @@ class Runner:
 
     @torch.inference_mode()
     def attention_steps(self, count: int) -> list[float]:
-        """Take steps; seconds of each inside cache and attention, of all layers."""
+        """Take steps; seconds of each inside cache and attention, of all layers; NaN of captured ones."""
+        if self.captured is not None:
+            return [float("nan")] * count
         clock, found = Clock(self.model.device), []
         with self._engine(clock), self._timed_update(clock):
             for _ in range(count):
@@ -210,7 +219,7 @@ class Runner:
                 self.model.set_attn_implementation({"text_config": "eager"})
                 stack.callback(self.model.set_attn_implementation, {"text_config": "sdpa"})
             if self.policy is not None:
-                stack.enter_context(apply(self.model, self.policy))
+                stack.enter_context(apply(self.model, self.policy, captured=self.captured))
             elif clock is None:
                 yield
                 return

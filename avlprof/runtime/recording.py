@@ -1,0 +1,124 @@
+"""Run a function once and then again on the same tensors, without its Python.
+
+A replay runs the operators that the first call ran, on the same inputs, parameters and buffers;
+what Python knew at that time is part of it. On CUDA that is a graph. Elsewhere it is a list of
+operators, which refuses what a CUDA graph could not hold either: values that Python reads from a
+tensor, shapes that depend on them, and tensors that Python makes of numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_WARM_UP = 2  # calls before a CUDA graph is captured, in which libraries set themselves up
+_ASK_THE_HOST = (
+    "_local_scalar_dense",
+    "equal",
+    "lift_fresh",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave.Tensor",
+    "unique",
+)
+
+
+class Replay(Protocol):
+    """A call that was captured."""
+
+    def __call__(self) -> Tensor:
+        """Run it again; what it returned, good until the next time."""
+
+
+def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Replay]:
+    """What `function` returns, and how to run it again.
+
+    It may run more than once, so calling it twice must be as good as once.
+
+    Raises:
+        RuntimeError: it does what cannot be replayed.
+    """
+    return _cuda_graph(function, device) if device.type == "cuda" else _recorded(function)
+
+
+def _cuda_graph(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Replay]:
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(_WARM_UP):
+            function()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay(), replay
+
+
+def _recorded(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+    with Recording() as recording:
+        found = function()
+    return found, recording.finished(found)
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the operators that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}
+        self._given: dict[str, Tensor] = {}
+        self._made: list[Any] = []  # kept, so that no identity is given twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _refuse(func, args)
+        called = self._graph.call_function(func, *tree_map_only(Tensor, self._node, (args, kwargs)))
+        found = func(*args, **kwargs)
+        self._made.append(found)
+        for index, part in enumerate((found,) if isinstance(found, Tensor) else found):
+            if isinstance(part, Tensor) and id(part) not in self._nodes:  # one changed in place is known
+                one = part is found
+                self._nodes[id(part)] = (
+                    called if one else self._graph.call_function(operator.getitem, (called, index))
+                )
+        return found
+
+    def finished(self, result: Tensor) -> Replay:
+        """All that was written down, as a function that returns what `result` was."""
+        self._graph.output(self._node(result))
+        self._graph.eliminate_dead_code()
+        module: Any = fx.GraphModule(self._given, self._graph)
+        replay: Replay = module.forward
+        return replay
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) not in self._nodes:
+            name = f"given_{len(self._given)}"
+            self._given[name] = tensor
+            self._nodes[id(tensor)] = self._graph.get_attr(name)
+            self._made.append(tensor)
+        return self._nodes[id(tensor)]
+
+
+def _refuse(func: Any, args: Any) -> None:
+    name = str(func).removeprefix("aten.")
+    masks = name.startswith("index") and any(
+        isinstance(index, Tensor) and index.dtype == torch.bool
+        for places in args
+        if isinstance(places, list | tuple)
+        for index in places
+    )
+    if masks or any(name.startswith(asked) for asked in _ASK_THE_HOST):
+        raise RuntimeError(f"{name} makes Python wait for a value, so it cannot be replayed")
