@@ -162,9 +162,19 @@ def test_recorded_mass_is_that_of_eager_weights(case):
     check_recorded_mass(case, case.inputs(2, seed=7, pad=True, text=11, images_per_row=[2, 1]))
 
 
+FRAMES_ARE_PICTURES = ("internvl", "smolvlm")
+
+
+def film_pixels(case, inputs):
+    """The name of the tensor that holds the frames."""
+    name = "pixel_values" if case.name in FRAMES_ARE_PICTURES else "pixel_values_videos"
+    assert name in inputs
+    return name
+
+
 def filmed(case, seed, text=11):
     """Two rows of one and two videos, pictures beside them where the family's model takes both."""
-    images = 0 if case.name == "glm4v" else [1, 0]
+    images = 0 if case.name in ("glm4v", *FRAMES_ARE_PICTURES) else [1, 0]
     return case.inputs(2, seed=seed, pad=True, text=text, images_per_row=images, videos_per_row=[1, 2])
 
 
@@ -173,7 +183,7 @@ def filmed(case, seed, text=11):
 def test_recorded_mass_of_videos_is_that_of_eager_weights(name):
     case = FILMING[name]()
     inputs = filmed(case, seed=7)
-    assert "pixel_values_videos" in inputs
+    assert film_pixels(case, inputs)
     check_recorded_mass(case, inputs)
 
 
@@ -191,7 +201,8 @@ def test_videos_carry_the_film_under_a_policy_as_the_oracle_says(name):
             break
     assert trace.gap > NEAR_TIE, "near-ties decide the sets of every seed"
     torch.testing.assert_close(torch.cat(ours.logits), logits, atol=1e-4, rtol=1e-4)
-    other = dict(inputs, pixel_values_videos=inputs["pixel_values_videos"].flip(0, -1))
+    pixels = film_pixels(case, inputs)
+    other = inputs | {pixels: inputs[pixels].flip(0, -1)}
     with avlprof.apply(case.model, policy):
         changed = generate(case, other, steps=1)
     assert (changed.logits[0] - ours.logits[0]).abs().max() > 0.02

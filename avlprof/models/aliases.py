@@ -68,8 +68,8 @@ ALIASES: Final[dict[str, Alias]] = {
     ),
     "glm4.1v": Alias("zai-org/GLM-4.1V-9B-Thinking", "glm4v", _RANDOM, ("own grid", "video", "mrope")),
     "paligemma": Alias("google/paligemma-3b-mix-224", "paligemma", _RANDOM, ("two-way prefix",)),
-    "internvl3": Alias("OpenGVLab/InternVL3-8B-hf", "internvl", _RANDOM, ("tiles",)),
-    "smolvlm": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", _RANDOM, ("tiles",)),
+    "internvl3": Alias("OpenGVLab/InternVL3-8B-hf", "internvl", _RANDOM, ("tiles", "video")),
+    "smolvlm": Alias("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", _RANDOM, ("tiles", "video")),
     "idefics3": Alias("HuggingFaceM4/Idefics3-8B-Llama3", "idefics3", _RANDOM, ("tiles",)),
     "gemma3": Alias("google/gemma-3-4b-it", "gemma3", _RANDOM, ("sliding layers", "two-way pictures")),
     "paligemma2": Alias(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,15 @@ from avlprof.testing.models import (
     finished,
     image_types,
 )
-from avlprof.testing.pixels import any_size, flat_frames, flat_patches, square_frames, squares, tiles
+from avlprof.testing.pixels import (
+    any_size,
+    flat_frames,
+    flat_patches,
+    frames_as_pictures,
+    square_frames,
+    squares,
+    tiles,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 3
 WIDTH = HEADS * HEAD_DIM
@@ -131,7 +140,7 @@ def random_glm4v(seed: int = 0) -> TinyCase:
 
 
 def random_internvl(seed: int = 0) -> TinyCase:
-    """One square of merged patches a tile, one or three tiles a picture."""
+    """One square of merged patches a tile, one or three tiles a picture, one a frame."""
     side = 6 * PATCH
     config = hf.InternVLConfig(
         text_config=hf.Qwen2Config(**_text()),
@@ -141,7 +150,8 @@ def random_internvl(seed: int = 0) -> TinyCase:
         tie_word_embeddings=False,
     )
     model = finished(hf.InternVLForConditionalGeneration, config, seed)
-    return TinyCase("internvl", model, (IMAGE,), squares(side, 9, most=3))
+    films = frames_as_pictures(side, 9)
+    return TinyCase("internvl", model, (IMAGE,), squares(side, 9, most=3), videos=films)
 
 
 def random_idefics3(seed: int = 0) -> TinyCase:
@@ -150,8 +160,9 @@ def random_idefics3(seed: int = 0) -> TinyCase:
 
 
 def random_smolvlm(seed: int = 1) -> TinyCase:
-    """As Idefics3."""
-    return _idefics("smolvlm", hf.SmolVLMForConditionalGeneration, hf.SmolVLMConfig, seed)
+    """As Idefics3, and frames of videos, a part each."""
+    case = _idefics("smolvlm", hf.SmolVLMForConditionalGeneration, hf.SmolVLMConfig, seed)
+    return replace(case, videos=frames_as_pictures(6 * PATCH, 9, nested=True))
 
 
 def random_mistral3(seed: int = 0) -> TinyCase:

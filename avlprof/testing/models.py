@@ -83,6 +83,8 @@ class TinyCase:
             if self.videos is None:
                 raise ValueError(f"{self.name} has no videos, got videos_per_row {videos_per_row}")
             filmed_ids, tensors = self.videos(sum(filmed), generator)
+            if tensors.keys() & extra.keys():
+                raise ValueError(f"{self.name} has pictures and videos in one tensor; ask for one of them")
             films, extra = iter(filmed_ids), extra | tensors
         rows = []
         for index, (images, videos) in enumerate(zip(counts, filmed, strict=True)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from avlprof.testing.models import FIRST_WORD, VIDEO, Pixels, Videos
+from avlprof.testing.models import FIRST_WORD, IMAGE, VIDEO, Pixels, Videos
 
 Made = tuple[list[int], dict[str, Tensor]]
 GRID = (5, 4)  # rows and columns of vision tokens of a picture of any size; uneven ones have up to 2 more
@@ -98,6 +98,20 @@ def square_frames(side: int, tokens: int, frames: int = 3) -> Videos:
     def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
         values = torch.randn(count, frames, 3, side, side, generator=generator)
         return [[VIDEO] * (frames * tokens + 1)] * count, {"pixel_values_videos": values}
+
+    return videos
+
+
+def frames_as_pictures(side: int, tokens: int, frames: int = 3, nested: bool = False) -> Videos:
+    """Videos whose frames stand in the prompt as pictures do, a text token before each.
+
+    `nested` is as in `squares`.
+    """
+
+    def videos(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        values = torch.randn(count * frames, 3, side, side, generator=generator)
+        ids = ([FIRST_WORD + 5] + [IMAGE] * tokens) * frames
+        return [ids] * count, {"pixel_values": values[None] if nested else values}
 
     return videos
 
