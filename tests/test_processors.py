@@ -22,7 +22,7 @@ from transformers.utils import is_num2words_available, is_torchvision_available
 import avlprof
 from avlprof.attention.modality import Modality, modality_map
 from avlprof.errors import UserError
-from avlprof.models import adapter_for
+from avlprof.models import adapter_for, load_model
 from avlprof.models.load import LoadedModel
 from avlprof.models.tiles import parse_tiles
 from avlprof.pictures import find_pictures, save_pictures
@@ -240,6 +240,23 @@ def test_frames_of_a_film_that_differ_in_size_are_one_sentence(name):
     with pytest.raises(UserError, match="cannot encode this prompt") as caught:
         built(name).encode_chats(chats)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_folder_loads_with_its_processor(name, tmp_path):
+    """What `save_pretrained` of model and processor write is a model that may be asked for."""
+    adapter = built(name)
+    adapter.model.save_pretrained(tmp_path)
+    adapter.processor.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu", dtype="float32")
+    chats = SEEN["a batch"]
+    if REAL[name].films and (name != "smolvlm" or SMOLVLM):
+        chats = FILMED["with a row without"]
+    batch, logits = check_encoding(loaded.adapter, chats)
+    before, wanted = check_encoding(adapter, chats)
+    assert torch.equal(batch["input_ids"], before["input_ids"])
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    assert type(loaded.adapter) is type(adapter)
 
 
 # when a frame was seen
