@@ -63,6 +63,8 @@ def write_run(
                 values[..., 3, :] = 0.0
         if index == 1:
             scores["instruction"][:] = 0.0
+        if meta.per_head:
+            scores |= _of_heads(np.random.default_rng([seed, index]), scores)
         sample = {
             "sample": f"s{first + index}",
             "group": "",
@@ -91,6 +93,18 @@ def write_run(
             writer.flush()
     writer.flush()
     return RunDirectory(path)
+
+
+def _of_heads(
+    rng: np.random.Generator, scores: dict[str, np.ndarray[Any, np.dtype[np.float32]]]
+) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Scores head by head, whose mean is what is given; head 1 of layer 2 never looks at vision."""
+    found = {}
+    for name, mean in scores.items():
+        parts = rng.dirichlet(np.ones(HEADS), size=mean.shape)  # each head's part of a token's sum
+        parts[..., 2, :, :] = np.eye(HEADS)[0]
+        found[f"{name}_heads"] = (HEADS * mean[..., None] * parts).astype(np.float32).swapaxes(-1, -2)
+    return found
 
 
 def _averages(stats: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ VISION = (23, 40, 17, 0, 31, 40, 12, 9, 26)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return write_run(tmp_path_factory.mktemp("run") / "run", VISION)
+    return write_run(tmp_path_factory.mktemp("run") / "run", VISION, per_head=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def one(table: pd.DataFrame, **where: object) -> pd.Series:
 def test_a_run_of_head_averages_has_the_profile_of_its_heads(profile: Profile, tmp_path: Path) -> None:
     averaged = Profile.from_run(write_run(tmp_path / "run", VISION, averaged=True))
     for name, table in profile.frames.items():
-        if name != "heads":
+        if name not in ("heads", "head_overlap"):
             pd.testing.assert_frame_equal(averaged.frames[name], table, rtol=1e-5, atol=1e-8)
     with pytest.raises(UserError, match="holds averages over heads only; trace with --per-head"):
         averaged.heads()
@@ -59,17 +59,29 @@ def test_a_run_of_head_averages_has_the_profile_of_its_heads(profile: Profile, t
 
 def test_heads_are_counted_one_by_one(run: RunDirectory, profile: Profile) -> None:
     stats, heads = run.stats(), profile.heads()
-    assert len(heads) == LAYERS * HEADS * 5 * 3
+    levels, lags = len(run.meta.coverages), len(run.meta.lags)
+    assert len(heads) == LAYERS * HEADS * (5 * (7 + levels) + lags)
+    counts = dict(zip((f"s{i}" for i in range(len(VISION))), VISION, strict=True))
+    names = {"mass_vision": "vision", "mass_text": "text", "mass_sink": "sink", "text_sink": "text_sink"}
+    names |= {name: name for name in ("entropy", "coverage_90", "overlap_4")}
     for layer, head, query in ((0, 1, "generated"), (3, 0, "last"), (2, 1, "vision")):
         ours = stats[(stats["layer"] == layer) & (stats["head"] == head) & (stats["query"] == query)]
-        for column, statistic in (("mass_vision", "vision"), ("mass_sink", "sink"), ("entropy", "entropy")):
+        for column, statistic in names.items():
+            if column == "overlap_4" and query != "generated":
+                assert heads[(heads["query"] == query) & (heads["statistic"] == statistic)].empty
+                continue
             row = one(heads, layer=layer, head=head, query=query, statistic=statistic)
             values = ours[column].to_numpy()
+            if column == "coverage_90":
+                shares = [v / counts[s] for v, s in zip(values, ours["sample"], strict=True) if counts[s]]
+                values = np.array(shares)
             low, high = scipy.stats.t.interval(
-                0.95, len(values) - 1, loc=values.mean(), scale=scipy.stats.sem(values)
+                0.95, len(values) - 1, loc=values.mean(), scale=max(scipy.stats.sem(values), 1e-300)
             )
             assert np.allclose([row["mean"], row["low"], row["high"]], [values.mean(), low, high])
-            assert (row["n"], row["phase"]) == (len(VISION), "decode" if query == "generated" else "prefill")
+            assert row["phase"] == ("decode" if query == "generated" else "prefill")
+            seen = len(VISION) if column.startswith(("mass", "text", "entropy")) else len(VISION) - 1
+            assert row["n"] == len(values) == (len(VISION) if column == "overlap_4" else seen)
 
 
 def test_sinks_are_means_of_the_rows(run: RunDirectory, profile: Profile) -> None:

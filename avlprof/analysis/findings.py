@@ -26,7 +26,13 @@ def findings(profile: Profile) -> list[str]:
     if profile.frames["coverage_curve"].empty:
         sentences = ["No sample has vision tokens, so there is nothing to say about vision."]
     else:
-        sentences = [_looking(profile), _horizon(profile), *_tokens(profile), *_drift(profile)]
+        sentences = [
+            _looking(profile),
+            _horizon(profile),
+            *_tokens(profile),
+            *_heads(profile),
+            *_drift(profile),
+        ]
     sentences += [*_window(profile), _sink(profile)]
     if profile.meta.samples < 8:
         few = "1 sample" if profile.meta.samples == 1 else f"{profile.meta.samples} samples"
@@ -75,6 +81,22 @@ def _tokens(profile: Profile) -> list[str]:
     return [
         f"90% of a head's attention on vision ({_WHEN[query]}) lies on {_range(share)} of the vision tokens; "
         f"layer {share.idxmax()} needs the most."
+    ]
+
+
+def _heads(profile: Profile) -> list[str]:
+    table = profile.frames["head_overlap"]
+    query, when = ("step", "generated") if (table["query"] == "step").any() else ("last", "last")
+    of_one_layer = table[(table["query"] == query) & (table["layer_a"] == table["layer_b"])]
+    pairs = of_one_layer[(of_one_layer["head_b"] >= 0) & (of_one_layer["head_a"] != of_one_layer["head_b"])]
+    if pairs.empty:
+        return []
+    top = _percent(profile.meta.settings.top_share)
+    common = _percent(pairs["mean"].mean())
+    shared = _percent(of_one_layer.loc[of_one_layer["head_b"] < 0, "mean"].mean())
+    return [
+        f"Two heads of a layer have {common} of their top {top} of the vision tokens in common "
+        f"({_WHEN[when]}); a set of that size for the whole layer holds {shared} of a head's own."
     ]
 
 

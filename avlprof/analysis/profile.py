@@ -44,6 +44,7 @@ FRAMES = (
     "sinks",
     "concentration",
     "heads",
+    "head_overlap",
     "by_sample",
 )
 
@@ -83,10 +84,10 @@ class Profile:
         """
         samples, settings = run.samples(), run.meta
         vision = samples.set_index("sample")["vision"]
-        heads, means = HeadMoments(settings.layers, settings.heads), []
+        heads, means = HeadMoments(settings.layers, settings.heads, settings.coverages, settings.lags), []
         for part in run.parts():
             stats = pd.read_parquet(run.path / f"stats-{part}.parquet")
-            heads.add(stats)
+            heads.add(stats, vision)
             means.append(head_mean(stats))
         rows = pd.concat(means, ignore_index=True)
         levels = settings.coverages
@@ -105,6 +106,7 @@ class Profile:
             "sinks": sinks(rows),
             "concentration": scanned.concentration,
             "heads": heads.table(),
+            "head_overlap": scanned.heads,
             "by_sample": by_sample(rows, vision, reached, levels, settings.lags),
         }
         meta = ProfileMeta(run=str(run.path), run_hash=run.hash, samples=len(samples), settings=settings)
@@ -205,13 +207,19 @@ class Profile:
         return self.frames["concentration"].copy()
 
     def heads(self) -> pd.DataFrame:
-        """`layer, head, phase, query, statistic`: `vision` and `sink` (shares), `entropy` (nat) by head.
+        """`layer, head, phase, query, statistic`: masses, `entropy`, coverage and drift by head.
 
-        `UserError` in a run of head averages.
+        Statistics as in `HeadMoments.table`; `UserError` in a run of head averages.
         """
-        if self.frames["heads"].empty:
-            raise UserError(f"run {self.meta.run} holds averages over heads only; trace with --per-head")
-        return self.frames["heads"].copy()
+        return self._of_heads("heads")
+
+    def head_overlap(self) -> pd.DataFrame:
+        """`layer_a, head_a, layer_b, head_b, query`: PPCI of single heads' top sets.
+
+        Heads of one layer against each other, and with `head_b` -1 every head against the set of
+        `layer_b`'s head mean; for `last` and `step`. `UserError` in a run of head averages.
+        """
+        return self._of_heads("head_overlap")
 
     def by_sample(self) -> pd.DataFrame:
         """`sample, layer, phase, query` and a column a statistic: what the means are made of."""
@@ -237,3 +245,8 @@ class Profile:
     def per_layer(self) -> pd.DataFrame:
         """One row a layer, means over samples, as in `avlprof.analysis.per_layer`."""
         return per_layer(self.frames, self.layers)
+
+    def _of_heads(self, name: str) -> pd.DataFrame:
+        if not self.meta.settings.per_head and self.frames[name].empty:
+            raise UserError(f"run {self.meta.run} holds averages over heads only; trace with --per-head")
+        return self.frames[name].copy()

@@ -39,6 +39,7 @@ VIEWS = (
     "sinks",
     "horizon",
     "heads",
+    "head_overlap",
     "by_sample",
 )
 
