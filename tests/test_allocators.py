@@ -30,6 +30,7 @@ from avlprof.allocators.sigmoid import Sigmoid
 from avlprof.allocators.sparsity import Sparsity
 from avlprof.allocators.strength import Strength
 from avlprof.allocators.uniform import Uniform
+from avlprof.analysis.concentration import STATISTICS, concentration
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
 from avlprof.testing.allocators import AllocatorConformance, random_evidence
@@ -264,6 +265,67 @@ def test_pyramid_is_a_falling_line_at_the_mean() -> None:
     assert Pyramid(beta=20).shares(Evidence(8, 100), 0.2)[-1] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(("budget", "count", "layers"), [(20, 300, 12), (64, 128, 32), (100, 128, 6)])
+def test_pyramid_is_the_authors_line(budget: int, count: int, layers: int) -> None:
+    """Counts as PyramidKV takes them: the last is a beta-th, the first makes up for it, and is capped."""
+    last = budget / 20
+    first = 2 * budget - last
+    if first > count:
+        first, last = count, 2 * budget - count
+    wanted = [first - layer * (first - last) / (layers - 1) for layer in range(layers)]
+    found = Pyramid().shares(Evidence(layers, count), budget / count) * count
+    assert found == pytest.approx(wanted)
+
+
+def test_coverage_keeps_as_many_as_prefixkv_at_its_threshold() -> None:
+    """Every layer sorted, summed up and cut at one share, which is searched for by halving."""
+    rng = np.random.default_rng(7)
+    for target in (0.1, 0.35, 0.6):
+        scores = np.exp(rng.uniform(0.5, 4.0, size=(7, 1)) * rng.normal(size=(7, 200)))
+        sums = [np.cumsum(sorted(row / row.sum(), reverse=True)) for row in scores]
+
+        def kept(share: float, sums: list[np.ndarray] = sums) -> list[int]:
+            return [int(np.searchsorted(row, share)) + 1 for row in sums]
+
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(kept(middle)) <= target * 7 * 200 else (low, middle)
+        found = Coverage().shares(Evidence(7, 200, coverage=np.stack(sums)), target) * 200
+        assert np.abs(found - kept(low)).max() <= 1.0
+
+
+def test_sparsity_is_vl_caches_share_where_nothing_is_clipped() -> None:
+    rng = np.random.default_rng(8)
+    for budget in (0.1, 0.3, 0.5):
+        sparsity = rng.uniform(0.2, 0.7, size=9)
+        wanted = [(1 - s) / sum(1 - sparsity) * budget * 9 for s in sparsity]
+        assert min(wanted) > 0.01
+        assert max(wanted) < 1.0
+        shares = Sparsity().shares(Evidence(9, 500, sparsity=sparsity), budget)
+        found = fit_keep(shares.tolist(), budget, 500, floor=0.01)
+        assert np.abs(np.array(found) - wanted).max() <= 1 / 500
+
+
+def test_entropy_is_medas_softmax_of_text_over_vision_keys() -> None:
+    """From logits of text rows: a softmax over vision keys alone is the whole one, divided by its sum."""
+    rng = np.random.default_rng(9)
+    vision = np.arange(4, 34)
+    logits = rng.uniform(0.3, 3.0, size=(5, 1)) * rng.normal(size=(5, 40))
+    seen, wanted = [], []
+    for row in logits:
+        weights = np.exp(row) / np.exp(row).sum()
+        seen.append(weights[vision])
+        alone = np.exp(row[vision]) / np.exp(row[vision]).sum()
+        wanted.append(-sum(p * math.log(p) for p in alone))
+    spread = concentration(np.array(seen)[None])
+    entropy = spread[:, STATISTICS.index("entropy")]
+    assert entropy == pytest.approx(wanted)
+    shares = Entropy().shares(Evidence(5, 30, entropy=entropy), 0.3)
+    total = sum(math.exp(e) for e in wanted)
+    assert shares / shares.sum() == pytest.approx([math.exp(e) / total for e in wanted])
+
+
 def test_sigmoid_is_the_logistic_function_of_depth() -> None:
     for layers, midpoint, steepness in ((2, 0.5, 10.0), (7, 0.0, 3.0), (28, 0.9, 40.0), (80, 0.4, 600.0)):
         shares = Sigmoid(midpoint, steepness).shares(Evidence(layers, 10), 0.3)
@@ -275,7 +337,7 @@ def test_sigmoid_is_the_logistic_function_of_depth() -> None:
     assert Sigmoid().shares(Evidence(1, 10), 0.3)[0] > 0
 
 
-def test_sparsity_entropy_and_strength_follow_their_papers() -> None:
+def test_sparsity_entropy_and_strength_follow_their_formulae() -> None:
     rng = np.random.default_rng(11)
     for _ in range(10):
         found = random_evidence(6, 90, rng)

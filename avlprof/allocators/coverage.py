@@ -16,8 +16,14 @@ class Coverage(Allocator):
 
     p is found by bisection so that the mean over layers meets the target.
 
-    Source: PrefixKV, arXiv 2412.03409 (one cumulative priority, binary search); FitPrune, arXiv
-    2409.10197, fits pruning ratios to attention statistics in the same spirit.
+    Source: PrefixKV, arXiv 2412.03409, checked against the authors' code: the fewest keys whose
+    sorted scores add up to p, and p by binary search. There scores are sums over all rows of the
+    prompt and over all keys, one search a sample, and the ratios of samples are averaged; here
+    they are those of the rows that decode, over vision tokens, and the curves are averaged. The code
+    also scales the counts to the target, which tokens of fractional size make needless here.
+    FitPrune, arXiv 2409.10197, finds one share by the same search in its authors' code, but cuts
+    tokens that are low in text-to-vision and in vision-to-vision attention, head maxima, for all
+    later layers.
     """
 
     def shares(self, evidence: Evidence, target: float) -> Array:

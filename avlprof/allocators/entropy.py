@@ -17,10 +17,12 @@ class Entropy(Allocator):
     The exponential of an entropy is an effective number of tokens, so a layer's share is in
     proportion to the tokens that it effectively looks at.
 
-    Source: MEDA, arXiv 2502.17599: cross-modal attention entropy, from text to vision and from
-    vision to text, measured on every prompt. Here text to vision alone (before a first picture
-    there is little text that vision rows could see), on scores averaged over heads (and over the
-    text rows of a prompt), as a mean over samples.
+    Source: MEDA, arXiv 2502.17599. Its layer l gets `exp(E_l) / sum(exp(E))` of the cache, `E` the
+    mean entropy of text rows over vision keys plus that of vision rows over text keys, each a
+    softmax over those keys alone, measured on every prompt. Here text to vision alone (before a
+    first picture there is little text that vision rows could see), on scores averaged over heads
+    (and over the text rows of a prompt), as a mean over samples. Checked against the paper's
+    equations as public notes quote them; the authors' repository was searched for them in vain.
     """
 
     def shares(self, evidence: Evidence, target: float) -> Array:

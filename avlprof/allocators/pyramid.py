@@ -17,7 +17,9 @@ class Pyramid(Allocator):
     The last layer keeps `1 / beta` of the mean. Where the first would keep more than all its
     tokens the line is made flatter, not cut.
 
-    Source: PyramidKV, arXiv 2406.02069 (`beta` is 20 there).
+    Source: PyramidKV, arXiv 2406.02069, checked against the authors' code (`beta` is 20 there, and
+    the flatter line is theirs). It counts beside an observation window, and gives every layer the
+    same where a prompt is shorter than twice the mean, at targets over a half.
     """
 
     beta: float = 20.0

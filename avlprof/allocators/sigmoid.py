@@ -17,10 +17,11 @@ class Sigmoid(Allocator):
     Early layers keep much and late ones little, with the fall around `midpoint`; steepness 0 is
     uniform, a large one a step. Scaled to the target, layers may reach all of their tokens.
 
-    Source: P-Sigmoid of G-Search, arXiv 2412.00556: a falling sigmoid over layers with few
-    parameters, which its authors fit by Bayesian optimisation. There vision tokens leave the
-    hidden states, so a layer can keep none that an earlier one dropped; here each layer evicts
-    its own KV. Depth is scaled to [0, 1], so that one setting serves models of any number of layers.
+    Source: P-Sigmoid of G-Search, arXiv 2412.00556: "a parametric sigmoid function" over layers,
+    whose parameters its authors fit by Bayesian optimisation. Its equation could not be read, so
+    the parameters are this project's. There vision tokens leave the hidden states, so a layer can
+    keep none that an earlier one dropped; here each layer evicts its own KV. Depth is scaled to
+    [0, 1], so that one setting serves models of any number of layers.
     """
 
     midpoint: float = 0.5

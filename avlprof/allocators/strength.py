@@ -16,10 +16,13 @@ class Strength(Allocator):
 
     Each is scaled to a mean of 1 over layers first. A negative skewness counts as 0.
 
-    Source: AirCache, arXiv 2503.23956. There the scores are those of an "elite" window (the text
-    tokens that the last one attends to most), on every prompt; here of all text rows of a prompt,
-    or of decoding steps, averaged over heads and samples. Note that it gives *more* to layers
-    whose attention is concentrated, contrary to `coverage`, `sparsity` and `entropy`.
+    Source: AirCache, arXiv 2503.23956, which allots by "the strength and skewness of token
+    importance distribution". Its equations could not be read, and no code of it was found: how it
+    scales the two and weighs them is unknown here, and equal halves are this project's reading.
+    There the scores are those of an "elite" window (the text tokens that the last one attends to
+    most), on every prompt; here of all text rows of a prompt, or of decoding steps, averaged over
+    heads and samples. Note that it gives *more* to layers whose attention is concentrated,
+    contrary to `coverage`, `sparsity` and `entropy`.
     """
 
     def shares(self, evidence: Evidence, target: float) -> Array:
