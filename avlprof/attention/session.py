@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -30,12 +31,32 @@ IMPLEMENTATIONS = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each 
 _SESSION = "_avlprof_session"
 
 
-@dataclass
-class _State:
-    """What the session remembers of one cache."""
+_AHEAD = 64  # positions of generated tokens that are marked ahead
 
-    modality: Tensor
-    steps: int = 0
+
+class _State:
+    """What the session remembers of one cache: the modality of every position so far, and the steps."""
+
+    def __init__(self, modality: Tensor) -> None:
+        self._marked, self.length, self.steps = modality, modality.shape[1], 0
+
+    @property
+    def modality(self) -> Tensor:
+        """`[B, n]`."""
+        return self._marked.narrow(1, 0, self.length)
+
+    def step(self) -> None:
+        """One more generated token a row."""
+        self.steps += 1
+        self.length += 1
+        if self.length > self._marked.shape[1]:
+            self._marked = pad(self._marked, (0, _AHEAD), value=int(Modality.GENERATED))
+
+    def turn(self, modality: Tensor) -> None:
+        """A turn with tokens `[B, m]`."""
+        self.steps += 1
+        self._marked = torch.cat([self.modality, modality], dim=1)
+        self.length = self._marked.shape[1]
 
 
 @dataclass
@@ -83,30 +104,31 @@ class Session:
             state = _State(modality_map(ids, values.get("attention_mask"), vision))
         else:
             known = self._states.get(cache)
-            if known is None or known.modality.shape[1] != past:
+            if known is None or known.length != past:
                 raise UserError(
                     "the cache was filled outside of this context, so its modalities are unknown; "
                     "run the prompt inside the context"
                 )
             state = known
-            state.steps += 1
-            state.modality = torch.cat([state.modality, self._fresh(values, state.modality)], dim=1)
+            self._go_on(state, values)
         if cache is not None:
             self._states[cache] = state
         self._cache = cache
-        self._forward = Forward(state.modality, state.modality.shape[1] - past, state.steps)
+        self._forward = Forward(state.modality, state.length - past, state.steps)
         for observer in self.observers:
             observer.begin(self._forward)
         return (), values
 
-    def _fresh(self, values: dict[str, Any], before: Tensor) -> Tensor:
-        """Modality of this pass's tokens behind the prompt: one is generated, more are a turn."""
+    def _go_on(self, state: _State, values: dict[str, Any]) -> None:
+        """Note this pass's tokens behind the prompt: one is generated, more are a turn."""
         ids = values.get("input_ids")
         if (ids if ids is not None else values["inputs_embeds"]).shape[1] == 1:
-            return before.new_full((len(before), 1), int(Modality.GENERATED))
+            state.step()
+            return
         if ids is None:
             raise UserError("the input_ids of a turn are needed to tell vision from text; pass input_ids")
-        return turn_map(ids, values.get("attention_mask"), vision_token_ids(self.model.config), before)
+        vision = vision_token_ids(self.model.config)
+        state.turn(turn_map(ids, values.get("attention_mask"), vision, state.modality))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: let go of the pass, also after an exception."""

@@ -86,7 +86,7 @@ class AdaptiveLayer(SlotLayer):
         self._view, self._mask = self._window(self.refreshing and not self.score_only)
         start, end = self._view
         keys, values, _ = self.buffers
-        return keys[:, :, start:end], values[:, :, start:end]
+        return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
 
     def advance(self) -> None:
         """Count one more token: what kind of step it is, where each row's token goes, and what is read.

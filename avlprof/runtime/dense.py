@@ -112,7 +112,7 @@ class DenseLayer(BufferedLayer):
         elif self.seen + new > self.keys.shape[2]:
             capacity = self.seen + new + more_room(self.seen)
             self.keys, self.values = grown(self.keys, capacity), grown(self.values, capacity)
-        self.keys[:, :, self.seen : self.seen + new] = key_states
-        self.values[:, :, self.seen : self.seen + new] = value_states
+        self.keys.narrow(2, self.seen, new).copy_(key_states)
+        self.values.narrow(2, self.seen, new).copy_(value_states)
         self.seen += new
-        return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+        return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)

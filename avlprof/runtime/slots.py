@@ -50,9 +50,9 @@ class SlotLayer(BufferedLayer):
         """Write one token a row, `[B, Hkv, 1, D]` at a logical position, into its slot."""
         keys, values, positions = self.buffers
         if isinstance(slot, int):
-            keys[:, :, slot] = key[:, :, 0]
-            values[:, :, slot] = value[:, :, 0]
-            positions[:, :, slot] = position
+            keys.narrow(2, slot, 1).copy_(key)
+            values.narrow(2, slot, 1).copy_(value)
+            positions.narrow(2, slot, 1).fill_(position)
             return
         keys.scatter_(2, slot[..., None].expand(key.shape), key)
         values.scatter_(2, slot[..., None].expand(value.shape), value)
