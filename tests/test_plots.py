@@ -132,6 +132,11 @@ def pareto_frame() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sample(frac=1.0, random_state=1)
 
 
+def importances_frame() -> pd.DataFrame:
+    shares = {"parameter": ["mix", "scorer"], "importance": [0.1, 0.9], "low": [0.0, 0.7], "high": [0.3, 1.0]}
+    return pd.DataFrame(shares | {"trials": [34, 34]})
+
+
 def knobs_frame() -> pd.DataFrame:
     values = {"knob": ["mix", "scorer"], "value": ["0.3", "pooled"], "plain": ["1", "last_query"]}
     return pd.DataFrame(values | {"change": [-0.01, 0.2], "low": [-0.02, 0.1], "high": [0.0, 0.3]})
@@ -192,6 +197,7 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "trials": plots.trial_history(trials_frame()),
         "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
         "knobs": plots.knob_effects(knobs_frame()),
+        "importances": plots.parameter_importances(importances_frame()),
     }
 
 

@@ -15,37 +15,41 @@ Report = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def progress(label: str, unit: str = "samples", resumes: bool = False) -> Iterator[Report]:
+def progress(
+    label: str, unit: str = "samples", resumes: bool = False, begun: bool = False
+) -> Iterator[Report]:
     """A function that takes items done and items wanted, and shows rate and remaining time.
 
     With `resumes`, the first call tells what an earlier process did, which does not count in the
-    rate.
+    rate. With `begun`, work was under way before: the first call only starts the clock.
     """
     if sys.stderr.isatty():
         with _bar(label, unit) as report:
             yield report
     else:
-        yield _lines(label, unit, resumes)
+        yield _lines(label, unit, resumes, begun)
 
 
-def _lines(label: str, unit: str, resumes: bool) -> Report:
+def _lines(label: str, unit: str, resumes: bool, begun: bool) -> Report:
     began = told = time.monotonic()
-    before: int | None = None if resumes else 0
+    before: int | None = None if resumes or begun else 0
 
     def report(done: int, total: int) -> None:
         nonlocal began, told, before
         now = time.monotonic()
         if before is None:
             before, began, told = done, now, now
-            if done:
+            if resumes and done:
                 note(f"{label}: {done} of {total} {unit} were done before")
-            return
+            if not begun or done < total:
+                return
         if done < total and now - told < EVERY_SECONDS:
             return
         told = now
-        rate = (done - before) / max(now - began, 1e-9)
+        rate = (done - before) / (now - began) if now > began else 0.0
         left = f", {duration((total - done) / rate)} left" if done < total and rate > 0 else ""
-        note(f"{label}: {done} of {total} {unit}, {rate:.3g} {unit}/s{left}")
+        speed = f", {rate:.3g} {unit}/s" if rate > 0 else ""
+        note(f"{label}: {done} of {total} {unit}{speed}{left}")
 
     return report
 
@@ -107,7 +111,9 @@ def phases() -> Iterator[Callable[[str, int, int], None]]:
         def report(phase: str, done: int, total: int) -> None:
             if phase not in reports:
                 stack.close()
-                reports[phase] = stack.enter_context(progress(phase, unit=_UNITS.get(phase, "samples")))
+                reports[phase] = stack.enter_context(
+                    progress(phase, _UNITS.get(phase, "samples"), begun=True)
+                )
             reports[phase](done, total)
 
         yield report

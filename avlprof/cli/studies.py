@@ -43,12 +43,13 @@ def show_study(
     trials: Annotated[int, typer.Option("--trials", min=1, help="How many of the best trials.")] = 10,
     form: FormatOption = Format.table,
 ) -> None:
-    """Show the best trials of a study with their parameters, and what the winner's scalars are worth."""
+    """Show the best trials of a study, and which parameters matter among all trials and in the winner."""
     from avlprof.tuning import read_study
+    from avlprof.tuning.importances import importance_rows
     from avlprof.tuning.overview import POLICY, best_trials, knob_sentences, overview, trial_rows
 
-    seen = overview(study)
-    rows = trial_rows(best_trials(read_study(study), trials))
+    seen, begun = overview(study), read_study(study)
+    rows = trial_rows(best_trials(begun, trials))
     if form is not Format.table:
         show(rows, form)
         return
@@ -60,8 +61,10 @@ def show_study(
     short = [{name: row[name] for name in fixed} | {"parameters": _joined(row, fixed)} for row in rows]
     show(short, form, title, {"live": percent, "read": percent})
     note(f"{seen.done} of {cell(seen.wanted)} trials, {seen.state}; score: {meta.objective}, lower is better")
+    if important := importance_rows(study, begun):
+        show(important, form, f"what the score depends on, over the whole space (fANOVA, {seen.done} trials)")
     for sentence in knob_sentences(study):
-        note(sentence)
+        note(f"winner with {sentence}")
     if seen.winner is not None:
         note(f"policy: {study / POLICY}")
     note(f"next: avlprof export {study} --trial N -o policy.yaml")

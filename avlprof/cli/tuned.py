@@ -15,9 +15,8 @@ CELLS = {"KV live": percent, "KV read": percent, "live": size, "budget": percent
 
 
 def draw(found: Tuned) -> list[Path]:
-    """The figures of a study: score by trial, the winner's layers, its knobs, and the proof."""
+    """The figures of a study: score by trial, the winner's layers, its knobs, importances, and the proof."""
     from avlprof import plots
-    from avlprof.plots.knobs import knob_effects
     from avlprof.tuning.objective import MEANING
 
     kind = found.policy.provenance.objective if found.policy.provenance else ""
@@ -28,7 +27,9 @@ def draw(found: Tuned) -> list[Path]:
         "proof": plots.pareto_front(found.proof.pareto(), score=_label(found)),
     }
     if len(found.knobs):
-        figures["knobs"] = knob_effects(found.knobs, cheap)
+        figures["knobs"] = plots.knob_effects(found.knobs, cheap)
+    if len(found.importances):
+        figures["importances"] = plots.parameter_importances(found.importances, meaning)
     return _save(figures, found.folder / "figures")
 
 

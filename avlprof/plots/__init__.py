@@ -8,6 +8,7 @@ from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
 from avlprof.plots.heads import HeadInfo, head_info, head_maps
 from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
 from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
+from avlprof.plots.importances import ImportanceInfo, parameter_importances, parameter_importances_info
 from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
 from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
 from avlprof.plots.mass import MassInfo, mass_info, modality_mass
@@ -28,6 +29,7 @@ __all__ = [
     "HeadInfo",
     "HeatInfo",
     "HorizonInfo",
+    "ImportanceInfo",
     "KnobInfo",
     "MassInfo",
     "OverlapInfo",
@@ -54,6 +56,8 @@ __all__ = [
     "mass_info",
     "modality_mass",
     "overlap_info",
+    "parameter_importances",
+    "parameter_importances_info",
     "pareto_front",
     "pareto_info",
     "policy_layers",

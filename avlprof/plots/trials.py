@@ -122,13 +122,16 @@ def trial_history(
             ha="right" if info.best_trial > end / 2 else "left",
             va="top" if info.direction == "minimize" else "bottom",
             fontsize=12.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
         if second is not None:
             ax.axvline(second - 0.5, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
             ax.annotate(
                 "layer by layer",
-                (second - 0.4, 1.0),
+                (second - 0.5, 1.0),
                 xycoords=ax.get_xaxis_transform(),
+                xytext=(7, 0),
+                textcoords="offset points",
                 va="top",
                 fontsize=12.5,
                 color=SOFT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 
 from avlprof.errors import UserError
+from avlprof.tuning.importances import importance_rows
 from avlprof.tuning.overview import POLICY, Overview, knob_sentences, overview
 from avlprof.tuning.storage import find_place, quiet, read_study
 
@@ -38,13 +39,18 @@ def attach(folder: Path) -> optuna.Study:
             (path.stem, f"/artifacts/{study._study_id}/{_uploaded(study, store, folder, path)}")
             for path in sorted((folder / FIGURES).glob("*.png"))
         ]
-        text = note(overview(folder), knob_sentences(folder), pictures)
+        text = note(overview(folder), knob_sentences(folder), pictures, importance_rows(folder, study))
         if dashboard.get_note(study) != text:
             dashboard.save_note(study, text)
     return study
 
 
-def note(seen: Overview, knobs: list[str], pictures: list[tuple[str, str]]) -> str:
+def note(
+    seen: Overview,
+    knobs: list[str],
+    pictures: list[tuple[str, str]],
+    importances: Sequence[Mapping[str, str]] = (),
+) -> str:
     """What a study is about and what it found, as Markdown. `pictures` are titles and addresses."""
     row = {name: value for name, value in seen.row().items() if value is not None}
     lines = ["| | |", "|---|---|", *(f"| {name} | {_short(value)} |" for name, value in row.items()), ""]
@@ -56,6 +62,11 @@ def note(seen: Overview, knobs: list[str], pictures: list[tuple[str, str]]) -> s
         lines += ["", f"The winner is `{seen.folder / POLICY}`.", ""]
     if knobs:
         lines += ["## What its scalars are worth", "", *(f"- {sentence}" for sentence in knobs), ""]
+    if importances:
+        lines += ["## What the score depends on, over the whole space (fANOVA)", ""]
+        lines += [f"| {' | '.join(importances[0])} |", "|---" * len(importances[0]) + "|"]
+        lines += [f"| {' | '.join(row.values())} |" for row in importances]
+        lines += [""]
     for title, address in pictures:
         lines += [f"## {title}", "", f"![{title}]({address})", ""]
     return "\n".join(lines)

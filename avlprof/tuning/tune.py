@@ -22,6 +22,8 @@ from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.crew import Crew
 from avlprof.tuning.evidence import shared_evidence
 from avlprof.tuning.identity import study_meta
+from avlprof.tuning.importances import FILE as IMPORTANCES
+from avlprof.tuning.importances import parameter_importances
 from avlprof.tuning.knobs import knob_effects
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.playoff import PlayOff, play_off
@@ -54,6 +56,7 @@ class Tuned:
     proof: Evaluation
     verdict: Verdict
     knobs: pd.DataFrame
+    importances: pd.DataFrame
 
     def history(self) -> pd.DataFrame:
         """Scored trials in order, the second stage last: `trial, value, state`, for the figure of trials.
@@ -233,14 +236,16 @@ def prove_winner(found: Search, *, progress: Progress | None = None, told: Told 
         name = found.folder.resolve().name
         winner = with_provenance(prepared, settings, found.budget, played, proof, judged, name)
         knobs = knob_effects(found.candidate, prepared, found.budget, lambda d, t: tell("knobs", d, t))
-        with replacing(found.folder / "knobs.csv") as partial:
-            knobs.to_csv(partial, index=False)
+        importances = parameter_importances(found.study)
+        for table, file in ((knobs, "knobs.csv"), (importances, IMPORTANCES)):
+            with replacing(found.folder / file) as partial:
+                table.to_csv(partial, index=False)
         proof.to_parquet(found.folder / "proof.parquet")
         proof.to_csv(found.folder / "proof.csv")
         save_policy(winner, found.folder / "policy.yaml")
     finally:
         lock.release()
-    return Tuned(winner, found.folder, found.study, found.refined, played, proof, judged, knobs)
+    return Tuned(winner, found.folder, found.study, found.refined, played, proof, judged, knobs, importances)
 
 
 def _say_power(
