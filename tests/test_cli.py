@@ -357,6 +357,19 @@ def test_analyze_and_derive(run, tmp_path):
     assert "is not in run" in refused(invoke("analyze", run, "--sample", "nobody"))
 
 
+def test_a_run_of_all_heads_has_figures_of_heads(tmp_path, run):
+    out = tmp_path / "run"
+    result = invoke("trace", "-n", 1, "--max-new-tokens", 3, "--per-head", "--out", out)
+    assert result.exit_code == 0, result.output
+    result = invoke("analyze", out, "--layer", 2)
+    assert result.exit_code == 0, result.output
+    figures = {path.stem for path in (out / "figures").glob("*.png")}
+    assert {"heads", "head-overlap", "head-heatmaps"} <= figures
+    assert "layer must be in 0 to 5, got 6" in refused(invoke("analyze", out, "--layer", 6))
+    averages = invoke("analyze", run, "--what", "head_overlap")
+    assert "holds averages over heads only; trace with --per-head" in refused(averages)
+
+
 def test_newest_run_is_the_default(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

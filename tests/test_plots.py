@@ -112,6 +112,14 @@ def head_frame(layers: int, heads: int = 4) -> pd.DataFrame:
     return measured(rows, ["layer", "head", "phase", "query", "statistic"])
 
 
+def head_overlap_frame(layers: int, heads: int = 4) -> pd.DataFrame:
+    numbers = range(heads)
+    sides = [(i, a, i, b) for i in range(layers) for a in numbers for b in numbers]
+    sides += [(i, a, j, -1) for i in range(layers) for a in numbers for j in range(layers)]
+    rows = [(*side, query) for side in sides for query in ("last", "step")]
+    return measured(rows, ["layer_a", "head_a", "layer_b", "head_b", "query"])
+
+
 def diff_frame(layers: int) -> pd.DataFrame:
     queries = (("prefill", "last"), ("decode", "generated"))
     names = ("mass_vision", "coverage_90", "overlap_8", "window_95", "entropy", "mass_sink")
@@ -184,6 +192,10 @@ def every_figure(layers: int) -> dict[str, Figure]:
         ),
         "sinks": plots.sink_mass(plots.sink_info(sink_frame(layers)), 4),
         "heads": plots.head_maps(plots.head_info(head_frame(layers), ("vision", "sink", "entropy"))),
+        "head overlap": plots.head_overlap(plots.head_overlap_info(head_overlap_frame(layers), 0.1)),
+        "head heatmaps": plots.head_heatmaps(
+            picture(), np.random.default_rng(8).random((2, layers, 12)), over(3, 4), kv_heads=1
+        ),
         "diff": plots.layer_diff(plots.diff_info(diff_frame(layers))),
         "coverage": plots.coverage_curves(plots.coverage_info(coverage_frame(layers))),
         "overlap": plots.layer_overlap(plots.overlap_info(overlap_frame(layers)), 0.1),
@@ -210,7 +222,7 @@ def test_figures_are_labelled_and_leave_nothing_behind(layers: int) -> None:
         assert visible, name
         labels = {ax.get_xlabel() for ax in visible} | {ax.get_ylabel() for ax in visible}
         assert labels - {""}, name
-        if name not in ("heatmap", "words"):
+        if name not in ("heatmap", "words", "head heatmaps"):
             drawn = [ax for ax in visible if ax.get_label() != "<colorbar>"]
             assert any(ax.get_xlabel() for ax in drawn), name
             assert any(ax.get_ylabel() for ax in drawn), name
@@ -324,6 +336,22 @@ def test_head_maps_are_of_decoding_if_there_is_any() -> None:
         assert one.values[i, j] == own[own["statistic"] == one.statistic]["mean"].item()
     prefill = plots.head_info(frame[frame["phase"] == "prefill"], ("entropy",))
     assert (prefill.rows, prefill.maps[0].values.shape) == ("last prompt token", (3, 5))
+
+
+def test_overlaps_of_heads_are_within_their_layer() -> None:
+    frame = head_overlap_frame(3, heads=5)
+    info = plots.head_overlap_info(frame, 0.1)
+    assert [one.statistic for one in info.maps] == ["shared", "others"]
+    assert info.rows == "one decoding step"
+    assert "(random ones: 10%)" in info.note
+    shared, others = info.maps
+    for i, j in itertools.product(range(3), range(5)):
+        of_head = frame[(frame["layer_a"] == i) & (frame["layer_b"] == i) & (frame["head_a"] == j)]
+        found = {row.head_b: row.mean for row in of_head.itertuples() if row.query == "step"}
+        assert shared.values[i, j] == found[-1]
+        assert others.values[i, j] == pytest.approx(sum(found[b] for b in range(5) if b != j) / 4)
+    assert shared.top == others.top == max(shared.values.max(), others.values.max())
+    assert plots.head_overlap_info(frame[frame["query"] == "last"]).rows == "last prompt token"
 
 
 def test_differences_are_in_their_units_and_marked_where_sure() -> None:
@@ -579,6 +607,32 @@ def test_word_panels_average_steps_and_layers() -> None:
     assert "23 of 40" in many.note
 
 
+def test_head_panels_are_one_layers_heads_behind_their_mean() -> None:
+    scores = np.random.default_rng(3).random((3, 4, 6)) / 6
+    scores[1] += 0.1
+    scores[0, 2] = 0.0
+    info = plots.head_heatmaps_info(picture(), scores, over(2, 3), kv_heads=2)
+    assert info.title == "Where the heads of layer 1 look", "it looks at the picture most"
+    assert info.note == "4 heads, each 2 in a row share a KV head"
+    assert info.beside == "mass"
+    assert [panel.title for panel in info.panels] == ["Mean", "Head 0", "Head 1", "Head 2", "Head 3"]
+    mean = sum(scores[1, head] for head in range(4)) / 4
+    for panel, row in zip(info.panels, [mean, *scores[1]], strict=True):
+        np.testing.assert_allclose(panel.weights[0].ravel(), row / max(row))
+        assert panel.mass == pytest.approx(sum(row))
+    blind = plots.head_heatmaps_info(picture(), scores, over(2, 3), layer=0, heads=[2, 0])
+    assert [panel.title for panel in blind.panels] == ["Mean", "Head 2", "Head 0"]
+    assert blind.panels[1].mass == 0.0
+    assert not blind.panels[1].weights[0].any()
+    said = [ax.get_title(loc="right") for ax in plots.head_heatmaps(picture(), scores, over(2, 3), 0).axes]
+    assert said[4] == "0.0%"
+    assert said[2] == f"{scores[0, 0].sum():.0%}"
+    many = plots.head_heatmaps_info(picture(), np.ones((1, 64, 6)), over(2, 3))
+    titles = [panel.title for panel in many.panels]
+    assert (len(titles), titles[1], titles[-1]) == (39, "Head 0", "Head 63")
+    assert many.note == "38 of 64 heads"
+
+
 def test_words_are_grouped_at_spaces() -> None:
     words, places = plots.group_words(["▁a", "▁blue", "▁tri", "angle", ",", "Ġ", "C", "K", " end"])
     assert words == ["a", "blue", "triangle,", "CK", "end"]
@@ -640,6 +694,21 @@ def test_best_so_far_counts_complete_trials_alone(direction: str) -> None:
         (
             lambda: plots.word_heatmaps(picture(), np.ones((2, 1, 4)), over(2, 2), ["a", "b"], layer=1),
             "got 1",
+        ),
+        (lambda: plots.head_overlap_info(head_overlap_frame(2).iloc[:0]), "vision tokens"),
+        (lambda: plots.head_overlap_info(head_overlap_frame(2, heads=1)), "a layer has one head"),
+        (
+            lambda: plots.head_heatmaps(picture(), np.ones((2, 4)), over(2, 2)),
+            "got 2 dimensions; trace with --per-head",
+        ),
+        (lambda: plots.head_heatmaps(picture(), np.ones((2, 3, 4)), over(2, 2), 2), "0 to 1, got 2"),
+        (
+            lambda: plots.head_heatmaps(picture(), np.ones((2, 3, 4)), over(2, 2), heads=[0, 3]),
+            "0 to 2, got 3",
+        ),
+        (
+            lambda: plots.head_heatmaps(picture(), np.ones((2, 3, 4)), over(2, 2), kv_heads=2),
+            "divide the 3 query heads, got 2",
         ),
         (lambda: plots.trial_history(trials_frame().assign(state="FAIL")), "needs a complete trial"),
         (lambda: plots.pareto_info(pareto_frame(), "read_share"), "needs the column 'read_share'"),

@@ -59,6 +59,10 @@ def analyze(
         str | None,
         typer.Option("--sample", help="Sample of the heatmap; by default the first that has one."),
     ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option("--layer", help="Layer of the heads' heatmap; by default the one that looks most."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")
     ] = None,
@@ -75,13 +79,15 @@ def analyze(
     pictures = load_task(task) if task is not None else None
     traced = run_or_newest(run)
     if sample is not None:
-        traced.scores(sample)
+        traced.scores(sample, ["last"])
+    if layer is not None and not 0 <= layer < traced.meta.layers:
+        raise UserError(f"layer must be in 0 to {traced.meta.layers - 1}, got {layer}")
     with progress("analyze") as report:
         profile = traced.profile(report)
     wrote = [traced.path / "profile"]
     summary = what == VIEWS[0] and against is None
     if summary if figures is None else figures:
-        wrote.append(_draw(traced, profile, sample, pictures))
+        wrote.append(_draw(traced, profile, sample, pictures, layer))
     if against is not None:
         print_differences(profile, _other(against), form)
     else:
@@ -111,12 +117,12 @@ def _title(profile: Profile) -> str:
     return f"{settings.model} on {settings.task}, {profile.meta.samples} samples"
 
 
-def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None) -> Path:
+def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None, layer: int | None) -> Path:
     """Write every figure that the run has data for, name the others with the reason; the folder."""
     from avlprof.plots import save_figure
 
     folder = run.path / "figures"
-    for name, draw in _figures(run, profile, sample, task):
+    for name, draw in _figures(run, profile, sample, task, layer):
         try:
             save_figure(draw(), folder / f"{name}.png")
         except UserError as error:
@@ -125,7 +131,7 @@ def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None) -> 
 
 
 def _figures(
-    run: Run, profile: Profile, sample: str | None, task: Task | None
+    run: Run, profile: Profile, sample: str | None, task: Task | None, layer: int | None
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
     from avlprof import plots
 
@@ -135,6 +141,8 @@ def _figures(
     yield "sinks", lambda: plots.sink_mass(profile)
     if profile.meta.settings.per_head:
         yield "heads", lambda: plots.head_maps(profile)
+        yield "head-overlap", lambda: plots.head_overlap(profile)
+        yield "head-heatmaps", lambda: _head_heatmaps(run, sample, task, layer)
     yield "coverage-curves", lambda: plots.coverage_curves(profile)
     yield "layer-overlap", lambda: plots.layer_overlap(profile, share)
     yield "step-drift", lambda: plots.step_drift(profile, share)
@@ -149,7 +157,18 @@ def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
-    return vision_heatmap(run.pictures(name, task), run.scores(name)["last"], parse_tiles(row["tiles"]))
+    last = run.scores(name, ["last"])["last"]
+    return vision_heatmap(run.pictures(name, task), last, parse_tiles(row["tiles"]))
+
+
+def _head_heatmaps(run: Run, sample: str | None, task: Task | None, layer: int | None) -> Figure:
+    from avlprof.models.tiles import parse_tiles
+    from avlprof.plots import head_heatmaps
+
+    row = _sample_with_tiles(run, sample)
+    name, kind = str(row["sample"]), "last_heads"
+    tiles, scores = parse_tiles(row["tiles"]), run.scores(name, [kind])[kind]
+    return head_heatmaps(run.pictures(name, task), scores, tiles, layer, kv_heads=run.meta.kv_heads)
 
 
 def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
@@ -162,7 +181,7 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
-    scores = run.scores(name)
+    scores = run.scores(name, ["last", "decode"])
     rows = np.concatenate([scores["last"][None], scores["decode"]])
     words, places = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
     tiles = parse_tiles(row["tiles"])

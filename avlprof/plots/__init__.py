@@ -5,6 +5,8 @@ from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
 from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
 from avlprof.plots.drift import DriftInfo, drift_info, step_drift
 from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
+from avlprof.plots.head_heatmaps import head_heatmaps, head_heatmaps_info
+from avlprof.plots.head_overlap import head_overlap, head_overlap_info
 from avlprof.plots.heads import HeadInfo, head_info, head_maps
 from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
 from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
@@ -46,8 +48,12 @@ __all__ = [
     "diff_info",
     "drift_info",
     "group_words",
+    "head_heatmaps",
+    "head_heatmaps_info",
     "head_info",
     "head_maps",
+    "head_overlap",
+    "head_overlap_info",
     "horizon_info",
     "knob_effects",
     "knob_effects_info",

@@ -17,7 +17,13 @@ from avlprof.plots.style import GRID, new_figure, theme
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
 
-TITLES = {"vision": "Attention on vision", "sink": "Attention on the first token", "entropy": "Row entropy"}
+TITLES = {
+    "vision": "Attention on vision",
+    "sink": "Attention on the first token",
+    "entropy": "Row entropy",
+    "shared": "Overlap with the set of the layer's mean",
+    "others": "Overlap with another head, mean",
+}
 SHARES = ("vision", "sink")
 SOURCES = (("decode", "generated", "generated tokens"), ("prefill", "last", "last prompt token"))
 ANNOTATED = 12
@@ -26,17 +32,23 @@ LEAST_TOP = 0.1
 
 @dataclass(frozen=True)
 class HeadMap:
-    """`values [layers, heads]` of one statistic: shares in [0, 1], or nat for `entropy`."""
+    """`values [layers, heads]` of one statistic: shares in [0, 1], or nat for `entropy`.
+
+    Colours end at `top`.
+    """
 
     statistic: str
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     values: Array
+    top: float
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What `head_maps` draws; `half` is the typical half width of a share's 95% interval."""
+    """What `draw_head_maps` draws; `half` is the typical half width of a share's 95% interval."""
+
+    title: str
 
     maps: tuple[HeadMap, ...]
     rows: str
@@ -65,9 +77,11 @@ def head_info(frame: pd.DataFrame, statistics: tuple[str, ...] = SHARES) -> Head
         own = need(part[part["statistic"] == statistic], (), "layers by heads")
         wide = table(own, "layer", "head", "mean")
         values = wide.to_numpy(dtype=float)
-        maps.append(HeadMap(statistic, whole_layers(wide.index), whole_layers(wide.columns), values))
+        top = 1.0 if statistic == "vision" else float(np.nanmax(values)) or 1.0
+        top = max(top, LEAST_TOP) if statistic in SHARES else top
+        maps.append(HeadMap(statistic, whole_layers(wide.index), whole_layers(wide.columns), values, top))
     half = typical_half(part[part["statistic"].isin(SHARES)])
-    return HeadInfo(tuple(maps), rows, half, samples_note(part))
+    return HeadInfo("What single heads do", tuple(maps), rows, half, samples_note(part))
 
 
 def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) -> Figure:
@@ -76,7 +90,11 @@ def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) 
     Raises:
         UserError: the run holds averages over heads only.
     """
-    info = source if isinstance(source, HeadInfo) else head_info(source.heads(), statistics)
+    return draw_head_maps(source if isinstance(source, HeadInfo) else head_info(source.heads(), statistics))
+
+
+def draw_head_maps(info: HeadInfo) -> Figure:
+    """Maps of layers by heads, side by side."""
     with theme():
         typical = "" if np.isnan(info.half) else f"95% intervals: ±{100 * info.half:.1f} points, typically"
         note = joined(info.rows, info.note, typical)
@@ -84,7 +102,7 @@ def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) 
         wide = min(max(0.55 * heads, 4.6), 6.0)
         tall = min(max(wide * layers / heads, 3.4), 8.5)
         size = (len(info.maps) * (wide + 1.3), tall + 1.7)
-        figure = new_figure("What single heads do", note, size, square=True)
+        figure = new_figure(info.title, note, size, square=True)
         axes = figure.subplots(1, len(info.maps), squeeze=False, sharey=True)[0]
         for one, ax in zip(info.maps, axes, strict=True):
             _draw(one, ax)
@@ -93,10 +111,8 @@ def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) 
 
 
 def _draw(one: HeadMap, ax: Axes) -> None:
-    share = one.statistic in SHARES
-    most = float(np.nanmax(one.values))
-    top = 1.0 if one.statistic == "vision" else max(most, LEAST_TOP) if share else most or 1.0
-    drawn = ax.imshow(one.values, vmin=0.0, vmax=top, cmap="cividis", aspect="auto")
+    share = one.statistic != "entropy"
+    drawn = ax.imshow(one.values, vmin=0.0, vmax=one.top, cmap="cividis", aspect="auto")
     ax.set_title(TITLES[one.statistic])
     ax.set_xlabel("Query head")
     ax.grid(False)
@@ -109,7 +125,7 @@ def _draw(one: HeadMap, ax: Axes) -> None:
         ax.set_yticks(range(len(one.layers)), [str(layer) for layer in one.layers])
         for (row, col), value in np.ndenumerate(one.values):
             if np.isfinite(value):
-                ink = "white" if value < 0.55 * top else "black"
+                ink = "white" if value < 0.55 * one.top else "black"
                 text = f"{100 * value:.0f}" if share else f"{value:.1f}"
                 ax.text(col, row, text, ha="center", va="center", color=ink, fontsize=12)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,11 +20,12 @@ from PIL import Image
 from avlprof.errors import UserError
 from avlprof.models.tiles import Tile, paint, resolution
 from avlprof.plots.arrange import Arrangement, arrange
-from avlprof.plots.frames import NO_VISION, Array
+from avlprof.plots.frames import NO_VISION, Array, joined
 from avlprof.plots.style import GRID, SOFT, new_figure, theme
 
 Pictures = Image.Image | Sequence[Image.Image]
 Tiles = Sequence[Sequence[Tile]]
+Beside = Literal["peak", "mass"]
 
 TITLE = 12.5
 LONGEST = 14
@@ -37,24 +39,30 @@ class HeatPanel:
     panel's brightest cell.
 
     `peak` is the largest score of a patch, `unplaced` the score of tokens that are no patch
-    (newlines), both as shares of the panel's vision attention.
+    (newlines), both as shares of the panel's vision attention; `mass` is all of that, as a share
+    of the row's attention.
     """
 
     title: str
     weights: tuple[Array, ...]
     peak: float
     unplaced: float = 0.0
+    mass: float = 0.0
 
 
 @dataclass(frozen=True)
 class HeatInfo:
-    """What a heatmap figure draws; each of `pictures` is `[height, width, 3]` in 0-255."""
+    """What a heatmap figure draws; each of `pictures` is `[height, width, 3]` in 0-255.
+
+    `beside` is what stands beside the title of a panel.
+    """
 
     title: str
     pictures: tuple[NDArray[np.uint8], ...]
     panels: tuple[HeatPanel, ...]
     tokens: int
     note: str = ""
+    beside: Beside = "peak"
 
 
 def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
@@ -71,7 +79,7 @@ def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
     if total <= 0:
         return HeatPanel(title, weights, 0.0)
     rest = float(np.delete(flat, placed).sum())
-    return HeatPanel(title, weights, float(flat[placed].max()) / total, rest / total)
+    return HeatPanel(title, weights, float(flat[placed].max()) / total, rest / total, total)
 
 
 def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[Image.Image], Tiles]:
@@ -136,13 +144,19 @@ def vision_heatmap_info(
 
 
 def heat_info(
-    title: str, pictures: Sequence[Image.Image], panels: tuple[HeatPanel, ...], tokens: int, note: str
+    title: str,
+    pictures: Sequence[Image.Image],
+    panels: tuple[HeatPanel, ...],
+    tokens: int,
+    note: str,
+    beside: Beside = "peak",
 ) -> HeatInfo:
     """The panels with their pictures, and in the note what the colours leave out."""
     rest = float(np.mean([panel.unplaced for panel in panels]))
     if rest >= 0.0005:
-        note = "; ".join(text for text in (note, f"newline tokens, not drawn, hold {rest:.1%}") if text)
-    return HeatInfo(title, tuple(np.asarray(p.convert("RGB")) for p in pictures), panels, tokens, note)
+        note = joined(note, f"newline tokens, not drawn, hold {rest:.1%}", by="; ")
+    shown = tuple(np.asarray(picture.convert("RGB")) for picture in pictures)
+    return HeatInfo(title, shown, panels, tokens, note, beside)
 
 
 def vision_heatmap(
@@ -165,10 +179,11 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
     side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
     size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
     with theme():
-        even = f"even attention would be {1 / info.tokens:.2%}"
-        note = "; ".join(
-            t for t in (info.note, "right: the strongest token's share of vision attention", even) if t
-        )
+        beside = "right: share of the attention that goes to vision"
+        if info.beside == "peak":
+            even = f"even attention would be {1 / info.tokens:.2%}"
+            beside = f"right: the strongest token's share of vision attention; {even}"
+        note = joined(info.note, beside, by="; ")
         figure = new_figure(info.title, note, size, square=True)
         flat = list(figure.subplots(rows, cols, squeeze=False).flat)
         for ax in flat:
@@ -177,7 +192,8 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
             flat[0].imshow(picture, extent=place)
         flat[0].set_title("Picture" if len(info.pictures) == 1 else "Pictures", fontsize=TITLE, pad=5)
         for panel, ax in zip(info.panels, flat[1:], strict=False):
-            _overlay(panel, info.pictures, placed, ax)
+            share = panel.peak if info.beside == "peak" else panel.mass
+            _overlay(panel, share, info.pictures, placed, ax)
         for ax in flat[:count]:
             _frame(placed, ax)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
@@ -188,7 +204,9 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         return figure
 
 
-def _overlay(panel: HeatPanel, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes) -> None:
+def _overlay(
+    panel: HeatPanel, share: float, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes
+) -> None:
     for weight, picture, place in zip(panel.weights, pictures, placed.places, strict=True):
         grey = picture.mean(axis=2) / 255.0
         ax.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0.0, vmax=1.0, extent=place)
@@ -201,8 +219,8 @@ def _overlay(panel: HeatPanel, pictures: Sequence[NDArray[np.uint8]], placed: Ar
         fontsize=TITLE,
         pad=5,
     )
-    peak = f"{panel.peak:.1%}" if panel.peak < 0.0995 else f"{panel.peak:.0%}"
-    ax.set_title(peak, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
+    beside = f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
+    ax.set_title(beside, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
 
 
 def _frame(placed: Arrangement, ax: Axes) -> None:
