@@ -15,48 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from avlprof.attention.cache_argument import NAMES, cache_argument
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
 from avlprof.attention.kernels import explicit_mask, stock_kernel
-from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
+from avlprof.attention.modality import modality_map, turn_map, vision_token_ids
+from avlprof.attention.passed import Passed
 from avlprof.errors import UserError
 
 IMPLEMENTATIONS = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
 _SESSION = "_avlprof_session"
-
-
-_AHEAD = 64  # positions of generated tokens that are marked ahead
-
-
-class _State:
-    """What the session remembers of one cache: the modality of every position so far, and the steps."""
-
-    def __init__(self, modality: Tensor) -> None:
-        self._marked, self.length, self.steps = modality, modality.shape[1], 0
-
-    @property
-    def modality(self) -> Tensor:
-        """`[B, n]`."""
-        return self._marked.narrow(1, 0, self.length)
-
-    def step(self) -> None:
-        """One more generated token a row."""
-        self.steps += 1
-        self.length += 1
-        if self.length > self._marked.shape[1]:
-            self._marked = pad(self._marked, (0, _AHEAD), value=int(Modality.GENERATED))
-
-    def turn(self, modality: Tensor) -> None:
-        """A turn with tokens `[B, m]`."""
-        self.steps += 1
-        self._marked = torch.cat([self.modality, modality], dim=1)
-        self.length = self._marked.shape[1]
 
 
 @dataclass
@@ -69,7 +40,7 @@ class Session:
     cache_name: str
     observers: list[Observer] = field(default_factory=list)
     runtime: AttentionRuntime | None = None
-    _states: WeakKeyDictionary[Any, _State] = field(default_factory=WeakKeyDictionary)
+    _states: WeakKeyDictionary[Any, Passed] = field(default_factory=WeakKeyDictionary)
     _forward: Forward | None = None
     _cache: Any = None
 
@@ -80,7 +51,7 @@ class Session:
 
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
-        self._states[cache] = _State(modality)
+        self._states[cache] = Passed(modality)
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,7 +72,7 @@ class Session:
                     "the prompt's input_ids are needed to tell vision tokens from text; pass input_ids"
                 )
             vision = vision_token_ids(self.model.config)
-            state = _State(modality_map(ids, values.get("attention_mask"), vision))
+            state = Passed(modality_map(ids, values.get("attention_mask"), vision))
         else:
             known = self._states.get(cache)
             if known is None or known.length != past:
@@ -119,7 +90,7 @@ class Session:
             observer.begin(self._forward)
         return (), values
 
-    def _go_on(self, state: _State, values: dict[str, Any]) -> None:
+    def _go_on(self, state: Passed, values: dict[str, Any]) -> None:
         """Note this pass's tokens behind the prompt: one is generated, more are a turn."""
         ids = values.get("input_ids")
         if (ids if ids is not None else values["inputs_embeds"]).shape[1] == 1:
