@@ -19,7 +19,7 @@ from avlprof.tuning import Settings, Smallest, Space, Sweep, Tuned, read_meta
 from avlprof.tuning.crew import Crew
 
 if TYPE_CHECKING:
-    from avlprof.tuning.tune import OnTrial
+    from avlprof.tuning.study import OnTrial
 
 STUDIES = Path("studies")
 TRACED_SAMPLES = 32

@@ -125,7 +125,7 @@ def test_the_front_is_drawn_with_tuned_first(swept):
 
 def searched(drops, monkeypatch, tmp_path, max_drop, least=0.06):
     """`smallest` with a search whose winners lose `drops(budget)`; what was tried and tested."""
-    module = sys.modules["avlprof.tuning.smallest"]
+    module = sys.modules["avlprof.tuning.bisection"]
     tested = []
 
     def search(prepared, folder, settings, space, *, warm=(), **others):

@@ -46,11 +46,11 @@ from avlprof.tasks import load_task
 from avlprof.testing.allocators import random_evidence
 from avlprof.traced import Run
 from avlprof.tuning import Budget, Candidate, Settings, Space, export_policy, read_meta, read_study
+from avlprof.tuning.finalists import finalists
 from avlprof.tuning.layers import Moved
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.places import JOURNAL
 from avlprof.tuning.probe import LEVELS, probed
-from avlprof.tuning.proof import finalists
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.trials import run_trials
 

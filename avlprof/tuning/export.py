@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 import avlprof
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
-from avlprof.tuning.proof import finalists
+from avlprof.tuning.finalists import finalists
 from avlprof.tuning.storage import StudyMeta, read_meta, read_study
 from avlprof.versions import versions
 

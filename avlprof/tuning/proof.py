@@ -6,11 +6,7 @@ import datetime
 import math
 from collections.abc import Callable, Sequence
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
-
 import avlprof
-from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
@@ -21,22 +17,6 @@ from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.verdict import Verdict
 from avlprof.versions import versions
-
-
-def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[FrozenTrial]:
-    """The best `count` fully scored trials of one study or several with different policies, best first."""
-    trials = [
-        trial
-        for each in (study, *more)
-        for trial in each.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get("complete") and trial.value is not None
-    ]
-    if not trials:
-        raise UserError("the study has no finished trial; run 'avlprof tune' again with more --trials")
-    best: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
-        best.setdefault(trial.user_attrs["policy"], trial)
-    return list(best.values())[:count]
 
 
 def prove(

@@ -8,15 +8,18 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.tasks import Sample
 from avlprof.tuning.database import DatabasePlace
 from avlprof.tuning.places import FolderPlace, Place
+
+if TYPE_CHECKING:
+    from avlprof.tasks import Sample
 
 META = "study"
 NOTE = "storage.txt"

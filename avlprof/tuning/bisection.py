@@ -16,11 +16,11 @@ from avlprof.files import write_text
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
 from avlprof.tuning.crew import Crew
+from avlprof.tuning.front import AtBudget, neighbour
 from avlprof.tuning.prepared import Prepared, Progress
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.sweep import AtBudget, neighbour
-from avlprof.tuning.tune import OnTrial, Search, Told, Tuned, prove_winner, search
+from avlprof.tuning.study import OnTrial, Search, Told, Tuned, prove_winner, search
 
 RESOLUTION = 0.02
 

@@ -18,7 +18,7 @@ from avlprof.tuning.crew import Crew
 from avlprof.tuning.prepared import Prepared, Progress
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.tune import OnTrial, Search, Told, Tuned, prove_winner, search
+from avlprof.tuning.study import OnTrial, Search, Told, Tuned, prove_winner, search
 
 AtBudget = Callable[[float], None]
 

@@ -21,6 +21,7 @@ from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.crew import Crew
 from avlprof.tuning.evidence import shared_evidence
+from avlprof.tuning.finalists import finalists
 from avlprof.tuning.identity import study_meta
 from avlprof.tuning.importances import FILE as IMPORTANCES
 from avlprof.tuning.importances import parameter_importances
@@ -28,7 +29,7 @@ from avlprof.tuning.knobs import knob_effects
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.playoff import PlayOff, play_off
 from avlprof.tuning.prepared import Prepared, Progress, check_same_model
-from avlprof.tuning.proof import finalists, prove, with_provenance
+from avlprof.tuning.proof import prove, with_provenance
 from avlprof.tuning.refine import refine
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings
