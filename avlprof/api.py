@@ -188,7 +188,7 @@ def trace(
         policy: trace the model under a policy: a `Policy`, a YAML file or the name of a shipped one.
         rows: `default` records all text rows and `vision_rows` vision rows of a prompt; `all`
             records every row.
-        per_head: store statistics of every query head; by default their mean.
+        per_head: store statistics and token scores of every query head; by default their mean.
         history: record A-VL's history scores of text tokens for this kept share of the text.
         device, device_map, dtype, revision, trust_remote_code: as in `avlprof.models.load_model`.
         shard: this process's share (`avlprof.runs.Shard.from_environment`), where several
