@@ -56,6 +56,9 @@ class CapturedSteps:
         inputs = self._with_positions(inputs, ids, layers[0].seen)
         known = self._advance(cache, layers, ids)
         inputs["attention_mask"] = None  # a layer knows what its rows may look at
+        for name in [name for name in inputs if name.endswith("token_type_ids")]:
+            if inputs[name] is not None and inputs[name].shape[1] > 1:  # of all tokens, for their positions
+                del inputs[name]
         asked = any(value for name, value in inputs.items() if name.startswith("output_"))
         # beams give every step new buffers, so what is fresh has to last for a step before it is captured
         if self._session.observers or asked or known.fresh:
