@@ -173,6 +173,21 @@ def test_starts_are_points_of_the_space():
     assert {start.text_share for start in window} == {1.0, 0.25}
 
 
+@pytest.mark.parametrize("refine", [None, 0, 7])
+@pytest.mark.parametrize("starts", [1, 2, 17, 22, 30])
+def test_too_few_trials_for_the_starts_are_told_with_what_is_enough(starts, refine):
+    said = Settings(trials=8, refine=refine).missed(40)
+    assert said.startswith(f"only {8 - Settings(trials=8, refine=refine).refining} of 40 starts are run")
+    for trials in range(8, 80):
+        settings = Settings(trials=trials, refine=refine)
+        said, scalar = settings.missed(starts), trials - settings.refining
+        assert bool(said) == (scalar <= starts)
+        if said:
+            enough = int(said.split("--trials ")[1].split()[0])
+            assert not Settings(trials=enough, refine=refine).missed(starts)
+            assert Settings(trials=enough - 1, refine=refine).missed(starts)
+
+
 def test_warm_starts_are_brought_into_reach():
     """What another budget's winner holds may not be on offer here."""
     warm = (

@@ -74,3 +74,12 @@ class Settings:
     def refining(self) -> int:
         """Trials that refine layer by layer."""
         return self.trials // 3 if self.refine is None else self.refine
+
+    def missed(self, starts: int) -> str:
+        """What so few trials leave out, in a sentence; empty when the sampler proposes some too."""
+        scalar = self.trials - self.refining
+        if scalar > starts:
+            return ""
+        enough = starts + 1 + self.refining if self.refine is not None else 3 * starts // 2 + 1
+        what = "all starts are run" if scalar == starts else f"only {scalar} of {starts} starts are run"
+        return f"{what} and the sampler proposes nothing: --trials {enough} or more lets it"

@@ -182,6 +182,8 @@ def search(
         space = replace(space.supported(prepared.evidence), warm=noted_starts(folder, warm))
         store = AnswerStore(folder / "answers")
         _say_power(prepared, settings, space, budget, store, say)
+        if missed := settings.missed(len(space.starts())):
+            say(missed)
         scalar = settings.trials - settings.refining
         objective = Objective(prepared.scores(store), prepared.evidence, budget, space, settings.objective)
         study = crew.run(
