@@ -148,7 +148,7 @@ def test_the_page_loads_nothing(html: str, page: Page) -> None:
 
 def test_vector_figures_are_whole_and_load_nothing(page: Page) -> None:
     vectors = [source for source in page.sources if "svg" in source[:30]]
-    assert len(vectors) == 10  # eight, heads among them, the policy, the differences
+    assert len(vectors) == 11  # nine, two of heads among them, the policy, the differences
     for source in vectors:
         tree = ElementTree.fromstring(base64.b64decode(source.partition("base64,")[2]))
         targets = [
@@ -220,6 +220,7 @@ def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     write_run(tmp_path, vision=(0, 0), decode=False, averaged=True, parts=1)
     page = Page(report_html(Run.open(tmp_path), created=DATE))
     assert "holds averages over heads only; trace with --per-head" in page.text
+    assert "overlap of heads" not in page.text
     assert "No figure of drift over steps" in page.text
     assert "No sample has vision tokens" in page.text
     assert set(page.ids) == KEYS

@@ -17,8 +17,8 @@ def concentration(scores: NDArray[np.float32] | Array) -> Array:
       (VL-Cache, arXiv 2410.23317).
     - `entropy`: in nat, of the scores divided by their sum (MEDA, arXiv 2502.17599); its
       exponential is the effective number of tokens.
-    - `skewness`: adjusted Fisher-Pearson coefficient (AirCache, arXiv 2503.23956); 0 with fewer
-      than three tokens.
+    - `skewness`: adjusted Fisher-Pearson coefficient, after AirCache (arXiv 2503.23956), whose own
+      formula was not at hand; 0 with fewer than three tokens.
 
     A row that gives vision nothing needs no token: it counts as sparsity 1, entropy 0, skewness 0.
 

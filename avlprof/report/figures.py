@@ -37,6 +37,7 @@ class _Plan:
     name: str
     draw: Callable[[Profile], Figure]
     caption: str
+    per_head: bool = False  # left out, without a note, of runs of head means
 
 
 SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
@@ -90,6 +91,15 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
                 "the overlap of random sets, layers need sets of their own.",
             ),
             _Plan(
+                "overlap of heads",
+                plots.head_overlap,
+                "The share of one head's most attended vision tokens that another head of its layer attends "
+                "to most too, and of each head's that its layer's mean has. Where heads share little, one "
+                "set for all of them (heads: shared in a policy) serves each badly; heads: kv_head gives "
+                "each KV head its own.",
+                per_head=True,
+            ),
+            _Plan(
                 "drift over steps",
                 plots.step_drift,
                 "The share of the most attended vision tokens that were so some decoding steps earlier. "
@@ -118,6 +128,8 @@ def sections(profile: Profile) -> Iterator[Section]:
     for key, title, plans in SECTIONS:
         shown, notes = [], []
         for plan in plans:
+            if plan.per_head and not profile.meta.settings.per_head:
+                continue
             try:
                 figure = as_svg(plan.draw(profile))
             except UserError as error:
