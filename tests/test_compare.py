@@ -239,7 +239,7 @@ def test_evidence_is_asked_for_once_and_only_when_needed() -> None:
 
 # -- the model ------------------------------------------------------------------------------
 
-LIMIT, COUNT = 8, 6
+LIMIT, COUNT = 8, 4
 UNIFORM = Policy(name="uniform", vision_keep=0.2)
 RANDOM = Policy(name="random", vision_keep=0.2, scorer=ScorerSpec(name="random"))
 FIRST = Policy(name="first", vision_keep=0.2, scorer=ScorerSpec(name="position"))
@@ -261,7 +261,7 @@ def task() -> Task:
 def found(tiny, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare(
         tiny, task, (0.6, 0.3), baselines=[UNIFORM, RANDOM, FIRST], given=[MINE], samples=COUNT,
-        batch_size=3, max_new_tokens=LIMIT,
+        batch_size=4, max_new_tokens=LIMIT,
         store=AnswerStore(tmp_path_factory.mktemp("store")),
     )  # fmt: skip
 
@@ -294,7 +294,7 @@ def test_table_has_what_generating_each_policy_gives(found: Comparison, tiny, ta
 
 
 def answers(tiny, samples: list[Sample], policy: Policy | None):
-    return generate_answers(tiny, samples, policy, max_new_tokens=LIMIT, batch_size=3)
+    return generate_answers(tiny, samples, policy, max_new_tokens=LIMIT, batch_size=4)
 
 
 def test_all_methods_of_a_budget_hold_equal_bytes(found: Comparison) -> None:
@@ -322,7 +322,7 @@ def test_differences_are_to_the_named_method(found: Comparison) -> None:
 
 def test_strongest_is_the_best_mean_on_the_split_of_selection(found: Comparison, tiny, task: Task) -> None:
     candidates = [e.policy for e in found.lineup.at(0.6, "baseline")]
-    picked = strongest(tiny, task, candidates, samples=COUNT, max_new_tokens=LIMIT, batch_size=3)
+    picked = strongest(tiny, task, candidates, samples=COUNT, max_new_tokens=LIMIT, batch_size=4)
     assert picked.policy.name == found.strongest[0.6]
     by_name = dict(picked.scores)
     assert by_name[picked.policy.name] == max(by_name.values())

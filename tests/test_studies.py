@@ -80,10 +80,11 @@ def prove(folder):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """One study of each state: proved, stopped in the middle, and without any trial."""
+    """One study of each state: proved, searched only, stopped in the middle, and without any trial."""
     root = tmp_path_factory.mktemp("studies")
     run(root / "done", 10)
     prove(root / "done")
+    run(root / "searched", 6)
     run(root / "sweep" / "half", 5, read_budget=0.1, task="docs")
     open_study(FolderPlace(root / "sweep" / "half")).set_user_attr("trials", 40)
     claim_folder(root / "fresh", meta(budget=0.4))
@@ -103,12 +104,13 @@ def test_ls_tells_every_study(root):
     assert [(row["name"], row["state"], row["trials"], row["wanted"]) for row in rows] == [
         ("done", "proved", 10, 10),
         ("fresh", "new", 0, None),
-        ("half", "stopped", 5, 40),
+        ("searched", "unproved", 6, 6),
+        ("sweep/half", "stopped", 5, 40),
     ]
     whole = [t for t in read_study(root / "done").trials if t.user_attrs["complete"]]
     assert rows[0]["best"] == min(trial.value for trial in whole) > 0
-    assert [row["held-out"] for row in rows] == [0.75, None, None]
-    assert (rows[2]["task"], rows[2]["budget"], rows[2]["read budget"]) == ("docs", 0.2, 0.1)
+    assert [row["held-out"] for row in rows] == [0.75, None, None, None]
+    assert (rows[3]["task"], rows[3]["budget"], rows[3]["read budget"]) == ("docs", 0.2, 0.1)
     table = invoke("ls", root)
     assert "10/10" in table.stdout and "5/40" in table.stdout and "0/-" in table.stdout
     assert "40.0%" in table.stdout
@@ -129,7 +131,7 @@ def test_a_study_at_work_is_running(root):
 
 
 def test_studies_are_found_at_any_depth(root):
-    assert [path.name for path in studies_below(root)] == ["done", "fresh", "half"]
+    assert [path.name for path in studies_below(root)] == ["done", "fresh", "searched", "half"]
     assert studies_below(root / "done") == [root / "done"]
 
 
@@ -164,7 +166,7 @@ def test_a_database_out_of_reach_does_not_hide_the_others(tmp_path):
     claim_folder(tmp_path / "far", meta())
     (tmp_path / "far" / "storage.txt").write_text("postgresql+psycopg://nobody@127.0.0.1:1/none\n")
     rows = json.loads(invoke("ls", tmp_path, "--format", "json").stdout)
-    assert [(row["name"], row["state"]) for row in rows] == [("far", "out of reach"), ("here", "stopped")]
+    assert [(row["name"], row["state"]) for row in rows] == [("far", "out of reach"), ("here", "unproved")]
 
 
 # --- the dashboard ---

@@ -24,7 +24,10 @@ def list_studies(
     """List the studies below a folder: what they search, how far they are, what they found."""
     from avlprof.tuning.overview import overview, studies_below
 
-    rows = [overview(folder).row() for folder in studies_below(root)]
+    rows = [
+        overview(folder).row() | {"name": str(folder.relative_to(root)) if folder != root else folder.name}
+        for folder in studies_below(root)
+    ]
     if form is Format.table and rows:
         rows = [_short(row) for row in rows]
     show(rows, form, cells={"budget": percent, "read budget": percent})

@@ -25,7 +25,8 @@ class Overview:
 
     `best` is the lowest score of a trial that saw all samples, in units of the objective; `winner`
     the proved policy. `state` is `new` (no trial yet), `running`, `stopped` (the same command goes
-    on), `proved` or `out of reach` (its database cannot be read).
+    on), `unproved` (the trials are done, the proof is not), `proved` or `out of reach` (its database
+    cannot be read).
     """
 
     folder: Path
@@ -83,8 +84,8 @@ def overview(folder: Path) -> Overview:
     state = "stopped"
     if at_it or place.busy(study):
         state = "running"
-    elif winner is not None and len(done) >= (wanted or 0):
-        state = "proved"
+    elif wanted is not None and len(done) >= wanted:
+        state = "unproved" if winner is None else "proved"
     return Overview(folder, meta, state, len(done), wanted, best[0].value if best else None, winner)
 
 
