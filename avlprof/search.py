@@ -17,6 +17,8 @@ from avlprof.tasks import Task, load_task
 from avlprof.traced import RUNS, Run, latest_run
 from avlprof.tuning import Settings, Smallest, Space, Sweep, Tuned, read_meta
 from avlprof.tuning.crew import Crew
+from avlprof.tuning.identity import model_of
+from avlprof.tuning.storage import check_folder
 
 if TYPE_CHECKING:
     from avlprof.tuning.study import OnTrial
@@ -224,7 +226,9 @@ class _Asked:
     ) -> Run:
         """The run to take the profile from, of this model; traced here when there is none."""
         found = given if isinstance(given, Run) else Run.open(given) if given is not None else None
-        found = found or _run_of_study(folder) or latest_run(loaded=self.loaded, task=self.task.name)
+        found = (
+            found or _run_of_study(folder, self.loaded) or latest_run(loaded=self.loaded, task=self.task.name)
+        )
         if found is None:
             tell = None if progress is None else (lambda done, total: progress("trace", done, total))
             few = len(self.task.samples("search", TRACED_SAMPLES))
@@ -258,13 +262,19 @@ def _folder(out: Path | str | None, asked: _Asked, settings: Settings, what: str
     return Path(out) if out is not None else STUDIES / study_name(asked.loaded, asked.task, settings, what)
 
 
-def _run_of_study(folder: Path) -> Run | None:
-    """The run below `runs/` that the study (or the first of a sweep) in a folder was begun with."""
+def _run_of_study(folder: Path, loaded: LoadedModel) -> Run | None:
+    """The run below `runs/` that the study (or the first of a sweep) in a folder was begun with.
+
+    Raises:
+        UserError: the study is of another model, for which no run of this one would do.
+    """
     places = [folder / "study.json", *sorted(folder.glob("b*/study.json"))]
     noted = next((path for path in places if path.is_file()), None)
     if noted is None:
         return None
-    wanted = read_meta(noted.parent).run_hash
+    meta = read_meta(noted.parent)
+    check_folder(noted.parent, meta.model_copy(update=model_of(loaded)))
+    wanted = meta.run_hash
     for path in sorted(RUNS.glob("*/meta.json")):
         with contextlib.suppress(UserError):
             run = Run.open(path.parent)

@@ -143,7 +143,8 @@ assert not loaded({HEAVY!r}), loaded({HEAVY!r})
 import avlprof.runs, avlprof.policy, avlprof.allocators
 assert not loaded(("torch", "transformers", "optuna", "matplotlib")), "runs, policy or allocators"
 import avlprof.tuning.overview, avlprof.tuning.export, avlprof.tuning.trials
-assert not loaded(("torch", "transformers", "matplotlib")), "looking at a study"
+import avlprof.tuning.importances
+assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking at a study"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -187,6 +187,11 @@ def test_another_model_is_refused(study, tiny, tmp_path):
     with pytest.raises(UserError, match=r"was traced on tiny .*, the model here is tiny 0123"):
         tune_verb(other, TASK, **options(study.run, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+    said = (
+        rf"{study.folder} holds another study \(model_hash: '\w+' here, '0123' asked\); choose another --out"
+    )
+    with pytest.raises(UserError, match=said):
+        tune_verb(other, TASK, **options(None, study.folder))
 
 
 def test_what_is_no_study_is_left_alone(study, tiny, tmp_path):

@@ -11,14 +11,18 @@ from avlprof.tuning.space import Space
 from avlprof.tuning.storage import StudyMeta, sample_hash
 
 
+def model_of(loaded: LoadedModel) -> dict[str, str]:
+    """What tells one model from another, as fields of `StudyMeta`."""
+    return {"model": loaded.source, "model_hash": loaded.revision or ""}
+
+
 def study_meta(
     loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, space: Space
 ) -> StudyMeta:
     """What a study searches for."""
     samples = task.samples(settings.split, settings.samples)
     return StudyMeta(
-        model=loaded.source,
-        model_hash=loaded.revision or "",
+        **model_of(loaded),
         task=task.name,
         split=settings.split,
         samples=len(samples),

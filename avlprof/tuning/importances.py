@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.tuning.storage import quiet
@@ -76,6 +75,9 @@ def importance_rows(folder: Path, study: optuna.Study) -> list[dict[str, str]]:
 
 
 def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    # brings scikit-learn, which takes seconds and only a study with enough trials needs
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     create = optuna.trial.create_trial
     with quiet():
         apart = optuna.create_study()
@@ -83,5 +85,5 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
             [create(value=t.value, params=t.params, distributions=t.distributions) for t in trials]
         )
     evaluator = FanovaImportanceEvaluator(n_trees=TREES, seed=0)
-    found = optuna.importance.get_param_importances(apart, evaluator=evaluator)
+    found = get_param_importances(apart, evaluator=evaluator)
     return {name: float(value) for name, value in found.items()}
