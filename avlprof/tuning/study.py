@@ -46,7 +46,8 @@ Told = Callable[[str], None]
 class Tuned:
     """The outcome of a study: the winner with its provenance, where it is, and its proof.
 
-    `refined` is the study of the second stage, if there was one.
+    `refined` is the study of the second stage, if there was one. `knobs` is what `knob_effects` gives,
+    `importances` what `parameter_importances` does.
     """
 
     policy: Policy
