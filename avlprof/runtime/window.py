@@ -70,23 +70,25 @@ class Windows:
 class FixedWindows(Windows):
     """Views that stay as long as they are while steps are captured and replayed.
 
-    The text part of a view has `width` slots, free ones among them, so there is always a mask, which
-    lives on the device like the slots `[B, 1, 1]` that the rows' tokens go to; whoever replays steps
-    fills these.
+    The text part of a view has `width` slots. As long as some are free, or where rows differ, a mask
+    hides what a row does not hold. It lives on the device like the slots `[B, 1, 1]` that the rows'
+    tokens go to; whoever replays steps fills these.
     """
 
     def __init__(self, plans: list[RowPlan], left: int, counts: list[int], width: int, slots: Tensor) -> None:
         super().__init__(plans, left)
         self.width, self.slots = width, slots
-        for whole in (False, True):
-            self._masks[whole] = self._seen(counts, whole, left + width, slots.device)
+        for whole, lefts in self._lefts.items():
+            if min(counts) < width or len(set(lefts)) > 1:
+                self._masks[whole] = self._seen(counts, whole, left + width, slots.device)
 
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
         return super().span(counts, whole)[0], self.left + self.width
 
-    def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor:
+    def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor | None:
         start, end = self.span(counts, whole)
-        return self._masks[whole][..., start:end]
+        mask = self._masks.get(whole)
+        return None if mask is None else mask[..., start:end]
 
     def slot(self, claimed: list[int], device: torch.device) -> Slot:
         for mask in self._masks.values():
