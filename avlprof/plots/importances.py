@@ -43,11 +43,11 @@ def parameter_importances_info(frame: pd.DataFrame) -> ImportanceInfo:
 
 
 def parameter_importances(source: pd.DataFrame | ImportanceInfo, score: str = "score") -> Figure:
-    """How much of the spread of the score each parameter explains: bars with intervals.
+    """How much of the variance of the score each parameter explains: bars with intervals.
 
     Args:
         source: a frame as `parameter_importances_info` takes it, or that information.
-        score: the score whose spread is explained, in words.
+        score: the score whose variance is explained, in words.
     """
     info = source if isinstance(source, ImportanceInfo) else parameter_importances_info(source)
     with theme():
@@ -78,5 +78,5 @@ def parameter_importances(source: pd.DataFrame | ImportanceInfo, score: str = "s
         ax.set_xlim(0.0, 1.1)
         ax.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
         ax.set_ylabel("Parameter")
-        ax.set_xlabel(f"Share of the spread of {score}\nthat the parameter explains by itself")
+        ax.set_xlabel(f"Share of the variance of {score}\nthat the parameter explains by itself")
         return figure

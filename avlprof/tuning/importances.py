@@ -20,7 +20,7 @@ COLUMNS = ("parameter", "importance", "low", "high", "trials")
 
 
 def parameter_importances(study: optuna.Study) -> pd.DataFrame:
-    """How much of the spread of the score each parameter explains by itself, over the whole space.
+    """How much of the variance of the score each parameter explains by itself, over the whole space.
 
     fANOVA fits a forest to the trials and integrates over all values alike, so a parameter that
     the sampler settled early counts in full. PED-ANOVA compares the best trials with all trials, and
@@ -35,7 +35,8 @@ def parameter_importances(study: optuna.Study) -> pd.DataFrame:
     Returns:
         One row a parameter, the largest first: `parameter, importance`, `low, high` (95% of
         what resampled trials give: how much hangs on single trials), `trials`. Importances add up
-        to 1. Empty with fewer than 20 finished trials, or when all have the same score.
+        to 1: what parameters explain only together is left out. Empty with fewer than 20 finished
+        trials, or when all have the same score.
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     values = np.array([trial.value for trial in done], float)

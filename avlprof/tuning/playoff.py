@@ -125,23 +125,21 @@ def play_off(
     judged: list[Judged] = []
 
     def judge(name: str, policy: Policy, trial: FrozenTrial | None = None) -> Judged:
-        nonlocal total
         metric = answers.metric(policy)
         found = Judged(
             name, policy, metric, prepared.cheap(policy), coverage_of(policy, prepared.evidence), trial
         )
         judged.append(found)
-        total = max(total, len(judged) + 1)
         progress(len(judged) * len(prepared.samples), total * len(prepared.samples))
         return found
 
     finals = [judge(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
     winner = min(finals, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
     entries, left_out = _entries(prepared, winner.policy, budget)
-    rest = [judge(policy.name, policy) for policy in entries]
-    if not rest:
+    if not entries:
         raise UserError("no baseline can be set at the bytes of the winner; raise --budget")
-    progress(len(judged) * len(prepared.samples), len(judged) * len(prepared.samples))
+    total = len(finals) + len(entries)
+    rest = [judge(policy.name, policy) for policy in entries]
     strongest = min(rest, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
     return PlayOff(tuple(judged), winner, strongest, prepared.dense_metric(store), left_out)
 
