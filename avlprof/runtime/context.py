@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,11 @@ class Runtime:
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache acts under this runtime's policy."""
-        return isinstance(cache, AVLCache) and cache.policy == self.policy
+        if not isinstance(cache, AVLCache):
+            return False
+        return (
+            cache.policy is self.policy or cache.policy == self.policy
+        )  # comparing takes as long as a layer
 
     def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """One layer's attention: stock at prompts and in dense layers, packed over the view else."""
@@ -65,11 +69,11 @@ class Runtime:
         positions, mask = layer.attended()
         if not layer.weighing:
             out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
-            return out, replace(call, mask=None, positions=positions, valid=mask)
+            return out, call._replace(mask=None, positions=positions, valid=mask)
         weights = step_weights(call.query, call.key, call.scaling, mask, call.softcap)
         out = weighted_values(weights, call.value)
         after = partial(layer.after_step, weights)
-        return out, replace(call, mask=None, positions=positions, valid=mask, after=after)
+        return out, call._replace(mask=None, positions=positions, valid=mask, after=after)
 
     def _turn(
         self, forward: Forward, cache: AVLCache, layer: Any, call: AttentionCall
@@ -94,7 +98,7 @@ class Runtime:
             held = layer.positions[..., : turn.held] if layer.positions is not None else positions[..., :0]
             mask = turn.visible(call.query.shape[1])
             places = torch.cat([held, positions.expand(-1, held.shape[1], -1)], dim=-1)
-            shown = replace(call, mask=mask, positions=places)
+            shown = call._replace(mask=mask, positions=places)
         out = shown.stock()
         if call.layer + 1 in self.short.steps:
             self.short.choose(turn, self.policy, cache.turn, call.layer)

@@ -49,7 +49,7 @@ class Turn(Prefill):
         if mask is not None and not whole:
             past_seen = past_seen & columns(mask, held)
             mask = columns(mask, positions)
-        own = Prefill.of(replace(call, key=call.key[:, :, past:], value=call.value[:, :, past:]), modality)
+        own = Prefill.of(call._replace(key=call.key[:, :, past:], value=call.value[:, :, past:]), modality)
         given = {field.name: getattr(own, field.name) for field in fields(own)} | {"mask": mask}
         return cls(**given, past_key=call.key[:, :, :past], past_seen=past_seen)
 

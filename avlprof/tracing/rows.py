@@ -57,8 +57,7 @@ class BatchRecorder:
     def _call(self, call: AttentionCall, row: int) -> AttentionCall:
         if len(self._recorders) == 1:
             return call
-        return replace(
-            call,
+        return call._replace(
             query=call.query[row : row + 1],
             key=call.key[row : row + 1],
             value=call.value[row : row + 1],

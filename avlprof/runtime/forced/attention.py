@@ -10,7 +10,6 @@ prompt's keys are shared by every policy and never copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ class ForcedRuntime:
             rows = {
                 name: getattr(call, name)[0][:, place].transpose(0, 1) for name in ("query", "key", "value")
             }
-            found[0, place[real]] = group.attend(replace(call, mask=None, **rows))[real]
+            found[0, place[real]] = group.attend(call._replace(mask=None, **rows))[real]
         return found, call
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class FilteredPrefill:
         none = columns[:, None, :0]
         turn = Turn.taken(call, modality, columns[:, None], none, none.bool())
         if self.short.columns is not None:
-            call = replace(call, mask=turn.visible(call.query.shape[1]))
+            call = call._replace(mask=turn.visible(call.query.shape[1]))
         self.capture.keep(call, turn, columns)
         if call.layer + 1 in self.short.steps:
             self.short.choose(turn, self.policy, self.shapes, call.layer)
