@@ -11,13 +11,19 @@ at `T0`, the text part left-aligned, each row of the batch with its own counts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
-_BLOCK = 2048  # rows moved at once, few enough for a CPU's cache; even, so that a pair stays together
+_BLOCK = 1024  # slots moved at once, few enough for a CPU's cache; even, so that a pair stays together
+
+Items = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,11 @@ def exchange(buffer: Tensor, first: Tensor, second: Tensor) -> None:
 def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> None:
     """Exchange the slots that leave the core with those that enter it, in place, as many as there are.
 
-    `buffers [B, H, C, ...]` are contiguous; `old` and `new` are as in `swaps`. The host asks how many
-    there are, which costs nothing on a CPU.
+    `buffers [B, H, C, ...]` are contiguous and on the CPU; `old` and `new` are as in `swaps`. The host
+    asks how many there are, which costs nothing there.
     """
     (rows, groups, first), second = (old & ~new).nonzero().unbind(1), (new & ~old).nonzero()[:, 2]
-    moves: dict[int, tuple[Tensor, Tensor]] = {}
+    moves: dict[int, tuple[Items, Items]] = {}
     for buffer in buffers:
         heads, capacity = buffer.shape[1:3]
         if heads not in moves:
@@ -127,12 +133,18 @@ def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> N
             if heads > new.shape[1]:
                 start = start + torch.arange(0, heads * capacity, capacity, device=buffer.device)[:, None]
             pairs = torch.stack([start + first, start + second], dim=-1)
-            moves[heads] = pairs.flatten(), pairs.flip(-1).flatten()
-        flat = buffer.view(buffer.shape[0] * heads * capacity, -1)
-        if flat.shape[1] * flat.itemsize % 16 == 0:
-            flat = flat.view(torch.complex128)  # torch moves a row element by element: fewer, wider ones
-        for target, source in zip(*(torch.split(index, _BLOCK) for index in moves[heads]), strict=True):
-            flat.index_copy_(0, target, flat.index_select(0, source))
+            moves[heads] = pairs.flatten().numpy(), pairs.flip(-1).flatten().numpy()
+        slots = _as_items(buffer)
+        for at in range(0, len(moves[heads][0]), _BLOCK):
+            target, source = (places[at : at + _BLOCK] for places in moves[heads])
+            slots[target] = np.take(slots, source, mode="clip")
+
+
+def _as_items(buffer: Tensor) -> Items:
+    """All slots of a contiguous buffer as one array, each an item of bytes: numpy moves them whole."""
+    slots = math.prod(buffer.shape[:3])
+    width = buffer.numel() // slots * buffer.itemsize
+    return buffer.detach().view(slots, -1).view(torch.uint8).numpy().view(np.dtype((np.void, width)))[:, 0]
 
 
 def move(buffer: Tensor, source: Tensor, target: Tensor) -> None:
