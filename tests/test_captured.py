@@ -139,6 +139,21 @@ def test_a_loop_of_ones_own_needs_positions_only_where_they_have_axes(case):
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
 
 
+def test_states_and_tuples_are_given_where_they_are_asked_for():
+    case = random_llava()
+    with avlprof.apply(case.model, DENSE, captured=20) as runtime, torch.no_grad():
+        cache = runtime.new_cache()
+        given = given_cache(case.model, cache)
+        case.model(**case.inputs(), **given)
+        ids = torch.full((1, 1), 7)
+        steps = [case.model(input_ids=ids, **given) for _ in range(3)]
+        assert all("hidden_states" not in step for step in steps)
+        states = case.model(input_ids=ids, output_hidden_states=True, **given).hidden_states
+        assert len(states) == len(cache.layers) + 1
+        assert isinstance(case.model(input_ids=ids, return_dict=False, **given), tuple)
+        assert cache.get_seq_length() == case.inputs()["input_ids"].shape[1] + 5
+
+
 def test_a_recorder_sees_captured_steps(case):
     inputs = case.inputs(batch=2, seed=3)
     records = []
