@@ -74,7 +74,7 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
     """
     info = source if isinstance(source, FrontInfo) else budget_front_info(source)
     with theme():
-        note = f"n = {info.samples:,} held-out samples, bars: 95% interval"
+        note = f"n = {info.samples:,} held-out samples, bars: 95% interval, set apart sideways"
         figure = new_figure("Quality at each budget", note, (11.0, 6.2))
         ax = figure.subplots()
         mean, low, high = info.dense
