@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStre
 
 import avlprof
 from avlprof.attention.cache_argument import NAMES, cache_argument, cache_of, given_cache
+from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import VOCABULARY, cases, random_llava
 
@@ -125,6 +126,10 @@ def test_a_cache_is_taken_by_its_old_and_new_name_and_by_place(case):
             ids = given.pop("input_ids")
             found.append(case.model(ids, **given, **{name: cache}, use_cache=True).logits)
             assert cache.get_seq_length() == ids.shape[1]
+            with pytest.raises(TypeError, match="multiple values"):
+                case.model(ids, input_ids=ids)
+            with pytest.raises(UserError, match="given twice"):
+                case.model(ids, **dict.fromkeys(NAMES, cache))
     assert torch.equal(*found)
 
 

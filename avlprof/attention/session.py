@@ -36,7 +36,7 @@ class Session:
 
     model: PreTrainedModel
     kernel: Kernel
-    arguments: tuple[str, ...]
+    signature: inspect.Signature
     cache_name: str
     observers: list[Observer] = field(default_factory=list)
     runtime: AttentionRuntime | None = None
@@ -57,9 +57,17 @@ class Session:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
-        values: dict[str, Any] = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        values = dict(kwargs)
+        if args:
+            values = self.signature.bind_partial(*args, **kwargs).arguments
+            values |= values.pop("kwargs", {})
         found = [values.pop(name) for name in NAMES if name in values]
-        cache = next((one for one in found if one is not None), None)
+        given = [one for one in found if one is not None]
+        if len(given) > 1:
+            raise UserError(
+                f"the cache was given twice, as {' and '.join(NAMES)}; give {self.cache_name} alone"
+            )
+        cache = given[0] if given else None
         past = cache.get_seq_length() if cache is not None else 0
         ids = values.get("input_ids")
         if self.runtime is not None:
@@ -198,8 +206,8 @@ def switched(
 def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
     text_config: Any = decoder.config
     before: str = text_config._attn_implementation
-    arguments = tuple(inspect.signature(model.forward).parameters)
-    session = Session(model, stock_kernel(decoder, before), arguments, cache_argument(model))
+    signature = inspect.signature(model.forward)
+    session = Session(model, stock_kernel(decoder, before), signature, cache_argument(model))
     modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
     for name, mask in zip(IMPLEMENTATIONS.values(), (sdpa_mask, explicit_mask), strict=True):
         AttentionInterface.register(name, _attention)

@@ -59,8 +59,8 @@ class CapturedSteps:
         for name in [name for name in inputs if name.endswith("token_type_ids")]:
             if inputs[name] is not None and inputs[name].shape[1] > 1:  # of all tokens, for their positions
                 del inputs[name]
-        asked = any(value for name, value in inputs.items() if name.startswith("output_"))
-        asked = asked or inputs.get("return_dict") is False
+        more = any(value for name, value in inputs.items() if name.startswith("output_"))
+        asked = more or inputs.get("return_dict") is False
         # beams give every step new buffers, so what is fresh has to last for a step before it is captured
         if self._session.observers or asked or known.fresh:
             known.fresh = False
