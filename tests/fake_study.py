@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 
 from avlprof.tuning import Settings
 from avlprof.tuning.database import DatabasePlace
-from avlprof.tuning.places import FolderPlace, process_name, runs
+from avlprof.tuning.journal import FolderPlace
+from avlprof.tuning.places import process_name, runs
 from avlprof.tuning.storage import open_study
 from avlprof.tuning.trials import run_trials
 from avlprof.tuning.workers import Workers, watch_parent

@@ -21,7 +21,7 @@ from avlprof.errors import UserError
 from avlprof.tuning import StudyMeta, read_study
 from avlprof.tuning.database import DatabasePlace, database_url
 from avlprof.tuning.evidence import shared_evidence
-from avlprof.tuning.places import FolderPlace
+from avlprof.tuning.journal import FolderPlace
 from avlprof.tuning.storage import claim_study, find_place, open_study
 from tests.fake_study import (
     GRACE,

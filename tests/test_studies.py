@@ -32,7 +32,7 @@ from avlprof.tuning.crew import Crew
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.joining import join
 from avlprof.tuning.overview import overview, studies_below
-from avlprof.tuning.places import FolderPlace
+from avlprof.tuning.journal import FolderPlace
 from avlprof.tuning.storage import claim_folder, open_study
 from avlprof.tuning.trials import note_asked, run_trials
 from tests.fake_study import Sleepy, Starts

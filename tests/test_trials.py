@@ -21,7 +21,7 @@ from avlprof.runtime.forced import ForcedScore
 from avlprof.tuning import Budget, Candidate, Settings, Space, read_study
 from avlprof.tuning.finalists import finalists
 from avlprof.tuning.objective import Objective
-from avlprof.tuning.places import JOURNAL
+from avlprof.tuning.journal import JOURNAL
 from avlprof.tuning.probe import LEVELS, probed
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.trials import run_trials

@@ -32,7 +32,7 @@ from avlprof.policy import (
     parse_policy,
     read_share,
 )
-from avlprof.runs.lock import FolderLock
+from avlprof.locks import FolderLock
 from avlprof.runtime.forced import ForcedSet
 from avlprof.search import study_name
 from avlprof.search import tune as tune_verb

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from avlprof.errors import UserError
 from avlprof.tuning import Settings
 from avlprof.tuning.journal import journal, mend
-from avlprof.tuning.places import JOURNAL, FolderPlace
+from avlprof.tuning.journal import JOURNAL, FolderPlace
 from avlprof.tuning.retries import give_up, retry
 from avlprof.tuning.storage import open_study
 from avlprof.tuning.trials import run_trials

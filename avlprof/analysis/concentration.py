@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+
 STATISTICS = ("sparsity", "entropy", "skewness")
 NEGLIGIBLE = 0.01  # of the row's largest score; the threshold of VL-Cache
 

@@ -8,30 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from avlprof.errors import UserError
+from avlprof.locks import fcntl, is_locked, locked
+from avlprof.tuning.places import WORKER, Place, worker_name
 
+JOURNAL = "journal.log"
 BLOCK = 65536
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock on a file (made if missing) and holds it inside the context.
-
-    The operating system lets go of the lock of a killed process. Without file locks (Windows)
-    nothing is held.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def journal(path: Path) -> JournalFileBackend:
@@ -82,3 +69,63 @@ def mend(path: Path) -> None:
                 return
             end = start
         file.truncate(0)
+
+
+class FolderPlace(Place):
+    """A journal file in the study's folder, for processes of one machine.
+
+    Every worker holds the lock of a file of its own, `.worker-<name>`, until it ends in whatever
+    way; who finds the lock free knows that the worker is dead.
+    """
+
+    study_name = "avlprof"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def storage(self) -> BaseStorage:
+        return JournalStorage(journal(self.folder / JOURNAL))
+
+    def exists(self) -> bool:
+        return (self.folder / JOURNAL).exists()
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self.folder / ".turn")
+
+    @contextlib.contextmanager
+    def join(self, shared: bool) -> Iterator[str]:
+        name = worker_name()
+        own = self._presence(name)
+        with contextlib.ExitStack() as held:
+            with self.turn():
+                held.enter_context(locked(own))
+            held.callback(own.unlink, missing_ok=True)
+            if shared and not is_locked(own):
+                raise UserError(
+                    f"{self.folder} is on a file system without file locks, which several workers need; "
+                    "use one worker, or a database (--storage)"
+                )
+            yield name
+
+    def begin(self, trial: optuna.Trial, worker: str) -> None:
+        trial.set_user_attr(WORKER, worker)
+
+    def lost(self, study: optuna.Study) -> list[FrozenTrial]:
+        for path in self.folder.glob(self._presence("*").name):
+            if not is_locked(path):
+                path.unlink(missing_ok=True)
+        return [trial for trial in _running(study) if not self._is_alive(trial.user_attrs.get(WORKER))]
+
+    def busy(self, study: optuna.Study) -> bool:
+        return any(is_locked(path) for path in self.folder.glob(self._presence("*").name))
+
+    def _is_alive(self, worker: str | None) -> bool:
+        return worker is not None and is_locked(self._presence(worker))
+
+    def _presence(self, worker: str) -> Path:
+        return self.folder / f".worker-{worker}"
+
+
+def _running(study: optuna.Study) -> list[FrozenTrial]:
+    found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return found

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.errors import UserError
 from avlprof.policy import Policy, load_policy
-from avlprof.tuning.places import is_locked
+from avlprof.locks import is_locked
 from avlprof.tuning.storage import StudyMeta, find_place, quiet, read_meta, read_study
 from avlprof.tuning.trials import WANTED
 

@@ -16,14 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.errors import UserError
-from avlprof.tuning.journal import journal, locked
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-JOURNAL = "journal.log"
 WORKER = "worker"
 
 
@@ -74,66 +67,6 @@ class Place(ABC):
         return {}
 
 
-class FolderPlace(Place):
-    """A journal file in the study's folder, for processes of one machine.
-
-    Every worker holds the lock of a file of its own, `.worker-<name>`, until it ends in whatever
-    way; who finds the lock free knows that the worker is dead.
-    """
-
-    study_name = "avlprof"
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def storage(self) -> BaseStorage:
-        return JournalStorage(journal(self.folder / JOURNAL))
-
-    def exists(self) -> bool:
-        return (self.folder / JOURNAL).exists()
-
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        return locked(self.folder / ".turn")
-
-    @contextlib.contextmanager
-    def join(self, shared: bool) -> Iterator[str]:
-        name = worker_name()
-        own = self._presence(name)
-        with contextlib.ExitStack() as held:
-            with self.turn():
-                held.enter_context(locked(own))
-            held.callback(own.unlink, missing_ok=True)
-            if shared and not is_locked(own):
-                raise UserError(
-                    f"{self.folder} is on a file system without file locks, which several workers need; "
-                    "use one worker, or a database (--storage)"
-                )
-            yield name
-
-    def begin(self, trial: optuna.Trial, worker: str) -> None:
-        trial.set_user_attr(WORKER, worker)
-
-    def lost(self, study: optuna.Study) -> list[FrozenTrial]:
-        for path in self.folder.glob(self._presence("*").name):
-            if not is_locked(path):
-                path.unlink(missing_ok=True)
-        return [trial for trial in _running(study) if not self._is_alive(trial.user_attrs.get(WORKER))]
-
-    def busy(self, study: optuna.Study) -> bool:
-        return any(is_locked(path) for path in self.folder.glob(self._presence("*").name))
-
-    def _is_alive(self, worker: str | None) -> bool:
-        return worker is not None and is_locked(self._presence(worker))
-
-    def _presence(self, worker: str) -> Path:
-        return self.folder / f".worker-{worker}"
-
-
-def _running(study: optuna.Study) -> list[FrozenTrial]:
-    found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return found
-
-
 def worker_name() -> str:
     """A name that no other worker has: machine, process and a random end."""
     return f"{process_name(os.getpid())}-{secrets.token_hex(3)}"
@@ -148,22 +81,3 @@ def runs(trial: FrozenTrial, process: int) -> bool:
     """Whether a trial was run by a process of this machine."""
     worker = str(trial.user_attrs.get(WORKER, ""))
     return worker.rpartition("-")[0] == process_name(process)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; never where there are no locks."""
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False

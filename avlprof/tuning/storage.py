@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.tuning.database import DatabasePlace
-from avlprof.tuning.places import FolderPlace, Place
+from avlprof.tuning.journal import FolderPlace
+from avlprof.tuning.places import Place
 
 if TYPE_CHECKING:
     from avlprof.tasks import Sample

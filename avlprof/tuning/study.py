@@ -16,7 +16,7 @@ from avlprof.evaluation import AnswerStore, Evaluation
 from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, save_policy
-from avlprof.runs.lock import FolderLock
+from avlprof.locks import FolderLock
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.crew import Crew

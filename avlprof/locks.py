@@ -1,10 +1,11 @@
-"""Who may write to a folder: one process, or several under names of their own."""
+"""Locks of files: who may write to a folder, and waiting for one another."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from avlprof.errors import UserError
@@ -97,3 +98,38 @@ class FolderLock:
     def _refusal(self) -> UserError:
         self.release()
         return UserError(f"another process is writing to {self._folder}; wait for it or stop it")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits for the lock on a file (made if missing) and holds it inside the context.
+
+    The operating system lets go of the lock of a killed process. Without file locks (Windows)
+    nothing is held.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on a file; never where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
