@@ -8,37 +8,38 @@ Importing this package changes nothing and imports nothing heavy; names are load
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avlprof._lazy import exports
 
 if TYPE_CHECKING:
-    from avlprof.api import trace
-    from avlprof.evaluation import evaluate
+    from avlprof.api.trace import trace
+    from avlprof.api.tune import smallest, sweep, tune
+    from avlprof.evaluation.evaluate import evaluate
     from avlprof.models import load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
+    from avlprof.run import Run, latest_run
     from avlprof.runtime import AVLCache, apply
-    from avlprof.search import smallest, sweep, tune
     from avlprof.tasks import load_task
-    from avlprof.traced import Run, latest_run
     from avlprof.tracing import record
     from avlprof.tuning import Tuned
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "Run": "avlprof.traced",
-    "latest_run": "avlprof.traced",
-    "trace": "avlprof.api",
-    "smallest": "avlprof.search",
-    "sweep": "avlprof.search",
-    "tune": "avlprof.search",
+_HOMES = {
+    "Run": "avlprof.run",
+    "latest_run": "avlprof.run",
+    "trace": "avlprof.api.trace",
+    "smallest": "avlprof.api.tune",
+    "sweep": "avlprof.api.tune",
+    "tune": "avlprof.api.tune",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
-    "evaluate": "avlprof.evaluation",
+    "evaluate": "avlprof.evaluation.evaluate",
     "load_model": "avlprof.models",
     "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
-    "apply": "avlprof.runtime",
+    "apply": "avlprof.runtime.apply",
     "Policy": "avlprof.policy",
     "find_policy": "avlprof.policy",
     "load_policy": "avlprof.policy",
@@ -66,11 +67,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'avlprof' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = exports(__name__, _HOMES)

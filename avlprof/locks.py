@@ -15,6 +15,9 @@ try:
 except ImportError:  # Windows: the folder goes unguarded
     fcntl = None  # type: ignore[assignment]
 
+HAS_LOCKS = fcntl is not None
+"""Whether the operating system has file locks; without them folders go unguarded."""
+
 PATIENCE = 1.0  # seconds that another may take to join
 
 

@@ -14,10 +14,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from avlprof.tuning import Settings
-from avlprof.tuning.database import DatabasePlace
-from avlprof.tuning.journal import FolderPlace
-from avlprof.tuning.places import process_name, runs
-from avlprof.tuning.storage import open_study
+from avlprof.tuning.storages._base import process_name, runs
+from avlprof.tuning.storages.journal import FolderPlace
+from avlprof.tuning.storages.postgres import DatabasePlace
+from avlprof.tuning.study import open_study
 from avlprof.tuning.trials import run_trials
 from avlprof.tuning.workers import Workers, watch_parent
 

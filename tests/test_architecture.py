@@ -18,23 +18,23 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("lmms",),
-    ("search",),
+    ("bench",),
     ("api",),
-    ("traced",),
-    ("pictures",),
     ("tuning",),
     ("evaluation",),
     ("report",),
+    ("run",),
     ("plots",),
     ("analysis",),
     ("tracing", "runtime"),
     ("runs",),
     ("models",),
     ("tasks",),
+    ("budgets",),
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
-    ("files", "registry", "versions"),
+    ("_lazy", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
 """Parts of the package from top to bottom, as `docs/design.md` lists them; those of one line are
@@ -142,8 +142,8 @@ import avlprof, avlprof.cli
 assert not loaded({HEAVY!r}), loaded({HEAVY!r})
 import avlprof.runs, avlprof.policy, avlprof.allocators
 assert not loaded(("torch", "transformers", "optuna", "matplotlib")), "runs, policy or allocators"
-import avlprof.tuning.overview, avlprof.tuning.export, avlprof.tuning.trials
-import avlprof.tuning.importances
+import avlprof.tuning.reading, avlprof.tuning.reading, avlprof.tuning.trials
+import avlprof.tuning.importance
 assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking at a study"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from avlprof.allocators.allocator import Allocator, Evidence
+from avlprof.allocators._base import Allocator, Evidence
 from avlprof.allocators.blend import Blend
-from avlprof.allocators.budget import meet_budget, meet_read_budget, vision_share
-from avlprof.allocators.fit import fit_keep
 from avlprof.allocators.sharp import Sharp
 from avlprof.errors import UserError
 from avlprof.registry import Registry, unknown
@@ -48,9 +46,5 @@ __all__ = [
     "Blend",
     "Evidence",
     "Sharp",
-    "fit_keep",
     "make_allocator",
-    "meet_budget",
-    "meet_read_budget",
-    "vision_share",
 ]

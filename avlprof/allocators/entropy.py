@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avlprof.allocators.allocator import Allocator, Array, Evidence
+from avlprof.allocators._base import Allocator, Array, Evidence
 from avlprof.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from avlprof.allocators.allocator import Allocator, Array, Evidence
+from avlprof.allocators._base import Allocator, Array, Evidence
 from avlprof.errors import UserError
 
 

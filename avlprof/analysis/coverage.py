@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from avlprof.analysis.intervals import over_samples
-from avlprof.analysis.mass import KEYS
+from avlprof.analysis.tables import KEYS
 
 Array = NDArray[np.float64]
 

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from avlprof.analysis.head_mean import ROW
 from avlprof.analysis.intervals import t_interval, welch_interval
-from avlprof.analysis.mass import KEYS
+from avlprof.analysis.tables import KEYS, ROW
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:

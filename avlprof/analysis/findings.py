@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from avlprof.analysis.drift import refresh_from_drift
-from avlprof.analysis.per_layer import answered
+from avlprof.analysis.profile import answered
+from avlprof.analysis.tables import refresh_from_drift
 from avlprof.analysis.window import windows_for
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The same numbers head by head, where a run recorded heads."""
+"""What heads of a layer have in common, and how they differ."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from avlprof.analysis.intervals import Moments
+from avlprof.policy import tokens
+from avlprof.runs.meta import HEADS
 
 STATISTICS = {
     "mass_system": "system",
@@ -69,3 +72,99 @@ class HeadMoments:
         )
         names = pd.DataFrame(KINDS, columns=["phase", "query"]).loc[table["kind"]].reset_index(drop=True)
         return pd.concat([table.drop(columns="kind"), names], axis=1)[list(COLUMNS)]
+
+
+Array = NDArray[np.float64]
+Scores = NDArray[np.float32]
+
+QUERIES = {"last": "last", "step": "decode"}
+SHARED = -1
+PAIR_COLUMNS = ("layer_a", "head_a", "layer_b", "head_b", "query", "mean", "low", "high", "n")
+
+
+def head_overlap(heads: Scores, shared: Scores, top_share: float) -> tuple[Array, Array]:
+    """PPCI of single heads: share of a head's top set that is in another set, mean over rows.
+
+    Rows in which either of the two gives vision nothing are left out. Source: A-VL, arXiv
+    2409.14846 (percentile concordance index).
+
+    Args:
+        heads: vision scores `[R, L, H, N]` of R query rows.
+        shared: their mean over heads `[R, L, N]`, whose sets are what a layer's heads share.
+        top_share: the sets are the best `max(1, floor(top_share * N))` tokens; of equal scores the
+            lower position is better.
+
+    Returns:
+        with the other heads of the layer `[L, H, H]`, and with the shared set of every layer
+        `[L, H, L]`; NaN without a row in which both look at vision.
+    """
+    _, layers, count, size = *heads.shape[:3], max(1, tokens(top_share, heads.shape[3]))
+    within, across = _Mean((layers, count, count), size), _Mean((layers, count, layers), size)
+    for row, mean in zip(heads, shared, strict=True):
+        (own, looks), (common, seen) = _top_sets(row, size), _top_sets(mean, size)
+        both = own.reshape(layers * count, -1) @ common.T
+        within.add(own @ own.mT, looks[:, :, None] & looks[:, None, :])
+        across.add(both.reshape(across.shape), looks[:, :, None] & seen)
+    return within.value(), across.value()
+
+
+def _top_sets(scores: Scores, size: int) -> tuple[Scores, NDArray[np.bool_]]:
+    """1 on the best `size` of each row of `scores [..., N]`, and which rows `[...]` are not all 0."""
+    least = -np.partition(-scores, size - 1, axis=-1)[..., size - 1 : size]
+    above, tied = scores > least, scores == least
+    wanted = size - above.sum(axis=-1, keepdims=True)
+    chosen = above | (tied & (tied.cumsum(axis=-1) <= wanted))
+    return chosen.astype(np.float32), scores.sum(axis=-1) > 0
+
+
+class _Mean:
+    """A running mean of common tokens as a share of `size`; pairs that do not count are left out."""
+
+    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+        self.shape, self._size = shape, size
+        self._sum, self._count = np.zeros(shape), np.zeros(shape)
+
+    def add(self, common: Scores, counts: NDArray[np.bool_]) -> None:
+        self._sum += np.where(counts, common, 0.0)
+        self._count += counts
+
+    def value(self) -> Array:
+        found: Array = np.divide(
+            self._sum, self._size * self._count, out=np.full(self.shape, np.nan), where=self._count > 0
+        )
+        return found
+
+
+class HeadOverlaps:
+    """Running means of `head_overlap` over samples."""
+
+    NAMES: Sequence[str] = tuple(f"{name}{suffix}" for name in QUERIES.values() for suffix in ("", HEADS))
+    """Scores that it looks at."""
+
+    def __init__(self, layers: int, heads: int, top_share: float) -> None:
+        self._layers, self._heads, self._top_share = range(layers), range(heads), top_share
+        self._within = Moments((layers, heads, heads, len(QUERIES)))
+        self._across = Moments((layers, heads, layers, len(QUERIES)))
+
+    def add(self, scores: dict[str, Scores]) -> None:
+        """Take one more sample's `NAMES`."""
+        found = []
+        for name in QUERIES.values():
+            heads, shared = scores[f"{name}{HEADS}"], scores[name]
+            if name == "last":
+                heads, shared = heads[None], shared[None]
+            found.append(head_overlap(heads, shared, self._top_share))
+        for moments, tables in zip((self._within, self._across), zip(*found, strict=True), strict=True):
+            moments.add(np.stack(tables, axis=-1))
+
+    def table(self) -> pd.DataFrame:
+        """`layer_a, head_a, layer_b, head_b, query, mean, low, high, n`.
+
+        Heads of one layer against each other, and every head against the shared set of every
+        layer, where `head_b` is -1. No row without samples.
+        """
+        sides = {"layer_a": self._layers, "head_a": self._heads}
+        within = self._within.table(sides | {"head_b": self._heads, "query": list(QUERIES)})
+        across = self._across.table(sides | {"layer_b": self._layers, "query": list(QUERIES)})
+        whole = pd.concat([within.assign(layer_b=within["layer_a"]), across.assign(head_b=SHARED)])
+        return whole.sort_values(list(PAIR_COLUMNS[:5]), ignore_index=True)[list(PAIR_COLUMNS)]

@@ -1,4 +1,4 @@
-"""The profile: what a model attends to, layer by layer, with intervals over samples."""
+"""One row a layer: the summary of a profile."""
 
 from __future__ import annotations
 
@@ -12,24 +12,55 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from avlprof.allocators import Evidence
-from avlprof.analysis.by_sample import by_sample
 from avlprof.analysis.coverage import coverage
-from avlprof.analysis.derive import derive
+from avlprof.analysis.derive import Use, derive, evidence
 from avlprof.analysis.diff import diff
-from avlprof.analysis.drift import drift
-from avlprof.analysis.evidence import Use, evidence
-from avlprof.analysis.head_mean import head_mean
 from avlprof.analysis.heads import HeadMoments
 from avlprof.analysis.horizon import horizon
-from avlprof.analysis.mass import entropy, mass
-from avlprof.analysis.per_layer import per_layer
 from avlprof.analysis.scan import Progress, scan_scores
-from avlprof.analysis.sinks import sinks
-from avlprof.analysis.window import reach, window, window_curve
+from avlprof.analysis.tables import drift, entropy, head_mean, mass, sinks
+from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError
 from avlprof.files import replacing, write_text
 from avlprof.policy import Policy, PromptShape
 from avlprof.runs import RunDirectory, RunMeta
+
+
+def per_layer(frames: Mapping[str, pd.DataFrame], layers: int) -> pd.DataFrame:
+    """One row a layer; means over samples, NaN where nothing was recorded.
+
+    `vision_last` and `vision_decode` are attention on vision by the last prompt row and while
+    decoding. The others are of decoding steps, or of the last prompt row in a run without:
+    `coverage_90` (share of vision tokens), `overlap_8` (drift), `window_95` (text tokens),
+    `entropy` (nat).
+    """
+    vision = frames["mass"].query("modality == 'vision'")
+    query = answered(frames)
+
+    def column(name: str, **where: Any) -> pd.Series[float]:
+        table = vision if name == "vision" else frames[name]
+        for key, value in where.items():
+            table = table[table[key] == value]
+        return table.set_index("layer")["mean"]
+
+    found = pd.DataFrame(
+        {
+            "vision_last": column("vision", query="last"),
+            "vision_decode": column("vision", query="generated"),
+            "coverage_90": column("coverage", query=query, level=90),
+            "overlap_8": column("drift", lag=8),
+            "window_95": column("window", query=query, level=95),
+            "entropy": column("entropy", query=query),
+        },
+        index=pd.RangeIndex(layers, name="layer"),
+    )
+    return found.reset_index()
+
+
+def answered(frames: Mapping[str, pd.DataFrame]) -> str:
+    """The query rows that stand for the answer: `generated`, or `last` in a run without decoding."""
+    return "generated" if (frames["entropy"]["query"] == "generated").any() else "last"
+
 
 FRAMES = (
     "samples",
@@ -239,11 +270,11 @@ class Profile:
         return diff(self, other)
 
     def evidence(self, use: Use = "store") -> Evidence:
-        """What allocators may look at, as in `avlprof.analysis.evidence`."""
+        """What allocators may look at, as in `avlprof.analysis.derive`."""
         return evidence(self, use)
 
     def per_layer(self) -> pd.DataFrame:
-        """One row a layer, means over samples, as in `avlprof.analysis.per_layer`."""
+        """One row a layer, means over samples, as in `avlprof.analysis.profile`."""
         return per_layer(self.frames, self.layers)
 
     def _of_heads(self, name: str) -> pd.DataFrame:

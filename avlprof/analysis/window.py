@@ -1,4 +1,4 @@
-"""How far back text attention reaches."""
+"""Text windows that hold a share of attention, and the statistics of single samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from avlprof.analysis.head_mean import ROW
 from avlprof.analysis.intervals import over_samples
-from avlprof.analysis.mass import KEYS
+from avlprof.analysis.tables import KEYS, ROW
 
 QUERIES = ("text", "last", "generated")
 ROUNDING = 1e-6  # masses are stored in fp32, so a share may miss a level by as much
@@ -82,3 +81,35 @@ def windows_for(curve: pd.DataFrame, share: float, layers: int) -> tuple[int, ..
     held = curve[(curve["query"] == query) & (curve["mean"] >= share - ROUNDING)]
     first = held.groupby("layer")["distance"].min()
     return tuple(int(first.get(layer, 1)) for layer in range(layers))
+
+
+MASSES = ("mass_system", "mass_vision", "mass_text", "mass_generated", "mass_sink", "text_sink")
+
+
+def by_sample(
+    rows: pd.DataFrame,
+    vision: pd.Series[int],
+    reached: pd.DataFrame,
+    levels: Sequence[int],
+    lags: Sequence[int],
+) -> pd.DataFrame:
+    """The statistics of single samples, fp32.
+
+    Args:
+        rows: a table of `head_mean`.
+        vision: vision tokens by sample id.
+        reached: a table of `window.reach`.
+        levels: percentages of coverage and of windows.
+        lags: decoding steps between two top sets.
+
+    Returns:
+        `sample, layer, phase, query` and one column a statistic: the masses (shares of
+        attention), `entropy` (nat), `coverage_<level>` (share of the sample's vision tokens),
+        `window_<level>` (text tokens), `overlap_<lag>` (share). NaN is not recorded.
+    """
+    covered = [f"coverage_{level}" for level in levels]
+    found = rows[[*ROW, *MASSES, "entropy", *covered, *(f"overlap_{lag}" for lag in lags)]].copy()
+    count = found["sample"].map(vision)
+    found[covered] = found[covered].div(count.where(count > 0), axis=0)
+    found = found.merge(smallest_windows(reached, levels), on=ROW, how="left")
+    return found.astype({name: "float32" for name in found.columns.drop(ROW)})

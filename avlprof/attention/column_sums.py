@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from avlprof.attention.rows import head_logits
+from avlprof.attention.weights import head_logits
 
 CPU_WEIGHTS, DEVICE_WEIGHTS = 1 << 19, 1 << 23  # that exist at a time
 MOST_ROWS = 256  # of a block: in longer ones many weights are above the diagonal

@@ -1,10 +1,4 @@
-"""The switched-on state of a model: one registered attention function and who listens to it.
-
-transformers calls a function registered with its `AttentionInterface` for every layer of the
-language model. Ours runs the implementation that was there before (or hands the call to a
-runtime) and shows the call to observers. Nothing changes at import; a `Session` is a context
-that switches a model and restores it, exceptions included.
-"""
+"""What a model calls the argument and the output that hold its cache: transformers renamed them in 5.24."""
 
 from __future__ import annotations
 
@@ -15,16 +9,63 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from avlprof.attention.cache_argument import NAMES, cache_argument
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
 from avlprof.attention.kernels import explicit_mask, stock_kernel
-from avlprof.attention.modality import modality_map, turn_map, vision_token_ids
-from avlprof.attention.passed import Passed
+from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.errors import UserError
+
+NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of a model's forward call."""
+    new, old = NAMES
+    return new if new in inspect.signature(model.forward).parameters else old
+
+
+def given_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword arguments that hand a cache to a model: `model(**inputs, **given_cache(model, cache))`."""
+    return {cache_argument(model): cache, "use_cache": True}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return next((output[name] for name in NAMES if name in output), None)
+
+
+_AHEAD = 64  # positions of generated tokens that are marked ahead
+
+
+class Passed:
+    """The modality of every position that a cache has seen, and its decoding passes."""
+
+    def __init__(self, modality: Tensor) -> None:
+        self._marked, self.length, self.steps = modality, modality.shape[1], 0
+
+    @property
+    def modality(self) -> Tensor:
+        """`[B, n]`."""
+        return self._marked.narrow(1, 0, self.length)
+
+    def step(self) -> None:
+        """One more generated token a row."""
+        self.steps += 1
+        self.length += 1
+        if self.length > self._marked.shape[1]:
+            self._marked = pad(self._marked, (0, _AHEAD), value=int(Modality.GENERATED))
+
+    def turn(self, modality: Tensor) -> None:
+        """A turn with tokens `[B, m]`."""
+        self.steps += 1
+        self._marked = torch.cat([self.modality, modality], dim=1)
+        self.length = self._marked.shape[1]
+
 
 IMPLEMENTATIONS = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
 _SESSION = "_avlprof_session"

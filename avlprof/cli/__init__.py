@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from avlprof.cli.app import main
+from avlprof.cli._app import main
 
 __all__ = ["main"]

@@ -8,19 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, show
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    cells_of,
+    finished,
+    note,
+    print_differences,
+    records,
+    show,
+)
+from avlprof.cli._progress import progress
 from avlprof.cli.runs import run_or_newest
-from avlprof.cli.tables import cells_of, print_differences, records
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from avlprof.analysis import Profile
+    from avlprof.run import Run
     from avlprof.tasks import Task
-    from avlprof.traced import Run
 
 app = typer.Typer()
 
@@ -98,7 +106,7 @@ def analyze(
 
 
 def _other(path: Path) -> Profile:
-    from avlprof.traced import Run
+    from avlprof.run import Run
 
     with progress("analyze") as report:
         return Run.open(path).profile(report)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.bench_options import (
+from avlprof.cli import _options as given
+from avlprof.cli._bench_options import (
     LayersOption,
     RoundsOption,
     SaveOption,
@@ -21,8 +21,8 @@ from avlprof.cli.bench_options import (
     shape_of,
     told,
 )
-from avlprof.cli.output import Format, FormatOption, size
-from avlprof.cli.progress import progress
+from avlprof.cli._output import Format, FormatOption, size
+from avlprof.cli._progress import progress
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
@@ -49,7 +49,7 @@ def trace(
     form: FormatOption = Format.table,
 ) -> None:
     """Prefill alone, prefill while tracing, and eager attention that hands out its weights."""
-    from avlprof.evaluation.bench.trace import METHODS, run_trace_bench
+    from avlprof.bench.trace import METHODS, run_trace_bench
 
     chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
@@ -99,7 +99,7 @@ def decode(
     form: FormatOption = Format.table,
 ) -> None:
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
-    from avlprof.evaluation.bench.decode import run_decode_bench
+    from avlprof.bench.decode import run_decode_bench
 
     chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
@@ -141,7 +141,7 @@ def tune(
     form: FormatOption = Format.table,
 ) -> None:
     """Trials of a search: one forced forward against generating anew for every policy and sample."""
-    from avlprof.evaluation.bench.tune import run_tune_bench
+    from avlprof.bench.tune import run_tune_bench
     from avlprof.models import load_model
     from avlprof.tasks import load_task
 
@@ -177,7 +177,7 @@ def prefill(
     form: FormatOption = Format.table,
 ) -> None:
     """Prompts of the stock model, under eviction, and with vision tokens dropped on the way."""
-    from avlprof.evaluation.bench.prefill import run_prefill_bench
+    from avlprof.bench.prefill import run_prefill_bench
 
     chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)

@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+    percent,
+    show,
+    size,
+)
+from avlprof.cli._progress import progress
 
 if TYPE_CHECKING:
-    from avlprof.allocators.allocator import Evidence
+    from avlprof.allocators._base import Evidence
     from avlprof.evaluation import Comparison
     from avlprof.models import LoadedModel
     from avlprof.policy import Policy
@@ -92,7 +100,7 @@ def compare(
     the output folder, so the same command resumes.
     """
     from avlprof.evaluation import AnswerStore
-    from avlprof.evaluation import compare as run_comparison
+    from avlprof.evaluation.compare import compare as run_comparison
     from avlprof.models import load_model
     from avlprof.policy import find_policy
     from avlprof.tasks import load_task
@@ -150,8 +158,8 @@ def _winners(folders: list[Path]) -> list[Policy]:
 
 def _evidence(loaded: LoadedModel, task: Task, run: Path | None) -> Evidence:
     """What the profile of a traced run knows: of the run given, the newest that fits, or a new one."""
-    from avlprof.api import trace
-    from avlprof.traced import Run, latest_run
+    from avlprof.api.trace import trace
+    from avlprof.run import Run, latest_run
 
     found = Run.open(run) if run else latest_run(loaded=loaded, task=task.name)
     if found is None:

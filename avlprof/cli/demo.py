@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli.output import note
-from avlprof.cli.progress import duration
+from avlprof.cli._output import note
+from avlprof.cli._progress import duration
 
 app = typer.Typer()
 
@@ -30,7 +30,7 @@ def demo(
     ] = 120,
 ) -> None:
     """Trace, analyse, derive, run, tune and prove on the embedded model, in a few minutes on a CPU."""
-    from avlprof.cli.app import app as commands
+    from avlprof.cli._app import app as commands
 
     run, study, tuned = out / "run", out / "study", out / "tuned.yaml"
     steps = [

@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, show
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+    show,
+)
+from avlprof.cli._progress import progress
 from avlprof.cli.runs import run_or_newest
 from avlprof.errors import UserError
 
@@ -59,7 +65,7 @@ def derive(
     form: FormatOption = Format.table,
 ) -> None:
     """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
-    from avlprof.cli.describe import layer_rows
+    from avlprof.cli._describe import layer_rows
     from avlprof.policy import dump_policy, save_policy
 
     traced = run_or_newest(run)

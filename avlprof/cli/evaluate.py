@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+    percent,
+    show,
+    size,
+)
+from avlprof.cli._progress import progress
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Evaluation
@@ -76,7 +84,7 @@ def evaluate(
     Answers are kept in the output folder, so the same command resumes.
     """
     from avlprof.evaluation import AnswerStore
-    from avlprof.evaluation import evaluate as compare
+    from avlprof.evaluation.evaluate import evaluate as compare
     from avlprof.models import load_model
     from avlprof.tasks import load_task
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli.output import finished
+from avlprof.cli._output import finished
 
 app = typer.Typer()
 

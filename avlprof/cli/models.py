@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from avlprof.cli.output import Format, FormatOption, note, show
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    note,
+    show,
+)
 
 app = typer.Typer()
 

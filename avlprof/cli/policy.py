@@ -8,7 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from avlprof.cli.output import Format, FormatOption, note, show
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    note,
+    show,
+)
 from avlprof.errors import UserError
 
 app = typer.Typer(help="List, show, check and compare policies.", no_args_is_help=True)
@@ -24,7 +29,7 @@ LayersOption = Annotated[
 @app.command("ls")
 def list_policies(form: FormatOption = Format.table) -> None:
     """List the policies that come with avlprof, and whether this version can run them."""
-    from avlprof.cli.describe import sets
+    from avlprof.cli._describe import sets
     from avlprof.policy import DENSE, load_policy, shipped
 
     policies = {DENSE.name: DENSE} | {name: load_policy(path) for name, path in shipped().items()}
@@ -43,7 +48,7 @@ def show_policy(
     policy: PolicyArgument, layers: LayersOption = None, form: FormatOption = Format.table
 ) -> None:
     """Print a policy: as YAML, as JSON, or as a CSV with one row a layer (give --layers)."""
-    from avlprof.cli.describe import layer_rows
+    from avlprof.cli._describe import layer_rows
     from avlprof.policy import dump_policy, find_policy
 
     found = find_policy(policy)
@@ -64,7 +69,7 @@ def validate(
     form: FormatOption = Format.table,
 ) -> None:
     """Check policies against the schema, a number of layers, and what this version can run."""
-    from avlprof.cli.describe import sets
+    from avlprof.cli._describe import sets
     from avlprof.policy import find_policy
 
     rows, problems = [], []
@@ -89,7 +94,7 @@ def validate(
 @app.command()
 def diff(first: PolicyArgument, second: PolicyArgument, form: FormatOption = Format.table) -> None:
     """Print the fields, and the layers, in which two policies act differently."""
-    from avlprof.cli.describe import differences
+    from avlprof.cli._describe import differences
     from avlprof.policy import find_policy
 
     rows = differences(find_policy(first), find_policy(second))
@@ -116,13 +121,13 @@ def resolve(
 ) -> None:
     """Work out the share of each layer that a policy leaves to an allocator."""
     from avlprof.allocators import Evidence
-    from avlprof.allocators.resolve import resolved
-    from avlprof.cli.output import finished
+    from avlprof.budgets.resolve import resolved
+    from avlprof.cli._output import finished
     from avlprof.policy import dump_policy, find_policy, save_policy
 
     found = find_policy(policy)
     if run is not None:
-        from avlprof.traced import Run
+        from avlprof.run import Run
 
         evidence = Run.open(run).profile().evidence()
     elif layers is not None:
@@ -142,7 +147,7 @@ def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to a file instead.")] = None,
 ) -> None:
     """Print the JSON schema of policy files, for editors and other tools."""
-    from avlprof.cli.output import finished
+    from avlprof.cli._output import finished
     from avlprof.files import write_text
     from avlprof.policy import Policy
 
@@ -157,7 +162,7 @@ def schema(
 def _runs(policy: Any) -> str:
     """`yes`, what it needs first, or what this version cannot run; `UserError` for an unknown scorer."""
     from avlprof.allocators import ALLOCATORS
-    from avlprof.allocators.resolve import resolved_blindly
+    from avlprof.budgets.resolve import resolved_blindly
     from avlprof.runtime.support import unsupported
     from avlprof.scorers import make_scorer
 

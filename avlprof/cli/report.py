@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import finished, size
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import finished, size
+from avlprof.cli._progress import progress
 from avlprof.cli.runs import run_or_newest
 
 app = typer.Typer()
@@ -38,8 +38,8 @@ def report(
     """
     from avlprof.policy import find_policy
     from avlprof.report import write_report
+    from avlprof.run import Run
     from avlprof.tasks import load_task
-    from avlprof.traced import Run
 
     shown = None if policy is None else find_policy(policy)
     other = None if against is None else Run.open(against)

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, show, size
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+    show,
+    size,
+)
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,8 +58,8 @@ def run(
     Without --image and --prompt it takes a held-out sample of the embedded task.
     """
     from avlprof.models import load_model
-    from avlprof.pictures import own_task
     from avlprof.policy import DENSE, find_policy
+    from avlprof.run import own_task
     from avlprof.runtime.support import check_supported
     from avlprof.tasks import load_task
     from avlprof.tasks.splits import ALL, HELD_OUT
@@ -116,7 +123,7 @@ def _generate(
 ) -> _Generated:
     import torch
 
-    from avlprof.runtime import apply
+    from avlprof.runtime.apply import apply
 
     found = _Generated()
     encoding = loaded.adapter.encode_samples([sample])

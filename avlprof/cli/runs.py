@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avlprof.cli.output import note
-from avlprof.cli.progress import progress
+from avlprof.cli._output import note
+from avlprof.cli._progress import progress
 
 if TYPE_CHECKING:
-    from avlprof.traced import Run
+    from avlprof.run import Run
 
 
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
-    from avlprof.api import trace
-    from avlprof.traced import RUNS, Run, latest_run
+    from avlprof.api.trace import trace
+    from avlprof.run import RUNS, Run, latest_run
 
     if path is not None:
         return Run.open(path)

@@ -7,9 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, cell, note, percent, show
-from avlprof.cli.progress import phases
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    cell,
+    note,
+    percent,
+    show,
+)
+from avlprof.cli._progress import phases
 
 app = typer.Typer(help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True)
 
@@ -22,7 +29,7 @@ def list_studies(
     form: FormatOption = Format.table,
 ) -> None:
     """List the studies below a folder: what they search, how far they are, what they found."""
-    from avlprof.tuning.overview import overview, studies_below
+    from avlprof.tuning.reading import overview, studies_below
 
     rows = [
         overview(folder).row() | {"name": str(folder.relative_to(root)) if folder != root else folder.name}
@@ -48,8 +55,14 @@ def show_study(
 ) -> None:
     """Show the best trials of a study, and which parameters matter among all trials and in the winner."""
     from avlprof.tuning import read_study
-    from avlprof.tuning.importances import importance_rows
-    from avlprof.tuning.overview import POLICY, best_trials, knob_sentences, overview, trial_rows
+    from avlprof.tuning.importance import importance_rows
+    from avlprof.tuning.reading import (
+        POLICY,
+        best_trials,
+        knob_sentences,
+        overview,
+        trial_rows,
+    )
 
     seen, begun = overview(study), read_study(study)
     rows = trial_rows(best_trials(begun, trials))
@@ -99,8 +112,8 @@ def join_study(
     """Work on a study that 'avlprof tune' began, on this machine or another, until its trials are done."""
     from avlprof.models import load_model
     from avlprof.tasks import load_task
-    from avlprof.tuning.joining import join
-    from avlprof.tuning.storage import find_place, place_meta
+    from avlprof.tuning.study import find_place, place_meta
+    from avlprof.tuning.workers import join
 
     place = find_place(study, storage)
     meta = place_meta(place)

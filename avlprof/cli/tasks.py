@@ -6,7 +6,12 @@ from typing import Any
 
 import typer
 
-from avlprof.cli.output import Format, FormatOption, note, show
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    note,
+    show,
+)
 
 app = typer.Typer()
 

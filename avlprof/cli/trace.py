@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.output import Format, FormatOption, finished, note, percent, show, size
-from avlprof.cli.progress import progress
+from avlprof.cli import _options as given
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+    percent,
+    show,
+    size,
+)
+from avlprof.cli._progress import progress
 
 if TYPE_CHECKING:
-    from avlprof.api import TracePlan
-    from avlprof.traced import Run
+    from avlprof.api.trace import TracePlan
+    from avlprof.run import Run
 
 app = typer.Typer()
 _DATASET = "Hugging Face datasets"
@@ -76,7 +84,7 @@ def trace(
     Samples that the run directory holds already are skipped, so the same command resumes. As
     one of several processes of torchrun or SLURM it traces its share into the same directory.
     """
-    from avlprof.api import plan_trace
+    from avlprof.api.trace import plan_trace
     from avlprof.runs import Shard
     from avlprof.tasks import load_task
 

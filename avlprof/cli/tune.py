@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from avlprof.cli import options as given
-from avlprof.cli.live import board
-from avlprof.cli.output import Format, FormatOption, finished, note
+from avlprof.cli import _options as given
+from avlprof.cli._live import board
+from avlprof.cli._output import (
+    Format,
+    FormatOption,
+    finished,
+    note,
+)
 
 app = typer.Typer()
 
@@ -107,8 +112,8 @@ def tune(
 
     The study is a folder; the same command resumes it.
     """
-    from avlprof import search
-    from avlprof.cli import tuned as shown
+    from avlprof.api import tune as search
+    from avlprof.cli import _tuned as shown
     from avlprof.errors import UserError
     from avlprof.tuning import Settings, Space
 

@@ -1,18 +1,28 @@
-"""Accuracy, fidelity, bytes and seconds of policies; comparison at equal bytes."""
+"""Accuracy, fidelity, bytes and seconds of policies; comparison at equal bytes.
 
-from avlprof.evaluation.answers import generate_answers
-from avlprof.evaluation.answers_store import AnswerStore
-from avlprof.evaluation.at_budget import OverBudgetError, at_budget
-from avlprof.evaluation.compare import compare
-from avlprof.evaluation.comparison import Comparison
-from avlprof.evaluation.contenders import equal_bytes
-from avlprof.evaluation.evaluate import evaluate
-from avlprof.evaluation.evaluation import Evaluation
-from avlprof.evaluation.intervals import PairedDifference, detectable_drop, mean_interval, paired_difference
-from avlprof.evaluation.latency import Latency, measure_latency
-from avlprof.evaluation.lineup import LineUp, line_up
-from avlprof.evaluation.record import Answer
-from avlprof.evaluation.strongest import Strongest, strongest
+Names are imported when first asked for, since most need torch. The verbs are
+`evaluate.evaluate` and `compare.compare`, below `avlprof.evaluation`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from avlprof._lazy import exports
+
+if TYPE_CHECKING:
+    from avlprof.evaluation.answers import generate_answers
+    from avlprof.evaluation.compare import Comparison, Strongest, strongest
+    from avlprof.evaluation.evaluate import Evaluation
+    from avlprof.evaluation.intervals import (
+        PairedDifference,
+        detectable_drop,
+        mean_interval,
+        paired_difference,
+    )
+    from avlprof.evaluation.latency import Latency, measure_latency
+    from avlprof.evaluation.lineup import LineUp, equal_bytes, line_up
+    from avlprof.evaluation.store import Answer, AnswerStore
 
 __all__ = [
     "Answer",
@@ -21,14 +31,10 @@ __all__ = [
     "Evaluation",
     "Latency",
     "LineUp",
-    "OverBudgetError",
     "PairedDifference",
     "Strongest",
-    "at_budget",
-    "compare",
     "detectable_drop",
     "equal_bytes",
-    "evaluate",
     "generate_answers",
     "line_up",
     "mean_interval",
@@ -36,3 +42,25 @@ __all__ = [
     "paired_difference",
     "strongest",
 ]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Answer": "avlprof.evaluation.store",
+        "AnswerStore": "avlprof.evaluation.store",
+        "Comparison": "avlprof.evaluation.compare",
+        "Evaluation": "avlprof.evaluation.evaluate",
+        "Latency": "avlprof.evaluation.latency",
+        "LineUp": "avlprof.evaluation.lineup",
+        "PairedDifference": "avlprof.evaluation.intervals",
+        "Strongest": "avlprof.evaluation.compare",
+        "detectable_drop": "avlprof.evaluation.intervals",
+        "equal_bytes": "avlprof.evaluation.lineup",
+        "generate_answers": "avlprof.evaluation.answers",
+        "line_up": "avlprof.evaluation.lineup",
+        "mean_interval": "avlprof.evaluation.intervals",
+        "measure_latency": "avlprof.evaluation.latency",
+        "paired_difference": "avlprof.evaluation.intervals",
+        "strongest": "avlprof.evaluation.compare",
+    },
+)

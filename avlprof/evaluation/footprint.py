@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from avlprof.policy import PromptShape
-from avlprof.runtime.adaptive import AdaptiveLayer
-from avlprof.runtime.dense import BufferedLayer
+from avlprof.runtime.buffers import BufferedLayer
+from avlprof.runtime.layer import AdaptiveLayer
 
 
 @dataclass(frozen=True)

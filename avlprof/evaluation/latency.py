@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from avlprof.errors import UserError
+from avlprof.evaluation.answers import generate_tokens, running
 from avlprof.evaluation.footprint import cache_bytes
-from avlprof.evaluation.generation import generate_tokens, running
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample

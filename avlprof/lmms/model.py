@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from avlprof.errors import UserError
-from avlprof.evaluation.generation import generate_tokens, running
-from avlprof.lmms.arguments import checked_policy
+from avlprof.evaluation.answers import generate_tokens, running
+from avlprof.lmms import checked_policy
 from avlprof.models import LoadedModel, load_model
-from avlprof.models.ends import answer_length, end_tokens
+from avlprof.models.answers import answer_length, end_tokens
 from avlprof.policy import DENSE
 from avlprof.runtime.support import check_supported
-from avlprof.tracing.answers import GivenAnswers
+from avlprof.tracing.trace import GivenAnswers
 
 DEFAULT_NEW_TOKENS = 1024
 PLACEHOLDER = "<image>"

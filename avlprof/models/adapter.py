@@ -214,7 +214,7 @@ class Adapter:
         }
 
     def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
-        """Refuses what the family cannot take in one batch (`avlprof.models.mixing`); here nothing."""
+        """Refuses what the family cannot take in one batch (`avlprof.models.chat`); here nothing."""
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of token ids, without special tokens and outer blanks."""

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safetensors import SafetensorError
 from transformers import (
@@ -25,11 +25,10 @@ from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
-from avlprof.models.fitness import check_fits
-from avlprof.models.hub import hub_reachable
+from avlprof.models.fitness import check_fits, keep_soft_cap
+from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
 from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
-from avlprof.models.revision import folder_fingerprint, hub_commit
-from avlprof.models.soft_cap import keep_soft_cap
+from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
 
@@ -66,61 +65,58 @@ class LoadedModel:
     adapter: Adapter
 
 
-def load_model(
-    name: str = "tiny",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device_map: str | dict[str, Any] | None = None,
-) -> LoadedModel:
-    """Loads a model by alias (`avlprof.models.ALIASES`), hub id (`owner/name`) or local folder.
+def load_model(model: str | ModelSpec = "tiny", **options: Unpack[ModelOptions]) -> LoadedModel:
+    """Loads a model by name, or by a `ModelSpec` that says how as well.
 
-    `device` "auto" takes CUDA when there is one. `dtype` "auto" is float32 on CPU; elsewhere
-    bfloat16 for hub models and what the config says for folders. `device_map` ("auto", or a
-    dict of modules and devices) spreads a model that is larger than a GPU over several, by
-    accelerate, in place of `device`. Code of a repository is never run unless
-    `trust_remote_code` is set.
+    Args:
+        model: alias (`avlprof.models.ALIASES`), hub id (`owner/name`), local folder, or a spec.
+        options: fields of `ModelSpec` beside a name: device, dtype, revision, trust_remote_code,
+            device_map. Code of a repository is never run unless `trust_remote_code` is set.
 
     Raises:
         UserError: unknown name, not a model, unreadable files, no network, absent device, a
             `revision` of a folder, or a `device_map` beside a device or without accelerate.
     """
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
+    return _load(replace(spec, **options))
+
+
+def _load(spec: ModelSpec) -> LoadedModel:
+    name, revision, device_map = spec.name, spec.revision, spec.device_map
     source, folder = _locate(name)
     if folder and revision:
         raise UserError(f"revision must be left out for '{name}', which is a folder, got '{revision}'")
-    check_device_map(device_map, device)
-    place = resolve_device(device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    check_device_map(device_map, spec.device)
+    device = resolve_device(spec.device)
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if folder is None:
         options |= {"revision": revision, "local_files_only": not hub_reachable()}
     with _explained(name, source, options):
         config = AutoConfig.from_pretrained(source, **options)
         _check_kind(name, config)
         check_fits(config)
-        chosen = resolve_dtype(dtype, place, config, hub=folder is None)
+        dtype = resolve_dtype(spec.dtype, device, config, hub=folder is None)
         with _quiet(progress=folder is None):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
-                dtype=chosen,
+                dtype=dtype,
                 device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
             )
         if device_map is None:
-            model = model.to(place)
+            model = model.to(device)
     _check_complete(name, report)
     keep_soft_cap(model)
     processor = _processor(name, source, options)
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
-    found = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
+    commit = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
     if folder == WEIGHTS:
         source = name
-    return LoadedModel(model.eval(), processor, name, source, found, adapter_for(model, processor))
+    return LoadedModel(model.eval(), processor, name, source, commit, adapter_for(model, processor))
 
 
 def _locate(name: str) -> tuple[str, Path | None]:

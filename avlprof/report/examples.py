@@ -9,7 +9,7 @@ from typing import Any
 from avlprof.errors import UserError
 from avlprof.models.tiles import parse_tiles
 from avlprof.plots import vision_heatmap
-from avlprof.report.embed import Embedded, as_png
+from avlprof.report.figures import Embedded, as_png
 from avlprof.report.source import TracedRun
 from avlprof.tasks import Task
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from avlprof.allocators.resolve import resolved
 from avlprof.analysis import Profile
+from avlprof.budgets.resolve import resolved
 from avlprof.plots import policy_layers
 from avlprof.policy import Policy, Provenance, Score, dump_policy, live_share, read_share
-from avlprof.report.embed import Embedded, as_svg
+from avlprof.report.figures import Embedded, as_svg
 from avlprof.report.tables import percent
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from avlprof.analysis import Profile
-from avlprof.analysis.per_layer import answered
+from avlprof.analysis.profile import answered
 from avlprof.runs import RunMeta
 
 

@@ -1,7 +1,8 @@
-"""From a run to a page."""
+"""The commands that repeat a run and its report."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,14 +15,41 @@ from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.plots import diff_info, layer_diff, run_names
 from avlprof.policy import Policy
-from avlprof.report.commands import report_command, trace_command
-from avlprof.report.embed import as_svg
 from avlprof.report.examples import examples
-from avlprof.report.figures import Shown, sections
+from avlprof.report.figures import Shown, as_svg, sections
 from avlprof.report.policies import policy_part
 from avlprof.report.source import TracedRun
 from avlprof.report.tables import layer_columns, settings_rows, traced_line
+from avlprof.runs import RunMeta
 from avlprof.tasks import Task
+
+
+def trace_command(meta: RunMeta, samples: int, out: Path) -> str:
+    """The `avlprof trace` that gives such a run; what has its default value is left out."""
+    words = ["avlprof", "trace", "--model", meta.model]
+    if meta.task == "pictures":
+        words += ["--image", "PICTURE", "--prompt", "PROMPT"]
+    else:
+        words += ["--task", meta.task, "--samples", str(samples)]
+        words += ["--split", meta.split] if meta.split not in ("", "search") else []
+    words += ["--max-new-tokens", str(meta.max_new_tokens)] if meta.max_new_tokens else []
+    words += ["--forced"] if meta.forced else []
+    words += ["--policy", meta.policy.split()[0]] if meta.policy else []
+    words += ["--rows", meta.rows] if meta.rows != "default" else []
+    words += ["--vision-rows", str(meta.vision_rows)] if meta.vision_rows != 64 else []
+    words += ["--per-head"] if meta.per_head else []
+    words += ["--history", f"{meta.history:g}"] if meta.history is not None else []
+    words += ["--dtype", meta.dtype, "--out", str(out)]
+    return shlex.join(words)
+
+
+def report_command(out: Path, policy: str, against: Path | None) -> str:
+    """The `avlprof report` that gives such a page."""
+    words = ["avlprof", "report", str(out)]
+    words += ["--policy", policy] if policy else []
+    words += ["--against", str(against)] if against else []
+    return shlex.join([*words, "-o", "report.html"])
+
 
 PICTURES = 3
 

@@ -24,8 +24,14 @@ from safetensors.numpy import safe_open, save_file
 from avlprof.errors import UserError
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
-from avlprof.runs.meta import HEADS, RunMeta
-from avlprof.runs.start import check_free, read_meta, settle_meta, unreadable
+from avlprof.runs.meta import (
+    HEADS,
+    RunMeta,
+    check_free,
+    read_meta,
+    settle_meta,
+    unreadable,
+)
 
 Scores = dict[str, NDArray[np.float32]]
 

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from avlprof.attention.modality import prompt_shapes
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, broadcast, sizes
-from avlprof.runtime.adaptive import AdaptiveLayer
-from avlprof.runtime.dense import BufferedLayer, DenseLayer
+from avlprof.runtime.buffers import BufferedLayer, DenseLayer
+from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan
 from avlprof.runtime.text_part import TextRule
 from avlprof.scorers import make_scorer

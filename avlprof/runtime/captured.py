@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.runtime.adaptive import AdaptiveLayer
 from avlprof.runtime.cache import AVLCache
-from avlprof.runtime.recording import Replay, capture
+from avlprof.runtime.graph import Replay, capture
+from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.text_part import TextRule
 
 

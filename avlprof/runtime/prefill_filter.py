@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.rows import group_mean
-from avlprof.attention.selection import best
+from avlprof.attention.ranking import best
+from avlprof.attention.weights import group_mean
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, tokens
 from avlprof.runtime.layout import per_row

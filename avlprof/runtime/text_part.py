@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from avlprof.attention.running import step_scores
+from avlprof.attention.ranking import step_scores
 from avlprof.policy import Policy, broadcast, text_room
-from avlprof.runtime.dense import RESERVE
+from avlprof.runtime.buffers import RESERVE
 from avlprof.runtime.layout import move, per_row, within
 
 

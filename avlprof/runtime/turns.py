@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall
-from avlprof.attention.rows import gather_rows, group_mean, row_weights
-from avlprof.attention.running import prompt_scores
+from avlprof.attention.ranking import prompt_scores
+from avlprof.attention.weights import gather_rows, group_mean, row_weights
 from avlprof.runtime.text_part import TextRule
 from avlprof.scorers import Prefill
 

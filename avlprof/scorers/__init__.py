@@ -7,7 +7,7 @@ from dataclasses import fields
 from avlprof.errors import UserError
 from avlprof.policy import ScorerSpec
 from avlprof.registry import Registry, unknown
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 SCORERS: Registry[type[Scorer]] = Registry(
     "scorer",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.column_sums import column_sums
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 
 @dataclass(frozen=True)

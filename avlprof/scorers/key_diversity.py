@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avlprof.errors import UserError
 from avlprof.policy import ScorerSpec
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avlprof.scorers.scorer import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer
 
 _MIX = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from avlprof.scorers.scorer import Prefill, Scorer, at_least_one
+from avlprof.scorers._base import Prefill, Scorer, at_least_one
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from avlprof.attention.cache_argument import given_cache
+from avlprof.attention.session import given_cache
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
 from avlprof.models.tiles import Layout

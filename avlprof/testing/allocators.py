@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from avlprof.allocators import Allocator, Evidence, fit_keep, meet_budget, meet_read_budget, vision_share
+from avlprof.allocators import Allocator, Evidence
+from avlprof.budgets import fit_keep, meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, live_share, read_share, tokens
 

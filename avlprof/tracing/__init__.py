@@ -1,11 +1,9 @@
 """The recorder, and tracing samples into a run directory."""
 
-from avlprof.tracing.batch import encode
-from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.options import RecordOptions, estimate_bytes, run_meta
 from avlprof.tracing.record import RowRecord
 from avlprof.tracing.recorder import Recorder, record
-from avlprof.tracing.settings import estimate_bytes, run_meta
-from avlprof.tracing.trace import trace_samples
+from avlprof.tracing.trace import encode, trace_samples
 
 __all__ = [
     "RecordOptions",

@@ -1,4 +1,4 @@
-"""What the key columns of a sample are: their modalities, and where vision and text lie."""
+"""Columns of attention: where a row has its tokens, groups of keys, and what is measured of each row."""
 
 from __future__ import annotations
 
@@ -11,6 +11,40 @@ from torch import Tensor
 from avlprof.attention.modality import Modality
 from avlprof.tracing import statistics
 from avlprof.tracing.options import RecordOptions
+
+
+class Places:
+    """The columns of one row that hold tokens; bool `real [n]`, on the host, marks them."""
+
+    def __init__(self, real: Tensor) -> None:
+        self._index = real.nonzero()[:, 0]
+        self._total = len(real)
+        first = int(self._index[0]) if len(self._index) else 0
+        without_gap = len(self._index) > 0 and int(self._index[-1]) - first == len(self._index) - 1
+        self._run = slice(first, first + len(self._index)) if without_gap else None
+        self._there: dict[torch.device, Tensor] = {}
+
+    def grow(self, real: Tensor) -> None:
+        """Further columns follow."""
+        self._there = {}
+        if self._run is not None and self._run.stop == self._total and bool(real.all()):
+            self._run = slice(self._run.start, self._total + len(real))
+        else:
+            self._index = self._places()
+            self._index = torch.cat([self._index, real.nonzero()[:, 0] + self._total])
+            self._run = None
+        self._total += len(real)
+
+    def columns(self, device: torch.device) -> Tensor | slice:
+        """All of them: a slice, which copies nothing, where they have no gap."""
+        if self._run is not None:
+            return self._run
+        if device not in self._there:
+            self._there[device] = self._index.to(device, non_blocking=True)
+        return self._there[device]
+
+    def _places(self) -> Tensor:
+        return self._index if self._run is None else torch.arange(self._run.start, self._run.stop)
 
 
 @dataclass(frozen=True)
@@ -96,3 +130,26 @@ class Selection:
             return values[..., self.index]
         count = int(torch.searchsorted(self.places, values.shape[-1]))
         return values[..., self.index[:count]]
+
+
+UNSEEN = -1e30  # logit of a key that a row may not see: finite, and its weight is 0
+
+
+def row_values(logits: Tensor, weights: Tensor, columns: Columns, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """What is known of each row, in the order of `sums.FIXED` and the distance bins.
+
+    Args:
+        logits: `[H, R, n]` over the first n keys, `UNSEEN` where a row may not look.
+        weights: their softmax.
+        bins: the rows' `statistics.distance_bins`.
+
+    Returns:
+        `[H, R, C]`, and the weights on text `[H, R, T]`.
+    """
+    length = weights.shape[-1]
+    # groups first: multiplying by so few columns takes three times as long the other way around
+    masses = (columns.groups[:, :length] @ weights.view(-1, length).mT).mT.view(*weights.shape[:2], -1)
+    spread = statistics.entropy(logits, weights)[..., None]
+    text = columns.text.of_first(weights)
+    sink, distance = statistics.text_distances(text, bins)
+    return torch.cat([masses, spread, sink, distance], dim=-1), text

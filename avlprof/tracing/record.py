@@ -13,8 +13,7 @@ from avlprof.attention.modality import Modality
 from avlprof.runs.meta import HEADS
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.plan import RECEIVED, RowPlan
-from avlprof.tracing.prompt import PromptAttention, PromptFound, measure_prompt
+from avlprof.tracing.prompt import RECEIVED, PromptAttention, PromptFound, RowPlan, measure_prompt
 from avlprof.tracing.steps import LayerSteps
 
 LAST, INSTRUCTION, ALL = range(len(RECEIVED))

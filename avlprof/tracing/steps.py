@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from avlprof.tracing import statistics
-from avlprof.tracing.columns import Columns
-from avlprof.tracing.history import history
-from avlprof.tracing.measure import UNSEEN, row_values
+from avlprof.tracing.columns import UNSEEN, Columns, row_values
 from avlprof.tracing.options import RecordOptions
+from avlprof.tracing.statistics import history
 from avlprof.tracing.sums import Sums
 
 HELD_STEPS = 32  # decoding steps measured at once, at most

@@ -1,4 +1,4 @@
-"""Trace samples into a run directory, resumable by sample id."""
+"""Trace samples into a run directory, batch by batch; a killed run resumes by sample id."""
 
 from __future__ import annotations
 
@@ -6,17 +6,149 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from avlprof.attention.modality import prompt_shapes
+from avlprof.attention.session import switched
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
-from avlprof.models.references import reference
+from avlprof.models.answers import reference, reference_tokens
+from avlprof.models.tiles import dump_tiles
 from avlprof.runs import RunDirectory, RunWriter, Shard
+from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task
-from avlprof.tracing.batch import Traced, trace_batch
-from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.settings import run_meta
+from avlprof.tracing.options import RecordOptions, run_meta
+from avlprof.tracing.recorder import BatchRecorder
+
+
+class AnswerEnds(StoppingCriteria):
+    """Closes the record of a row with its end token, before that token is fed.
+
+    Stops nothing by itself. `lengths` counts the tokens of each row's answer, the end token
+    included; `most` bounds them row by row.
+    """
+
+    def __init__(self, model: Any, recorder: BatchRecorder, rows: int, most: Sequence[int] | None) -> None:
+        ends = model.generation_config.eos_token_id
+        self._is_end = EosTokenCriteria(ends) if ends is not None else None
+        self._recorder, self._most = recorder, most
+        self._live = [True] * rows
+        self.lengths = [0] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """`input_ids [rows, tokens]` with the token just chosen; returns False for every row."""
+        goes_on = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended = goes_on if self._is_end is None else self._is_end(input_ids, scores)
+        for row, end in enumerate(ended.tolist()):
+            if self._live[row]:
+                self.lengths[row] += 1
+                self._live[row] = not end and (self._most is None or self.lengths[row] < self._most[row])
+        self._recorder.stop(row for row, live in enumerate(self._live) if not live)
+        return goes_on
+
+
+class GivenAnswers(LogitsProcessor):
+    """Makes greedy decoding choose the tokens of given answers, row by row.
+
+    `prompt` is the length of the (padded) prompts; a row whose answer is over gets its last
+    token again.
+    """
+
+    def __init__(self, answers: Sequence[Sequence[int]], prompt: int) -> None:
+        self._answers, self._prompt = answers, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores [rows, vocabulary]` with all but one token of each row ruled out."""
+        step = input_ids.shape[1] - self._prompt
+        wanted = [answer[min(step, len(answer) - 1)] for answer in self._answers]
+        index = torch.tensor(wanted, device=scores.device)[:, None]
+        return torch.full_like(scores, float("-inf")).scatter_(1, index, 0.0)
+
+
+class Traced(NamedTuple):
+    """What a run directory stores of one sample; see `avlprof.runs.RunDirectory`."""
+
+    sample: dict[str, Any]
+    stats: list[dict[str, Any]]
+    scores: Scores
+
+
+def encode(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The left-padded batch of some samples, as `loaded.model.generate(**batch)` takes it.
+
+    Raises:
+        UserError: a picture cannot be read, or the processor refuses the prompts.
+    """
+    return loaded.adapter.encode_samples(samples)
+
+
+def trace_batch(
+    loaded: LoadedModel, samples: Sequence[Sample], limit: int, options: RecordOptions, forced: bool = False
+) -> list[Traced]:
+    """Let the model answer some samples together and record each as if it ran alone.
+
+    Args:
+        limit: most tokens of an answer; 0 leaves reference answers whole.
+        forced: feed each sample's reference answer in place of what the model would say.
+    """
+    started = time.monotonic()
+    chats = [sample.messages() for sample in samples]
+    encoding = loaded.adapter.encode_chats(chats)
+    prompt = encoding["input_ids"].shape[1]
+    recorder = BatchRecorder(len(samples), loaded.adapter.layers, options)
+    given = _references(loaded, samples, encoding["input_ids"], limit) if forced else None
+    lengths = None if given is None else [len(answer) for answer in given]
+    ends = AnswerEnds(loaded.model, recorder, len(samples), lengths)
+    chosen = LogitsProcessorList([] if given is None else [GivenAnswers(given, prompt)])
+    with switched(loaded.model, observers=(recorder,)), torch.inference_mode():
+        ids = loaded.model.generate(
+            **encoding,
+            max_new_tokens=max(lengths) if lengths else limit,
+            do_sample=False,
+            num_beams=1,
+            stopping_criteria=StoppingCriteriaList([ends]),
+            logits_processor=chosen,
+        )
+        records = recorder.records()
+    answers = [ids[row, prompt : prompt + length] for row, length in enumerate(ends.lengths)]
+    texts = loaded.adapter.decode(answers)
+    tables = [(record, record.frame(), record.scores()) for record in records]
+    seconds = (time.monotonic() - started) / len(samples)
+    layouts = loaded.adapter.vision_layout(encoding, chats)
+    found = []
+    for sample, answer, text, tiles, (record, stats, scores) in zip(
+        samples, answers, texts, layouts, tables, strict=True
+    ):
+        shape = prompt_shapes(record.modality[None])[0]
+        row = {
+            "sample": sample.id,
+            "group": sample.group,
+            "prompt": sample.prompt,
+            "references": list(sample.answers),
+            "answer": text,
+            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer.tolist()),
+            "system": shape.system,
+            "vision": shape.vision,
+            "text": shape.text,
+            "generated": len(answer),
+            "tiles": dump_tiles(tiles),
+            "seconds": seconds,
+        }
+        found.append(Traced(row, [{"sample": sample.id, **line} for line in stats], scores))
+    return found
+
+
+def _references(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor, limit: int) -> list[list[int]]:
+    """Tokens of the reference answers, cut at the limit; `ids [rows, tokens]` of the prompts."""
+    lasts = ids[:, -1].tolist()
+    tokens = [reference_tokens(loaded, sample, last) for sample, last in zip(samples, lasts, strict=True)]
+    return [answer[:limit] if limit else answer for answer in tokens]
+
 
 FLUSH_SECONDS = 10.0
 FLUSH_SAMPLES = 32

@@ -1,39 +1,24 @@
 """Search for the best policy at a budget, and prove it.
 
-Names are loaded when used: who lists studies, or shows one, needs no model and no torch.
+Names are imported when first asked for: who lists studies, or shows one, needs no model and no
+torch. The verbs are `tune.tune`, `sweep.sweep` and `smallest.smallest`, below `avlprof.tuning`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avlprof._lazy import exports
 
 if TYPE_CHECKING:
-    from avlprof.tuning.bisection import Smallest, smallest
     from avlprof.tuning.candidate import Budget, Candidate
-    from avlprof.tuning.export import export_policy
-    from avlprof.tuning.front import Sweep, sweep
+    from avlprof.tuning.reading import export_policy
     from avlprof.tuning.settings import Settings
+    from avlprof.tuning.smallest import Smallest
     from avlprof.tuning.space import Space
-    from avlprof.tuning.storage import StudyMeta, read_meta, read_study
-    from avlprof.tuning.study import Tuned, tune
-
-_LAZY = {
-    "Budget": "candidate",
-    "Candidate": "candidate",
-    "export_policy": "export",
-    "Settings": "settings",
-    "Smallest": "bisection",
-    "smallest": "bisection",
-    "Space": "space",
-    "StudyMeta": "storage",
-    "read_meta": "storage",
-    "read_study": "storage",
-    "Sweep": "front",
-    "sweep": "front",
-    "Tuned": "study",
-    "tune": "study",
-}
+    from avlprof.tuning.study import StudyMeta, read_meta, read_study
+    from avlprof.tuning.sweep import Sweep
+    from avlprof.tuning.tune import Tuned
 
 __all__ = [
     "Budget",
@@ -47,17 +32,21 @@ __all__ = [
     "export_policy",
     "read_meta",
     "read_study",
-    "smallest",
-    "sweep",
-    "tune",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"avlprof.tuning.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'avlprof.tuning' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Budget": "avlprof.tuning.candidate",
+        "Candidate": "avlprof.tuning.candidate",
+        "Settings": "avlprof.tuning.settings",
+        "Smallest": "avlprof.tuning.smallest",
+        "Space": "avlprof.tuning.space",
+        "StudyMeta": "avlprof.tuning.study",
+        "Sweep": "avlprof.tuning.sweep",
+        "Tuned": "avlprof.tuning.tune",
+        "export_policy": "avlprof.tuning.reading",
+        "read_meta": "avlprof.tuning.study",
+        "read_study": "avlprof.tuning.study",
+    },
+)

@@ -1,16 +1,46 @@
-"""A point of the search space, and the policy that it stands for at a budget."""
+"""Spread what a policy reads per step over its layers, at a read budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from avlprof.allocators import Evidence, make_allocator, meet_budget, vision_share
+from avlprof.allocators import Evidence, make_allocator
+from avlprof.budgets import meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
+from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy, live_share
-from avlprof.tuning.reads import spread_reads
+
+
+def spread_reads(
+    policy: Policy,
+    shares: Sequence[float],
+    prompts: Sequence[PromptShape],
+    read_budget: float,
+    answer_tokens: int,
+) -> Policy:
+    """The policy with a core in each layer, in proportion to `shares`, at a read budget.
+
+    Its kept shares, text, refresh interval and kind of refresh stay; see `meet_read_budget`.
+
+    Raises:
+        UserError: system, text and refreshes alone read more; `Space.within` keeps such policies out.
+    """
+    compute = meet_read_budget(
+        policy.keep(len(shares)),
+        prompts,
+        policy.refresh_interval,
+        read_budget,
+        answer_tokens,
+        policy.text,
+        shares,
+        refresh=policy.refresh,
+    )
+    return policy.model_copy(update={"vision_compute": compute})
 
 
 @dataclass(frozen=True)
@@ -137,3 +167,25 @@ class Candidate:
         if self.text_share is None:
             del values["text_share"], values["text_sink"]
         return values
+
+
+STARTS = "starts.json"
+
+
+def noted_starts(folder: Path, given: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The starts that the study in a folder was begun with; a new study notes those `given`.
+
+    A study that is resumed goes on with its own, whatever its neighbour has found since.
+
+    Raises:
+        UserError: the note cannot be read.
+    """
+    path = folder / STARTS
+    if not path.exists():
+        if given:
+            write_text(path, json.dumps([asdict(start) for start in given], indent=1) + "\n")
+        return tuple(given)
+    try:
+        return tuple(Candidate(**start) for start in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete that study") from None

@@ -13,9 +13,14 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 
 from avlprof.errors import UserError
-from avlprof.tuning.importances import importance_rows
-from avlprof.tuning.overview import POLICY, Overview, knob_sentences, overview
-from avlprof.tuning.storage import find_place, quiet, read_study
+from avlprof.tuning.importance import importance_rows
+from avlprof.tuning.reading import (
+    POLICY,
+    Overview,
+    knob_sentences,
+    overview,
+)
+from avlprof.tuning.study import find_place, quiet, read_study
 
 ARTIFACTS = "artifacts"
 FIGURES = "figures"

@@ -12,9 +12,9 @@ import numpy as np
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.tuning.database import DatabasePlace
-from avlprof.tuning.places import Place
-from avlprof.tuning.storage import open_study
+from avlprof.tuning.storages._base import Place
+from avlprof.tuning.storages.postgres import DatabasePlace
+from avlprof.tuning.study import open_study
 
 FILE = "evidence.json"
 ATTRIBUTE = "avlprof:evidence"

@@ -1,4 +1,4 @@
-"""The score of a policy that the search lowers, sample by sample."""
+"""What trials are scored by, and a trial's score; lower is better."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,16 +14,115 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore
+from avlprof.evaluation import Answer, AnswerStore, generate_answers
+from avlprof.files import write_text
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, live_share
+from avlprof.policy import Policy, ScorerSpec, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, scorer_spec
-from avlprof.tuning.generated import BATCH, Generated
 from avlprof.tuning.objective import OBJECTIVES, Scores
-from avlprof.tuning.probe import probed
 from avlprof.tuning.settings import Settings
+
+BATCH = 32
+
+
+class Generated:
+    """Greedy answers to a list of samples, judged by a task's metric.
+
+    Answers in `store` are not generated again.
+
+    Args:
+        lengths: prompt tokens by sample id; samples of like length share a batch.
+        limit: the longest answer, in tokens.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        task: Task,
+        samples: Sequence[Sample],
+        limit: int,
+        lengths: Mapping[str, int],
+        store: AnswerStore,
+    ) -> None:
+        self._loaded, self._task, self._asked = loaded, task, samples
+        self._limit, self._lengths, self._store = limit, lengths, store
+
+    @property
+    def samples(self) -> list[str]:
+        """Ids, in the order of the scores."""
+        return [sample.id for sample in self._asked]
+
+    def parts(self, policy: Policy | None) -> Iterator[list[Answer]]:
+        """Answers batch by batch, in the order of the samples; None is the dense model."""
+        for start in range(0, len(self._asked), BATCH):
+            yield generate_answers(
+                self._loaded,
+                self._asked[start : start + BATCH],
+                policy,
+                max_new_tokens=self._limit,
+                batch_size=BATCH,
+                metric=self._task.metric,
+                lengths=self._lengths,
+                store=self._store,
+            )
+
+    def metric(self, policy: Policy | None) -> NDArray[np.float64]:
+        """The task's metric `[n]`, one number a sample."""
+        return np.array([answer.score for part in self.parts(policy) for answer in part])
+
+
+LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
+SCORER = "instruction"
+
+
+def probe(
+    forced: ForcedSet, layers: int, scorer: str, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.float64]:
+    """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
+
+    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0.
+    """
+    damage = np.zeros((layers, len(LEVELS)))
+    if progress:
+        progress(0, layers * (len(LEVELS) - 1))
+    below = [i for i, level in enumerate(LEVELS) if level < 1]
+    for layer in range(layers):
+        policies = [
+            Policy(
+                vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
+                scorer=ScorerSpec(name=scorer),
+            )
+            for i in below
+        ]
+        for i, scores in zip(below, forced.score_many(policies), strict=True):
+            damage[layer, i] = np.mean([score.kl for score in scores])
+        if progress:
+            progress((layer + 1) * len(below), layers * len(below))
+    return damage
+
+
+def probed(
+    evidence: Evidence, forced: ForcedSet, path: Path, progress: Callable[[int, int], None] | None = None
+) -> Evidence:
+    """Evidence with damage curves, which are measured once and kept in a JSON file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.exists():
+        measured = probe(forced, evidence.layers, SCORER, progress)
+        write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        damage, levels = np.array(held["damage"], dtype=float), np.array(held["levels"], dtype=float)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
+    if damage.shape != (evidence.layers, len(levels)):
+        raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
+    return replace(evidence, damage=damage, damage_levels=levels)
+
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +164,7 @@ class Prepared:
         """
         check_same_model(loaded, profile)
         samples = task.samples(settings.split, settings.samples)
-        limit = answer_limit(task, settings)
+        limit = settings.answer_limit(task)
         forced = forced_answers(loaded, samples, limit, settings.objective, scorers, progress)
         if not forced.answer_tokens:
             kind = "reference" if settings.objective == "likelihood" else "dense"
@@ -122,11 +222,6 @@ class Prepared:
             value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
             self._cheap[policy.hash] = np.array([value(score) for score in self.forced.score(policy)])
         return self._cheap[policy.hash]
-
-
-def answer_limit(task: Task, settings: Settings) -> int:
-    """Longest answer in tokens."""
-    return settings.max_new_tokens or task.max_new_tokens
 
 
 def check_same_model(loaded: LoadedModel, profile: Profile) -> None:

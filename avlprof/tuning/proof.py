@@ -1,22 +1,118 @@
-"""From trials to a policy that was proved on samples the search never saw."""
+"""What held-out samples say: the winner against each rival, and against the strongest one."""
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 import avlprof
-from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, evaluate
+from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
+from avlprof.evaluation.evaluate import evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
 from avlprof.tuning.candidate import Budget
-from avlprof.tuning.playoff import PlayOff
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
-from avlprof.tuning.verdict import Verdict
+from avlprof.tuning.shortlist import PlayOff
 from avlprof.versions import versions
+
+WORST_SD = 1.0
+"""Standard deviation of a paired difference of scores in [0, 1] at its worst: half +1, half -1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner minus each rival on the same held-out samples, and the one test that was set before.
+
+    `strongest` was chosen on the search split. The winner is `non_inferior` to it when the 95%
+    interval of their difference lies above `-margin`. Intervals are of a paired bootstrap,
+    p-values of a two-sided sign-flip test, not adjusted for the number of rivals.
+    """
+
+    winner: str
+    strongest: str
+    margin: float
+    differences: Mapping[str, PairedDifference]
+
+    @property
+    def against_strongest(self) -> PairedDifference:
+        """The difference that decides."""
+        return self.differences[self.strongest]
+
+    @property
+    def non_inferior(self) -> bool:
+        """Whether the winner loses at most the margin to the strongest rival, with 97.5% confidence."""
+        return self.against_strongest.difference.low > -self.margin
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest drop against the strongest rival that the samples could show; None for one sample."""
+        paired = self.against_strongest
+        return detectable_drop(paired.difference.samples, paired.sd) if math.isfinite(paired.sd) else None
+
+    def sentences(self) -> list[str]:
+        """One line a rival, and the answer on non-inferiority last."""
+        lines = [
+            f"{self.winner} - {rival}: {_interval(paired)}, p {paired.p_value:.3g}"
+            for rival, paired in self.differences.items()
+        ]
+        answer = "yes" if self.non_inferior else "no"
+        lines.append(
+            f"not inferior to {self.strongest}, the strongest on the search split, by more than "
+            f"{self.margin:g}: {answer} ({_interval(self.against_strongest)})"
+        )
+        return lines
+
+
+def verdict(proof: Evaluation, winner: str, strongest: str, margin: float) -> Verdict:
+    """Compare the winner with every other row of a proof, sample by sample, means over seeds."""
+    table = proof.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
+    ours = table[winner].to_numpy()
+    names = [name for name in proof.answers["policy"].unique() if name != winner]
+    found = {name: paired_difference(ours, table[name].to_numpy()) for name in names}
+    # several seeds are one row, named after their number
+    label = next(name for name in names if name == strongest or name.startswith(f"{strongest} x"))
+    return Verdict(winner, label, margin, found)
+
+
+def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLike, who: str) -> str:
+    """What so many held-out samples can show, judged by the paired differences on the search split."""
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    sd = float(differences.std(ddof=1)) if differences.size > 1 else 0.0
+    known = sd > 0
+    sd = sd if known else WORST_SD
+    drop = detectable_drop(samples, sd)
+    source = (
+        f"sd {sd:.2f} of {who} on {differences.size} search samples"
+        if known
+        else f"no search sample tells {who} apart, so this is the worst case"
+    )
+    said = f"{samples} held-out samples can show a drop of {drop:.3f} (80% power, 5% two-sided; {source})"
+    needed = samples_needed(margin, sd)
+    if needed > samples:
+        said += f"; to show that a tie is within {margin:g} takes about {needed:,}"
+    return said
+
+
+def samples_needed(margin: float, sd: float, power: float = 0.8) -> int:
+    """Samples with which a policy that is just as good is shown not to be inferior, mostly.
+
+    `((z(0.975) + z(power)) * sd / margin)^2`, the inverse of `detectable_drop`.
+    """
+    normal = NormalDist()
+    return math.ceil(((normal.inv_cdf(0.975) + normal.inv_cdf(power)) * sd / margin) ** 2)
+
+
+def _interval(paired: PairedDifference) -> str:
+    gap = paired.difference
+    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def prove(

@@ -1,19 +1,88 @@
-"""The second stage of a study: its best scalars refined layer by layer."""
+"""The second stage of a search: every layer's share moved by itself, around the best scalars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
+from optuna import Trial
 from optuna.trial import FrozenTrial
 
-from avlprof.policy import parse_policy
-from avlprof.tuning.layers import LayerSpace
+from avlprof.allocators import Evidence
+from avlprof.budgets import meet_budget
+from avlprof.policy import Policy, parse_policy
+from avlprof.tuning.candidate import Budget, spread_reads
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.trials import run_trials
+
+REACH = 1.0
+"""Largest factor on a layer's share is e to this, before all are scaled to the budget."""
+
+LEAST_SHARE = 1e-3
+"""What a layer that keeps nothing counts as, so that a factor can move it."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A policy whose layers' shares are multiplied by `exp` of a step each, and scaled to the budget.
+
+    `keep` and `compute` have one step a layer; without a read budget `compute` is empty.
+    """
+
+    base: Policy
+    keep: tuple[float, ...]
+    compute: tuple[float, ...] = ()
+
+    def policy(self, evidence: Evidence, budget: Budget, name: str = "tuned") -> Policy:
+        """The policy at the budget: never above it, at most one token a layer below."""
+        layers = evidence.layers
+        shares = _stretched(self.base.keep(layers), self.keep)
+        keep = meet_budget(shares, budget.prompts, budget.memory, self.base.text)
+        moved = self.base.model_copy(update={"name": name, "vision_keep": keep, "vision_compute": None})
+        if budget.read is None:
+            return moved
+        follow = _stretched(self.base.compute(layers), self.compute)
+        return spread_reads(moved, follow, budget.prompts, budget.read, budget.answer_tokens)
+
+    def params(self, budget: Budget) -> dict[str, Any]:
+        """The steps as Optuna parameters."""
+        steps = {f"keep_{i}": step for i, step in enumerate(self.keep)}
+        return steps | {f"compute_{i}": step for i, step in enumerate(self.compute)}
+
+
+@dataclass(frozen=True)
+class LayerSpace:
+    """All `Moved` of one policy: a step in [-`REACH`, `REACH`] for each layer's kept share.
+
+    With a read budget each layer's computed share has a step too.
+    """
+
+    base: Policy
+    layers: int
+    reads: bool
+
+    def suggest(self, trial: Trial, budget: Budget) -> Moved:
+        """Ask a trial for a step in each layer."""
+
+        def steps(name: str) -> tuple[float, ...]:
+            return tuple(trial.suggest_float(f"{name}_{i}", -REACH, REACH) for i in range(self.layers))
+
+        return Moved(self.base, steps("keep"), steps("compute") if self.reads else ())
+
+    def starts(self) -> list[Moved]:
+        """The policy as it is."""
+        still = (0.0,) * self.layers
+        return [Moved(self.base, still, still if self.reads else ())]
+
+
+def _stretched(shares: Sequence[float], steps: Sequence[float]) -> list[float]:
+    return [max(share, LEAST_SHARE) * math.exp(step) for share, step in zip(shares, steps, strict=True)]
+
 
 FOLDER = "refined"
 SAMPLER = "gp"

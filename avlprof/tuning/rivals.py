@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from avlprof.allocators import Evidence, meet_budget
+from avlprof.allocators import Evidence
+from avlprof.budgets import meet_budget
+from avlprof.budgets.scale import at_budget
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
-from avlprof.evaluation.at_budget import at_budget
 from avlprof.policy import (
     Policy,
     PromptShape,
@@ -18,8 +19,7 @@ from avlprof.policy import (
     shipped,
 )
 from avlprof.runtime.support import unsupported
-from avlprof.tuning.candidate import Budget
-from avlprof.tuning.reads import spread_reads
+from avlprof.tuning.candidate import Budget, spread_reads
 
 PLAIN_SCORER = "last_query"
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 from optuna import Trial
 
-from avlprof.allocators import ALLOCATORS, Evidence, vision_share
+from avlprof.allocators import ALLOCATORS, Evidence
+from avlprof.budgets import vision_share
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy, live_share
 from avlprof.registry import unknown

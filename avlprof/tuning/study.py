@@ -1,261 +1,253 @@
-"""Search for the best policy at a budget: probe, trials, finalists, proof."""
+"""What makes a study this one and no other; opening it, and its best trials."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
-import pandas as pd
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from avlprof.allocators import Evidence
-from avlprof.analysis import Profile
-from avlprof.evaluation import AnswerStore, Evaluation
-from avlprof.files import replacing
-from avlprof.models import LoadedModel
-from avlprof.policy import Policy, save_policy
-from avlprof.locks import FolderLock
-from avlprof.tasks import Task
-from avlprof.tuning.candidate import Budget, Candidate
-from avlprof.tuning.crew import Crew
-from avlprof.tuning.evidence import shared_evidence
-from avlprof.tuning.finalists import finalists
-from avlprof.tuning.identity import study_meta
-from avlprof.tuning.importances import FILE as IMPORTANCES
-from avlprof.tuning.importances import parameter_importances
-from avlprof.tuning.knobs import knob_effects
-from avlprof.tuning.objective import Objective
-from avlprof.tuning.playoff import PlayOff, play_off
-from avlprof.tuning.prepared import Prepared, Progress, check_same_model
-from avlprof.tuning.proof import prove, with_provenance
-from avlprof.tuning.refine import refine
-from avlprof.tuning.rivals import rivals
-from avlprof.tuning.settings import Settings
-from avlprof.tuning.space import Space
-from avlprof.tuning.storage import check_folder, claim_study
-from avlprof.tuning.verdict import Verdict, power_sentence, verdict
-from avlprof.tuning.warm import noted_starts
+from avlprof.errors import UserError
+from avlprof.files import write_text
+from avlprof.tuning.storages._base import Place
+from avlprof.tuning.storages.journal import FolderPlace
+from avlprof.tuning.storages.postgres import DatabasePlace
 
-OnTrial = Callable[[optuna.Study, FrozenTrial], None]
-Told = Callable[[str], None]
+if TYPE_CHECKING:
+    from avlprof.analysis import Profile
+    from avlprof.models import LoadedModel
+    from avlprof.tasks import Sample, Task
+    from avlprof.tuning.settings import Settings
+    from avlprof.tuning.space import Space
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome of a study: the winner with its provenance, where it is, and its proof.
-
-    `refined` is the study of the second stage, if there was one. `knobs` is what `knob_effects` gives,
-    `importances` what `parameter_importances` does.
-    """
-
-    policy: Policy
-    folder: Path
-    study: optuna.Study
-    refined: optuna.Study | None
-    played: PlayOff
-    proof: Evaluation
-    verdict: Verdict
-    knobs: pd.DataFrame
-    importances: pd.DataFrame
-
-    def history(self) -> pd.DataFrame:
-        """Scored trials in order, the second stage last: `trial, value, state`, for the figure of trials.
-
-        A trial that was stopped early is `PRUNED`; `trial` counts over both stages.
-        """
-        studies = (self.study, self.refined) if self.refined else (self.study,)
-        trials = [t for study in studies for t in study.get_trials(deepcopy=False) if t.value is not None]
-        states = ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials]
-        return pd.DataFrame(
-            {"trial": range(len(trials)), "value": [t.value for t in trials], "state": states}
-        )
-
-    @property
-    def second(self) -> int | None:
-        """Where in `history` the second stage begins; None without one."""
-        scored = [trial for trial in self.study.get_trials(deepcopy=False) if trial.value is not None]
-        return len(scored) if self.refined else None
-
-    def comparisons(self) -> list[str]:
-        """The winner against each rival on the same held-out samples, in a sentence each."""
-        return self.verdict.sentences()
+META = "study"
+NOTE = "storage.txt"
 
 
-@dataclass(frozen=True)
-class Search:
-    """A study whose trials are done: who was generated on the search split, and who won there.
+class StudyMeta(BaseModel):
+    """What a study searches for; a study is resumed only if this is the same."""
 
-    `candidate` are the best scalars, before any refinement: a start for a neighbouring budget.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prepared: Prepared
-    settings: Settings
-    budget: Budget
-    folder: Path
-    study: optuna.Study
-    refined: optuna.Study | None
-    played: PlayOff
-    candidate: Candidate
+    schema_: str = "avlprof.study/1"
+    model: str
+    model_hash: str
+    task: str
+    split: str
+    samples: int
+    sample_hash: str
+    max_new_tokens: int
+    dtype: str
+    budget: float
+    read_budget: float | None
+    objective: str = "fidelity"
+    sampler: str = "tpe"
+    seed: int
+    run_hash: str
+    space: dict[str, tuple[int | str, ...]]
 
-
-def tune(
-    loaded: LoadedModel,
-    task: Task,
-    profile: Profile,
-    folder: Path,
-    settings: Settings | None = None,
-    *,
-    space: Space | None = None,
-    progress: Progress | None = None,
-    on_trial: OnTrial | None = None,
-    told: Told | None = None,
-    crew: Crew | None = None,
-) -> Tuned:
-    """Tune a policy for a model and task at fixed budgets, and prove it on held-out samples.
-
-    The same call resumes: finished trials are kept, one that a killed process left is tried
-    again. Trials are scored by the objective, by default the KL to the dense model's own answers in
-    one forced forward; the best few are generated for real on the search split and judged by the
-    task's metric; the best of them is compared with dense, with random and uniform, and with the
-    rival that was strongest on the search split, at equal bytes on samples that the search never saw.
-
-    Args:
-        progress: called with the name of a phase, units done and units in all.
-        on_trial: called with study and trial after each trial.
-        told: called with sentences for the reader, such as what the proof will be able to show.
-        crew: who runs the trials and where they are kept; this process and a journal file by default.
-
-    Raises:
-        UserError: a budget is infeasible, the profile is of another model, no dense answer has
-            a second token, or `folder` holds another study or is worked on by another process.
-    """
-    settings, space = settings or Settings(), space or Space()
-    check_same_model(loaded, profile)
-    check_folder(folder, study_meta(loaded, task, profile, settings, space))
-    prepared = Prepared.make(loaded, task, profile, settings, space.scorers, progress)
-    found = search(
-        prepared, folder, settings, space, progress=progress, on_trial=on_trial, told=told, crew=crew
-    )
-    return prove_winner(found, progress=progress, told=told)
+    def differences(self, asked: StudyMeta) -> list[str]:
+        """Fields in which another study differs, in words."""
+        return [
+            f"{name}: {getattr(self, name)!r} here, {getattr(asked, name)!r} asked"
+            for name in type(self).model_fields
+            if getattr(self, name) != getattr(asked, name)
+        ]
 
 
-def search(
-    prepared: Prepared,
-    folder: Path,
-    settings: Settings,
-    space: Space,
-    *,
-    warm: Sequence[Candidate] = (),
-    probe: Path | None = None,
-    progress: Progress | None = None,
-    on_trial: OnTrial | None = None,
-    told: Told | None = None,
-    crew: Crew | None = None,
-) -> Search:
-    """Run the trials of a study, and generate with the best and with their rivals; resumes.
+def read_meta(folder: Path) -> StudyMeta:
+    """The study of a folder; `UserError` when there is none."""
+    try:
+        return StudyMeta.model_validate_json((folder / "study.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a study (no study.json); make one with 'avlprof tune'") from None
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{folder / 'study.json'} cannot be read: {' '.join(str(error).split())}") from None
 
-    Args:
-        warm: further first trials, taken over from a study of another budget.
-        probe: file of the sensitivity probe, by default in the folder.
 
-    Raises:
-        UserError: as `tune`.
-    """
-    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
-    meta = study_meta(prepared.loaded, prepared.task, prepared.profile, settings, space)
+def check_folder(folder: Path, meta: StudyMeta) -> None:
+    """`UserError` unless the folder holds this study, or is new or empty."""
+    if (folder / "study.json").exists():
+        different = read_meta(folder).differences(meta)
+        if different:
+            raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another --out")
+    elif folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
+        raise UserError(f"{folder} is not empty and not a study; choose another --out")
+
+
+def claim_folder(folder: Path, meta: StudyMeta) -> None:
+    """Make the folder of a study, or check that the one there is the same study."""
     check_folder(folder, meta)
-    budget = prepared.budget(settings)
-    space = space.within(budget, prepared.layers)
-    crew = crew or Crew()
-    place = crew.place(folder)
+    if not (folder / "study.json").exists():
+        write_text(folder / "study.json", meta.model_dump_json(indent=2) + "\n")
 
-    def evidence() -> Evidence:
-        if "sensitivity" in space.allocators:
-            prepared.probe(probe or folder / "probe.json", progress)
-        return prepared.evidence
 
-    lock = FolderLock(folder)
-    try:
-        claim_study(place, meta)
-        prepared.evidence = shared_evidence(place, evidence)
-        space = replace(space.supported(prepared.evidence), warm=noted_starts(folder, warm))
-        store = AnswerStore(folder / "answers")
-        _say_power(prepared, settings, space, budget, store, say)
-        if missed := settings.missed(len(space.starts())):
-            say(missed)
-        scalar = settings.trials - settings.refining
-        objective = Objective(prepared.scores(store), prepared.evidence, budget, space, settings.objective)
-        study = crew.run(
-            place,
-            replace(settings, trials=scalar, refine=0),
-            space,
-            objective,
-            progress=lambda d, t: tell("trials", d, settings.trials),
-            on_trial=on_trial,
+def find_place(folder: Path, storage: str | None = None) -> Place:
+    """Where the trials of a folder's study are: in the database asked for or noted, else its journal.
+
+    Raises:
+        UserError: the folder's trials are elsewhere than asked for, or the URL is not PostgreSQL's.
+    """
+    note = folder / NOTE
+    noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    if storage is None:
+        return FolderPlace(folder) if noted is None else DatabasePlace(folder, noted)
+    place = DatabasePlace(folder, storage)
+    if noted is not None and noted != place.address:
+        raise UserError(
+            f"the trials of {folder} are in {noted}, not in {place.address}; choose another --out"
         )
-        refined = None
-        if settings.refining:
-            refined = refine(
-                folder,
-                settings,
-                objective,
-                finalists(study, 1)[0],
-                progress=lambda d, t: tell("trials", scalar + d, settings.trials),
-                on_trial=on_trial,
+    if noted is None and FolderPlace(folder).exists():
+        raise UserError(
+            f"the trials of {folder} are in its journal; leave --storage out, or choose another --out"
+        )
+    return place
+
+
+def claim_study(place: Place, meta: StudyMeta) -> None:
+    """Make the study of a place, or check that the one there is the same study.
+
+    A database is shared by all who know its address, so the study says there as well what it is
+    about, and the folder notes the address, without its password.
+
+    Raises:
+        UserError: the place holds another study, or one that avlprof did not make.
+    """
+    check_folder(place.folder, meta)
+    if not isinstance(place, DatabasePlace):
+        claim_folder(place.folder, meta)
+        return
+    study = open_study(place)
+    with place.turn():
+        held = study.user_attrs.get(META)
+        if held is None:
+            if study.get_trials(deepcopy=False):
+                raise UserError(
+                    f"'{place.study_name}' is a study that avlprof did not make; choose another --out"
+                )
+            study.set_user_attr(META, meta.model_dump(mode="json"))
+        else:
+            different = StudyMeta.model_validate(held).differences(meta)
+            if different:
+                raise UserError(
+                    f"'{place.study_name}' is another study ({'; '.join(different)}); choose another --out"
+                )
+    claim_folder(place.folder, meta)
+    write_text(place.folder / NOTE, place.address + "\n")
+
+
+def place_meta(place: Place) -> StudyMeta:
+    """What the study of a place is about: as the database says, or the folder.
+
+    Raises:
+        UserError: no study was begun there.
+    """
+    if isinstance(place, DatabasePlace):
+        held = open_study(place).user_attrs.get(META) if place.exists() else None
+        if held is None:
+            raise UserError(
+                f"{place.address} has no study '{place.study_name}'; begin it with 'avlprof tune'"
             )
-        best = finalists(study, settings.finalists, *([refined] if refined else []))
-        played = play_off(prepared, best, budget, store, lambda d, t: tell("finalists", d, t))
-        played.write(folder / "fidelity.json", prepared.task.metric, settings.split)
-    finally:
-        lock.release()
-    start = Candidate.of(finalists(study, 1)[0].params)
-    return Search(prepared, settings, budget, folder, study, refined, played, start)
+        return StudyMeta.model_validate(held)
+    return read_meta(place.folder)
 
 
-def prove_winner(found: Search, *, progress: Progress | None = None, told: Told | None = None) -> Tuned:
-    """Generate on held-out samples with the winner and its rivals, and write policy and proof."""
-    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
-    prepared, settings, played = found.prepared, found.settings, found.played
-    for name, (rho, count) in played.correlations().items():
-        say(f"rank correlation of {name} with {prepared.task.metric}: {rho:+.2f} over {count} policies")
-    strongest = played.strongest
-    who = f"tuned - {strongest.name}"
-    say(power_sentence(settings.proof_samples, settings.margin, played.winner.metric, strongest.metric, who))
-    others = rivals(played.winner.policy, found.budget, prepared.layers)
-    if strongest.name not in {policy.name for policy in others}:
-        others.append(strongest.policy)
-    lock = FolderLock(found.folder)
-    try:
-        proof = prove(
-            prepared,
-            played.winner.policy,
-            others,
-            settings,
-            store=AnswerStore(found.folder / "answers"),
-            progress=lambda d, t: tell("proof", d, t),
+def sample_hash(samples: Sequence[Sample]) -> str:
+    """A fingerprint of which samples are searched on, and what they ask."""
+    asked = json.dumps([[sample.id, sample.asked] for sample in samples])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def open_study(place: Place, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+    """The Optuna study of a place, made when it is not there yet; lower values are better."""
+    with quiet():
+        return optuna.create_study(
+            study_name=place.study_name,
+            storage=place.storage(),
+            pruner=pruner or optuna.pruners.NopPruner(),
+            direction="minimize",
+            load_if_exists=True,
         )
-        judged = verdict(proof, played.winner.policy.name, strongest.name, settings.margin)
-        name = found.folder.resolve().name
-        winner = with_provenance(prepared, settings, found.budget, played, proof, judged, name)
-        knobs = knob_effects(found.candidate, prepared, found.budget, lambda d, t: tell("knobs", d, t))
-        importances = parameter_importances(found.study)
-        for table, file in ((knobs, "knobs.csv"), (importances, IMPORTANCES)):
-            with replacing(found.folder / file) as partial:
-                table.to_csv(partial, index=False)
-        proof.to_parquet(found.folder / "proof.parquet")
-        proof.to_csv(found.folder / "proof.csv")
-        save_policy(winner, found.folder / "policy.yaml")
+
+
+def read_study(folder: Path) -> optuna.Study:
+    """The Optuna study of a folder, to look at; nothing is written.
+
+    Raises:
+        UserError: no trial was begun yet.
+    """
+    place = find_place(folder)
+    with quiet(), contextlib.suppress(KeyError):
+        if place.exists():
+            return optuna.load_study(
+                study_name=place.study_name, storage=place.storage(), pruner=optuna.pruners.NopPruner()
+            )
+    raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna's own log lines are shown from errors on, inside the context.
+
+    Its warnings would print the traceback of a trial that stopped; the exception itself goes on.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
     finally:
-        lock.release()
-    return Tuned(winner, found.folder, found.study, found.refined, played, proof, judged, knobs, importances)
+        optuna.logging.set_verbosity(before)
 
 
-def _say_power(
-    prepared: Prepared, settings: Settings, space: Space, budget: Budget, store: AnswerStore, say: Told
-) -> None:
-    """Before anything is searched: what the proof will be able to show, from a first look at uniform."""
-    uniform = space.starts()[0].policy(prepared.evidence, budget, "uniform")
-    dense, plain = prepared.dense_metric(store), prepared.generated(store).metric(uniform)
-    say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))
+def model_of(loaded: LoadedModel) -> dict[str, str]:
+    """What tells one model from another, as fields of `StudyMeta`."""
+    return {"model": loaded.source, "model_hash": loaded.revision or ""}
+
+
+def study_meta(
+    loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, space: Space
+) -> StudyMeta:
+    """What a study searches for."""
+    samples = task.samples(settings.split, settings.samples)
+    return StudyMeta(
+        **model_of(loaded),
+        task=task.name,
+        split=settings.split,
+        samples=len(samples),
+        sample_hash=sample_hash(samples),
+        max_new_tokens=settings.answer_limit(task),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        budget=settings.budget,
+        read_budget=settings.read_budget,
+        objective=settings.objective,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        run_hash=profile.meta.run_hash,
+        space=space.described(),
+    )
+
+
+def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[FrozenTrial]:
+    """The best `count` fully scored trials of one study or several with different policies, best first."""
+    trials = [
+        trial
+        for each in (study, *more)
+        for trial in each.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.user_attrs.get("complete") and trial.value is not None
+    ]
+    if not trials:
+        raise UserError("the study has no finished trial; run 'avlprof tune' again with more --trials")
+    best: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
+        best.setdefault(trial.user_attrs["policy"], trial)
+    return list(best.values())[:count]

@@ -16,11 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.errors import UserError
 from avlprof.tuning.objective import Objective, Points
-from avlprof.tuning.places import Place
-from avlprof.tuning.retries import give_up, retry
-from avlprof.tuning.samplers import make_sampler
-from avlprof.tuning.settings import Settings
-from avlprof.tuning.storage import find_place, open_study, quiet
+from avlprof.tuning.settings import Settings, make_sampler
+from avlprof.tuning.storages._base import Place, give_up, retry
+from avlprof.tuning.study import find_place, open_study, quiet
 
 Told = Callable[[int, int], None]
 WANTED, PRUNE = "trials", "prune"

@@ -14,8 +14,8 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from avlprof.models.adapter import Adapter
-from avlprof.models.families.shown import padded_box
-from avlprof.models.mixing import check_equal_length
+from avlprof.models.chat import check_equal_length
+from avlprof.models.families._boxes import padded_box
 from avlprof.models.tiles import Box, Layout, Tile
 from avlprof.tasks.turn import Message
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
+from avlprof.models.chat import check_apart
 from avlprof.models.families.tiled import squares, tiled
-from avlprof.models.mixing import check_apart
 from avlprof.models.tiles import Layout
 from avlprof.tasks.turn import Message
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
-from avlprof.models.families.shown import shown_box
+from avlprof.models.families._boxes import shown_box
 from avlprof.models.tiles import Layout, grid
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
-from avlprof.models.mixing import check_apart
+from avlprof.models.chat import check_apart
 from avlprof.models.tiles import Layout, Tile
 from avlprof.tasks.turn import Message
 

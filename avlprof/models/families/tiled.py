@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from avlprof.models.adapter import Adapter
-from avlprof.models.mixing import check_equal_length
+from avlprof.models.chat import check_equal_length
 from avlprof.models.tiles import Layout, Tile
 from avlprof.tasks.turn import Message
 

@@ -20,11 +20,9 @@ from avlprof.attention.modality import Modality
 from avlprof.errors import UserError
 from avlprof.policy import Policy
 from avlprof.runtime.cache import is_sliding, stock_layers
-from avlprof.runtime.forced.cache import ForcedCache
-from avlprof.runtime.forced.pack import Packed
-from avlprof.runtime.forced.plan import Plans
-from avlprof.runtime.forced.prompt import Prompts
-from avlprof.runtime.forced.rows import AnswerRows
+from avlprof.runtime.forced.packing import Packed
+from avlprof.runtime.forced.prompt import ForcedCache, Prompts
+from avlprof.runtime.forced.rows import AnswerRows, Plans
 from avlprof.runtime.forced.scan import attend_in_order, running_kind
 from avlprof.runtime.forced.sets import VisionSets, always_shown, chosen_prompt, with_prompt
 

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.cache_argument import given_cache
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import switched
+from avlprof.attention.session import given_cache, switched
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
-from avlprof.runtime.forced.groups import answer_groups, parts, policy_groups, runs
-from avlprof.runtime.forced.head import Head
-from avlprof.runtime.forced.pack import AnswerGroup, Packed
-from avlprof.runtime.forced.plan import Plans
-from avlprof.runtime.forced.prefix import Prefixes
+from avlprof.runtime.forced.packing import (
+    AnswerGroup,
+    Packed,
+    answer_groups,
+    parts,
+    policy_groups,
+    runs,
+)
+from avlprof.runtime.forced.prefill import Prefixes
 from avlprof.runtime.forced.prompt import Capture
-from avlprof.runtime.forced.score import ForcedScore, closeness
+from avlprof.runtime.forced.rows import Plans
+from avlprof.runtime.forced.score import ForcedScore, Head, closeness
 from avlprof.runtime.support import check_supported
 
 _ROWS = 1024  # answer rows of a forward pass: as many policies share one

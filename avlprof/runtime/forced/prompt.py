@@ -1,4 +1,4 @@
-"""What forced scoring keeps of prompts that were prefilled once."""
+"""A cache that holds nothing and pretends to hold a prompt."""
 
 from __future__ import annotations
 
@@ -8,13 +8,37 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
-from avlprof.attention.rows import group_mean
+from avlprof.attention.weights import group_mean
 from avlprof.policy import ScorerSpec
-from avlprof.runtime.forced.head import Head
+from avlprof.runtime.buffers import BufferedLayer
+from avlprof.runtime.forced.score import Head
 from avlprof.scorers import Prefill, make_scorer
+
+
+class PassThrough(BufferedLayer):
+    """A layer that stores nothing: it reports a prompt of `seen` tokens and hands through."""
+
+    def __init__(self, seen: int) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The pass's own keys and values, unchanged."""
+        return key_states, value_states
+
+
+class ForcedCache(Cache):
+    """A cache that pretends to hold a prompt of `length` tokens in each of `layers` layers."""
+
+    def __init__(self, layers: int, length: int) -> None:
+        super().__init__(layers=[PassThrough(length) for _ in range(layers)])
+
 
 _TEXT_ROWS = 64  # text rows whose weights exist at a time
 

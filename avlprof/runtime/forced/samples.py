@@ -9,21 +9,23 @@ or on a reference, whose likelihood then says how well a policy answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
-from avlprof.models.ends import answer_length, end_tokens
-from avlprof.models.references import reference_tokens
+from avlprof.models.answers import answer_length, end_tokens, reference_tokens
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.batch import ForcedBatch
-from avlprof.runtime.forced.head import Head
 from avlprof.runtime.forced.prompt import Capture
-from avlprof.runtime.forced.score import ForcedScore
+from avlprof.runtime.forced.score import ForcedScore, Head
 from avlprof.tasks import Sample
+
+if TYPE_CHECKING:
+    from avlprof.runtime.forced import ForcedScore
+
 
 Answers = Literal["dense", "reference"]
 
@@ -149,3 +151,38 @@ def _dense_answers(
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: answer_length(row, ends)] for row in new]
+
+
+def fidelity(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    policies: Sequence[Policy],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    advanced: Callable[[int], None] | None = None,
+) -> list[list[ForcedScore]]:
+    """Teacher-forced scores, `[policy][sample]`, in the order of the arguments.
+
+    One batch of prompts is held at a time, so memory does not grow with the number of samples.
+
+    Args:
+        advanced: called with the number of (policy, sample) pairs that were just scored.
+    """
+    from avlprof.runtime.forced import ForcedSet
+
+    found: list[list[ForcedScore]] = [[] for _ in policies]
+    for start in range(0, len(samples) if policies else 0, batch_size):
+        chunk = samples[start : start + batch_size]
+        forced = ForcedSet.prepare(
+            loaded,
+            chunk,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            scorers=[policy.scorer for policy in policies],
+        )
+        for scores, more in zip(found, forced.score_many(policies), strict=True):
+            scores.extend(more)
+            if advanced:
+                advanced(len(chunk))
+    return found

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.running import prompt_scores, step_scores
+from avlprof.attention.ranking import prompt_scores, step_scores
 from avlprof.policy import Policy
-from avlprof.runtime.forced.plan import Plans
 from avlprof.runtime.forced.prompt import Prompts, left_aligned, places
-from avlprof.runtime.forced.rows import AnswerRows
+from avlprof.runtime.forced.rows import AnswerRows, Plans
 from avlprof.runtime.forced.sets import chosen_prompt, head_mean
 
 

@@ -1,13 +1,104 @@
-"""How far a policy's next tokens are from the dense model's."""
+"""From last hidden states to how far a policy's next tokens are from the dense model's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from avlprof.runtime.forced.head import Head
+
+@dataclass
+class Seen:
+    """What went into the head: of the first pass its last rows, of the latest pass everything.
+
+    `first [B, D]`, `rows [B, T, D]`.
+    """
+
+    first: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class Head:
+    """The output embedding of a model with its soft cap or scale, if it has one.
+
+    Logits of a whole vocabulary are large, so hidden states are kept instead and turned into logits
+    block by block. Whether that gives the model's own logits is tested on the first pass that is
+    watched; where it does not (a head of a kind that is not known here), the logits themselves
+    stand for the hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.module: Any = model.get_output_embeddings()
+        config = model.config.get_text_config(decoder=True)
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._scale: float | None = getattr(config, "logit_scale", None)
+        self._form: str | None = None if self.module is not None else "whole"
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits `[..., V]` of hidden states `[..., D]`."""
+        if self._form == "whole":
+            return hidden.float()
+        return self._formed(hidden, self._form or "plain").float()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of a token."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    @contextmanager
+    def watched(self, short: bool = False) -> Iterator[Seen]:
+        """Note what the head is given; `short` spares the model all logits but one a row."""
+        seen = Seen()
+
+        def before(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            seen.rows = args[0]
+            return (args[0][:, -1:], *args[1:]) if short and self._form != "whole" else None
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            self._note(seen, output.logits)
+
+        hooks = [self.model.register_forward_hook(after)]
+        if self.module is not None:
+            hooks.append(self.module.register_forward_pre_hook(before))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, seen: Seen, logits: Tensor) -> None:
+        if self._form is None and seen.rows is not None:
+            self._form = self._fitting(seen.rows[:, -1], logits[:, -1])
+        if self._form == "whole":
+            seen.rows = logits
+        if seen.first is None and seen.rows is not None:
+            seen.first = seen.rows[:, -1].clone()
+
+    def _fitting(self, hidden: Tensor, logits: Tensor) -> str:
+        """The form that comes nearest to the model's logits, if it is near enough for their precision."""
+        wanted = logits.float()
+        allowed = 1e-3 if logits.dtype == torch.float32 else 2e-2
+        errors = {
+            form: float((self._formed(hidden, form).float() - wanted).abs().max())
+            for form in ("plain", "capped", "scaled")
+        }
+        best = min(errors, key=lambda form: errors[form])
+        return best if errors[best] <= allowed * float(wanted.abs().max()) else "whole"
+
+    def _formed(self, hidden: Tensor, form: str) -> Tensor:
+        logits: Tensor = self.module.forward(hidden)  # not its hooks, ours among them
+        if form == "capped" and self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        if form == "scaled" and self._scale is not None:
+            logits = logits * self._scale
+        return logits
+
 
 _LOGITS = 1 << 24  # numbers of logits that exist at a time
 

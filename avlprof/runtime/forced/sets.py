@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.runtime.forced.groups import wanted_scorers
-from avlprof.runtime.forced.plan import Plans, TextRoom
+from avlprof.runtime.forced.packing import wanted_scorers
 from avlprof.runtime.forced.prompt import Prompts, places
-from avlprof.runtime.forced.rows import AnswerRows
+from avlprof.runtime.forced.rows import AnswerRows, Plans, TextRoom
 
 
 def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,96 @@
+"""Ranking tokens: the best by score with ties to the lower position, and scores that run while decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best(scores: Tensor, candidates: Tensor, counts: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Mark the `counts` best-scored candidates of each row.
+
+    Args:
+        scores: `[B, G, N]`.
+        candidates: bool, broadcastable to `[B, G, N]`; others are never chosen.
+        counts: `[B]` how many to choose in a row (at most its candidates are chosen).
+        positions: `[B, G, N]` order among equal scores (lower first); default: the column.
+
+    Returns:
+        bool `[B, G, N]`.
+    """
+    ranked = scores.masked_fill(~candidates, float("-inf"))
+    if positions is None:
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+    else:
+        by_position = positions.argsort(dim=-1, stable=True)
+        order = ranked.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
+        order = by_position.gather(-1, order)
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    chosen = (place < counts[:, None, None]).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen) & candidates
+
+
+KINDS = ("history", "accumulated", "last_query")
+
+
+def quantile(weights: Tensor, present: Tensor, share: float) -> Tensor:
+    """Quantile of the present entries of each row, linear between neighbours: `[..., n]` to `[..., 1]`.
+
+    0 where a row has no present entry.
+    """
+    count = present.sum(dim=-1, keepdim=True)
+    ordered = weights.masked_fill(~present, float("inf")).sort(dim=-1).values
+    place = (count - 1).clamp(min=0) * share
+    low = place.floor().long()
+    high = torch.minimum(low + 1, (count - 1).clamp(min=0))
+    first, second = ordered.gather(-1, low), ordered.gather(-1, high)
+    found = first + (second - first) * (place - low)
+    return torch.where(count > 0, found, torch.zeros_like(found))
+
+
+def prompt_scores(kind: str, weights: Tensor, deleted: float, start: int = 0) -> Tensor:
+    """What rows of a prompt give to its tokens' scores: all rows at once, or a block of them.
+
+    Blocks add up, except for `last_query`, where the last block is the score.
+
+    Args:
+        kind: one of `KINDS`.
+        weights: `[..., R, T]` attention of the rows of tokens `start`, `start + 1`, ... to all `T`
+            tokens; what a row gives to later tokens does not count, and rows need not sum to 1,
+            since other columns are left out.
+        deleted: share of the tokens that goes, the quantile of `history`.
+        start: index of the first row among the tokens.
+
+    Returns:
+        `[..., T]`.
+    """
+    rows, total = weights.shape[-2:]
+    if kind == "last_query":
+        return weights[..., -1, :]
+    past = torch.ones(rows, total, dtype=torch.bool, device=weights.device).tril(start)
+    if kind == "accumulated":
+        return (weights * past).sum(dim=-2)
+    older = past.tril(start - 1).expand_as(weights)
+    gained = ((weights - quantile(weights, older, deleted)) * older).sum(dim=-2)
+    return gained + (weights * (past & ~older)).sum(dim=-2)
+
+
+def step_scores(
+    kind: str, held: Tensor, row: Tensor, present: Tensor, newest: Tensor, deleted: float
+) -> Tensor:
+    """Scores after one decoding row: `[..., n]`.
+
+    Args:
+        kind: one of `KINDS`.
+        held: `[..., n]` scores so far; not read at `newest` and at slots that are not `present`.
+        row: `[..., n]` this row's attention weights.
+        present: bool `[..., n]`, slots that hold a competing token, the newest included.
+        newest: bool `[..., n]`, the slot of the row's own token.
+        deleted: as in `prompt_scores`.
+    """
+    if kind == "last_query":
+        return row
+    before = held.masked_fill(newest | ~present, 0.0)
+    if kind == "accumulated":
+        return before + row
+    return torch.where(newest, row, before + row - quantile(row, present, deleted))

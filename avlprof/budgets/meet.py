@@ -1,0 +1,192 @@
+"""From relative shares to ratios that meet a memory or a read budget on given prompts.
+
+Budgets are shares of the dense prompt KV, summed over prompts; `policy.live_share` and
+`policy.read_share` are the judges, so prompts may differ in size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from avlprof.budgets.fit import (
+    check_unit,
+    floor_count,
+    hand_out,
+    ratio_of,
+)
+from avlprof.errors import UserError
+from avlprof.policy import Policy, PromptShape, Refresh, TextPolicy, live_share, read_share, tokens
+
+ALL_TEXT = TextPolicy()
+
+
+def vision_share(
+    prompts: Sequence[PromptShape], layers: int, budget: float, text: TextPolicy = ALL_TEXT
+) -> float:
+    """The mean share of vision tokens that a budget leaves once system and text are paid, in [0, 1].
+
+    Raises:
+        UserError: the budget is out of range, or system and text alone need more.
+    """
+    check_unit("budget", budget)
+    if not prompts:
+        raise UserError("a budget needs at least one prompt to be counted on; the run has no samples")
+    least = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
+    if least > budget:
+        raise UserError(
+            f"budget {budget:g} is below {_up(least)}, what system and text alone need; "
+            "raise --budget or set a text window"
+        )
+    vision = sum(prompt.vision for prompt in prompts)
+    left = (budget - least) * sum(prompt.total for prompt in prompts)
+    return min(left / vision, 1.0) if vision else 1.0
+
+
+def meet_budget(
+    shares: Sequence[float],
+    prompts: Sequence[PromptShape],
+    budget: float,
+    text: TextPolicy = ALL_TEXT,
+    floor: float = 0.0,
+) -> tuple[float, ...]:
+    """`vision_keep` of each layer, in proportion to `shares`, at a memory budget.
+
+    Args:
+        shares: relative kept share of each layer.
+        prompts: token counts that the budget is counted on.
+        budget: prompt KV live after prefill over dense, in [0, 1].
+        text: what stays of text; it is paid first.
+        floor: smallest kept share of a layer, as far as the budget allows.
+
+    Returns:
+        Ratios with `live_share <= budget`; one more token in the next layer would exceed it.
+
+    Raises:
+        UserError: system and text alone need more than the budget.
+    """
+    layers = len(shares)
+    vision_share(prompts, layers, budget, text)
+    check_unit("floor", floor)
+    largest = max(prompt.vision for prompt in prompts)
+    floors, caps = np.full(layers, floor_count(floor, largest)), np.full(layers, largest)
+
+    def policy(total: int) -> Policy:
+        counts = hand_out(shares, total, floors, caps)
+        return Policy(vision_keep=tuple(ratio_of(int(count), largest) for count in counts), text=text)
+
+    total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, largest * layers, budget)
+    return policy(total).keep(layers)
+
+
+def meet_read_budget(
+    keep: Sequence[float],
+    prompts: Sequence[PromptShape],
+    refresh_interval: int,
+    read_budget: float,
+    answer_tokens: int,
+    text: TextPolicy = ALL_TEXT,
+    shares: Sequence[float] | None = None,
+    floor: float = 0.0,
+    refresh: Refresh = "full",
+) -> tuple[float, ...]:
+    """`vision_compute` of each layer at a read budget; never above `keep`.
+
+    Args:
+        keep: `vision_keep` of each layer.
+        prompts: token counts that the budget is counted on.
+        refresh_interval: every so many steps all kept vision tokens are read; 0 means never.
+        read_budget: mean prompt KV read per decoding step over dense, refreshes included.
+        answer_tokens: decoding steps that the mean is taken over.
+        text: what stays of text; it is read at every step.
+        shares: relative computed share of each layer; without them it is in proportion to `keep`.
+        floor: smallest computed share of a layer, as far as keep and budget allow.
+        refresh: what a refresh reads: all kept vision tokens, or (`score_only`) their keys.
+
+    Returns:
+        Ratios with `read_share <= read_budget`; one more token in the next layer would exceed it.
+
+    Raises:
+        UserError: system, text and refreshes alone read more than the budget.
+    """
+    check_unit("read_budget", read_budget)
+    check_unit("floor", floor)
+    layers = len(keep)
+    if not prompts:
+        raise UserError("a read budget needs at least one prompt to be counted on; the run has no samples")
+    largest = max(prompt.vision for prompt in prompts)
+    caps = np.array([_within(share, largest) for share in keep])
+    floors = np.minimum(floor_count(floor, largest), caps)
+    relative = tuple(keep) if shares is None else tuple(shares)
+
+    def policy(total: int) -> Policy:
+        counts = hand_out(relative, total, floors, caps)
+        compute = (
+            share if count == cap else min(ratio_of(int(count), largest), share)
+            for count, cap, share in zip(counts, caps, keep, strict=True)
+        )
+        return Policy(
+            vision_keep=tuple(keep),
+            vision_compute=tuple(compute),
+            refresh_interval=refresh_interval,
+            refresh=refresh,
+            text=text,
+        )
+
+    def used(some_policy: Policy, some: Sequence[PromptShape]) -> float:
+        return read_share(some_policy, some, layers, answer_tokens)
+
+    least = used(policy(0), prompts)
+    if least > read_budget:
+        refreshes = f" and refreshes every {refresh_interval} steps" if refresh_interval else ""
+        raise UserError(
+            f"read budget {read_budget:g} is below {_up(least)}, what system, text{refreshes} read alone; "
+            "raise --read-budget, lower --budget, refresh less often or set a text window"
+        )
+    return policy(_most(policy, used, prompts, int(caps.sum()), read_budget)).compute(layers)
+
+
+def _within(share: float, count: int) -> int:
+    """Tokens up to which a layer may compute; the last means `share` itself, also between two counts."""
+    whole = tokens(share, count)
+    return whole if share <= ratio_of(whole, count) else whole + 1
+
+
+def _most(
+    policy: Callable[[int], Policy],
+    share: Callable[[Policy, Sequence[PromptShape]], float],
+    prompts: Sequence[PromptShape],
+    top: int,
+    budget: float,
+) -> int:
+    """The largest total in [0, top] whose policy uses `budget` or less; `policy(0)` must.
+
+    Prompts of one shape are counted once; the answer is checked on the full list, in which no
+    rounding of sums is left.
+    """
+    shapes = Counter(prompts)
+    dense = sum(prompt.total for prompt in prompts)
+
+    def fits(total: int) -> bool:
+        candidate = policy(total)
+        used = sum(times * shape.total * share(candidate, [shape]) for shape, times in shapes.items())
+        return used / dense <= budget + 1e-12
+
+    low, high = 0, top + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    while low > 0 and share(policy(low), prompts) > budget:
+        low -= 1
+    return low
+
+
+def _up(share: float) -> str:
+    """A share rounded up, so that what the message says is enough."""
+    return f"{math.ceil(share * 1000 - 1e-9) / 1000:g}"

@@ -1,0 +1,159 @@
+"""Any policy at any budget, its shape over layers kept: what makes methods comparable at equal bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from avlprof.allocators._base import Evidence
+from avlprof.budgets.fit import check_unit, hand_out, ratio_of
+from avlprof.budgets.meet import vision_share
+from avlprof.budgets.resolve import resolved
+from avlprof.errors import UserError
+from avlprof.policy import Policy, PromptShape, broadcast, live_share, sizes, tokens
+
+
+class OverBudgetError(UserError):
+    """A policy that cannot go down to a budget; `floor` is the least share that it can."""
+
+    def __init__(self, policy: Policy, budget: float, floor: float) -> None:
+        self.floor = floor
+        up = math.ceil(floor * 1000 - 1e-9) / 1000
+        super().__init__(f"budget {budget:g} is below {up:g}, the least that policy '{policy.name}' can hold")
+
+
+def at_budget(
+    policy: Policy,
+    budget: float,
+    prompts: Sequence[PromptShape],
+    layers: int,
+    evidence: Evidence | None = None,
+) -> Policy:
+    """The policy scaled to a memory budget: never above, at most one token a layer below.
+
+    - Split pool: `vision_keep` is scaled in proportion, as `allocators.meet_budget` does it, and
+      `vision_compute` keeps its ratio to it. Text is left as it is and paid first.
+    - Joint pool: `joint.keep` is scaled in proportion; sinks and newest tokens stay as they are.
+    - With a prefill filter, what each layer behind it holds is scaled, and the filter with it, so
+      that nothing goes on that no layer holds. Layers before it that keep all vision tokens go on
+      to do so (the filter needs them there): they set the floor.
+    - An allocator is asked again, at the budget's mean share.
+
+    A policy that is at the budget already comes back unchanged. One that drops so much text that
+    it holds less than the budget with all vision tokens stays below it.
+
+    Args:
+        budget: prompt KV live after prefill over dense, in [0, 1], counted over `prompts`.
+        evidence: for allocators that look at more than the number of layers.
+
+    Raises:
+        OverBudgetError: nothing that may be scaled is left, and the rest is still above.
+        UserError: the policy is for another number of layers, or its allocator lacks evidence.
+    """
+    check_unit("budget", budget)
+    if not prompts:
+        raise UserError("a budget needs at least one prompt to be counted on")
+    shaped = _allocated(policy, budget, prompts, layers, evidence)
+    shaped.check_layers(layers)
+    counted = Counter(prompts)
+    dense = layers * sum(prompt.total for prompt in prompts)
+
+    def used(candidate: Policy) -> float:
+        held = (times * _stored(candidate, shape, layers) for shape, times in counted.items())
+        return sum(held) / dense
+
+    make, top = _joint(shaped, prompts, layers) if shaped.joint else _split(shaped, prompts, layers)
+    if used(make(0)) > budget:
+        raise OverBudgetError(policy, budget, used(make(0)))
+    low, high = 0, top + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if used(make(middle)) <= budget else (low, middle)
+    best = make(low)
+    return shaped if used(best) <= used(shaped) <= budget else best
+
+
+def _allocated(
+    policy: Policy, budget: float, prompts: Sequence[PromptShape], layers: int, evidence: Evidence | None
+) -> Policy:
+    """The policy with one share a layer, as its allocator spreads the budget's mean."""
+    if policy.allocator is None:
+        return policy
+    known = evidence or Evidence(layers=layers, tokens=max(prompt.vision for prompt in prompts))
+    if policy.joint is not None:
+        mean = policy.model_copy(update={"joint": policy.joint.model_copy(update={"keep": budget})})
+        return resolved(mean, known)
+    try:
+        share = vision_share(prompts, layers, budget, policy.text)
+    except UserError:
+        bare = policy.model_copy(update={"allocator": None, "vision_keep": 0.0, "vision_compute": None})
+        raise OverBudgetError(policy, budget, live_share(bare, prompts, layers)) from None
+    compute = policy.vision_compute
+    if compute is not None and not isinstance(compute, tuple) and not isinstance(policy.vision_keep, tuple):
+        compute = share * compute / policy.vision_keep if policy.vision_keep else 0.0
+    return resolved(policy.model_copy(update={"vision_keep": share, "vision_compute": compute}), known)
+
+
+def _joint(
+    policy: Policy, prompts: Sequence[PromptShape], layers: int
+) -> tuple[Callable[[int], Policy], int]:
+    """Policies by the tokens that all layers hold together of the longest prompt, and the most."""
+    assert policy.joint is not None
+    pool, longest = policy.joint, max(prompt.total for prompt in prompts)
+    shares = broadcast(pool.keep, layers)
+
+    def make(total: int) -> Policy:
+        counts = hand_out(shares, total, np.zeros(layers, dtype=np.int64), np.full(layers, longest))
+        keep = tuple(ratio_of(int(count), longest) for count in counts)
+        return policy.model_copy(update={"joint": pool.model_copy(update={"keep": keep})})
+
+    return make, longest * layers
+
+
+def _split(
+    policy: Policy, prompts: Sequence[PromptShape], layers: int
+) -> tuple[Callable[[int], Policy], int]:
+    """Policies by the vision tokens that the scaled layers hold together of the largest picture."""
+    largest = max(prompt.vision for prompt in prompts)
+    keep, compute = policy.keep(layers), policy.compute(layers)
+    held = [min(share, _reaches(policy, layer)) for layer, share in enumerate(keep)]
+    fixed = [bool(policy.prefill_filter) and share == 1.0 for share in held]
+    caps = np.array([0 if stays else largest for stays in fixed])
+    parts = [core / share if share else 1.0 for core, share in zip(compute, keep, strict=True)]
+
+    def make(total: int) -> Policy:
+        counts = hand_out(held, total, np.zeros(layers, dtype=np.int64), caps)
+        ratios = (ratio_of(int(count), largest) for count in counts)
+        new = tuple(1.0 if stays else ratio for ratio, stays in zip(ratios, fixed, strict=True))
+        changed: dict[str, object] = {"vision_keep": new, "prefill_filter": _filter(policy, new)}
+        if policy.vision_compute is not None:
+            changed["vision_compute"] = tuple(
+                _core(share, part, largest) for share, part in zip(new, parts, strict=True)
+            )
+        return policy.model_copy(update=changed)
+
+    return make, int(caps.sum())
+
+
+def _core(keep: float, part: float, largest: int) -> float:
+    """`part` of the kept share, in whole tokens of the largest picture, and never above it."""
+    return min(keep, ratio_of(tokens(keep * part, largest), largest))
+
+
+def _reaches(policy: Policy, layer: int) -> float:
+    """Share of the vision tokens that enter a layer."""
+    return min([1.0, *(step.keep for step in policy.prefill_filter if step.after_layer <= layer)])
+
+
+def _filter(policy: Policy, keep: Sequence[float]) -> tuple[object, ...]:
+    """The filter's steps, each letting through what a later layer holds at most."""
+    return tuple(
+        step.model_copy(update={"keep": max(keep[step.after_layer :])}) for step in policy.prefill_filter
+    )
+
+
+def _stored(policy: Policy, prompt: PromptShape, layers: int) -> int:
+    return sum(size.stored for size in sizes(policy, prompt, layers))

@@ -1,0 +1,138 @@
+"""Errors on the command line: one sentence on stderr and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from avlprof.cli._progress import quiet_libraries
+from avlprof.errors import UserError
+
+USER, UNEXPECTED, INTERRUPTED = 2, 1, 130
+
+
+@contextlib.contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Tell what goes wrong inside in one line and leave with its exit code.
+
+    With `debug` the traceback comes first. Wrong usage (an unknown option, a value of the wrong
+    type) counts as the user's error.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command resumes", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except UserError as error:
+        raise _told(str(error), USER, debug) from None
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            said = str(error.format_message()).replace("Value error, ", "").rstrip(".")
+            raise _told(f"{said}{_help(error)}", USER, debug) from None
+        said = " ".join(str(error).split())
+        hint = "" if debug else "; run 'avlprof --debug ...' to see where"
+        raise _told(f"unexpected {type(error).__name__}: {said}{hint}", UNEXPECTED, debug) from None
+
+
+def _told(message: str, code: int, debug: bool) -> typer.Exit:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return typer.Exit(code)
+
+
+def _help(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see '{context.command_path} --help')" if context is not None else ""
+
+
+COMMANDS: Final[dict[str, str]] = {
+    "trace": "avlprof.cli.trace",
+    "analyze": "avlprof.cli.analyze",
+    "report": "avlprof.cli.report",
+    "derive": "avlprof.cli.derive",
+    "policy": "avlprof.cli.policy",
+    "run": "avlprof.cli.run",
+    "tune": "avlprof.cli.tune",
+    "studies": "avlprof.cli.studies",
+    "export": "avlprof.cli.export",
+    "evaluate": "avlprof.cli.evaluate",
+    "compare": "avlprof.cli.compare",
+    "bench": "avlprof.cli.bench",
+    "demo": "avlprof.cli.demo",
+    "models": "avlprof.cli.models",
+    "tasks": "avlprof.cli.tasks",
+}
+"""Name of each command, in the order of the help, to the module that holds its `app`."""
+
+
+class Commands(TyperGroup):
+    """Imports a command's module when it is asked for, and turns errors into one line each."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        command: Any = get_command(import_module(COMMANDS[cmd_name]).app)
+        command.name = cmd_name
+        return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from avlprof.registry import unknown
+
+            raise unknown("command", args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with reported(debug=False):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from avlprof import __version__
+
+        typer.echo(f"avlprof {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Trace, tune and run adaptive attention policies for large vision-language models.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what libraries log.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if not debug:
+        context.with_resource(quiet_libraries())
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (unexpected), 2 (the user's to mend) or 130 (Ctrl-C)."""
+    app(prog_name="avlprof")

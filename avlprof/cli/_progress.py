@@ -1,0 +1,159 @@
+"""Keeps the chatter of libraries off stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from avlprof.cli._output import note
+
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings and no logs of other libraries inside; avlprof's own warnings as single lines.
+
+    What the environment sets by itself wins, and everything is as before on exit.
+    """
+    set_here = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    root, own = logging.getLogger(), logging.getLogger("avlprof")
+    silent, told = logging.NullHandler(), logging.StreamHandler()
+    told.setFormatter(logging.Formatter("warning: %(message)s"))
+    told.setLevel(logging.WARNING)
+    os.environ.update(set_here)
+    root.addHandler(silent)
+    own.addHandler(told)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.removeHandler(told)
+        root.removeHandler(silent)
+        for name in set_here:
+            os.environ.pop(name, None)
+
+
+EVERY_SECONDS = 10.0
+Report = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, unit: str = "samples", resumes: bool = False, begun: bool = False
+) -> Iterator[Report]:
+    """A function that takes items done and items wanted, and shows rate and remaining time.
+
+    With `resumes`, the first call tells what an earlier process did, which does not count in the
+    rate. With `begun`, work was under way before: the first call only starts the clock.
+    """
+    if sys.stderr.isatty():
+        with _bar(label, unit) as report:
+            yield report
+    else:
+        yield _lines(label, unit, resumes, begun)
+
+
+def _lines(label: str, unit: str, resumes: bool, begun: bool) -> Report:
+    began = told = time.monotonic()
+    before: int | None = None if resumes or begun else 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal began, told, before
+        now = time.monotonic()
+        if before is None:
+            before, began, told = done, now, now
+            if resumes and done:
+                note(f"{label}: {done} of {total} {unit} were done before")
+            if not begun or done < total:
+                return
+        if done < total and now - told < EVERY_SECONDS:
+            return
+        told = now
+        rate = (done - before) / (now - began) if now > began else 0.0
+        left = f", {duration((total - done) / rate)} left" if done < total and rate > 0 else ""
+        speed = f", {rate:.3g} {unit}/s" if rate > 0 else ""
+        note(f"{label}: {done} of {total} {unit}{speed}{left}")
+
+    return report
+
+
+@contextlib.contextmanager
+def _bar(label: str, unit: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Items a second."""
+
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:.3g} {unit}/s" if task.speed else f"- {unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        tasks: list[Any] = []
+
+        def report(done: int, total: int) -> None:
+            if tasks:
+                shown.update(tasks[0], completed=done, total=total)
+            else:
+                tasks.append(shown.add_task(label, total=total, completed=done))
+
+        yield report
+
+
+def duration(seconds: float) -> str:
+    """A time span as `45 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def phases() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of work in named phases: `report(phase, done, total)`; one bar or line a phase."""
+    with contextlib.ExitStack() as stack:
+        reports: dict[str, Report] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in reports:
+                stack.close()
+                reports[phase] = stack.enter_context(
+                    progress(phase, _UNITS.get(phase, "samples"), begun=True)
+                )
+            reports[phase](done, total)
+
+        yield report
+
+
+_UNITS = {
+    "probe": "forwards",
+    "trials": "trials",
+    "finalists": "answers",
+    "proof": "answers",
+    "knobs": "policies",
+}

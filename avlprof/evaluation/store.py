@@ -1,0 +1,112 @@
+"""Answers, and finished ones on disk, so that an interrupted evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from avlprof.errors import UserError
+from avlprof.files import replacing
+from avlprof.models import LoadedModel
+from avlprof.policy import Policy
+from avlprof.tasks import Sample
+
+STOCK = "stock"
+"""Stands for a policy's hash where the model ran without one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer and its cost.
+
+    `score` is the metric's, 0 to 1. `generated_tokens` counts up to and including the end token;
+    `system`, `vision` and `text` are the prompt's tokens. Bytes are of the prompt's KV: `live` kept
+    after prefill, `dense` what the stock cache holds of it, `allocated` the storage behind it,
+    and `read_bytes_per_step` the mean attended to per decoding step.
+    """
+
+    sample: str
+    group: str
+    prediction: str
+    score: float
+    generated_tokens: int
+    system: int
+    vision: int
+    text: int
+    live_bytes: int
+    dense_bytes: int
+    allocated_bytes: int
+    read_bytes_per_step: float
+    policy_hash: str
+
+
+_STORED = tuple(field.name for field in fields(Answer) if field.name != "score")
+_KEY = ("model", "policy_hash", "sample", "asked", "max_new_tokens")
+_Key = tuple[str, str, str, str, int]
+
+
+class AnswerStore:
+    """A folder of parquet parts, each written whole; many processes may add to one folder.
+
+    An answer is found again for the same checkpoint and precision, the same effect of the policy
+    (its hash), the same sample id and prompt, and the same limit on tokens. Batch size and device
+    do not count, though they move sums by rounding. Scores are not stored: they follow from the
+    prediction, so another metric needs no new answers. Pictures are known by their sample's id
+    only; use a new folder after changing one.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._known: dict[_Key, Answer] = {}
+        self._pending: list[dict[str, Any]] = []
+        for part in sorted(self.path.glob("part-*.parquet")):
+            self._read(part)
+
+    def answers(
+        self, model: str, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
+    ) -> dict[str, Answer]:
+        """Finished answers to `samples` by id; their score is NaN."""
+        does = policy.hash if policy else STOCK
+        keys = {sample.id: (model, does, sample.id, _asked(sample), max_new_tokens) for sample in samples}
+        return {name: self._known[key] for name, key in keys.items() if key in self._known}
+
+    def add(self, model: str, sample: Sample, max_new_tokens: int, answer: Answer) -> None:
+        """Take an answer; it is on disk after the next `flush`."""
+        asked = _asked(sample)
+        self._known[(model, answer.policy_hash, sample.id, asked, max_new_tokens)] = answer
+        row = {name: value for name, value in asdict(answer).items() if name in _STORED}
+        self._pending.append(row | {"model": model, "asked": asked, "max_new_tokens": max_new_tokens})
+
+    def flush(self) -> None:
+        """Write the answers in hand as one part."""
+        if not self._pending:
+            return
+        with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
+            pd.DataFrame(self._pending).to_parquet(partial, index=False)
+        self._pending = []
+
+    def _read(self, part: Path) -> None:
+        try:
+            rows = pd.read_parquet(part, columns=list(dict.fromkeys([*_STORED, *_KEY]))).to_dict("records")
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{part} cannot be read ({reason}); delete it and run again") from None
+        for row in rows:
+            answer = Answer(**{name: row[name] for name in _STORED}, score=float("nan"))
+            model, does, sample, asked, limit = (row[name] for name in _KEY)
+            self._known[(str(model), str(does), str(sample), str(asked), int(limit))] = answer
+
+
+def model_key(loaded: LoadedModel) -> str:
+    """Which checkpoint an answer is of, and in which precision."""
+    return f"{loaded.source}@{loaded.revision or 'unknown'}:{str(loaded.model.dtype).removeprefix('torch.')}"
+
+
+def _asked(sample: Sample) -> str:
+    return hashlib.sha256(sample.asked.encode()).hexdigest()[:16]

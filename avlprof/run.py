@@ -1,0 +1,185 @@
+"""A traced run, as notebooks and commands use it, and its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from PIL import Image
+
+from avlprof.analysis import Profile
+from avlprof.errors import UserError
+from avlprof.files import write_text
+from avlprof.runs import RunDirectory, RunMeta
+from avlprof.runs.directory import Scores
+from avlprof.tasks import Sample, Task, load_task
+from avlprof.tasks.splits import ALL
+
+if TYPE_CHECKING:
+    from avlprof.models import LoadedModel
+    from avlprof.tracing.trace import Progress
+
+ImageLike = str | Path | Image.Image
+NAME = "pictures"
+
+
+def own_task(images: Sequence[ImageLike], prompt: str | None) -> Task:
+    """A task of one sample: these pictures and this prompt.
+
+    The sample's id comes from prompt and pixels, so that tracing it again adds nothing.
+
+    Raises:
+        UserError: a picture or the prompt is missing, or a picture cannot be read.
+    """
+    if not images:
+        raise UserError("prompt needs a picture; give image, or leave prompt out to trace a task")
+    if prompt is None or not prompt.strip():
+        raise UserError("image needs a prompt that is not empty; give prompt")
+    sources = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    first = sources[0]
+    stem = first.stem if isinstance(first, Path) else "image"
+    opened = Sample(stem, sources, prompt).open_images()
+    digest = hashlib.sha256(prompt.encode())
+    for picture in opened:
+        digest.update(repr(picture.size).encode() + picture.tobytes())
+    sample = Sample(f"{stem}-{digest.hexdigest()[:8]}", sources, prompt)
+    return Task(name=NAME, metric="exact_match", splits=(ALL,), stream=lambda split: [sample])
+
+
+def save_pictures(run: Path, samples: Sequence[Sample]) -> None:
+    """Note in a run directory where the pictures of its samples lie, as far as they are files."""
+    known = _noted(run)
+    new = {}
+    for sample in samples:
+        sources = [source for turn in sample.conversation() for source in turn.sources(sample.id)]
+        paths = [str(source.resolve()) for source in sources if isinstance(source, Path)]
+        if paths and len(paths) == len(sources):
+            new[sample.id] = paths
+    if any(known.get(name) != paths for name, paths in new.items()):
+        lines = (json.dumps({"id": name, "images": paths}) for name, paths in (known | new).items())
+        write_text(run / f"{NAME}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> list[Image.Image]:
+    """The pictures of a traced sample, from `task`, or from where the run says they come from.
+
+    Those of its whole conversation, frames of videos included, in the order of the run's `tiles`.
+
+    Raises:
+        UserError: they cannot be found or read.
+    """
+    noted = _noted(run.path).get(sample)
+    if task is None and noted is not None:
+        return Sample(sample, tuple(Path(path) for path in noted), "").open_images()
+    if task is None:
+        try:
+            task = load_task(run.meta.task)
+        except UserError as error:
+            raise UserError(f"the pictures of run {run.path} need its task ({error}); give task") from None
+    most = len(run.samples())
+    for found in islice(task.stream(run.meta.split), most):
+        if found.id == sample:
+            return [picture for message in found.messages() for picture in message.pictures()]
+    raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")
+
+
+def _noted(run: Path) -> dict[str, list[str]]:
+    path = run / f"{NAME}.jsonl"
+    if not path.is_file():
+        return {}
+    entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return {entry["id"]: entry["images"] for entry in entries}
+
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A traced run: its tables, its scores, its pictures and its profile."""
+
+    directory: RunDirectory
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """The run in a directory; `UserError` when there is none."""
+        run = cls(RunDirectory(path))
+        _ = run.meta
+        return run
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.directory.path
+
+    @property
+    def meta(self) -> RunMeta:
+        """With what it was traced."""
+        return self.directory.meta
+
+    def profile(self, progress: Progress | None = None) -> Profile:
+        """What the model attends to, per layer; computed once and saved in the run directory."""
+        return Profile.of(self.directory, progress)
+
+    def samples(self) -> pd.DataFrame:
+        """One row a sample; see `avlprof.runs.RunDirectory`."""
+        return self.directory.samples()
+
+    def stats(self) -> pd.DataFrame:
+        """One row per sample, layer, head, phase and kind of query row."""
+        return self.directory.stats()
+
+    def scores(self, sample: str, names: Collection[str] = ()) -> Scores:
+        """Attention that single tokens of a sample received, by kind of row; of `names` alone, if given."""
+        return self.directory.scores(sample, names)
+
+    def pictures(self, sample: str, task: Task | str | None = None) -> list[Image.Image]:
+        """The pictures of a traced sample.
+
+        They are not stored in a run, but found again: by the paths that the run noted, else in
+        its task by the name that it noted, else in `task`. `UserError` when that fails.
+        """
+        return find_pictures(self.directory, sample, load_task(task) if isinstance(task, str) else task)
+
+    def check_model(self, loaded: LoadedModel) -> None:
+        """`UserError` when the run was traced on another model, or another state of it."""
+        if not self.is_of(loaded):
+            theirs = f"{loaded.source} {loaded.revision or ''}".strip()
+            ours = f"{self.meta.model} {self.meta.model_hash}".strip()
+            raise UserError(
+                f"run {self.path} was traced on {ours}, the model here is {theirs}; trace this one"
+            )
+
+    def is_of(self, loaded: LoadedModel) -> bool:
+        """Whether the run was traced on this model in this state."""
+        return (self.meta.model, self.meta.model_hash) == (loaded.source, loaded.revision or "")
+
+
+def latest_run(
+    root: Path | str = RUNS, *, loaded: LoadedModel | None = None, task: str | None = None
+) -> Run | None:
+    """The run under `root` that was written to last and has samples; of this model and task, if given.
+
+    For a model only dense runs count: what it attends to under a policy is not what it needs.
+    """
+    found = []
+    for path in Path(root).glob("*/meta.json"):
+        parts = [part.stat().st_mtime for part in path.parent.glob("samples-*.parquet")]
+        if parts:
+            found.append((max(parts), path.parent))
+    for _, folder in sorted(found, reverse=True):
+        run = Run(RunDirectory(folder))
+        try:
+            dense = loaded is None or (run.is_of(loaded) and not run.meta.policy)
+            fits = dense and task in (None, run.meta.task)
+        except UserError:
+            continue
+        if fits:
+            return run
+    return None

@@ -1,0 +1,239 @@
+"""Decoding steps that are captured and replayed, against the same steps run as ever."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import avlprof
+from avlprof.attention.session import given_cache
+from avlprof.errors import UserError
+from avlprof.policy import DENSE, Policy
+from avlprof.runtime.graph import capture
+from avlprof.testing.families import families
+from avlprof.testing.models import cases, random_llava
+from tests.runtime.test_runtime import CORE, KEEP, POLICIES
+
+MODELS, FAMILIES = dict(cases()), dict(families())
+SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
+STEPS = 24
+AHEAD = 9  # captured anew twice in an answer
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request):
+    return MODELS[request.param]()
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": STEPS, "do_sample": False} | options
+    return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+
+
+def both(case, policy, inputs, ahead=AHEAD, **options):
+    """The same answers without and with captured steps, and the two caches."""
+    found = []
+    for captured in (None, ahead):
+        with avlprof.apply(case.model, policy, captured=captured) as runtime:
+            found.append((generate(case.model, inputs, **options), runtime.cache))
+    return found
+
+
+def agree(found):
+    (plain, cache), (replayed, other) = found
+    assert torch.equal(plain.sequences, replayed.sequences)
+    for a, b in zip(plain.logits, replayed.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    assert [(u.prompt, u.live, u.read, u.refreshes, u.steps) for u in cache.use()] == [
+        (u.prompt, u.live, u.read, u.refreshes, u.steps) for u in other.use()
+    ]
+
+
+@pytest.mark.parametrize("name", ["dense", *sorted(set(POLICIES) - SCORED)])
+def test_replayed_steps_are_the_same_steps(case, name):
+    policy = DENSE if name == "dense" else POLICIES[name]
+    inputs = case.inputs(batch=3, seed=7, pad=True, text=15, images_per_row=[1, 0, 2])
+    agree(both(case, policy, inputs))
+
+
+def test_kept_and_core_sets_are_the_same(case):
+    inputs = case.inputs(batch=2, seed=4, pad=True)
+    (_, plain), (_, replayed) = both(case, POLICIES["core and window"], inputs)
+    for a, b in zip(plain.layers, replayed.layers, strict=True):
+        for row in range(2):
+            kept, core = a.vision_positions(row)
+            assert [set(x.flatten().tolist()) for x in (kept, core)] == [
+                set(x.flatten().tolist()) for x in b.vision_positions(row)
+            ]
+            texts = [set(layer.text_positions(row).flatten().tolist()) for layer in (a, b)]
+            assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_are_captured_or_refused(family):
+    case = FAMILIES[family]()
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)
+    sliding = "sliding_attention" in (getattr(case.model.config.get_text_config(), "layer_types", None) or [])
+    inputs = case.inputs(batch=2, seed=1, pad=True)
+    if sliding:
+        with pytest.raises(UserError, match="sliding window cannot be captured"):
+            both(case, policy, inputs)
+    else:
+        agree(both(case, policy, inputs))
+
+
+def test_a_step_runs_no_python_of_the_model_once_captured(case):
+    """One eager step after the prompt, then one capture of each kind of step, then replays alone."""
+    calls = []
+    layer = case.model.get_decoder().layers[0]
+    hook = layer.register_forward_hook(lambda *_: calls.append(1))
+    policy = Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=4)
+    try:
+        with avlprof.apply(case.model, policy, captured=100):
+            generate(case.model, case.inputs())
+    finally:
+        hook.remove()
+    assert len(calls) == 1 + 1 + 2
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
+def test_beams_and_samples(case, options):
+    found = []
+    for captured in (None, AHEAD):
+        with avlprof.apply(case.model, POLICIES["core and window"], captured=captured):
+            torch.manual_seed(5)
+            found.append(generate(case.model, case.inputs(batch=2, pad=True, seed=2), **options).sequences)
+    assert torch.equal(*found)
+
+
+def test_a_further_turn_is_captured_anew():
+    case = random_llava()
+    first, second = case.inputs(seed=1), case.inputs(seed=2)
+    found = []
+    for captured in (None, 5):
+        with avlprof.apply(case.model, POLICIES["core and window"], captured=captured) as runtime:
+            cache = runtime.new_cache()
+            said = generate(case.model, first, **given_cache(case.model, cache)).sequences
+            ids = torch.cat([said, second["input_ids"]], dim=1)
+            going_on = dict(second, input_ids=ids, attention_mask=torch.ones_like(ids))
+            found.append(generate(case.model, going_on, **given_cache(case.model, cache)))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+
+
+def test_a_loop_of_ones_own_needs_positions_only_where_they_have_axes(case):
+    inputs, ids = case.inputs(), torch.full((1, 1), 7)
+    found = []
+    for captured in (None, 20):
+        with avlprof.apply(case.model, POLICIES["window"], captured=captured) as runtime, torch.no_grad():
+            cache = runtime.new_cache()
+            case.model(**inputs, **given_cache(case.model, cache))
+            if captured and case.model.config.get_text_config().rope_parameters.get("mrope_section"):
+                with pytest.raises(UserError, match="need position_ids"):
+                    case.model(input_ids=ids, **given_cache(case.model, cache))
+                return
+            steps = [case.model(input_ids=ids, **given_cache(case.model, cache)).logits for _ in range(6)]
+            found.append(torch.cat(steps))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+
+
+def test_states_and_tuples_are_given_where_they_are_asked_for():
+    case = random_llava()
+    with avlprof.apply(case.model, DENSE, captured=20) as runtime, torch.no_grad():
+        cache = runtime.new_cache()
+        given = given_cache(case.model, cache)
+        case.model(**case.inputs(), **given)
+        ids = torch.full((1, 1), 7)
+        steps = [case.model(input_ids=ids, **given) for _ in range(3)]
+        assert all("hidden_states" not in step for step in steps)
+        states = case.model(input_ids=ids, output_hidden_states=True, **given).hidden_states
+        assert len(states) == len(cache.layers) + 1
+        assert isinstance(case.model(input_ids=ids, return_dict=False, **given), tuple)
+        assert cache.get_seq_length() == case.inputs()["input_ids"].shape[1] + 5
+
+
+def test_a_recorder_sees_captured_steps(case):
+    inputs = case.inputs(batch=2, seed=3)
+    records = []
+    for captured in (None, AHEAD):
+        with avlprof.apply(case.model, POLICIES["core, k=3"], captured=captured):
+            with avlprof.record(case.model) as recorder:
+                generate(case.model, inputs)
+        records.append([record.scores()["decode"] for record in recorder.records])
+    for a, b in zip(*records, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), atol=1e-6, rtol=1e-5)
+
+
+def test_the_model_is_as_it_was_also_after_an_error():
+    case = random_llava()
+    inputs = case.inputs()
+    before = generate(case.model, inputs).sequences
+    signature = inspect.signature(case.model.forward)
+
+    def interrupted():
+        with avlprof.apply(case.model, DENSE, captured=8):
+            assert inspect.signature(case.model.forward) == signature
+            generate(case.model, inputs)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "forward" not in vars(case.model)
+    assert torch.equal(generate(case.model, inputs).sequences, before)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ahead", "said"),
+    [
+        (POLICIES["history"], 8, "evicts by score while decoding"),
+        (POLICIES["tova"], 8, "evicts by score"),
+        (DENSE, 0, "at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(policy, ahead, said):
+    with pytest.raises(UserError, match=said), avlprof.apply(random_llava().model, policy, captured=ahead):
+        pass
+
+
+# --- replays themselves -----------------------------------------------------------------------
+
+
+def test_a_replay_reads_what_tensors_hold_now_and_writes_where_it_wrote():
+    torch.manual_seed(0)
+    weight, state, given = torch.randn(5, 5), torch.zeros(4, 5), torch.randn(4, 5)
+
+    def step():
+        hidden = (given @ weight).softmax(dim=-1)
+        top, where = hidden.topk(2, dim=-1)
+        state.add_(hidden)[:, 1:].mul_(0.5)
+        state.view(-1)[3:9].copy_(given.flatten()[:6])
+        return state.sum() + top.sum() + where.sum()
+
+    _, replay = capture(step, torch.device("cpu"))
+    for seed in range(3):
+        given.copy_(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)))
+        before = state.clone()
+        want, moved = step(), state.clone()
+        state.copy_(before)
+        torch.testing.assert_close(replay(), want)
+        assert torch.equal(state, moved)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x * float(x.sum()),
+        lambda x: x[x > 0],
+        lambda x: x[torch.tensor([True, False, True])],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x if x.any() else -x,
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+        lambda x: x.nonzero(),
+    ],
+    ids=["item", "mask", "made mask", "select", "branch", "made", "nonzero"],
+)
+def test_what_a_graph_could_not_hold_is_refused(step):
+    x = torch.tensor([0.5, -1.0, 2.0])
+    with pytest.raises(RuntimeError, match="cannot be replayed"):
+        capture(lambda: step(x), torch.device("cpu"))

@@ -1,0 +1,139 @@
+"""What only a CUDA device can show: the same numbers as on the CPU, memory that falls, graphs.
+
+The CPU's numbers are held to oracles by the other tests, so here the CPU is the oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import avlprof
+from avlprof.bench.decode import run_decode_bench
+from avlprof.bench.shapes import decoder_shape
+from avlprof.policy import DENSE, Policy
+from avlprof.testing.models import cases, random_llava
+from avlprof.tracing import RecordOptions
+from avlprof.tracing.trace import GivenAnswers
+from tests.runtime.test_captured import SCORED
+from tests.runtime.test_runtime import POLICIES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+MODELS = dict(cases())
+STEPS = 24
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Convolutions are rounded to TF32 unless told otherwise; products are not."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def pair(request):
+    """The same model here and there."""
+    build = MODELS[request.param]
+    here, there = build(), build()
+    there.model.to(DEVICE)
+    return here, there
+
+
+def moved(inputs):
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
+
+
+def answered(model, inputs, policy, tokens=None, captured=None, steps=STEPS):
+    """An answer's ids and logits under a policy; `tokens` are said whatever the logits are."""
+    prompt = inputs["input_ids"].shape[1]
+    said = LogitsProcessorList([] if tokens is None else [GivenAnswers(tokens.tolist(), prompt)])
+    with avlprof.apply(model, policy, captured=captured) if policy else contextlib.nullcontext():
+        found = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=said,
+        )
+    return found.sequences[:, prompt:], torch.stack(found.logits)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_policies_give_the_numbers_of_the_cpu(pair, name):
+    here, there = pair
+    inputs = here.inputs(batch=3, seed=11, pad=True, text=15, images_per_row=[1, 0, 2])
+    tokens, logits = answered(here.model, inputs, POLICIES[name])
+    _, found = answered(there.model, moved(inputs), POLICIES[name], tokens)
+    torch.testing.assert_close(found.cpu(), logits, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dense", *sorted(set(POLICIES) - SCORED)])
+def test_graphs_replay_the_same_steps(pair, name):
+    policy = DENSE if name == "dense" else POLICIES[name]
+    _, there = pair
+    inputs = moved(there.inputs(batch=3, seed=7, pad=True, text=15, images_per_row=[1, 0, 2]))
+    tokens, logits = answered(there.model, inputs, policy)
+    _, found = answered(there.model, inputs, policy, tokens, captured=9)
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_keep_all_is_bit_equal_in_bf16(pad):
+    case = random_llava()
+    model, inputs = case.model.to(DEVICE, torch.bfloat16), moved(case.inputs(batch=3, seed=5, pad=pad))
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+    for ours, stock in zip(answered(model, inputs, DENSE), answered(model, inputs, None), strict=True):
+        assert torch.equal(ours, stock)
+
+
+def test_memory_falls_with_eviction():
+    case = random_llava(grid=24, layers=4)
+    model, inputs = case.model.to(DEVICE), moved(case.inputs(batch=4))
+    held = {}
+    for name, policy in {"dense": DENSE, "tenth": Policy(vision_keep=0.1)}.items():
+        with avlprof.apply(model, policy) as runtime, torch.no_grad():
+            gc.collect()
+            before = torch.cuda.memory_allocated(DEVICE)
+            model(**inputs, use_cache=True)
+            gc.collect()
+            held[name] = torch.cuda.memory_allocated(DEVICE) - before
+            allocated = sum(use.allocated for use in runtime.cache.use())
+            runtime.cache = None
+        assert held[name] >= 0.9 * allocated, name
+    assert held["tenth"] < 0.35 * held["dense"]
+
+
+@pytest.mark.parametrize("rows", ["default", "all"])
+def test_the_recorder_gives_the_numbers_of_the_cpu(pair, rows):
+    here, there = pair
+    inputs = here.inputs(batch=2, seed=3, pad=True, text=15)
+    frames, scores = [], []
+    for case, given in ((here, inputs), (there, moved(inputs))):
+        with avlprof.record(case.model, RecordOptions(rows=rows, history=0.5)) as recorder, torch.no_grad():
+            case.model(**given, use_cache=True)
+        frames.append([row for record in recorder.records for row in record.frame()])
+        scores.append([record.scores() for record in recorder.records])
+    for a, b in zip(*frames, strict=True):
+        for name in ("mass_vision", "mass_system", "mass_text", "mass_sink", "entropy"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (a["layer"], a["query"], name)
+    for a, b in zip(*scores, strict=True):
+        for name in a:
+            torch.testing.assert_close(
+                torch.from_numpy(a[name]), torch.from_numpy(b[name]), atol=1e-4, rtol=1e-3
+            )
+
+
+def test_the_decode_bench_runs_with_graphs():
+    shape = decoder_shape("custom", hidden=256, intermediate=64, heads=4, kv_heads=2, layers=2, vocabulary=64)
+    found = run_decode_bench(shape, batches=(1, 4), visions=(300,), rounds=2, device=DEVICE)
+    assert {cost.method for cost in found} >= {"dense, packed, captured", "core 0.2, captured"}
+    assert all(cost.step_ms > 0 for cost in found)

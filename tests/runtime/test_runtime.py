@@ -1,0 +1,674 @@
+"""The runtime against the stock model and against a plain dense oracle."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import avlprof
+from avlprof.attention.session import cache_of, given_cache, switched
+from avlprof.attention.weights import packed_attention, row_weights, step_weights, weighted_values
+from avlprof.errors import UserError
+from avlprof.policy import (
+    DENSE,
+    AllocatorSpec,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    PromptShape,
+    ScorerSpec,
+    TextPolicy,
+    sizes,
+)
+from avlprof.runtime.buffers import RESERVE
+from avlprof.runtime.eviction import CoreSlots
+from avlprof.runtime.layer import AdaptiveLayer
+from avlprof.runtime.layout import RowPlan, Windows, slot_classes
+from avlprof.testing.models import cases, random_llava
+from tests.oracle import Oracle
+
+MODELS = dict(cases())
+KEEP = (0.62, 0.3, 0.45)
+CORE = (0.33, 0.1, 0.2)
+POLICIES = {
+    "evict": Policy(vision_keep=KEEP),
+    "all gone in a layer": Policy(vision_keep=(1.0, 0.0, 0.5)),
+    "core, k=3": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=3),
+    "core, k=1": Policy(vision_keep=0.6, vision_compute=0.25, refresh_interval=1),
+    "static core": Policy(vision_keep=KEEP, vision_compute=CORE),
+    "window": Policy(text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
+    "core and window": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=4, text=TextPolicy(window=5, sink=2)
+    ),
+    "per head": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=2, heads="kv_head"),
+    "accumulated": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=5, scorer=ScorerSpec(name="accumulated")
+    ),
+    "position": Policy(vision_keep=0.5, scorer=ScorerSpec(name="position")),
+    "score only": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=3, refresh="score_only", heads="kv_head"
+    ),
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "h2o text": Policy(
+        vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=5, recent=0.3, scorer="accumulated")
+    ),
+    "newest share": Policy(text=TextPolicy(keep=(0.5, 0.3, 0.9), minimum=3), vision_keep=0.4),
+    "heavy": Policy(
+        vision_keep=KEEP, text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 0), scorer="accumulated")
+    ),
+    "streaming": Policy(pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position")),
+    "h2o": Policy(
+        pool="joint",
+        joint=JointPool(keep=(0.3, 0.5, 0.2), sink=1, recent_share=0.5),
+        scorer=ScorerSpec(name="accumulated"),
+        heads="kv_head",
+    ),
+    "tova": Policy(pool="joint", joint=JointPool(keep=0.4, sink=0), scorer=ScorerSpec(name="last_query")),
+    "snapkv": Policy(
+        pool="joint",
+        joint=JointPool(keep=0.4, sink=0, recent=5, decoding="grow"),
+        scorer=ScorerSpec(name="last_query"),
+        heads="kv_head",
+    ),
+    "filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        vision_compute=(0.5, 0.2, 0.2),
+        refresh_interval=3,
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
+    "two filters": Policy(
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.7), PrefillFilter(after_layer=2, keep=0.3)),
+        text=TextPolicy(keep=0.6, minimum=4, scorer="history"),
+    ),
+}
+STEPS = 24
+NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request):
+    return MODELS[request.param]()
+
+
+def generate(model, inputs, steps=STEPS, **options):
+    return model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_keep_all_is_the_stock_model(case, batch, pad):
+    inputs = case.inputs(batch=batch, pad=pad, seed=3)
+    stock = generate(case.model, inputs)
+    for policy in (DENSE, Policy(vision_keep=1.0, text=TextPolicy(window=500))):
+        with avlprof.apply(case.model, policy):
+            ours = generate(case.model, inputs)
+        for step, (a, b) in enumerate(zip(ours.logits, stock.logits, strict=True)):
+            top = b.topk(2).values
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            if not torch.equal(a.argmax(-1), b.argmax(-1)):
+                assert (top[:, 0] - top[:, 1]).min() < 1e-3, step
+                break
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_keep_all_is_bit_equal_in_bf16(case, pad):
+    inputs = case.inputs(batch=3, pad=pad, seed=5)
+    model = case.model.to(torch.bfloat16)
+    try:
+        inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+        stock = generate(model, inputs, steps=8)
+        with avlprof.apply(model, DENSE):
+            ours = generate(model, inputs, steps=8)
+        assert torch.equal(stock.sequences, ours.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(stock.logits, ours.logits, strict=True))
+    finally:
+        case.model.to(torch.float32)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_agrees_with_the_dense_oracle(case, name):
+    policy = POLICIES[name]
+    oracle = Oracle(case.model, policy, case.vision_token_ids)
+    for seed in range(11, 16):
+        inputs = case.inputs(batch=1, seed=seed, text=13, images_per_row=2 if "core" in name else 1)
+        with avlprof.apply(case.model, policy) as runtime:
+            ours = generate(case.model, inputs, suppress_tokens=list(case.vision_token_ids))
+        answer = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logits, trace = oracle.run(inputs, answer[:-1])
+        if trace.gap > NEAR_TIE:
+            break
+    assert trace.gap > NEAR_TIE, "near-ties decide the sets of every seed"
+    torch.testing.assert_close(torch.cat(ours.logits), logits, atol=1e-4, rtol=1e-4)
+    for index, layer in enumerate(runtime.cache.layers):
+        if not isinstance(layer, AdaptiveLayer):
+            continue
+        kept, core = layer.vision_positions(0)
+        if policy.joint is None:
+            assert [set(row.tolist()) for row in kept] == trace.kept[index]
+            assert [set(row.tolist()) for row in core] == trace.cores[index][-1]
+        assert [set(row.tolist()) for row in layer.text_positions(0)] == trace.text[index][-1]
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_row_of_a_batch_is_the_row_alone(case, name):
+    policy = POLICIES[name]
+    batch = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
+    with avlprof.apply(case.model, policy):
+        together = generate(case.model, batch, suppress_tokens=list(case.vision_token_ids))
+    oracle = Oracle(case.model, policy, case.vision_token_ids)
+    width = batch["input_ids"].shape[1]
+    for row in range(3):
+        single = one_row(case, batch, row)
+        answer = together.sequences[row, width:].tolist()
+        logits, trace = oracle.run(single, answer[:-1])
+        if trace.gap > NEAR_TIE:
+            ours = torch.stack([step[row] for step in together.logits])
+            torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+def one_row(case, batch, row):
+    """A row of a padded batch without its padding, with its own pictures."""
+    real = batch["attention_mask"][row].bool()
+    single = {
+        "input_ids": batch["input_ids"][row][real][None],
+        "attention_mask": batch["attention_mask"][row][real][None],
+    }
+    if "mm_token_type_ids" in batch:
+        single["mm_token_type_ids"] = batch["mm_token_type_ids"][row][real][None]
+    counts = images_by_row(case, batch)
+    first, last = sum(counts[:row]), sum(counts[: row + 1])
+    if first == last:
+        return single
+    if "image_grid_thw" in batch:
+        patches = batch["image_grid_thw"].prod(dim=1).tolist()
+        single["image_grid_thw"] = batch["image_grid_thw"][first:last]
+        single["pixel_values"] = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
+    else:
+        single["pixel_values"] = batch["pixel_values"][first:last]
+    return single
+
+
+def images_by_row(case, batch):
+    vision = torch.isin(batch["input_ids"], torch.tensor(case.vision_token_ids))
+    if "image_grid_thw" in batch:
+        sizes_of = (batch["image_grid_thw"].prod(dim=1) // 4).tolist()
+    else:
+        sizes_of = [int(vision.sum()) // len(batch["pixel_values"])] * len(batch["pixel_values"])
+    counts, at = [], 0
+    for total in vision.sum(dim=1).tolist():
+        count = 0
+        while total > 0:
+            total -= sizes_of[at]
+            at, count = at + 1, count + 1
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_live_bytes_are_the_policys_sizes(case, name):
+    policy = POLICIES[name]
+    inputs = case.inputs(batch=3, seed=4, pad=True, text=12)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+    layers = len(runtime.cache.layers)
+    for use, layer in zip(runtime.cache.use(), runtime.cache.layers, strict=True):
+        wanted = sum(sizes(policy, shape, layers)[use.layer].stored for shape in runtime.cache.rows)
+        assert use.live == use.prompt == wanted * layer.bytes_per_token()
+        slots, index = 3 * inputs["input_ids"].shape[1] + 3 * RESERVE, 0
+        if isinstance(layer, AdaptiveLayer):
+            plans = runtime.cache.row_plans(use.layer)
+            most = max(p.text for p in plans)
+            running = layer.rule.running is not None
+            room = min(max(0, max(p.limit or 0 for p in plans) - most), RESERVE) + running
+            if any(p.limit is None for p in plans):
+                room = RESERVE
+            slots = 3 * (max(p.system + p.vision for p in plans) + most + room)
+            index = 8 * slots * layer.positions.shape[1]
+            index += 4 * 3 * (most + room) * layer.positions.shape[1] if running else 0
+        assert use.allocated == slots * layer.bytes_per_token() + index
+
+
+def test_a_wide_window_is_not_allocated_ahead():
+    case = random_llava()
+    inputs = case.inputs()
+    with avlprof.apply(case.model, Policy(text=TextPolicy(window=10**9))) as runtime:
+        ours = generate(case.model, inputs, steps=2 * RESERVE + 5)
+    stock = generate(case.model, inputs, steps=2 * RESERVE + 5)
+    assert torch.equal(ours.sequences, stock.sequences)
+    for layer in runtime.cache.layers:
+        assert layer.keys.shape[2] <= 3 * (inputs["input_ids"].shape[1] + RESERVE)
+
+
+def test_an_allocator_is_resolved_for_the_model():
+    case = random_llava()
+    policy = Policy(vision_keep=0.4, allocator=AllocatorSpec(name="pyramid"))
+    with avlprof.apply(case.model, policy) as runtime:
+        assert len(runtime.policy.keep(3)) == 3
+        assert runtime.policy.keep(3)[0] > runtime.policy.keep(3)[2]
+    with pytest.raises(UserError, match="policy resolve --run RUN"):
+        with avlprof.apply(case.model, "prefixkv"):
+            pass
+
+
+def test_evicted_memory_is_freed():
+    case = random_llava(grid=12, layers=2)
+    inputs = case.inputs(batch=2)
+    with avlprof.apply(case.model, Policy(vision_keep=0.1)) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+        kept = sum(use.allocated for use in runtime.cache.use())
+    with avlprof.apply(case.model, DENSE) as runtime, torch.no_grad():
+        case.model(**inputs, use_cache=True)
+        dense = sum(use.dense_prompt for use in runtime.cache.use())
+    reserve = 2 * 2 * 32 * runtime.cache.layers[0].bytes_per_token()
+    assert kept <= 0.25 * dense + reserve
+
+
+class Attended:
+    """Keeps what every layer was handed to attend to."""
+
+    def __init__(self):
+        self.calls = []
+
+    def begin(self, forward):
+        """Nothing to prepare."""
+
+    def attended(self, forward, call):
+        self.calls.append(call)
+
+
+def test_an_ordinary_step_copies_nothing():
+    case = random_llava()
+    inputs = case.inputs(batch=2)
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=4)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        cache = cache_of(case.model(**inputs, use_cache=True))
+        buffers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        seen = Attended()
+        with switched(case.model, observers=(seen,)):
+            mask = inputs["attention_mask"]
+            for _ in range(3):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+                case.model(
+                    input_ids=torch.full((2, 1), 7), attention_mask=mask, **given_cache(case.model, cache)
+                )
+        assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == buffers
+        assert len(seen.calls) == 3 * len(cache.layers)
+        for call in seen.calls:
+            layer = cache.layers[call.layer]
+            for attended, buffer in ((call.key, layer.keys), (call.value, layer.values)):
+                assert attended.shape[2] < layer.seen
+                assert attended.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        assert runtime.cache is cache
+
+
+@pytest.mark.parametrize("name", ["core, k=3", "core and window", "score only", "newest share", "streaming"])
+def test_reads_are_counted_as_the_policy_says(case, name):
+    policy = POLICIES[name]
+    inputs = case.inputs(batch=1, seed=8)
+    steps = 12
+    with avlprof.apply(case.model, policy) as runtime:
+        generate(case.model, inputs, steps=steps + 1)
+    shape = runtime.cache.rows[0]
+    wanted = avlprof.policy.read_share(policy, [shape], 3, steps)
+    use = runtime.cache.use()
+    assert sum(u.read for u in use) / sum(u.dense_prompt for u in use) == pytest.approx(wanted)
+
+
+def test_streaming_keeps_sinks_and_the_newest():
+    case = random_llava()
+    policy = Policy(
+        pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position"), name="streaming"
+    )
+    inputs = case.inputs(batch=1)
+    prompt = inputs["input_ids"].shape[1]
+    with avlprof.apply(case.model, policy) as runtime:
+        generate(case.model, inputs, steps=15)
+    held = sizes(policy, PromptShape(0, 0, prompt), 3)[0].stored
+    for layer in runtime.cache.layers:
+        positions, _ = layer.attended()
+        newest = range(prompt + 14 - (held - 2), prompt + 14)
+        assert set(positions[0, 0].tolist()) == {0, 1, *newest}
+
+
+def test_beams_and_returned_sequences_keep_their_rows_apart(case):
+    inputs = case.inputs(batch=2, pad=True, seed=6)
+    keep_all = Policy(text=TextPolicy(window=400))
+    options = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    stock = case.model.generate(**inputs, **options)
+    with avlprof.apply(case.model, keep_all):
+        ours = case.model.generate(**inputs, **options)
+    assert torch.equal(stock, ours)
+
+
+@pytest.mark.parametrize("name", ["core and window", "history", "heavy", "h2o", "tova", "newest share"])
+def test_beams_take_their_state_along(name):
+    """Reordered rows go on as if each had been alone: against the oracle of the winning answer."""
+    case, policy = random_llava(), POLICIES[name]
+    inputs = case.inputs(batch=2, pad=True, seed=6)
+    with avlprof.apply(case.model, policy):
+        found = case.model.generate(
+            **inputs,
+            max_new_tokens=12,
+            num_beams=3,
+            num_return_sequences=2,
+            do_sample=False,
+            suppress_tokens=list(case.vision_token_ids),
+            output_scores=True,
+            return_dict_in_generate=True,
+            length_penalty=1.0,
+        )
+    width = inputs["input_ids"].shape[1]
+    for index, ids in enumerate(found.sequences):
+        answer = ids[width:].tolist()
+        logits, _ = Oracle(case.model, policy, case.vision_token_ids).run(
+            one_row(case, inputs, index // 2), answer[:-1]
+        )
+        said = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+        assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["core, k=1", "core, k=3", "per head", "score only", "history"])
+def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
+    """The form that devices run, which never asks how many swaps there are."""
+    case, policy = random_llava(), POLICIES[name]
+    inputs = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
+    found = []
+    for fixed in (False, True):
+        with avlprof.apply(case.model, policy) as runtime:
+            cache = runtime.new_cache()
+            for layer in cache.layers:
+                layer.fixed_shapes = fixed
+            out = generate(case.model, inputs, **given_cache(case.model, cache))
+        cores = [layer.vision_positions(row) for layer in cache.layers for row in range(3)]
+        found.append((torch.stack(out.logits), [[set(r.tolist()) for r in core] for _, core in cores]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_core_is_the_best_with_ties_to_the_lower_position(groups):
+    """Against a sort in plain Python; weights of few values, so that most of them tie."""
+    generator = torch.Generator().manual_seed(groups)
+    plans = [RowPlan(2, 9, 4, 3, 0, None), RowPlan(1, 12, 7, 3, 0, None), RowPlan(5, 0, 0, 3, 0, None)]
+    left = 13
+    core = CoreSlots.of(plans, slot_classes(plans, [3, 3, 3], left, left, torch.device("cpu")))
+    weights = torch.randint(0, 4, (3, 4, left), generator=generator) / 64
+    positions = torch.stack([torch.randperm(90, generator=generator)[:left] for _ in range(6)])
+    positions = positions.view(3, 2, left)
+    found = core.best(weights, positions, groups)
+    for row, plan in enumerate(plans):
+        vision = range(left - plan.system - plan.vision, left - plan.system)
+        for group in range(groups):
+            heads = range(4) if groups == 1 else range(2 * group, 2 * group + 2)
+            mean = [sum(float(weights[row, head, slot]) for head in heads) for slot in range(left)]
+            ranked = sorted(vision, key=lambda slot: (-mean[slot], int(positions[row, group, slot])))
+            assert set(found[row, group].nonzero()[:, 0].tolist()) == set(ranked[: plan.core])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_exchange_moves_what_changes_and_nothing_else(groups, fixed):
+    generator = torch.Generator().manual_seed(groups)
+    plans = [RowPlan(1, 40, 15, 0, 0, None), RowPlan(3, 30, 30, 0, 0, None)]
+    left = 41
+    core = CoreSlots.of(plans, slot_classes(plans, [0, 0], left, left, torch.device("cpu")))
+    weights = torch.rand(2, 3, left, generator=generator)
+    places = torch.stack([torch.randperm(99, generator=generator)[: left + 4] for _ in range(2 * groups)])
+    places = places.view(2, groups, -1)
+    # every slot tells where it came from: row, head and slot
+    keys = torch.arange(2 * 3 * (left + 4)).view(2, 3, -1, 1).expand(-1, -1, -1, 8).float().contiguous()
+    new = core.best(weights, places[..., :left], groups)
+    before = keys.clone()
+    core.exchange(new, (keys, places), fixed)
+    for row, plan in enumerate(plans):
+        first, last = left - plan.system - plan.core, left - plan.system
+        for head in range(3):
+            group = head if groups == 3 else 0
+            wanted = before[row, head, :left, 0][new[row, group]]
+            assert set(keys[row, head, first:last, 0].tolist()) == set(wanted.tolist())
+            moved = (keys[row, head] != before[row, head]).any(dim=-1)
+            stays = new[row, group] & core.core[row, 0]
+            assert not moved[:left][stays].any()
+            assert not moved[left:].any()
+            assert int(moved.sum()) == 2 * (plan.core - int(stays.sum()))
+            assert sorted(keys[row, head, :, 0].tolist()) == before[row, head, :, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 300), (4, 4, 20), (6, 2, 300), (3, 1, 7)])
+def test_one_row_attends_as_plain_softmax_does(heads, kv_heads, length, dtype):
+    """Views of a buffer, masks of rows and heads, soft caps; both ways through the weights and without."""
+    generator = torch.Generator().manual_seed(length)
+    size, scaling = 16, 0.3
+    buffers = [torch.randn(3, kv_heads, length + 9, size, generator=generator).to(dtype) for _ in range(2)]
+    key, value = (buffer[:, :, 4 : 4 + length] for buffer in buffers)
+    query = torch.randn(3, heads, 1, size, generator=generator).to(dtype)
+    each = heads // kv_heads
+    masks = [torch.rand(3, n, 1, length, generator=generator) > 0.3 for n in (1, kv_heads)]
+    loose = {"atol": 0.02, "rtol": 0.02} if dtype is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    for mask in (None, *masks):
+        for softcap in (None, 2.0):
+            logits = query.float() @ key.float().repeat_interleave(each, dim=1).mT * scaling
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            if mask is not None:
+                wide = mask if mask.shape[1] == 1 else mask.repeat_interleave(each, dim=1)
+                logits = logits.masked_fill(~wide, -torch.inf)
+            wanted = logits.softmax(dim=-1)
+            out = (wanted @ value.float().repeat_interleave(each, dim=1)).transpose(1, 2)
+            weights = step_weights(query, key, scaling, mask, softcap)
+            assert weights.dtype == torch.float32
+            torch.testing.assert_close(weights, wanted[:, :, 0], **loose)
+            torch.testing.assert_close(weighted_values(weights, value).float(), out, **loose)
+            packed = packed_attention(query, key, value, scaling, mask, softcap)
+            torch.testing.assert_close(packed.float(), out, **loose)
+
+
+def test_a_window_shows_each_row_what_it_holds():
+    """Masks that are carried from step to step, against the rows' counts."""
+    plans = [RowPlan(1, 6, 3, 4, 0, None), RowPlan(2, 8, 2, 2, 0, None), RowPlan(4, 0, 0, 5, 0, None)]
+    left, capacity = 10, 24
+    windows = Windows(plans, left)
+    counts, claims = [4, 2, 5], [(4, 2, 5), (5, 3, 6), (1, 4, 0), (6, 5, 3), (0, 6, 2), (7, 3, 7), (2, 7, 4)]
+    for claimed in claims:
+        windows.slot(list(claimed), torch.device("cpu"))
+        counts = [max(count, slot + 1) for count, slot in zip(counts, claimed, strict=True)]
+        for whole in (False, True):
+            start, end = windows.span(counts, whole)
+            mask = windows.mask(counts, whole, capacity, torch.device("cpu"))
+            if mask is None:
+                assert len(set(counts)) == 1
+                assert not whole
+                continue
+            assert mask.shape == (3, 1, 1, end - start)
+            for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
+                own = plan.system + (plan.vision if whole else plan.core)
+                seen = mask[row, 0, 0].nonzero()[:, 0] + start
+                assert seen.tolist() == list(range(left - own, left + count))
+    even = Windows([plans[0]] * 2, left)
+    assert even.mask([3, 3], True, capacity, torch.device("cpu")) is None
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations by which the host would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["core, k=1", "history", "h2o", "tova", "score only", "core and window"])
+def test_a_step_asks_the_device_nothing(name):
+    case, policy = random_llava(), POLICIES[name]
+    generator = torch.Generator().manual_seed(0)
+    with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
+        inputs = case.inputs(batch=2, text=15)
+        cache = runtime.new_cache()
+        case.model(**inputs, **given_cache(case.model, cache))
+        layer, (kv, size) = cache.layers[0], (2, 16)
+        states = [torch.randn(2, kv, 1, size, generator=generator) for _ in range(2)]
+        query = torch.randn(2, 4, 1, size, generator=generator)
+        for fixed in (True, False):
+            layer.fixed_shapes = fixed
+            with HostReads() as asked:
+                for _ in range(12):
+                    keys, _ = layer.update(*states)
+                    layer.before_step(query, 0.25, None)
+                    if layer.weighing:
+                        layer.after_step(step_weights(query, keys, 0.25))
+            assert bool(asked.found) == (not fixed and policy.refresh_interval > 0)
+
+
+def test_buffers_grow_geometrically():
+    case = random_llava()
+    for name in ("history", "evict", "newest share"):
+        with avlprof.apply(case.model, POLICIES[name]) as runtime, torch.no_grad():
+            cache = cache_of(case.model(**case.inputs(), use_cache=True))
+            layer = cache.layers[0]
+            capacities, states = [], torch.ones(1, 2, 1, 16)
+            for _ in range(400):
+                keys, _ = layer.update(states, states)
+                if layer.weighing:
+                    layer.after_step(step_weights(torch.ones(1, 4, 1, 16), keys, 0.25))
+                capacities.append(layer.keys.shape[2])
+            assert runtime.cache is cache
+        grown = sorted(set(capacities))
+        assert all(b >= 1.1 * a for a, b in itertools.pairwise(grown[2:]))
+        assert layer.positions.shape[2] == capacities[-1]
+
+
+def test_the_model_is_restored(case):
+    inputs = case.inputs()
+    before = generate(case.model, inputs, steps=4)
+
+    def fail(error):
+        with avlprof.apply(case.model, POLICIES["evict"]):
+            generate(case.model, inputs, steps=2)
+            raise error
+
+    for error in (RuntimeError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(error)
+    config = case.model.config.get_text_config()
+    assert config._attn_implementation == "sdpa"
+    assert not case.model._forward_pre_hooks
+    assert not any("_avlprof" in name for m in case.model.modules() for name in vars(m))
+    after = generate(case.model, inputs, steps=4)
+    assert torch.equal(before.sequences, after.sequences)
+
+
+def test_the_cache_dies_with_its_last_user():
+    case = random_llava()
+    with avlprof.apply(case.model, POLICIES["evict"]) as runtime:
+        generate(case.model, case.inputs(), steps=2)
+        cache = weakref.ref(runtime.cache)
+        runtime.cache = None
+        gc.collect()
+        assert cache() is None
+
+
+def test_two_models_with_two_policies_in_one_process():
+    first, second = random_llava(0), random_llava(1)
+    inputs = first.inputs()
+    with avlprof.apply(first.model, POLICIES["evict"]):
+        alone = generate(first.model, inputs).sequences
+    with avlprof.apply(first.model, POLICIES["evict"]), avlprof.apply(second.model, POLICIES["window"]):
+        generate(second.model, second.inputs())
+        both = generate(first.model, inputs).sequences
+    assert torch.equal(alone, both)
+
+
+def test_two_models_with_two_policies_in_two_threads():
+    cases_of = [random_llava(0), MODELS["qwen2_5_vl-6q2kv"]()]
+    policies = [POLICIES["history"], POLICIES["filter"]]
+    inputs = [case.inputs(batch=2, seed=3, pad=True) for case in cases_of]
+
+    def answer(index):
+        with avlprof.apply(cases_of[index].model, policies[index]):
+            return generate(cases_of[index].model, inputs[index], steps=16).sequences
+
+    alone = [answer(0), answer(1)]
+    start, found = threading.Barrier(2), {}
+
+    def run(index):
+        start.wait()
+        found[index] = [answer(index) for _ in range(2)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert all(torch.equal(ids, alone[index]) for ids in found[index])
+
+
+def test_recording_sees_what_was_attended_to_before_text_is_forgotten():
+    case, policy = random_llava(), POLICIES["history"]
+    inputs = case.inputs(seed=3, text=13)
+    seen = []
+
+    class Watcher:
+        def begin(self, forward):
+            """Nothing to prepare."""
+
+        def attended(self, forward, call):
+            if forward.step:
+                newest = forward.modality.shape[1] - 1
+                assert all(newest in row for row in call.positions[0].tolist())
+                weights = row_weights(call.query, call.key, call.scaling, call.valid)[0, :, 0]
+                out = weights.view(2, 2, -1) @ call.value[0]
+                expected = packed_attention(call.query, call.key, call.value, call.scaling, call.valid)
+                torch.testing.assert_close(out.view(1, 1, 4, -1), expected, atol=1e-5, rtol=1e-4)
+                seen.append([sorted(row) for row in call.positions[0].tolist()])
+
+    with avlprof.apply(case.model, policy), switched(case.model, observers=(Watcher(),)):
+        ours = generate(case.model, inputs)
+    assert all(len(set(row)) == len(row) for rows in seen for row in rows)
+    with avlprof.apply(case.model, policy):
+        assert torch.equal(generate(case.model, inputs).sequences, ours.sequences)
+
+
+def test_misuse_is_refused_in_a_sentence():
+    case = random_llava()
+    inputs = case.inputs()
+    with pytest.raises(UserError, match="written for 7 layers, the model has 3"):
+        with avlprof.apply(case.model, Policy(vision_keep=(0.5,) * 7)):
+            pass
+    refused = pytest.raises((UserError, ValueError), match="cropped")  # by transformers itself from 5.24 on
+    with refused, avlprof.apply(case.model, POLICIES["evict"]):
+        case.model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=2)
+    with pytest.raises(UserError, match="already runs under a policy"):
+        with avlprof.apply(case.model, DENSE), avlprof.apply(case.model, DENSE):
+            pass
+    with avlprof.apply(case.model, POLICIES["evict"]), torch.no_grad():
+        cache = cache_of(case.model(**inputs, use_cache=True))
+        embeddings = case.model.get_input_embeddings()(torch.full((1, 3), 7))
+        with pytest.raises(UserError, match="input_ids of a turn"):
+            case.model(inputs_embeds=embeddings, **given_cache(case.model, cache))
+    with pytest.raises(UserError, match="did you mean last_query"):
+        with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
+            pass

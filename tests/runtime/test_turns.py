@@ -1,0 +1,258 @@
+"""Several turns on one cache, against a dense oracle of the whole conversation."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import avlprof
+from avlprof.attention.session import given_cache
+from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy
+from avlprof.runtime.layer import AdaptiveLayer
+from avlprof.testing.models import VOCABULARY, cases, random_llava
+from tests.oracle import Oracle
+from tests.runtime.test_runtime import one_row
+
+MODELS = dict(cases())
+KEEP, CORE = (0.62, 0.3, 0.45), (0.33, 0.1, 0.2)
+POLICIES = {
+    "core": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=3),
+    "per head": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=2, heads="kv_head"),
+    "window": Policy(vision_keep=0.5, text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
+    "newest share": Policy(vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=3)),
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        text=TextPolicy(keep=0.4, minimum=4, scorer="history"),
+    ),
+    "streaming": Policy(pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position")),
+    "h2o": Policy(
+        pool="joint",
+        joint=JointPool(keep=0.4, sink=1, recent_share=0.5),
+        scorer=ScorerSpec(name="accumulated"),
+    ),
+    "tova": Policy(pool="joint", joint=JointPool(keep=0.4, sink=0), scorer=ScorerSpec(name="last_query")),
+    "snapkv": Policy(pool="joint", joint=JointPool(keep=0.4, recent=5, decoding="grow"), heads="kv_head"),
+    "filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+        text=TextPolicy(window=5),
+    ),
+}
+STEPS = 7
+NEAR_TIE = 1e-5
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request):
+    return MODELS[request.param]()
+
+
+def positions(case, turns, answers):
+    """Position ids of every token of a padded conversation, `[.., B, n]`, as the model has them."""
+    ids, mask = whole(turns, answers)
+    plain = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if not hasattr(case.model.model, "get_rope_index"):
+        return plain
+    grids = [turn["image_grid_thw"] for turn in turns if "image_grid_thw" in turn]
+    order = []  # the model takes the pictures row by row, the turns come one behind the other
+    counts = [(turn["input_ids"] == 2).any(dim=1).long().tolist() for turn in turns]
+    for row in range(len(ids)):
+        for index, turn in enumerate(turns):
+            if counts[index][row]:
+                order.append(turn["image_grid_thw"][sum(counts[index][:row])])
+    assert sum(len(g) for g in grids) == len(order)
+    index, _ = case.model.model.get_rope_index(
+        ids,
+        image_grid_thw=torch.stack(order),
+        attention_mask=mask,
+        mm_token_type_ids=(ids == 2).long(),
+    )
+    return torch.cat([plain[None], index])
+
+
+def whole(turns, answers):
+    ids, mask = [], []
+    for turn, answer in zip(turns, answers, strict=True):
+        ids += [turn["input_ids"], answer]
+        mask += [turn["attention_mask"], torch.ones_like(answer)]
+    return torch.cat(ids, dim=1), torch.cat(mask, dim=1)
+
+
+@torch.inference_mode()
+def converse(case, policy, turns, answers):
+    """Logits of each turn, `[B, answer + 1, V]`, and the cache."""
+    _, mask = whole(turns, answers)
+    places = positions(case, turns, answers)
+    at, found = 0, []
+    with avlprof.apply(case.model, policy) as runtime:
+        cache = runtime.new_cache()
+        for turn, answer in zip(turns, answers, strict=True):
+            fed = [{k: v for k, v in turn.items() if k != "attention_mask"}]
+            fed += [{"input_ids": answer[:, i : i + 1]} for i in range(answer.shape[1])]
+            logits = []
+            for inputs in fed:
+                end = at + inputs["input_ids"].shape[1]
+                out = case.model(
+                    **inputs,
+                    attention_mask=mask[:, :end],
+                    position_ids=places[..., at:end],
+                    **given_cache(case.model, cache),
+                )
+                logits.append(out.logits[:, -1])
+                at = end
+            found.append(torch.stack(logits, dim=1))
+    return found, cache
+
+
+def conversation(case, seed, batch=2):
+    """A padded first turn, a second one of equal lengths with a new picture, and answers."""
+    first = case.inputs(batch=batch, seed=seed, pad=True, text=15)
+    second = case.inputs(batch=batch, seed=seed + 50, text=11)
+    generator = torch.Generator().manual_seed(seed)
+    answers = [torch.randint(5, VOCABULARY - 2, (batch, n), generator=generator) for n in (STEPS, STEPS + 3)]
+    return [first, second], answers
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_two_turns_are_those_of_the_oracle(case, name):
+    policy = POLICIES[name]
+    compared = 0
+    for seed in range(30, 36):
+        turns, answers = conversation(case, seed)
+        ours, cache = converse(case, policy, turns, answers)
+        for row in range(2):
+            singles = [
+                (one_row(case, turn, row), answer[row].tolist())
+                for turn, answer in zip(turns, answers, strict=True)
+            ]
+            wanted, trace = Oracle(case.model, policy, case.vision_token_ids).converse(singles)
+            if trace.gap < NEAR_TIE:
+                continue
+            compared += 1
+            for mine, theirs in zip(ours, wanted, strict=True):
+                torch.testing.assert_close(mine[row], theirs, atol=1e-4, rtol=1e-4)
+            padding = int((turns[0]["attention_mask"][row] == 0).sum())
+            for index, layer in enumerate(cache.layers):
+                if not isinstance(layer, AdaptiveLayer):
+                    continue
+                held = [{p - padding for p in places.tolist()} for places in layer.text_positions(row)]
+                assert held == trace.text[index][-1]
+                if policy.joint is None:
+                    kept, core = layer.vision_positions(row)
+                    assert [{p - padding for p in r.tolist()} for r in kept] == trace.kept[index]
+                    assert [{p - padding for p in r.tolist()} for r in core] == trace.cores[index][-1]
+        if compared >= 2:
+            break
+    assert compared >= 2, "near-ties decide the sets of every seed"
+
+
+def test_keep_all_is_the_stock_cache_over_two_turns(case):
+    turns, answers = conversation(case, 40)
+    _, mask = whole(turns, answers)
+    places = positions(case, turns, answers)
+    cache, at, stock = DynamicCache(config=case.model.config.get_text_config()), 0, []
+    for turn, answer in zip(turns, answers, strict=True):
+        fed = [{k: v for k, v in turn.items() if k != "attention_mask"}]
+        fed += [{"input_ids": answer[:, i : i + 1]} for i in range(answer.shape[1])]
+        for inputs in fed:
+            end = at + inputs["input_ids"].shape[1]
+            with torch.inference_mode():
+                out = case.model(
+                    **inputs,
+                    attention_mask=mask[:, :end],
+                    position_ids=places[..., at:end],
+                    **given_cache(case.model, cache),
+                )
+            stock.append(out.logits[:, -1])
+            at = end
+    stock = torch.stack(stock, dim=1)
+    for policy in (
+        DENSE,
+        Policy(text=TextPolicy(window=500)),
+        Policy(heads="kv_head", text=TextPolicy(keep=1.0)),
+    ):
+        ours, _ = converse(case, policy, turns, answers)
+        torch.testing.assert_close(torch.cat(ours, dim=1), stock, atol=1e-4, rtol=1e-4)
+
+
+def test_generate_goes_on_with_a_cache(case):
+    """As with the stock cache: the whole conversation's ids, and the new picture alone."""
+    first, second = case.inputs(seed=3, text=12), case.inputs(seed=4, text=12)
+    ours = spoken(case, first, second, DENSE)
+    dense = spoken(case, first, second, None)
+    assert torch.equal(ours.sequences, dense.sequences)
+    torch.testing.assert_close(torch.cat(ours.logits), torch.cat(dense.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["core", "history", "filter"])
+def test_generate_goes_on_under_a_policy(case, name):
+    """Against a loop of one's own over the same tokens, which the oracle judges above."""
+    first, second = case.inputs(seed=3, text=12), case.inputs(seed=4, text=12)
+    told = spoken(case, first, second, POLICIES[name])
+    begin = first["input_ids"].shape[1] + 5
+    new = told.sequences.shape[1] - 6 - begin
+    turns = [first, dict(second, input_ids=told.sequences[:, begin : begin + new])]
+    turns[1]["attention_mask"] = torch.ones_like(turns[1]["input_ids"])
+    if "mm_token_type_ids" in second:
+        turns[1]["mm_token_type_ids"] = (turns[1]["input_ids"] == 2).long()
+    answers = [told.sequences[:, begin - 5 : begin], told.sequences[:, begin + new : -1]]
+    wanted, _ = converse(case, POLICIES[name], turns, answers)
+    torch.testing.assert_close(torch.cat(told.logits), wanted[1][0], atol=1e-4, rtol=1e-4)
+
+
+def spoken(case, first, second, policy):
+    """The second of two calls of `generate` on one cache; without a policy it is a stock one."""
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": list(case.vision_token_ids)}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with contextlib.ExitStack() as stack:
+        if policy is None:
+            cache = DynamicCache(config=case.model.config.get_text_config())
+        else:
+            cache = stack.enter_context(avlprof.apply(case.model, policy)).new_cache()
+        said = case.model.generate(**first, **given_cache(case.model, cache), **options).sequences
+        ids = torch.cat([said, second["input_ids"]], dim=1)
+        inputs = dict(second, input_ids=ids, attention_mask=torch.ones_like(ids))
+        if "mm_token_type_ids" in second:
+            inputs["mm_token_type_ids"] = (ids == 2).long()
+            # transformers would ask for the grids of old pictures too, and then for their pixels
+            answers = [said[:, first["input_ids"].shape[1] :], ids[:, :0]]
+            inputs["position_ids"] = positions(case, [first, second], answers)
+        return case.model.generate(**inputs, **given_cache(case.model, cache), **options)
+
+
+def test_a_turn_of_text_alone_and_a_picture_that_comes_late():
+    """Before the first picture all that a user gives is system text; what is generated is not."""
+    case = random_llava()
+    policy = Policy(vision_keep=0.5, text=TextPolicy(window=4, sink=1))
+    text = case.inputs(seed=1, images_per_row=0, text=9)
+    picture, more = case.inputs(seed=2, text=10), case.inputs(seed=3, images_per_row=0, text=6)
+    answers = [torch.full((1, 3), 9), torch.full((1, 5), 11), torch.full((1, 4), 13)]
+    turns = [text, picture, more]
+    ours, cache = converse(case, policy, turns, answers)
+    wanted, _ = Oracle(case.model, policy, case.vision_token_ids).converse(
+        [(turn, answer[0].tolist()) for turn, answer in zip(turns, answers, strict=True)]
+    )
+    for mine, theirs in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(mine[0], theirs, atol=1e-4, rtol=1e-4)
+    given = sum(turn["input_ids"].shape[1] for turn in turns)
+    assert cache.rows[0].total == given
+    assert all(use.dense_prompt == given * cache.layers[0].bytes_per_token() for use in cache.use())
+
+
+def test_a_prompt_in_chunks_is_a_turn_a_chunk():
+    case = random_llava()
+    inputs = case.inputs(text=12)
+    with avlprof.apply(case.model, POLICIES["window"]) as runtime:
+        cache = runtime.new_cache()
+        case.model.generate(
+            **inputs, **given_cache(case.model, cache), prefill_chunk_size=8, max_new_tokens=1
+        )
+    chunks = inputs["input_ids"].split(8, dim=1)
+    assert len(chunks) > 3
+    kept = sum(int(0.5 * int((chunk == 2).sum()) + 1e-6) for chunk in chunks)
+    assert [layer.plans[0].vision for layer in cache.layers] == [kept] * 3

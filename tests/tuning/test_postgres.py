@@ -1,0 +1,254 @@
+"""Studies in a real PostgreSQL: workers that die, hang or never gave a sign of life; whose study it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avlprof.allocators import Evidence
+from avlprof.errors import UserError
+from avlprof.tuning import StudyMeta, read_study
+from avlprof.tuning.evidence import shared_evidence
+from avlprof.tuning.storages.journal import FolderPlace
+from avlprof.tuning.storages.postgres import DatabasePlace, database_url
+from avlprof.tuning.study import claim_study, find_place, open_study
+from tests.fake_study import (
+    GRACE,
+    Starts,
+    check_complete,
+    check_replacement,
+    command,
+    place_of,
+    stop_midway,
+    work,
+)
+
+USERS = ("postgres", "nobody")
+
+
+def binary(name):
+    """A program of PostgreSQL: on the path, or where Debian keeps it."""
+    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    return shutil.which(name) or (str(debian[-1]) if debian else None)
+
+
+def reason():
+    """Why there can be no server here."""
+    if importlib.util.find_spec("psycopg") is None:
+        return "psycopg is not installed (pip install 'avlprof[postgres]')"
+    if not binary("initdb") or not binary("pg_ctl"):
+        return "PostgreSQL is not installed (apt-get install postgresql)"
+    if os.getuid() == 0 and not user():
+        return f"PostgreSQL does not run as root, and there is no user {' or '.join(USERS)}"
+    return ""
+
+
+def user():
+    """An ordinary user to run the server as, when the tests run as root."""
+    known = {entry.pw_name: entry for entry in pwd.getpwall()}
+    return next((known[name] for name in USERS if name in known), None)
+
+
+pytestmark = [
+    pytest.mark.skipif(bool(reason()), reason=reason()),
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage"),
+]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The URL of a database in a server of our own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="avlprof-pg-") as folder:
+        other = user() if os.getuid() == 0 else None
+        identity = {} if other is None else {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []}
+        if other is not None:
+            os.chown(folder, other.pw_uid, other.pw_gid)
+
+        def run(*arguments):
+            # the server inherits what it is given to write to, so a pipe would never end
+            with open(Path(folder) / "said.txt", "w+") as said:
+                done = subprocess.run(
+                    arguments, cwd=folder, stdout=said, stderr=said, timeout=120, check=False, **identity
+                )
+                said.seek(0)
+                assert done.returncode == 0, said.read()
+
+        data = f"{folder}/data"
+        run(binary("initdb"), "-D", data, "-U", "tester", "-A", "trust", "--no-sync")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
+        run(binary("pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log.txt", "-o", options, "start")
+        try:
+            yield f"postgresql://tester@127.0.0.1:{port}/postgres"
+        finally:
+            run(binary("pg_ctl"), "-D", data, "-m", "immediate", "-w", "stop")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A folder with a name of its own, since studies of a database are told apart by it."""
+    return tmp_path / f"{request.node.name}-{os.getpid()}"
+
+
+def meta(**changed):
+    values = {
+        "model": "tiny", "model_hash": "a", "task": "shapes", "split": "search", "samples": 4,
+        "sample_hash": "b", "max_new_tokens": 6, "dtype": "float32", "budget": 0.2, "read_budget": None,
+        "seed": 0, "run_hash": "c", "space": {"allocators": ("uniform",), "refreshes": (0, 8)},
+    }  # fmt: skip
+    return StudyMeta(**(values | changed))
+
+
+def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
+    """Nobody here watches them; another one hangs for longer than the grace, and comes back."""
+    trials = 9
+    workers = [subprocess.Popen(command(folder, trials, 0.6, server)) for _ in range(2)]
+    study = open_study(place_of(folder, server))
+    numbers = {
+        stop_midway(study, workers[0].pid),
+        stop_midway(study, workers[1].pid, signal.SIGSTOP),
+    }
+    threading.Timer(GRACE + 3, os.kill, (workers[1].pid, signal.SIGCONT)).start()
+    done = work(folder, trials, 0.6, server)
+    assert workers[1].wait(60) == 0
+    assert workers[0].wait() == -signal.SIGKILL
+    lost = check_complete(done, trials)
+    assert {trial.number for trial in lost} == numbers
+
+
+def test_a_dead_worker_of_this_machine_is_replaced_at_once(server, folder):
+    check_replacement(place_of(folder, server))
+
+
+def test_several_workers_never_run_one_too_many(server, folder):
+    errors = []
+
+    def run():
+        try:
+            work(folder, 15, 0.0, server)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert errors == []
+    study = open_study(place_of(folder, server))
+    assert check_complete(study, 15) == []
+    assert len(study.trials) == 15
+
+
+def test_a_trial_without_any_sign_of_life_is_run_again(server, folder):
+    """Its worker died between asking for it and the first heartbeat."""
+    place = place_of(folder, server)
+    study = open_study(place)
+    with place.turn():
+        study.enqueue_trial(Starts().starts()[0].params(None))
+        study.ask()
+    done = work(folder, 7, 0.0, server)
+    assert [trial.number for trial in check_complete(done, 7)] == [0]
+
+
+def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
+    place = DatabasePlace(folder, server)
+    claim_study(place, meta())
+    claim_study(DatabasePlace(folder, server), meta())
+    elsewhere = DatabasePlace(tmp_path / "other machine" / folder.name, server)
+    for changed, said in (
+        ({"budget": 0.4}, "budget: 0.2 here, 0.4 asked"),
+        (
+            {"model_hash": "x", "task": "docs"},
+            "model_hash: 'a' here, 'x' asked; task: 'shapes' here, 'docs' asked",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"is another study .{said}.; choose another --out"):
+            claim_study(elsewhere, meta(**changed))
+    claim_study(elsewhere, meta())
+    assert read_study(elsewhere.folder).study_name == folder.name
+
+
+def test_a_foreign_study_is_refused(server, folder):
+    open_study(DatabasePlace(folder, server)).ask()
+    with pytest.raises(UserError, match="is a study that avlprof did not make"):
+        claim_study(DatabasePlace(folder, server), meta())
+
+
+def test_the_folder_remembers_the_database_and_not_its_password(server, folder):
+    secret = server.replace("tester@", "tester:hush@")
+    claim_study(find_place(folder, secret), meta())
+    assert all("hush" not in path.read_text() for path in folder.iterdir())
+    place = find_place(folder)
+    assert isinstance(place, DatabasePlace)
+    assert read_study(folder).get_trials() == []
+    with pytest.raises(UserError, match=r"are in postgresql.*, not in postgresql.*/elsewhere; choose"):
+        find_place(folder, server.replace("/postgres", "/elsewhere"))
+    work(folder, 3, 0.0, server)
+    assert len(read_study(folder).trials) == 3
+
+
+def test_a_journal_does_not_move_into_a_database(server, tmp_path):
+    open_study(FolderPlace(tmp_path))
+    with pytest.raises(UserError, match="are in its journal; leave --storage out"):
+        find_place(tmp_path, server)
+
+
+def test_workers_share_the_evidence_of_the_first(server, folder, tmp_path):
+    rng = np.random.default_rng(0)
+    mine = Evidence(2, 30, coverage=rng.random((2, 30)))
+    first = shared_evidence(DatabasePlace(folder, server), lambda: mine)
+    second = shared_evidence(DatabasePlace(tmp_path / "other" / folder.name, server), lambda: 1 / 0)
+    assert first is mine
+    np.testing.assert_array_equal(second.coverage, mine.coverage)
+    assert (second.layers, second.tokens, second.damage) == (2, 30, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "sqlite:///study.db",
+            "must be a PostgreSQL URL .* got one of sqlite; without --storage the journal",
+        ),
+        ("mysql://a:hush@b/c", "got one of mysql"),
+        ("not a url", "storage must be a URL like postgresql://"),
+    ],
+)
+def test_other_databases_are_refused(url, said, folder):
+    with pytest.raises(UserError, match=said) as refused:
+        find_place(folder, url)
+    assert "hush" not in str(refused.value)
+
+
+def test_a_database_that_is_not_there_is_told_in_a_sentence(folder):
+    place = DatabasePlace(folder, "postgresql://tester:hush@127.0.0.1:1/none")
+    with pytest.raises(
+        UserError, match=r"database postgresql\+psycopg://tester@127.0.0.1:1/none cannot be"
+    ) as refused:
+        place.storage()
+    assert "hush" not in str(refused.value)
+
+
+def test_drivers():
+    assert database_url("postgres://a/b").drivername == "postgresql+psycopg"
+    assert database_url("postgresql+psycopg2://a/b").drivername == "postgresql+psycopg2"

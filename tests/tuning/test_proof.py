@@ -1,0 +1,244 @@
+"""Proof of a tuned policy: the tests against plain ones, rivals at equal bytes, what is written down."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from avlprof.allocators import Evidence
+from avlprof.errors import UserError
+from avlprof.evaluation import Evaluation
+from avlprof.policy import Policy, PromptShape, ScorerSpec, live_share, read_share, sizes
+from avlprof.testing.allocators import random_evidence
+from avlprof.tuning import Budget, Candidate, Space
+from avlprof.tuning.candidate import spread_reads
+from avlprof.tuning.proof import power_sentence, samples_needed, verdict
+from avlprof.tuning.rivals import rivals, shipped_rivals, static_core
+from avlprof.tuning.shortlist import (
+    Judged,
+    PlayOff,
+    coverage_of,
+    rank_correlation,
+)
+
+
+def evaluation(scores):
+    """A comparison with these scores, `{policy: [sample]}` or `{policy: [seed][sample]}`."""
+    rows = []
+    for policy, values in scores.items():
+        seeds = values if isinstance(values[0], list) else [values]
+        rows += [
+            {"policy": policy, "family": policy, "seed": seed, "sample": f"s{i}", "score": score}
+            for seed, own in enumerate(seeds)
+            for i, score in enumerate(own)
+        ]
+    return Evaluation({}, pd.DataFrame(rows))
+
+
+# --- the verdict ---
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_verdict_is_the_paired_test_of_each_rival(seed):
+    """p by full enumeration of signs, means by hand, rivals with several seeds averaged per sample."""
+    rng = np.random.default_rng(seed)
+    ours, plain = rng.integers(0, 3, (2, 9)) / 2
+    random = rng.integers(0, 3, (3, 9)) / 2
+    found = verdict(
+        evaluation({"dense": [1.0] * 9, "tuned": [*ours], "uniform": [*plain], "random x3": random.tolist()}),
+        "tuned",
+        "random",
+        0.05,
+    )
+    assert found.strongest == "random x3"
+    assert list(found.differences) == ["dense", "uniform", "random x3"]
+    for name, theirs in (("uniform", plain), ("random x3", random.mean(axis=0))):
+        gaps = ours - theirs
+        signs = [abs(np.dot(sign, gaps)) for sign in product((-1, 1), repeat=9)]
+        wanted = np.mean([total >= abs(gaps.sum()) - 1e-9 for total in signs])
+        assert found.differences[name].difference.mean == pytest.approx(gaps.mean())
+        assert found.differences[name].p_value == pytest.approx(wanted)
+    assert found.non_inferior == (found.against_strongest.difference.low > -0.05)
+
+
+def test_not_inferior_needs_the_interval_above_the_margin():
+    rng = np.random.default_rng(0)
+    theirs = rng.integers(0, 2, 400).astype(float)
+    lost = theirs.copy()
+    lost[np.flatnonzero(theirs)[:8]] = 0.0  # 2% of the samples
+    same, worse = (evaluation({"tuned": [*ours], "rival": [*theirs]}) for ours in (theirs, lost))
+    assert verdict(same, "tuned", "rival", 0.001).non_inferior
+    assert not verdict(worse, "tuned", "rival", 0.02).non_inferior
+    assert not verdict(worse, "tuned", "rival", 0.03).non_inferior
+    assert verdict(worse, "tuned", "rival", 0.05).non_inferior
+    assert "by more than 0.05: yes (-0.020" in verdict(worse, "tuned", "rival", 0.05).sentences()[-1]
+    assert "by more than 0.02: no (-0.020" in verdict(worse, "tuned", "rival", 0.02).sentences()[-1]
+
+
+@pytest.mark.parametrize(("sd", "margin"), [(0.3, 0.05), (0.5, 0.1), (1.0, 0.15)])
+def test_enough_samples_show_a_tie_four_times_in_five(sd, margin):
+    """By simulation of normal differences with mean zero."""
+    n = samples_needed(margin, sd)
+    gaps = np.random.default_rng(1).normal(0.0, sd, (2000, n))
+    low = gaps.mean(axis=1) - 1.96 * gaps.std(axis=1, ddof=1) / math.sqrt(n)
+    assert (low > -margin).mean() == pytest.approx(0.8, abs=0.04)
+
+
+def test_power_is_told_before_the_proof():
+    ours, theirs = np.array([1.0, 0.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.0, 1.0])
+    sd = float(np.std([0.0, -1.0, 1.0, 0.0], ddof=1))
+    drop = (1.959964 + 0.841621) * sd / math.sqrt(200)
+    said = power_sentence(200, 0.02, ours, theirs, "uniform - dense")
+    assert said.startswith(f"200 held-out samples can show a drop of {drop:.3f} (80% power, 5% two-sided; ")
+    assert f"sd {sd:.2f} of uniform - dense on 4 search samples" in said
+    assert f"takes about {samples_needed(0.02, sd):,}" in said
+    blind = power_sentence(200, 0.02, ours, ours, "uniform - dense")
+    assert "no search sample tells uniform - dense apart, so this is the worst case" in blind
+    assert "to show" not in power_sentence(100_000, 0.02, ours, theirs, "uniform - dense")
+
+
+# --- rivals ---
+
+
+PROMPTS = (PromptShape(3, 60, 9), PromptShape(3, 60, 7), PromptShape(2, 41, 5))
+
+
+def winner_at(budget, seed):
+    evidence = random_evidence(5, 60, np.random.default_rng(seed))
+    kind = ("coverage", "pyramid", "uniform")[seed % 3]
+    start = Candidate(kind, scorer="instruction", heads="kv_head", refresh_interval=4)
+    return start.policy(evidence, budget), evidence
+
+
+@pytest.mark.parametrize("read", [None, 0.25])
+@pytest.mark.parametrize("seed", range(4))
+def test_shipped_rivals_use_no_more_than_the_winner(seed, read):
+    budget = Budget(0.4, read, PROMPTS, 10)
+    winner, evidence = winner_at(budget, seed)
+    named = rivals(winner, budget, 5)
+    more, left_out = shipped_rivals(winner, budget, evidence, named)
+    token = len(PROMPTS) / sum(prompt.total for prompt in PROMPTS)
+    assert {policy.name for policy in more}
+    assert not {policy.name for policy in more} & ({"uniform", "random"} | set(left_out))
+    assert len({policy.hash for policy in (winner, *named, *more)}) == 1 + len(named) + len(more)
+    live, reads = live_share(winner, PROMPTS, 5), read_share(winner, PROMPTS, 5, 10)
+    for policy in more:
+        assert live_share(policy, PROMPTS, 5) <= live + 1e-12
+        if read is not None:
+            assert read_share(policy, PROMPTS, 5, 10) <= reads + token + 1e-9
+        elif policy.joint is None and not policy.prefill_filter:
+            assert live_share(policy, PROMPTS, 5) > live - token - 1e-9
+    assert all(isinstance(reason, str) and reason for reason in left_out.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_static_core_is_flat_and_never_picked_anew(seed):
+    budget = Budget(0.5, 0.3, PROMPTS, 10)
+    winner, _ = winner_at(budget, seed)
+    static = static_core(winner, budget, 5)
+    token = len(PROMPTS) / sum(prompt.total for prompt in PROMPTS)
+    assert static.refresh_interval == 0
+    assert (static.scorer, static.heads) == (winner.scorer, winner.heads)
+    for prompt in PROMPTS:
+        layers = sizes(static, prompt, 5)
+        assert max(s.vision for s in layers) - min(s.vision for s in layers) <= 1
+        assert max(s.core for s in layers) - min(s.core for s in layers) <= 1
+    assert live_share(winner, PROMPTS, 5) - live_share(static, PROMPTS, 5) <= token + 1e-9
+    reads = read_share(winner, PROMPTS, 5, 10) - read_share(static, PROMPTS, 5, 10)
+    assert 0 <= reads <= token + 1e-9
+    assert "static core" in {policy.name for policy in rivals(winner, budget, 5)}
+    assert "static core" not in {policy.name for policy in rivals(winner, Budget(0.5, None, PROMPTS, 10), 5)}
+
+
+def test_refreshes_that_only_score_leave_room_for_a_larger_core():
+    full = Policy(vision_keep=(0.5,) * 4, refresh_interval=2)
+    score_only = full.model_copy(update={"refresh": "score_only"})
+    cores = [spread_reads(p, (1.0,) * 4, PROMPTS, 0.5, 10).compute(4) for p in (full, score_only)]
+    assert sum(cores[1]) > sum(cores[0])
+    with pytest.raises(UserError, match=r"read budget 0\.1 is below"):
+        spread_reads(full, (1.0,) * 4, PROMPTS, 0.1, 10)
+
+
+# --- what is learnt on the way ---
+
+
+def ranks(values):
+    return [sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rank_correlation_is_pearsons_of_the_ranks(seed):
+    rng = np.random.default_rng(seed)
+    scores, metric = rng.integers(0, 5, (2, 8)).astype(float)
+    scores[seed % 8] = np.nan
+    known = ~np.isnan(scores)
+    wanted = np.corrcoef(ranks(scores[known]), ranks(metric[known]))[0, 1]
+    assert rank_correlation(scores, metric) == (pytest.approx(wanted), 7)
+
+
+def test_rank_correlation_of_too_little_is_unknown():
+    flat = np.array([1.0, 1.0, 1.0])
+    rising = np.array([1.0, 2.0, 3.0])
+    for scores, metric in ((flat, rising), (rising, flat), (rising[:2], rising[:2])):
+        assert np.isnan(rank_correlation(scores, metric)[0])
+
+
+def test_coverage_of_a_policy_is_what_its_tokens_could_hold():
+    curves = np.array([[0.5, 0.8, 0.9, 1.0], [0.25, 0.5, 0.75, 1.0]])
+    evidence = Evidence(2, 4, curves)
+    assert coverage_of(Policy(vision_keep=(0.5, 0.25)), evidence) == pytest.approx((0.8 + 0.25) / 2)
+    assert coverage_of(Policy(vision_keep=(0.0, 1.0)), evidence) == pytest.approx(0.5)
+    joint = Policy(pool="joint", joint={"keep": 0.5}, scorer="position")
+    assert np.isnan(coverage_of(joint, evidence))
+
+
+def test_the_play_off_is_written_down(tmp_path):
+    policy = Policy(vision_keep=(0.5, 0.5))
+    trial = SimpleNamespace(number=7)
+    judged = tuple(
+        Judged(
+            name, policy, np.full(20, metric), np.full(20, kl), coverage, trial if name == "trial 7" else None
+        )
+        for name, metric, kl, coverage in (
+            *(("trial 7", 0.9, 0.1, 0.8), ("uniform", 0.7, 0.2, 0.8)),
+            *(("random", 0.5, 0.5, 0.8), ("h2o", 0.6, 0.3, math.nan)),
+        )
+    )
+    played = PlayOff(judged, judged[0], judged[1], np.ones(20), {"fastv": "too far"})
+    played.write(tmp_path / "fidelity.json", "exact_match", "search")
+    found = json.loads((tmp_path / "fidelity.json").read_text())
+    assert found["rank_correlation"] == {
+        "coverage": {"spearman": None, "policies": 3},
+        "forced, 16 samples": {"spearman": 1.0, "policies": 4},
+        "forced, 20 samples": {"spearman": 1.0, "policies": 4},
+    }
+    assert [row["trial"] for row in found["policies"]] == [7, None, None, None]
+    assert found["policies"][3] == {
+        **{"policy": "h2o", "trial": None, "exact_match": 0.6, "forced": 0.3, "coverage": None}
+    }
+    assert (found["samples"], found["left_out"]) == (20, {"fastv": "too far"})
+
+
+def test_no_evidence_leaves_a_rival_out_with_the_reason():
+    budget = Budget(0.4, None, PROMPTS, 10)
+    winner = Policy(vision_keep=(0.3, 0.5, 0.2), scorer=ScorerSpec(name="instruction"))
+    more, left_out = shipped_rivals(winner, budget, Evidence(layers=3, tokens=60))
+    assert "prefixkv" not in {policy.name for policy in more}
+    assert "needs the coverage curves" in left_out["prefixkv"]
+
+
+def test_a_sampler_that_is_not_installed_is_refused(monkeypatch):
+    import importlib.util
+
+    from avlprof.tuning import Settings
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="sampler 'cmaes' needs the package cmaes; pip install cmaes"):
+        Settings(sampler="cmaes")
+    assert Space().text == "auto"

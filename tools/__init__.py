@@ -1,0 +1,1 @@
+"""What the project makes itself with; not part of the package."""

@@ -1,0 +1,1 @@
+"""The embedded model, trained from scratch: its builder, packing, optimiser, training and measured table."""
