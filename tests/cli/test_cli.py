@@ -27,6 +27,7 @@ from avlprof.cli._progress import duration, progress
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
+from avlprof.tracing.options import TraceSettings
 
 SAMPLES = 3
 HEAVY = ("torch", "transformers", "pandas", "numpy", "pydantic", "yaml", "matplotlib", "optuna", "PIL")
@@ -420,9 +421,9 @@ def test_python_verbs(run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_model("tiny")
     held = Task("own", "exact_match", ("search",), lambda split: [Sample("a", (picture,), "what?", ("red",))])
-    first = avlprof.trace(loaded, held, samples=1, max_new_tokens=1)
-    second = avlprof.trace(loaded, held, samples=1, max_new_tokens=2)
-    same = avlprof.trace(loaded, held, samples=1, max_new_tokens=1)
+    first = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
+    second = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=2), samples=1)
+    same = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
     assert [r.path.as_posix() for r in (first, second, same)] == [
         "runs/tiny-own",
         "runs/tiny-own-2",
