@@ -182,13 +182,13 @@ def print_differences(here: Profile, other: Profile, form: Format) -> None:
         "window_95": (query, "window_95", _change),
         "entropy": (query, "entropy", _change),
     }
-    matching: list[dict[str, Any]] = [{"layer": layer} for layer in range(here.layers)]
+    rows: list[dict[str, Any]] = [{"layer": layer} for layer in range(here.layers)]
     for name, (of, statistic, text) in columns.items():
         matching = table[(table["query"] == of) & (table["statistic"] == statistic)]
         by_layer = {int(row["layer"]): row for row in records(matching)}
-        for layer, line in enumerate(matching):
+        for layer, line in enumerate(rows):
             line[name] = _marked(by_layer.get(layer), text)
-    show(matching, form, f"{here.meta.run} less {other.meta.run}")
+    show(rows, form, f"{here.meta.run} less {other.meta.run}")
     typer.echo(_how(here, other, table))
     note("every statistic with its interval: --format csv")
 

@@ -28,6 +28,7 @@ from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tracing.options import TraceSettings
+from tests.watching import Counts
 
 SAMPLES = 3
 HEAVY = ("torch", "transformers", "pandas", "numpy", "pydantic", "yaml", "matplotlib", "optuna", "PIL")
@@ -300,7 +301,7 @@ def test_interrupted(monkeypatch, tmp_path):
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("avlprof.cli.trace.progress", lambda *args, **options: nullcontext(interrupt))
+    monkeypatch.setattr("avlprof.cli.trace.bars", lambda **options: nullcontext(Counts(interrupt)))
     command = ["trace", "--samples", 4, "--max-new-tokens", 1, "--out", tmp_path / "run"]
     result = invoke(*command)
     assert result.exit_code == 130
@@ -536,7 +537,7 @@ def test_durations_are_readable():
 
 def test_progress_in_a_pipe(capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("avlprof.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("avlprof.cli._progress.time.monotonic", lambda: now[0])
     with progress("trace", resumes=True) as report:
         report(10, 50)
         for done in range(11, 51):

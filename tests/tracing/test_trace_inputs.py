@@ -115,9 +115,15 @@ def task_of(samples, most=8):
     return Task("words", "exact_match", ("own",), lambda split: samples, most)
 
 
-def traced(loaded, samples, out, watch=SILENT, **options):
+def traced(loaded, samples, out, watch=SILENT, under=nullcontext, **options):
     return trace_samples(
-        loaded, task_of(samples), samples, out, TraceSettings(split="own", **options), watch=watch
+        loaded,
+        task_of(samples),
+        samples,
+        out,
+        TraceSettings(split="own", **options),
+        watch=watch,
+        under=under,
     )
 
 
@@ -362,8 +368,8 @@ def test_runs_of_other_inputs_do_not_mix(tmp_path):
     traced(loaded, samples, tmp_path, max_new_tokens=3)
     with pytest.raises(UserError, match="forced: False here, True asked"):
         traced(loaded, samples, tmp_path, max_new_tokens=3, forced=True)
-    with pytest.raises(UserError, match="policy: '' here, 'half abc' asked"):
-        traced(loaded, samples, tmp_path, max_new_tokens=3, policy="half abc")
+    with pytest.raises(UserError, match=f"policy: '' here, 'half {POLICY.hash}' asked"):
+        traced(loaded, samples, tmp_path, max_new_tokens=3, policy=POLICY)
     traced(loaded, samples, tmp_path, max_new_tokens=3, batch_size=2)
 
 
