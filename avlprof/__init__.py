@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from avlprof.versions import __version__ as __version__
+
 if TYPE_CHECKING:
     from avlprof.api import trace
     from avlprof.evaluation import evaluate
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from avlprof.traced import Run, latest_run
     from avlprof.tracing import record
     from avlprof.tuning import Tuned
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Run": "avlprof.traced",

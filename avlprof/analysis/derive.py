@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import avlprof
 from avlprof.allocators import Allocator, make_allocator, meet_budget, meet_read_budget, vision_share
 from avlprof.allocators.coverage import covering_shares
 from avlprof.allocators.fit import check_unit, floor_count, ratio_of
@@ -16,6 +15,7 @@ from avlprof.analysis.drift import refresh_from_drift
 from avlprof.analysis.window import windows_for
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
+from avlprof.versions import __version__
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -163,12 +163,12 @@ def _provenance(
     prompts, layers, steps = profile.prompts(), profile.layers, profile.answer_tokens
     settings = profile.meta.settings
     return Provenance(
-        made_by=f"avlprof derive {avlprof.__version__}",
+        made_by=f"avlprof derive {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=settings.model,
         model_revision=settings.revision,
         model_hash=settings.model_hash,
-        versions=settings.versions | {"avlprof": avlprof.__version__},
+        versions=settings.versions | {"avlprof": __version__},
         task=settings.task,
         samples=profile.meta.samples,
         seed=settings.seed,

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-import avlprof
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
 from avlprof.tuning.finalists import finalists
 from avlprof.tuning.storage import StudyMeta, read_meta, read_study
-from avlprof.versions import versions
+from avlprof.versions import __version__, versions
 
 
 def export_policy(folder: Path, trial: int | None = None, max_read: float | None = None) -> Policy:
@@ -60,7 +59,7 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
         update={
             "name": f"{name}-trial-{trial.number}",
             "provenance": Provenance(
-                made_by=f"avlprof export {avlprof.__version__}",
+                made_by=f"avlprof export {__version__}",
                 model=meta.model,
                 model_revision=meta.model_hash,
                 model_hash=meta.model_hash,

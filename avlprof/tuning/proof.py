@@ -6,7 +6,6 @@ import datetime
 import math
 from collections.abc import Callable, Sequence
 
-import avlprof
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
@@ -16,7 +15,7 @@ from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.verdict import Verdict
-from avlprof.versions import versions
+from avlprof.versions import __version__, versions
 
 
 def prove(
@@ -62,7 +61,7 @@ def with_provenance(
             "description": f"Tuned for {loaded.name} on {task.name} "
             f"at {settings.budget:.0%} of the dense prompt KV.",
             "provenance": Provenance(
-                made_by=f"avlprof tune {avlprof.__version__}",
+                made_by=f"avlprof tune {__version__}",
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 model=loaded.source,
                 model_revision=loaded.revision or "",
