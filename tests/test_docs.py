@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
-RUN = ("docs/python.md", "docs/runtime.md", "README.md")
+RUN = ("docs/python.md", "docs/runtime.md", "docs/first-hour.md", "README.md")
 """Pages whose blocks are one program, run in order."""
 
 
