@@ -1,17 +1,19 @@
 """What the site has beside the pages of this folder: the API reference, and two files of the root.
 
-MkDocs calls `on_config` and `on_files`. The reference is made by walking the package, a page a
+MkDocs calls `on_config`, `on_files` and `on_post_page`. The reference is made by walking the package, a page a
 package of modules, so no name in it is typed by hand. Docstrings are read from the source by
 mkdocstrings; nothing of avlprof is imported.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +40,24 @@ def target(name: str, thing: griffe.Object | griffe.Alias) -> str:
     return f"[`{name}`][{thing.canonical_path}]"
 
 
-def public_names(package: griffe.Module) -> Page:
+def home(root: griffe.Module, path: str) -> griffe.Object | griffe.Alias:
+    """Where a name is defined: imports are followed, since a module may have the name of a function in it.
+
+    `avlprof.tracing.record` is the function that the package imports, not the file beside it.
+    """
+    while True:
+        parent, _, name = path.rpartition(".")
+        package = root if parent == root.path else root[parent.removeprefix(f"{root.path}.")]
+        imported = package.imports.get(name)
+        if imported == path or not str(imported).startswith(f"{root.path}."):
+            return package.members[name]
+        path = str(imported)
+
+
+def public_names(root: griffe.Module) -> Page:
+    homes = {str(name): home(root, f"{root.path}.{name}") for name in root.exports or []}
     rows = [
-        f"| {target(name, package[name])} | {summary(package[name])} |"
-        for name in sorted(map(str, package.exports or []), key=str.lower)
+        f"| {target(name, homes[name])} | {summary(homes[name])} |" for name in sorted(homes, key=str.lower)
     ]
     text = [
         "# Public names",
@@ -52,14 +68,10 @@ def public_names(package: griffe.Module) -> Page:
     return Page("reference/index.md", "Public names", "\n\n".join(text) + "\n")
 
 
-def exported_from(package: griffe.Module) -> set[str]:
+def exported_from(root: griffe.Module, package: griffe.Module) -> set[str]:
     """Modules of a package that hold what it exports; private ones are among them."""
-    homes = set()
-    for name in package.exports or []:
-        member = package.members.get(str(name))
-        if member is not None and member.is_alias:
-            homes.add(member.canonical_path.rpartition(".")[0])
-    return homes
+    homes = {home(root, f"{package.path}.{name}").canonical_path for name in package.exports or []}
+    return {path.rpartition(".")[0] for path in homes}
 
 
 def shown(module: griffe.Module, exported: set[str]) -> bool:
@@ -74,13 +86,14 @@ def shown(module: griffe.Module, exported: set[str]) -> bool:
 
 def package_page(package: griffe.Module, modules: list[griffe.Module]) -> Page:
     name = package.path.removeprefix("avlprof.")
+    title = "root modules" if name == package.path else name
     text = [f"# {package.path}", package.docstring.value if package.docstring else ""]
     text += [
         "| module | holds |\n|---|---|\n"
         + "\n".join(f"| {target(module.name, module)} | {summary(module)} |" for module in modules)
     ]
     text += [f"::: {module.path}" for module in modules]
-    return Page(f"reference/{name}.md", name, "\n\n".join(text) + "\n")
+    return Page(f"reference/{name}.md", title, "\n\n".join(text) + "\n")
 
 
 def pages() -> list[Page]:
@@ -95,11 +108,11 @@ def pages() -> list[Page]:
         if package is root:
             below = {name: module for name, module in below.items() if name not in COMMAND_LINE}
         waiting += [module for module in below.values() if module.is_package or module.is_subpackage]
-        exported = exported_from(package)
+        exported = exported_from(root, package)
         plain = [m for m in below.values() if not m.is_subpackage and shown(m, exported)]
         if plain:
             made.append(package_page(package, sorted(plain, key=lambda module: module.name)))
-    return [made[0], *sorted(made[1:], key=lambda page: page.path)]
+    return [*made[:2], *sorted(made[2:], key=lambda page: page.title)]  # the root comes first
 
 
 _pages: list[Page] = []
@@ -123,3 +136,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Refuse a page that would fetch something from a network to be shown."""
+    remote = re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^">]*', output)
+    if remote:
+        raise PluginError(f"the site must be readable without a network, got {remote[0]}")
+    return output
