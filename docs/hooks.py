@@ -1,8 +1,8 @@
 """What the site has beside the pages of this folder: the API reference, and two files of the root.
 
-MkDocs calls `on_config`, `on_files` and `on_post_page`. The reference is made by walking the package, a page a
-package of modules, so no name in it is typed by hand. Docstrings are read from the source by
-mkdocstrings; nothing of avlprof is imported.
+MkDocs calls `on_config`, `on_files` and `on_post_page`. The reference is made by walking the package,
+a page a package of modules, so no name in it is typed by hand. Docstrings are read from the source
+by mkdocstrings; nothing of avlprof is imported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[1]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 COMMAND_LINE = ("cli", "__main__")
 """Parts without a Python interface; docs/cli.md describes them."""
+
+BEHIND_PROSE = "---\nsearch:\n  boost: 0.5\n---\n\n"
+"""What explains a word is found before what defines a name of it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are no files of this folder."""
     for page in _pages:
-        files.append(File.generated(config, page.path, content=page.text))
+        files.append(File.generated(config, page.path, content=BEHIND_PROSE + page.text))
     for path, source in ROOT_PAGES.items():
         # a link of the root's file is relative to the root
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
