@@ -55,7 +55,7 @@ notebooks: $(VENV)/ready ## run every notebook from start to end
 	$(BIN)/python notebooks/run.py
 
 docs: $(VENV)/docs ## the documentation site in site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/docs: $(VENV)/ready
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[docs]'
