@@ -9,7 +9,6 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import avlprof
 from avlprof.analysis import Profile, findings
 from avlprof.errors import UserError
 from avlprof.files import write_text
@@ -22,6 +21,7 @@ from avlprof.report.source import TracedRun
 from avlprof.report.tables import layer_columns, settings_rows, traced_line
 from avlprof.runs import RunMeta
 from avlprof.tasks import Task
+from avlprof.versions import __version__
 
 
 def trace_command(meta: RunMeta, samples: int, out: Path) -> str:
@@ -136,7 +136,7 @@ def report_html(
         under=meta.policy,
         own_pictures=meta.task == "pictures",
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-        version=avlprof.__version__,
+        version=__version__,
     )
 
 

@@ -11,7 +11,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-import avlprof
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
 from avlprof.evaluation.evaluate import evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
@@ -21,7 +20,7 @@ from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.shortlist import PlayOff
-from avlprof.versions import versions
+from avlprof.versions import __version__, versions
 
 WORST_SD = 1.0
 """Standard deviation of a paired difference of scores in [0, 1] at its worst: half +1, half -1."""
@@ -158,7 +157,7 @@ def with_provenance(
             "description": f"Tuned for {loaded.name} on {task.name} "
             f"at {settings.budget:.0%} of the dense prompt KV.",
             "provenance": Provenance(
-                made_by=f"avlprof tune {avlprof.__version__}",
+                made_by=f"avlprof tune {__version__}",
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 model=loaded.source,
                 model_revision=loaded.revision or "",
