@@ -116,11 +116,6 @@ def traced(loaded, samples, out, **options):
     return trace_samples(loaded, task_of(samples), samples, out, split="own", **options)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", device="cpu")
-
-
 def assert_same_numbers(left: RunDirectory, right: RunDirectory):
     """Equal to 1e-5 where continuous; the sets behind counts may turn over at a near-tie now and then."""
     tables = [run.samples().set_index("sample").sort_index() for run in (left, right)]
