@@ -24,6 +24,7 @@ from avlprof.cli.studies import app
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, Score, save_policy
 from avlprof.tasks import load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.reading import overview, studies_below
@@ -273,7 +274,7 @@ TASK, BUDGET, SAMPLES, LIMIT = "shapes:read", 0.4, 4, 6
 def tuned(tiny, tmp_path_factory):
     """A study of the embedded model by one process, without refinement."""
     root = tmp_path_factory.mktemp("tuned")
-    traced = avlprof.trace(tiny, TASK, 2, out=root / "run", max_new_tokens=LIMIT)
+    traced = avlprof.trace(tiny, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
     settings = {"trials": 9, "refine": 0, "samples": SAMPLES, "proof_samples": 2, "max_new_tokens": LIMIT}
     avlprof.tune(tiny, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
     return tiny, traced, root / "study"
