@@ -21,7 +21,7 @@ class Accumulated(Scorer):
     block: int = 0
 
     def score(self, prefill: Prefill) -> Tensor:
-        if prefill.held:
+        if prefill.past:
             return self._turn(prefill)
         return column_sums(
             prefill.query,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from avlprof.attention.column_sums import column_sums
+from tests.helpers import Largest
 
 RUNNABLE = find_spec("triton") is not None and (
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,8 +114,6 @@ def test_a_mask_says_all(padded, shared):
 
 def test_memory_is_linear_in_the_keys():
     """No tensor of the pass comes near N x N."""
-    from .test_tracing import Largest
-
     length, heads = 700, 4
     arguments, options = given(heads=heads, kv_heads=2, length=length, size=8)
     largest = Largest()

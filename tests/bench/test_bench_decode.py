@@ -183,13 +183,13 @@ def test_the_clock_sees_what_a_refresh_does_after_attention():
     runner = Runner("core", model, inputs, 1, policy=core)
     runner.fill(PromptStates.of(model, inputs["input_ids"].shape[1]))
     layer = runner.cache.layers[0]
-    after, slept = layer.after_step, 0.05
+    after, slept = layer.after, 0.05
 
-    def slow(weights):
+    def slow(step, weights):
         time.sleep(slept)
-        after(weights)
+        after(step, weights)
 
-    layer.after_step = slow
+    layer.after = slow
     plain, refresh = runner.attention_steps(2)
     assert plain < slept <= refresh
 

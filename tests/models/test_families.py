@@ -26,8 +26,8 @@ from avlprof.testing.adapters import FamilyConformance, _embeddings
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
 from avlprof.tracing import RecordOptions, record
+from tests.helpers import stepwise
 from tests.oracle import Oracle
-from tests.runtime.test_forced import stepwise
 
 FAMILIES = dict(families())
 FILMING = {name: build for name, build in (*cases(), *families()) if build().videos is not None}

@@ -14,10 +14,9 @@ from avlprof.policy import DENSE, Policy
 from avlprof.runtime.graph import capture
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
-from tests.runtime.test_runtime import CORE, KEEP, POLICIES
+from tests.policies import CORE, KEEP, POLICIES, SCORED
 
 MODELS, FAMILIES = dict(cases()), dict(families())
-SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
 STEPS = 24
 AHEAD = 9  # captured anew twice in an answer
 

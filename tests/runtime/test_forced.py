@@ -25,7 +25,8 @@ from avlprof.runtime.forced.score import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava
-from tests.runtime.test_runtime import POLICIES
+from tests.helpers import answers_of, steps_and_first, stepwise
+from tests.policies import POLICIES
 
 MODELS = dict(cases())
 EXTRA = {
@@ -58,40 +59,10 @@ def case(request):
     return MODELS[request.param]()
 
 
-def answers_of(lengths, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
-
-
 def ragged(case):
     """Prompts of unequal length with two pictures, one and none, and answers down to one token."""
     inputs = case.inputs(batch=5, seed=21, pad=True, text=11, images_per_row=[1, 2, 1, 0, 1])
     return inputs, answers_of(LENGTHS)
-
-
-def stepwise(model, inputs, answers, policy):
-    """Logits of the runtime, fed the answers token by token."""
-    return steps_and_first(model, inputs, answers, policy)[:, 1:]
-
-
-def steps_and_first(model, inputs, answers, policy):
-    steps = max(len(answer) for answer in answers) - 1
-    tokens = torch.tensor([answer + [0] * (steps + 1 - len(answer)) for answer in answers])
-    full = torch.cat([inputs["input_ids"], tokens], dim=1)
-
-    def forced(batch, ids):
-        return [int(full[batch, len(ids)])] if len(ids) < full.shape[1] else [0]
-
-    with avlprof.apply(model, policy):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps + 1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            prefix_allowed_tokens_fn=forced,
-        )
-    return torch.stack(out.logits, dim=1)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -19,8 +19,7 @@ from avlprof.policy import DENSE, Policy
 from avlprof.testing.models import cases, random_llava
 from avlprof.tracing import RecordOptions
 from avlprof.tracing.trace import GivenAnswers
-from tests.runtime.test_captured import SCORED
-from tests.runtime.test_runtime import POLICIES
+from tests.policies import POLICIES, SCORED
 
 pytestmark = [
     pytest.mark.gpu,

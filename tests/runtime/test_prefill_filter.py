@@ -12,8 +12,8 @@ from avlprof.errors import UserError
 from avlprof.policy import JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, sizes
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
+from tests.helpers import generate, one_row
 from tests.oracle import Oracle
-from tests.runtime.test_runtime import generate, one_row
 
 MODELS = dict(cases())
 FAMILIES = dict(families())

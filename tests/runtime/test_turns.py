@@ -13,8 +13,8 @@ from avlprof.attention.session import given_cache
 from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import VOCABULARY, cases, random_llava
+from tests.helpers import one_row
 from tests.oracle import Oracle
-from tests.runtime.test_runtime import one_row
 
 MODELS = dict(cases())
 KEEP, CORE = (0.62, 0.3, 0.45), (0.33, 0.1, 0.2)

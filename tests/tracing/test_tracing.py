@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -27,6 +26,7 @@ from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
 from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 from tests import oracle
+from tests.helpers import Largest
 
 MODELS = dict(cases())
 STEPS = 20
@@ -635,22 +635,6 @@ def test_prompts_follow_one_another(case):
     for frame in decoded:
         np.testing.assert_allclose(frame[[f"mass_{name}" for name in MODALITIES]].sum(axis=1), 1, atol=1e-5)
     assert (decoded[1]["mass_text"] > 0).all()
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that was made (views of others are not)."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for made in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, made.numel())
-        return out
 
 
 @pytest.mark.parametrize("rows", ["default", "all"])
