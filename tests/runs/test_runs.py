@@ -22,7 +22,7 @@ from avlprof.models.tiles import parse_tiles
 from avlprof.runs import RunDirectory, RunWriter
 from avlprof.tasks import Sample, load_task
 from avlprof.tracing import RecordOptions, estimate_bytes, record, trace, trace_samples
-from tests.traced_sample import META, files, sample
+from tests.small_run import META, files, sample
 
 
 def part_files(number):

@@ -242,7 +242,7 @@ def test_a_filter_leaves_later_layers_fewer_columns(case):
     inputs, answers = case.inputs(2, seed=5, pad=True, images_per_row=[1, 2]), answers_of((4, 3))
     batch = ForcedBatch(case.model, inputs, answers)
     batch.score(policy, "ab")
-    key, held = next((key, held) for key, held in batch._prefixes._held.items() if key)
+    key, held = next((key, held) for key, held in batch._prefixes._prompts.items() if key)
     assert key
     ids = inputs["input_ids"][batch._order]
     for index, layer in enumerate(held.layers):

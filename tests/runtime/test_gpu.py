@@ -18,7 +18,7 @@ from avlprof.bench.shapes import decoder_shape
 from avlprof.policy import DENSE, Policy
 from avlprof.testing.models import cases, random_llava
 from avlprof.tracing import RecordOptions
-from avlprof.tracing.trace import GivenAnswers
+from avlprof.tracing.trace import FixedAnswers
 from tests.policies import POLICIES, SCORED
 
 pytestmark = [
@@ -53,7 +53,7 @@ def moved(inputs):
 def answered(model, inputs, policy, tokens=None, captured=None, steps=STEPS):
     """An answer's ids and logits under a policy; `tokens` are said whatever the logits are."""
     prompt = inputs["input_ids"].shape[1]
-    said = LogitsProcessorList([] if tokens is None else [GivenAnswers(tokens.tolist(), prompt)])
+    said = LogitsProcessorList([] if tokens is None else [FixedAnswers(tokens.tolist(), prompt)])
     with avlprof.apply(model, policy, captured=captured) if policy else contextlib.nullcontext():
         found = model.generate(
             **inputs,

@@ -17,7 +17,7 @@ from avlprof.models import load_model
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import load_task
 from avlprof.tracing import trace_samples
-from tests.traced_sample import META, files, sample
+from tests.small_run import META, files, sample
 
 SAMPLES, TOKENS = 8, 4
 FORK = multiprocessing.get_context("fork")

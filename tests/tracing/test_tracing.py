@@ -43,7 +43,7 @@ FEW = RecordOptions(
     distances=EDGES,
     lags=LAGS,
     block=2000,
-    held=1500,
+    step_logits=1500,
     per_head=True,
     history=0.6,
 )
@@ -573,8 +573,10 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
 def test_blocks_and_holding_back_change_nothing(case, per_head):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
     found = []
-    for block, held in ((1, 0), (700, 3000), (100_000, 1 << 20)):
-        options = RecordOptions(rows="all", block=block, held=held, lags=LAGS, history=0.4, per_head=per_head)
+    for block, most in ((1, 0), (700, 3000), (100_000, 1 << 20)):
+        options = RecordOptions(
+            rows="all", block=block, step_logits=most, lags=LAGS, history=0.4, per_head=per_head
+        )
         with record(case.model, options) as recorder:
             generate(case, inputs, 36)
         frames = [pd.DataFrame(r.frame()) for r in recorder.records]
@@ -645,7 +647,7 @@ def test_memory_stays_linear(monkeypatch, rows, per_head):
     inputs = case.inputs(2, pad=True, text=12, images_per_row=3)
     tokens, heads = inputs["input_ids"].shape[1], 4
     options = RecordOptions(
-        rows=rows, block=tokens * heads * 8, held=4096, lags=(1, 4), per_head=per_head, history=0.5
+        rows=rows, block=tokens * heads * 8, step_logits=4096, lags=(1, 4), per_head=per_head, history=0.5
     )
     largest, blocks = Largest(), []
 
