@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avlprof.attention.column_sums import column_sums
+from avlprof.attention.column_sums import Seen, column_sums
 from avlprof.scorers._base import Prefill, Scorer
 
 
@@ -27,10 +27,8 @@ class Accumulated(Scorer):
             prefill.query,
             prefill.key,
             prefill.scaling,
+            Seen(valid=prefill.valid, causal=prefill.causal, mask=prefill.mask),
             counted=prefill.valid,
-            valid=prefill.valid,
-            causal=prefill.causal,
-            mask=prefill.mask,
             softcap=prefill.softcap,
             block=self.block or None,
         )

@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList
 
 import avlprof
-from avlprof.bench.decode import run_decode_bench
+from avlprof.bench.decode import DecodeBench, run_decode_bench
 from avlprof.bench.shapes import decoder_shape
 from avlprof.policy import DENSE, Policy
 from avlprof.testing.models import cases, random_llava
@@ -133,6 +133,6 @@ def test_the_recorder_gives_the_numbers_of_the_cpu(pair, rows):
 
 def test_the_decode_bench_runs_with_graphs():
     shape = decoder_shape("custom", hidden=256, intermediate=64, heads=4, kv_heads=2, layers=2, vocabulary=64)
-    found = run_decode_bench(shape, batches=(1, 4), visions=(300,), rounds=2, device=DEVICE)
+    found = run_decode_bench(shape, DecodeBench(batches=(1, 4), visions=(300,), rounds=2, device=DEVICE))
     assert {cost.method for cost in found} >= {"dense, packed, captured", "core 0.2, captured"}
     assert all(cost.step_ms > 0 for cost in found)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import avlprof
-from avlprof.attention.session import cache_of, given_cache, switched
+from avlprof.attention.session import cache_of, switched, with_cache
 from avlprof.attention.weights import packed_attention, row_weights, step_weights, weighted_values
 from avlprof.errors import UserError
 from avlprof.policy import (
@@ -206,7 +206,7 @@ def test_an_ordinary_step_copies_nothing():
             for _ in range(3):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
                 case.model(
-                    input_ids=torch.full((2, 1), 7), attention_mask=mask, **given_cache(case.model, cache)
+                    input_ids=torch.full((2, 1), 7), attention_mask=mask, **with_cache(case.model, cache)
                 )
         assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == buffers
         assert len(seen.calls) == 3 * len(cache.layers)
@@ -295,7 +295,7 @@ def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
             cache = runtime.new_cache()
             for layer in cache.layers:
                 layer.fixed_shapes = fixed
-            out = generate(case.model, inputs, **given_cache(case.model, cache))
+            out = generate(case.model, inputs, **with_cache(case.model, cache))
         cores = [layer.vision_positions(row) for layer in cache.layers for row in range(3)]
         found.append((torch.stack(out.logits), [[set(r.tolist()) for r in core] for _, core in cores]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
@@ -426,7 +426,7 @@ def test_a_step_asks_the_device_nothing(name):
     with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
         inputs = case.inputs(batch=2, text=15)
         cache = runtime.new_cache()
-        case.model(**inputs, **given_cache(case.model, cache))
+        case.model(**inputs, **with_cache(case.model, cache))
         layer, (kv, size) = cache.layers[0], (2, 16)
         states = [torch.randn(2, kv, 1, size, generator=generator) for _ in range(2)]
         query = torch.randn(2, 4, 1, size, generator=generator)
@@ -569,7 +569,7 @@ def test_misuse_is_refused_in_a_sentence():
         cache = cache_of(case.model(**inputs, use_cache=True))
         embeddings = case.model.get_input_embeddings()(torch.full((1, 3), 7))
         with pytest.raises(UserError, match="input_ids of a turn"):
-            case.model(inputs_embeds=embeddings, **given_cache(case.model, cache))
+            case.model(inputs_embeds=embeddings, **with_cache(case.model, cache))
     with pytest.raises(UserError, match="did you mean last_query"):
         with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
             pass

@@ -20,7 +20,7 @@ from transformers import (
 import avlprof
 from avlprof.analysis.tables import head_mean
 from avlprof.attention.modality import MODALITIES
-from avlprof.attention.session import cache_of, given_cache
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
@@ -626,7 +626,7 @@ def test_prompts_follow_one_another(case):
             case.model(
                 input_ids=ids,
                 attention_mask=mask.long(),
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
                 position_ids=place,
             )
     assert [r.steps for r in recorder.records] == [4, 6, 6]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import given_cache, switched
+from avlprof.attention.session import switched, with_cache
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced.packing import (
@@ -136,7 +136,7 @@ class ForcedBatch:
             self.model(
                 input_ids=packed.packed([group.tokens for group in groups])[None],
                 position_ids=packed.packed(positions).unsqueeze(-2),
-                **given_cache(self.model, cache),
+                **with_cache(self.model, cache),
             )
         assert seen.rows is not None
         return seen.rows[0][packed.order]
