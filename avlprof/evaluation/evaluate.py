@@ -23,6 +23,7 @@ from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.forced.samples import fidelity as measure_fidelity
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task
+from avlprof.watch import Watch
 
 COLUMNS = (
     *("policy", "family", "samples", "score", "low", "high"),
@@ -234,6 +235,16 @@ class _Work:
         self.at(self.done + units)
 
 
+class _Counted(Watch):
+    """Adds the units of a part to the work."""
+
+    def __init__(self, work: _Work) -> None:
+        self._work, self._before = work, work.done
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._work.at(self._before + done)
+
+
 def _units(found: Sequence[Contender], samples: int, fidelity: bool, latency: bool, baselines: bool) -> int:
     """Work to do; with baselines to come, four runs are expected for each policy."""
     runs = sum(len(c.runs) for c in found) + (4 * (len(found) - 1) if baselines else 0)
@@ -280,7 +291,7 @@ def _with_fidelity(
         [run for *_, run in runs],
         max_new_tokens=limit,
         batch_size=batch_size,
-        advanced=work.add,
+        watch=_Counted(work),
     )
     keys = ["policy", "seed", "sample"]
     measured = [

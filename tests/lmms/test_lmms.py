@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import avlprof
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.errors import UserError
 from avlprof.evaluation import generate_answers
 from avlprof.lmms import checked_policy, manifest, model_args, policy_hash
@@ -180,12 +180,12 @@ def plain_loss(loaded: Any, sample: Sample, continuation: str) -> float:
     encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
     with avlprof.apply(loaded.model, CUT) as runtime:
         cache = runtime.new_cache()
-        logits = loaded.model(**encoding, **given_cache(loaded.model, cache)).logits[0, -1]
+        logits = loaded.model(**encoding, **with_cache(loaded.model, cache)).logits[0, -1]
         total = 0.0
         for token in tokens:
             total -= float(logits.log_softmax(dim=-1)[token])
             logits = loaded.model(
-                input_ids=torch.tensor([[token]]), **given_cache(loaded.model, cache)
+                input_ids=torch.tensor([[token]]), **with_cache(loaded.model, cache)
             ).logits[0, -1]
     return total / len(tokens)
 
