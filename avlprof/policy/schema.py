@@ -155,7 +155,7 @@ class Policy(_Part):
 
     A refresh step attends to all kept vision tokens (`full`), or reads their keys alone to pick the
     core anew and attends to that (`score_only`). With an `allocator`, `vision_keep` (or `joint.keep`)
-    is the mean over layers, and `avlprof.allocators.resolved` turns it into one share a layer.
+    is the mean over layers, and `avlprof.budgets.resolve` turns it into one share a layer.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -259,7 +259,7 @@ class Policy(_Part):
         if self.allocator is not None:
             raise UserError(
                 f"policy '{self.name}' leaves the share of each layer to allocator '{self.allocator.name}'; "
-                "resolve it for the model first (avlprof.allocators.resolved, or 'avlprof derive')"
+                "resolve it for the model first (avlprof.budgets.resolve, or 'avlprof policy resolve')"
             )
         for step in self.prefill_filter:
             if step.after_layer >= layers:
