@@ -20,10 +20,10 @@ from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.splits import ALL
+from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
     from avlprof.models import LoadedModel
-    from avlprof.tracing.trace import Progress
 
 ImageLike = str | Path | Image.Image
 NAME = "pictures"
@@ -123,9 +123,9 @@ class Run:
         """With what it was traced."""
         return self.directory.meta
 
-    def profile(self, progress: Progress | None = None) -> Profile:
+    def profile(self, watch: Watch = SILENT) -> Profile:
         """What the model attends to, per layer; computed once and saved in the run directory."""
-        return Profile.of(self.directory, progress)
+        return Profile.of(self.directory, watch)
 
     def samples(self) -> pd.DataFrame:
         """One row a sample; see `avlprof.runs.RunDirectory`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from avlprof.cli._output import note
+from avlprof.watch import Watch
 
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -133,6 +134,31 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class Bars(Watch):
+    """Shows each phase of a verb as a bar or as lines, one after the other."""
+
+    def __init__(self, stack: contextlib.ExitStack, resumes: bool = False) -> None:
+        self._stack, self._resumes = stack, resumes
+        self._reports: dict[str, Report] = {}
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if name not in self._reports:
+            self._stack.close()
+            bar = progress(name, _UNITS.get(name, "samples"), resumes=self._resumes, begun=not self._resumes)
+            self._reports[name] = self._stack.enter_context(bar)
+        self._reports[name](done, total)
+
+    def say(self, text: str) -> None:
+        note(text)
+
+
+@contextlib.contextmanager
+def bars(resumes: bool = False) -> Iterator[Watch]:
+    """A watch that shows each phase of a verb on stderr; `resumes` as in `progress`."""
+    with contextlib.ExitStack() as stack:
+        yield Bars(stack, resumes)
+
+
 @contextlib.contextmanager
 def phases() -> Iterator[Callable[[str, int, int], None]]:
     """Progress of work in named phases: `report(phase, done, total)`; one bar or line a phase."""
@@ -156,4 +182,6 @@ _UNITS = {
     "finalists": "answers",
     "proof": "answers",
     "knobs": "policies",
+    "evaluate": "steps",
+    "compare": "answers",
 }

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
-    from avlprof.api.trace import trace
     from avlprof.run import RUNS, Run, latest_run
 
     if path is not None:
@@ -23,6 +22,8 @@ def run_or_newest(path: Path | None) -> Run:
     if newest is not None:
         note(f"run {newest.path} (the newest below {RUNS}/)")
         return newest
+    from avlprof.api.trace import trace
+
     note(f"no run below {RUNS}/; tracing the embedded model first")
     with progress("trace", resumes=True) as report:
         return trace(progress=report)

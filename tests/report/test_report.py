@@ -219,7 +219,7 @@ def test_the_same_input_is_the_same_file_but_for_its_date(
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     write_run(tmp_path, vision=(0, 0), decode=False, averaged=True, parts=1)
     page = Page(report_html(Run.open(tmp_path), created=DATE))
-    assert "holds averages over heads only; trace with --per-head" in page.text
+    assert "holds averages over heads only; trace with per_head" in page.text
     assert "overlap of heads" not in page.text
     assert "No figure of drift over steps" in page.text
     assert "No sample has vision tokens" in page.text

@@ -124,7 +124,7 @@ def test_a_run_larger_than_memory_is_read_by_part(tmp_path):
     assert np.array_equal(run.scores("b", ["last"])["last"], sample("b", 1)[2]["last"])
     with pytest.raises(UserError, match=r"has no scores 'extra' of sample 'b', it has .*last$"):
         run.scores("b", ["last", "extra"])
-    with pytest.raises(UserError, match=r"no scores 'last_heads' of sample 'b'.*trace with --per-head$"):
+    with pytest.raises(UserError, match=r"no scores 'last_heads' of sample 'b'.*trace with per_head$"):
         run.scores("b", ["last_heads"])
 
 

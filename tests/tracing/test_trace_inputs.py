@@ -335,7 +335,7 @@ def test_an_answer_in_the_words_of_a_sentencepiece_model(before, want):
 def test_a_run_under_a_policy_holds_what_the_policy_attends_to(tiny, tmp_path):
     plan = plan_trace(tiny, "shapes", 3, out=tmp_path, policy=POLICY, max_new_tokens=12, batch_size=1)
     run = plan.run()
-    assert run.meta.policy == f"half {POLICY.hash}"
+    assert (run.meta.policy, run.meta.policy_hash) == ("half", POLICY.hash)
     for sample in plan.samples:
         encoding = tiny.adapter.encode([sample.prompt], [sample.open_images()])
         with apply(tiny.model, POLICY), record(tiny.model) as recorder:
