@@ -1,6 +1,6 @@
 """From shares of bytes to kept ratios of layers: fitting, meeting and scaling to a budget."""
 
-from avlprof.budgets.fit import fit_keep, largest
+from avlprof.budgets.fit import fit_keep
 from avlprof.budgets.meet import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.scale import OverBudgetError, scale_to
 
@@ -8,7 +8,6 @@ __all__ = [
     "OverBudgetError",
     "ReadBudget",
     "fit_keep",
-    "largest",
     "meet_budget",
     "meet_read_budget",
     "scale_to",

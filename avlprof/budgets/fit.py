@@ -8,7 +8,7 @@ common divisor (Sainte-Laguë) does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,15 +77,6 @@ def ratio_of(count: int, tokens: int) -> float:
     while tokens_of(ratio, tokens) < count:
         ratio = round(ratio + 1e-6, 6)
     return ratio
-
-
-def largest(fits: Callable[[int], bool], top: int) -> int:
-    """The largest number in [0, `top`] that fits, where every smaller one does too; 0 is taken to fit."""
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def check_unit(name: str, value: float) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avlprof.budgets.fit import check_unit, floor_count, hand_out, largest, ratio_of
+from avlprof.bisection import largest
+from avlprof.budgets.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, Refresh, TextPolicy, live_share, read_share, tokens
 

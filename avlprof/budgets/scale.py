@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from avlprof.allocators._base import Evidence
-from avlprof.budgets.fit import check_unit, hand_out, largest, ratio_of
+from avlprof.bisection import largest
+from avlprof.budgets.fit import check_unit, hand_out, ratio_of
 from avlprof.budgets.meet import vision_share
 from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
