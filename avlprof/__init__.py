@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from avlprof.models import load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run
-    from avlprof.runtime import AVLCache, apply
+    from avlprof.runtime import AVLCache
+    from avlprof.runtime.apply import apply
     from avlprof.tasks import load_task
     from avlprof.tracing import record
     from avlprof.tuning import Tuned

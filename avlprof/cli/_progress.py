@@ -184,4 +184,5 @@ _UNITS = {
     "knobs": "policies",
     "evaluate": "steps",
     "compare": "answers",
+    "bench trace": "prefills",
 }

@@ -22,7 +22,7 @@ from avlprof.cli._bench_options import (
     told,
 )
 from avlprof.cli._output import Format, FormatOption, size
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars, progress
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
@@ -53,7 +53,7 @@ def trace(
 
     chosen = shape_of(shape, sizes)
     where, kind = place(device, dtype, threads)
-    with progress("bench trace", "prefills") as tell:
+    with bars() as watch:
         found = run_trace_bench(
             chosen,
             counts("--tokens", tokens),
@@ -62,7 +62,7 @@ def trace(
             device=where,
             dtype=kind,
             methods=METHODS if eager else METHODS[:-1],
-            progress=tell,
+            watch=watch,
         )
     told(chosen, layers, where, kind)
     rows = [asdict(cost) for cost in found]

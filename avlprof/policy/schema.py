@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -186,12 +187,26 @@ class Policy(_Part):
     def _valid(self) -> Policy:
         _check_ratio("vision_keep", self.vision_keep)
         _check_ratio("vision_compute", self.vision_compute)
+        self._check_pool()
+        self._check_lists()
+        self._check_allocator()
+        self._check_filter()
+        return self
+
+    def _check_pool(self) -> None:
         if (self.pool == "joint") != (self.joint is not None):
             raise ValueError("pool: joint needs the field joint, and only then")
-        if self.pool == "joint" and (
-            self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all
-        ):
+        if self.joint is None:
+            return
+        if self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all:
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
+        if self.joint.decoding == "evict" and self.scorer.name not in EVICTING:
+            raise ValueError(
+                f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
+                f"got {self.scorer.name}; use joint.decoding: grow"
+            )
+
+    def _check_lists(self) -> None:
         lengths = {
             name: len(value) for name, value in self._per_layer_fields().items() if isinstance(value, tuple)
         }
@@ -199,28 +214,21 @@ class Policy(_Part):
             listed = ", ".join(f"{name} has {n}" for name, n in lengths.items())
             raise ValueError(f"per-layer lists must have one length: {listed}")
         layers = next(iter(lengths.values()), 1)
-        keep = broadcast(self.vision_keep, layers)
-        for layer, (stored, computed) in enumerate(zip(keep, self.compute(layers), strict=True)):
+        for layer, (stored, computed) in enumerate(zip(self.keep(layers), self.compute(layers), strict=True)):
             if computed > stored + 1e-9:
                 raise ValueError(
                     f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
                 )
-        evicts = self.joint is not None and self.joint.decoding == "evict"
-        if evicts and self.scorer.name not in EVICTING:
-            raise ValueError(
-                f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
-                f"got {self.scorer.name}; use joint.decoding: grow"
-            )
-        if self.allocator is not None:
-            spread = self.joint.keep if self.joint else self.vision_keep
-            if isinstance(spread, tuple):
-                raise ValueError("allocator spreads one kept share over the layers; give no list beside it")
-        last = 0
-        for step in self.prefill_filter:
-            if step.after_layer <= last:
-                raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
-            last = step.after_layer
-        return self
+
+    def _check_allocator(self) -> None:
+        spread = self.joint.keep if self.joint else self.vision_keep
+        if self.allocator is not None and isinstance(spread, tuple):
+            raise ValueError("allocator spreads one kept share over the layers; give no list beside it")
+
+    def _check_filter(self) -> None:
+        layers = [0, *(step.after_layer for step in self.prefill_filter)]
+        if any(later <= before for before, later in pairwise(layers)):
+            raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
 
     def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
         return {

@@ -288,6 +288,31 @@ def test_the_printed_command_asks_for_the_same_run(changes: dict[str, object], t
 
 
 @pytest.mark.parametrize(
+    ("model", "revision", "named"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "a" * 40, True),
+        ("llava-hf/llava-1.5-7b-hf", "main", True),
+        ("llava-hf/llava-1.5-7b-hf", "", False),
+        ("models/mine", "0123456789ab", False),  # a folder and the fingerprint of its files
+        ("tiny", "0123456789ab", False),
+    ],
+)
+def test_the_command_names_the_revision_of_a_model_of_the_hub(
+    model: str, revision: str, named: bool, tmp_path: Path
+) -> None:
+    words = shlex.split(trace_command(settings(model=model, revision=revision), 3, tmp_path))
+    assert ("--revision" in words) == named
+    if named:
+        assert words[words.index("--revision") + 1] == revision
+
+
+def test_the_command_names_a_policy_whose_name_has_a_space(tmp_path: Path) -> None:
+    meta = settings(policy="my own", policy_hash="0123456789abcdef")
+    words = shlex.split(trace_command(meta, 3, tmp_path))
+    assert words[words.index("--policy") + 1] == "my own"
+
+
+@pytest.mark.parametrize(
     ("share", "text"),
     [(0.0, "0.0%"), (0.0004, "<0.1%"), (0.0123, "1.2%"), (0.0949, "9.5%"), (0.25, "25%"), (1.0, "100%")],
 )
