@@ -19,27 +19,32 @@ if TYPE_CHECKING:
     from avlprof.errors import UserError
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, compare
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
-    from avlprof.models import load_model
+    from avlprof.models import ModelSpec, load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
-    from avlprof.run import Run, latest_run
+    from avlprof.run import Run, latest_run, picture_task
     from avlprof.runtime import AVLCache
     from avlprof.runtime.apply import apply
     from avlprof.tasks import load_task
-    from avlprof.tracing import record
+    from avlprof.tracing import TraceSettings, record
     from avlprof.tuning import Tuned
+    from avlprof.watch import Watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Run": "avlprof.run",
     "latest_run": "avlprof.run",
+    "picture_task": "avlprof.run",
+    "ModelSpec": "avlprof.models",
+    "TraceSettings": "avlprof.tracing",
+    "UserError": "avlprof.errors",
+    "Watch": "avlprof.watch",
     "trace": "avlprof.api.trace",
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
     "tune": "avlprof.api.tune",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
-    "UserError": "avlprof.errors",
     "Comparison": "avlprof.evaluation.compare",
     "ComparisonSettings": "avlprof.evaluation.compare",
     "compare": "avlprof.evaluation.compare",
@@ -62,10 +67,13 @@ __all__ = [
     "ComparisonSettings",
     "Evaluation",
     "EvaluationSettings",
+    "ModelSpec",
     "Policy",
     "Run",
+    "TraceSettings",
     "Tuned",
     "UserError",
+    "Watch",
     "apply",
     "compare",
     "evaluate",
@@ -74,6 +82,7 @@ __all__ = [
     "load_model",
     "load_policy",
     "load_task",
+    "picture_task",
     "record",
     "save_policy",
     "smallest",

@@ -14,6 +14,7 @@ from avlprof.errors import UserError
 from avlprof.models import LoadedModel, load_model
 from avlprof.run import RUNS, Run, latest_run
 from avlprof.tasks import Task, load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Smallest, Space, Sweep, Tuned, read_meta
 from avlprof.tuning.smallest import smallest as run_smallest
 from avlprof.tuning.study import check_folder, model_of
@@ -232,9 +233,8 @@ class _Asked:
             found or _run_of_study(folder, self.loaded) or latest_run(loaded=self.loaded, task=self.task.name)
         )
         if found is None:
-            tell = None if progress is None else (lambda done, total: progress("trace", done, total))
             few = len(self.task.samples("search", TRACED_SAMPLES))
-            found = trace(self.loaded, self.task, few, max_new_tokens=max_new_tokens, progress=tell)
+            found = trace(self.loaded, self.task, few, TraceSettings(max_new_tokens=max_new_tokens))
         found.check_model(self.loaded)
         return found
 

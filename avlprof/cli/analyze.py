@@ -11,6 +11,7 @@ import typer
 
 from avlprof.analysis.statistics import VIEWS
 from avlprof.cli import _options as given
+from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -22,7 +23,6 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import bars
-from avlprof.cli.runs import run_or_newest
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:

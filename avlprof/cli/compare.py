@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import model_options, parse_shares, task_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -21,6 +21,7 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.allocators._base import Evidence
@@ -28,15 +29,19 @@ if TYPE_CHECKING:
     from avlprof.models import LoadedModel
     from avlprof.policy import Policy
     from avlprof.tasks import Task
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer()
 
 TRACED_SAMPLES = 32
-_DATASET = "Hugging Face datasets"
 
 
 @app.command("compare")
+@model_options
+@task_options
 def compare_policies(
+    spec: ModelSpec,
+    source: TaskSpec,
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="Shares of the dense prompt KV, such as 0.1,0.2,0.4.")
     ] = "0.2,0.4",
@@ -52,10 +57,6 @@ def compare_policies(
         list[str] | None,
         typer.Option("--baseline", help="Only this baseline; repeat. By default all that ship."),
     ] = None,
-    model: given.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many of each split; by default the task's.")
     ] = None,
@@ -64,9 +65,7 @@ def compare_policies(
         str,
         typer.Option("--select-split", help="Split that picks the strongest baseline; 'none' picks none."),
     ] = "search",
-    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
-    max_new_tokens: given.MaxNewTokensOption = None,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -77,20 +76,6 @@ def compare_policies(
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
-    ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
     ] = None,
     form: FormatOption = Format.table,
 ) -> None:
@@ -103,39 +88,32 @@ def compare_policies(
     from avlprof.evaluation.compare import compare
     from avlprof.models import load_model
     from avlprof.policy import find_policy
-    from avlprof.tasks import load_task
 
-    budgets = given.parse_shares("--budget", budget)
+    budgets = parse_shares("--budget", budget)
     mine = [find_policy(name) for name in policy or []]
     tuned = _winners(study or [])
     baselines = [find_policy(name) for name in baseline] if baseline else None
-    source = load_task(
-        task, metric=metric, max_new_tokens=max_new_tokens, columns=columns, split=dataset_split,
-        config=dataset_config,
-    )  # fmt: skip
-    source.samples(split, samples)
-    folder = out or Path("comparisons") / re.sub(
-        r"[^\w.-]+", "-", f"{Path(model).name}-{source.name}-{split}"
-    )
-    loaded = load_model(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    task = source.load()
+    task.samples(split, samples)
+    label = f"{Path(spec.name).name}-{task.name}-{split}"
+    folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
+    loaded = load_model(spec)
     settings = ComparisonSettings(
         split=split,
         select_split=None if select_split == "none" else select_split,
         samples=samples,
         batch_size=batch_size,
         baselines=baselines,
-        evidence=lambda: _evidence(loaded, source, run),
+        evidence=lambda: _evidence(loaded, task, run),
     )
     store = AnswerStore(folder / "parts")
     with bars() as watch:
         comparison = compare(
-            loaded, source, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
+            loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )
     wrote = _write(comparison, folder)
     _print(comparison, form)
-    finished(wrote, f"avlprof tune --model {model} --task {task} --budget {budgets[0]:g}")
+    finished(wrote, f"avlprof tune --model {spec.name} --task {source.name} --budget {budgets[0]:g}")
 
 
 def _winners(folders: list[Path]) -> list[Policy]:

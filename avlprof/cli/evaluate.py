@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import model_options, task_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -20,36 +20,33 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Evaluation
     from avlprof.policy import Policy
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer()
 
 
-_DATASET = "Hugging Face datasets"
-
-
 @app.command("evaluate")
+@model_options
+@task_options
 def evaluate_policies(
+    spec: ModelSpec,
+    source: TaskSpec,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             "--policy", help="Policy file or shipped name; repeat to compare. By default all shipped."
         ),
     ] = None,
-    model: given.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many samples; by default as the task says.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Which split of the task.")] = "held-out",
-    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
-    max_new_tokens: given.MaxNewTokensOption = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Add uniform and random at equal bytes.")
     ] = True,
@@ -63,20 +60,6 @@ def evaluate_policies(
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default evaluations/<model>-<task>-<split>."),
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
-    ] = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Accuracy, fidelity, KV bytes and speed of policies beside the dense model.
@@ -86,7 +69,6 @@ def evaluate_policies(
     from avlprof.evaluation import AnswerStore, EvaluationSettings
     from avlprof.evaluation.evaluate import evaluate
     from avlprof.models import load_model
-    from avlprof.tasks import load_task
 
     policies = _policies(policy)
     settings = EvaluationSettings(
@@ -97,22 +79,13 @@ def evaluate_policies(
         fidelity=fidelity,
         latency=latency,
     )
-    source = load_task(
-        task,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        columns=columns,
-        split=dataset_split,
-        config=dataset_config,
-    )
-    source.samples(split, samples)
-    folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{model}-{source.name}-{split}")
+    task = source.load()
+    task.samples(split, samples)
+    folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
     store = AnswerStore(folder / "parts")
-    loaded = load_model(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    loaded = load_model(spec)
     with bars() as watch:
-        evaluation = evaluate(loaded, source, policies, settings, store=store, watch=watch)
+        evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
     wrote = _write(evaluation, folder)
     _print(evaluation, form)
     name = policy[0] if policy else policies[0].name

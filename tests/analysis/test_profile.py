@@ -18,7 +18,7 @@ from avlprof.errors import UserError
 from avlprof.policy import PromptShape
 from avlprof.runs import RunDirectory, RunWriter
 from tests.synthetic_run import LAYERS, MODALITIES, STEPS, settings, write_run
-from tests.watched import Counted
+from tests.watching import Counted
 
 VISION = (23, 40, 17, 40, 31)
 

@@ -21,7 +21,7 @@ from avlprof.bench.shapes import (
 )
 from avlprof.bench.trace import METHODS, median_interval, run_trace_bench
 from avlprof.errors import UserError
-from tests.watched import Counted
+from tests.watching import Counted
 
 SMALL = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 60}
 

@@ -50,7 +50,7 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.tasks import Sample, Task, load_task
-from tests.watched import Counted
+from tests.watching import Counted
 
 LAYERS = 5
 BASELINES = sorted(name for name in shipped() if "/" not in name)

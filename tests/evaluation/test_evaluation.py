@@ -43,7 +43,7 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.tasks import load_task
-from tests.watched import Counted
+from tests.watching import Counted
 
 LAYERED = Policy(
     name="layered", vision_keep=(0.6, 0.3, 0.2, 0.1, 0.4, 0.2), vision_compute=0.1, refresh_interval=4

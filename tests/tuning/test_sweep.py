@@ -20,6 +20,7 @@ from avlprof.evaluation import paired_difference
 from avlprof.models import load_model
 from avlprof.plots.front import budget_front, budget_front_info
 from avlprof.policy import load_policy
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Candidate, Settings, Space
 from avlprof.tuning.candidate import STARTS, noted_starts
 from avlprof.tuning.smallest import smallest as smallest_verb
@@ -38,7 +39,9 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    return avlprof.trace(tiny, TASK, 2, out=tmp_path_factory.mktemp("run") / "run", max_new_tokens=LIMIT)
+    return avlprof.trace(
+        tiny, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=tmp_path_factory.mktemp("run") / "run"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from avlprof.policy import (
 from avlprof.run import Run
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Space, export_policy, read_meta, read_study
 from avlprof.tuning.study import finalists
 from tests.search_space import outcome
@@ -80,7 +81,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def study(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("tuning")
-    run = avlprof.trace(tiny, TASK, 3, out=root / "run", max_new_tokens=LIMIT)
+    run = avlprof.trace(tiny, TASK, 3, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
     phases = []
     tuned = tune_verb(
         tiny,
