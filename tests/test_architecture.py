@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import avlprof
+from tests.synthetic_run import write_run
 
 ROOT = Path(avlprof.__file__).parent
 ORDER = (
@@ -34,7 +35,7 @@ ORDER = (
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
-    ("_lazy", "files", "locks", "registry", "versions", "watch"),
+    ("_lazy", "bisection", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
 """Parts of the package from top to bottom, as `docs/design.md` lists them; those of one line are
@@ -148,6 +149,30 @@ assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking 
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_analyzed_and_reported_without_torch(tmp_path):
+    """Neither opening a run, nor its profile, figures and report load a model library."""
+    write_run(tmp_path / "run", vision=(5, 4))
+    program = f"""
+import sys
+
+def check(what):
+    heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+    assert not heavy, (what, heavy)
+
+import avlprof.analysis, avlprof.run, avlprof.report, avlprof.cli.analyze, avlprof.cli.report
+check("import")
+from typer.testing import CliRunner
+from avlprof.cli._app import app
+for words in (["analyze", "--figures"], ["report", "--policy", "uniform"], ["derive", "--budget", "0.8"]):
+    done = CliRunner().invoke(app, [words[0], {str(tmp_path / "run")!r}, *words[1:]])
+    assert done.exit_code == 0, done.output
+    check(words)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_public_names():

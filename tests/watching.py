@@ -1,4 +1,4 @@
-"""A watch that hands what it is told to a function."""
+"""Watches that remember what they are told, or hand it to a function."""
 
 from __future__ import annotations
 
@@ -15,3 +15,16 @@ class Counts(Watch):
 
     def phase(self, name: str, done: int, total: int) -> None:
         self._count(done, total)
+
+
+class Counted(Watch):
+    """Remembers `(done, total)` of every phase, in `calls`, and the phases' names, in `phases`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.phases: list[str] = []
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self.calls.append((done, total))
+        if name not in self.phases:
+            self.phases.append(name)

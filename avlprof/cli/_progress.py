@@ -185,4 +185,6 @@ _UNITS = {
     "proof": "answers",
     "knobs": "policies",
     "evaluate": "steps",
+    "compare": "answers",
+    "bench trace": "prefills",
 }

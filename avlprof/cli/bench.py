@@ -53,7 +53,7 @@ def trace(
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench trace", "prefills") as tell:
+    with bars() as watch:
         costs = run_trace_bench(
             chosen,
             counts("--tokens", tokens),
@@ -62,7 +62,7 @@ def trace(
             device=where,
             dtype=kind,
             methods=METHODS if eager else METHODS[:-1],
-            progress=tell,
+            watch=watch,
         )
     describe(chosen, layers, where, kind)
     rows = [asdict(cost) for cost in costs]

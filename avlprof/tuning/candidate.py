@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avlprof.allocators import Evidence, make_allocator
-from avlprof.budgets import meet_budget, meet_read_budget, vision_share
+from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy, live_share
@@ -30,16 +30,8 @@ def spread_reads(
     Raises:
         UserError: system, text and refreshes alone read more; `Space.within` keeps such policies out.
     """
-    compute = meet_read_budget(
-        policy.keep(len(shares)),
-        prompts,
-        policy.refresh_interval,
-        read_budget,
-        answer_tokens,
-        policy.text,
-        shares,
-        refresh=policy.refresh,
-    )
+    reads = ReadBudget(read_budget, answer_tokens, policy.refresh_interval, policy.refresh)
+    compute = meet_read_budget(policy.keep(len(shares)), prompts, reads, policy.text, shares)
     return policy.model_copy(update={"vision_compute": compute})
 
 

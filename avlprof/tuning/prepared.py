@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Answer, AnswerStore, generate_answers
+from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.files import write_text
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, ScorerSpec, live_share
@@ -62,10 +62,7 @@ class Generated:
                 self._loaded,
                 self._asked[start : start + BATCH],
                 policy,
-                max_new_tokens=self._limit,
-                batch_size=BATCH,
-                metric=self._task.metric,
-                lengths=self._lengths,
+                AnswerSettings(self._limit, BATCH, self._task.metric, self._lengths),
                 store=self._store,
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
-from avlprof.evaluation.evaluate import evaluate
+from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
 from avlprof.tuning.candidate import Budget
@@ -21,6 +21,7 @@ from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.shortlist import PlayOff
 from avlprof.versions import __version__, versions
+from avlprof.watch import SILENT, Part, Watch
 
 WORST_SD = 1.0
 """Standard deviation of a paired difference of scores in [0, 1] at its worst: half +1, half -1."""
@@ -121,21 +122,23 @@ def prove(
     settings: Settings,
     *,
     store: AnswerStore | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> Evaluation:
     """Generate on held-out samples: dense, the winner, and its rivals; random with three seeds."""
     return evaluate(
         prepared.loaded,
         prepared.task,
         [winner, *others],
-        split=settings.proof_split,
-        samples=settings.proof_samples,
-        max_new_tokens=prepared.limit,
-        batch_size=32,
-        fidelity=False,
-        latency=False,
+        EvaluationSettings(
+            split=settings.proof_split,
+            samples=settings.proof_samples,
+            max_new_tokens=prepared.limit,
+            batch_size=32,
+            fidelity=False,
+            latency=False,
+        ),
         store=store,
-        progress=progress,
+        watch=Part(watch, "proof"),
     )
 
 

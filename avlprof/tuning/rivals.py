@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from avlprof.allocators import Evidence
-from avlprof.budgets import meet_budget
-from avlprof.budgets.scale import at_budget
+from avlprof.budgets import meet_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
 from avlprof.policy import (
@@ -101,7 +100,7 @@ def _within(policy: Policy, live: float, reads: float, budget: Budget, evidence:
     prompts, layers = budget.prompts, evidence.layers
 
     def at(share: float) -> Policy:
-        return at_budget(policy, share, prompts, layers, evidence)
+        return scale_to(policy, share, prompts, layers, evidence)
 
     def read(some: Policy) -> float:
         return read_share(some, prompts, layers, budget.answer_tokens)

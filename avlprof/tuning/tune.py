@@ -32,6 +32,7 @@ from avlprof.tuning.shortlist import PlayOff, play_off
 from avlprof.tuning.space import Space
 from avlprof.tuning.study import check_folder, claim_study, finalists, study_meta
 from avlprof.tuning.workers import Crew
+from avlprof.watch import Watch
 
 OnTrial = Callable[[optuna.Study, FrozenTrial], None]
 Told = Callable[[str], None]
@@ -209,6 +210,16 @@ def search(
     return Search(prepared, settings, budget, folder, study, refined, played, start)
 
 
+class _Telling(Watch):
+    """Hands phases on to a callback."""
+
+    def __init__(self, tell: Progress) -> None:
+        self._tell = tell
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._tell(name, done, total)
+
+
 def prove_winner(found: Search, *, progress: Progress | None = None, told: Told | None = None) -> Tuned:
     """Generate on held-out samples with the winner and its rivals, and write policy and proof."""
     tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
@@ -229,7 +240,7 @@ def prove_winner(found: Search, *, progress: Progress | None = None, told: Told 
             others,
             settings,
             store=AnswerStore(found.folder / "answers"),
-            progress=lambda d, t: tell("proof", d, t),
+            watch=_Telling(tell),
         )
         judged = verdict(proof, played.winner.policy.name, strongest.name, settings.margin)
         name = found.folder.resolve().name

@@ -13,7 +13,7 @@ import torch
 
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore, generate_answers
+from avlprof.evaluation import AnswerSettings, AnswerStore, generate_answers
 from avlprof.plots.knobs import knob_effects, knob_effects_info
 from avlprof.policy import Policy, PromptShape, parse_policy
 from avlprof.runtime.forced import ForcedScore, ForcedSet
@@ -100,7 +100,7 @@ def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     study.optimize(Objective(made, evidence, budget, space, "accuracy"), n_trials=2)
     for trial in study.trials:
         policy = parse_policy(trial.user_attrs["policy"])
-        answers = generate_answers(tiny, few, policy, max_new_tokens=8, batch_size=1, metric=task.metric)
+        answers = generate_answers(tiny, few, policy, AnswerSettings(8, 1, task.metric))
         assert trial.value == pytest.approx(1 - np.mean([answer.score for answer in answers]))
         assert trial.user_attrs["complete"]
     assert made.metric(None).shape == (6,)

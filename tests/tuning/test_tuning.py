@@ -24,7 +24,7 @@ from avlprof.api.tune import tune as tune_verb
 from avlprof.cli import main
 from avlprof.cli._app import app
 from avlprof.errors import UserError
-from avlprof.evaluation import generate_answers
+from avlprof.evaluation import AnswerSettings, generate_answers
 from avlprof.locks import FolderLock
 from avlprof.policy import (
     dump_policy,
@@ -112,9 +112,7 @@ def test_the_metric_decides_among_the_finalists(study, tiny):
     scores = []
     for trial in best:
         policy = parse_policy(trial.user_attrs["policy"])
-        answers = generate_answers(
-            tiny, samples, policy, max_new_tokens=LIMIT, batch_size=32, metric=task.metric
-        )
+        answers = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 32, task.metric))
         scores.append(np.mean([answer.score for answer in answers]))
     assert study.tuned.policy.provenance.trial == best[int(np.argmax(scores))].number
 
