@@ -34,7 +34,7 @@ ORDER = (
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
-    ("_lazy", "files", "locks", "registry", "versions", "watch"),
+    ("_lazy", "bisection", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
 """Parts of the package from top to bottom, as `docs/design.md` lists them; those of one line are

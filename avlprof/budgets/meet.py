@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from avlprof.bisection import largest
 from avlprof.budgets.fit import (
     check_unit,
     floor_count,
@@ -175,16 +176,10 @@ def _most(
         used = sum(times * shape.total * share(candidate, [shape]) for shape, times in shapes.items())
         return used / dense <= budget + 1e-12
 
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    while low > 0 and share(policy(low), prompts) > budget:
-        low -= 1
-    return low
+    total = largest(fits, top)
+    while total > 0 and share(policy(total), prompts) > budget:
+        total -= 1
+    return total
 
 
 def _up(share: float) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from avlprof.allocators._base import Evidence
+from avlprof.bisection import largest
 from avlprof.budgets.fit import check_unit, hand_out, ratio_of
 from avlprof.budgets.meet import vision_share
 from avlprof.budgets.resolve import resolved
@@ -68,11 +69,7 @@ def at_budget(
     make, top = _joint(shaped, prompts, layers) if shaped.joint else _split(shaped, prompts, layers)
     if used(make(0)) > budget:
         raise OverBudgetError(policy, budget, used(make(0)))
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if used(make(middle)) <= budget else (low, middle)
-    best = make(low)
+    best = make(largest(lambda total: used(make(total)) <= budget, top))
     return shaped if used(best) <= used(shaped) <= budget else best
 
 
