@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from avlprof.runtime import AVLCache, apply
     from avlprof.tasks import load_task
     from avlprof.tracing import record
-    from avlprof.tuning import Tuned
+    from avlprof.tuning import Settings, Space, Study, Tuned
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,9 @@ _HOMES = {
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
     "tune": "avlprof.api.tune",
+    "Settings": "avlprof.tuning",
+    "Space": "avlprof.tuning",
+    "Study": "avlprof.tuning",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
     "evaluate": "avlprof.evaluation.evaluate",
@@ -50,6 +53,9 @@ __all__ = [
     "AVLCache",
     "Policy",
     "Run",
+    "Settings",
+    "Space",
+    "Study",
     "Tuned",
     "apply",
     "evaluate",

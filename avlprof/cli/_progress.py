@@ -1,4 +1,4 @@
-"""Keeps the chatter of libraries off stderr."""
+"""How far work is, on stderr: a bar on a terminal, lines elsewhere, and no chatter of libraries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from avlprof.cli._output import note
+from avlprof.watch import Watch
 
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -24,18 +25,18 @@ def quiet_libraries() -> Iterator[None]:
     """
     set_here = {name: value for name, value in _QUIET.items() if name not in os.environ}
     root, own = logging.getLogger(), logging.getLogger("avlprof")
-    silent, told = logging.NullHandler(), logging.StreamHandler()
-    told.setFormatter(logging.Formatter("warning: %(message)s"))
-    told.setLevel(logging.WARNING)
+    silent, own_lines = logging.NullHandler(), logging.StreamHandler()
+    own_lines.setFormatter(logging.Formatter("warning: %(message)s"))
+    own_lines.setLevel(logging.WARNING)
     os.environ.update(set_here)
     root.addHandler(silent)
-    own.addHandler(told)
+    own.addHandler(own_lines)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        own.removeHandler(told)
+        own.removeHandler(own_lines)
         root.removeHandler(silent)
         for name in set_here:
             os.environ.pop(name, None)
@@ -62,21 +63,21 @@ def progress(
 
 
 def _lines(label: str, unit: str, resumes: bool, begun: bool) -> Report:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     before: int | None = None if resumes or begun else 0
 
     def report(done: int, total: int) -> None:
-        nonlocal began, told, before
+        nonlocal began, reported, before
         now = time.monotonic()
         if before is None:
-            before, began, told = done, now, now
+            before, began, reported = done, now, now
             if resumes and done:
                 note(f"{label}: {done} of {total} {unit} were done before")
             if not begun or done < total:
                 return
-        if done < total and now - told < EVERY_SECONDS:
+        if done < total and now - reported < EVERY_SECONDS:
             return
-        told = now
+        reported = now
         rate = (done - before) / (now - began) if now > began else 0.0
         left = f", {duration((total - done) / rate)} left" if done < total and rate > 0 else ""
         speed = f", {rate:.3g} {unit}/s" if rate > 0 else ""
@@ -111,14 +112,14 @@ def _bar(label: str, unit: str) -> Iterator[Report]:
         Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: list[Any] = []
 
         def report(done: int, total: int) -> None:
             if tasks:
-                shown.update(tasks[0], completed=done, total=total)
+                bar.update(tasks[0], completed=done, total=total)
             else:
-                tasks.append(shown.add_task(label, total=total, completed=done))
+                tasks.append(bar.add_task(label, total=total, completed=done))
 
         yield report
 
@@ -131,6 +132,31 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Bars(Watch):
+    """Shows each phase of a verb as a bar or as lines, one after the other."""
+
+    def __init__(self, stack: contextlib.ExitStack, resumes: bool = False) -> None:
+        self._stack, self._resumes = stack, resumes
+        self._reports: dict[str, Report] = {}
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if name not in self._reports:
+            self._stack.close()
+            bar = progress(name, _UNITS.get(name, "samples"), resumes=self._resumes, begun=not self._resumes)
+            self._reports[name] = self._stack.enter_context(bar)
+        self._reports[name](done, total)
+
+    def say(self, text: str) -> None:
+        note(text)
+
+
+@contextlib.contextmanager
+def bars(resumes: bool = False) -> Iterator[Watch]:
+    """A watch that shows each phase of a verb on stderr; `resumes` as in `progress`."""
+    with contextlib.ExitStack() as stack:
+        yield Bars(stack, resumes)
 
 
 @contextlib.contextmanager
@@ -156,4 +182,5 @@ _UNITS = {
     "finalists": "answers",
     "proof": "answers",
     "knobs": "policies",
+    "evaluate": "steps",
 }

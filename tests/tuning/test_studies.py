@@ -30,14 +30,14 @@ from avlprof.tasks import load_task
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.reading import overview, studies_below
-from avlprof.tuning.storages.journal import FolderPlace
-from avlprof.tuning.study import claim_folder, open_study
-from avlprof.tuning.trials import note_asked, run_trials
-from avlprof.tuning.workers import Crew, join
-from tests.fake_study import Sleepy, Starts
+from avlprof.tuning.storages.journal import FolderStorage
+from avlprof.tuning.study import claim_folder
+from avlprof.tuning.trials import note_goal, run_trials
+from avlprof.tuning.workers import Workers, join
+from tests.fake_study import Sleepy
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def meta(**changed):
@@ -64,7 +64,7 @@ class Noted(Sleepy):
 
 def run(folder, trials, **changed):
     claim_folder(folder, meta(**changed))
-    return run_trials(folder, Settings(trials=trials, prune=False), Starts(), Noted())
+    return run_trials(FolderStorage(folder), Settings(trials=trials, prune=False), Noted())
 
 
 def prove(folder):
@@ -85,7 +85,7 @@ def root(tmp_path_factory):
     prove(root / "done")
     run(root / "searched", 6)
     run(root / "sweep" / "half", 5, read_budget=0.1, task="docs")
-    open_study(FolderPlace(root / "sweep" / "half")).set_user_attr("trials", 40)
+    FolderStorage(root / "sweep" / "half").open().set_user_attr("trials", 40)
     claim_folder(root / "fresh", meta(budget=0.4))
     (root / "no study").mkdir()
     return root
@@ -123,10 +123,10 @@ def test_ls_without_studies_says_how_to_make_one(tmp_path):
 
 
 def test_a_study_at_work_is_running(root):
-    place = FolderPlace(root / "sweep" / "half")
-    with place.join(True):
-        assert overview(place.folder).state == "running"
-    assert overview(place.folder).state == "stopped"
+    storage = FolderStorage(root / "sweep" / "half")
+    with storage.join(True):
+        assert overview(storage.folder).state == "running"
+    assert overview(storage.folder).state == "stopped"
 
 
 def test_studies_are_found_at_any_depth(root):
@@ -240,7 +240,7 @@ def test_evidence_comes_back_bit_by_bit():
 
 
 def test_evidence_is_made_once_and_waited_for(tmp_path):
-    place, made, found = FolderPlace(tmp_path), [], []
+    storage, made, found = FolderStorage(tmp_path), [], []
 
     def make():
         time.sleep(0.05)
@@ -248,10 +248,10 @@ def test_evidence_is_made_once_and_waited_for(tmp_path):
         return Evidence(2, 9, coverage=made[-1])
 
     def ask():
-        found.append(shared_evidence(place, make))
+        found.append(shared_evidence(storage, make))
 
     with pytest.raises(UserError, match="is not begun; begin it with 'avlprof tune'"):
-        read_evidence(place)
+        read_evidence(storage)
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -260,11 +260,11 @@ def test_evidence_is_made_once_and_waited_for(tmp_path):
     assert len(made) == 1
     for evidence in found:
         np.testing.assert_array_equal(evidence.coverage, made[0])
-    open_study(place)
-    np.testing.assert_array_equal(read_evidence(place).coverage, made[0])
+    storage.open()
+    np.testing.assert_array_equal(read_evidence(storage).coverage, made[0])
     (tmp_path / "evidence.json").write_text("[1]")
     with pytest.raises(UserError, match="cannot be read"):
-        read_evidence(place)
+        read_evidence(storage)
 
 
 # --- joining ---
@@ -279,15 +279,15 @@ def tuned(tmp_path_factory):
     root = tmp_path_factory.mktemp("tuned")
     loaded = load_model("tiny", device="cpu")
     traced = avlprof.trace(loaded, TASK, 2, out=root / "run", max_new_tokens=LIMIT)
-    settings = {"trials": 9, "refine": 0, "samples": SAMPLES, "proof_samples": 2, "max_new_tokens": LIMIT}
-    avlprof.tune(loaded, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
+    settings = Settings(trials=9, refine=0, samples=SAMPLES, proof_samples=2, max_new_tokens=LIMIT)
+    avlprof.tune(loaded, TASK, BUDGET, settings, run=traced, out=root / "study")
     return loaded, traced, root / "study"
 
 
 def begun(tuned, folder):
     """The same study, begun elsewhere and without any trial."""
     _, traced, study = tuned
-    place = FolderPlace(folder)
+    storage = FolderStorage(folder)
     claim_folder(folder, read_meta(study))
     damage = json.loads((study / "probe.json").read_text())
     evidence = replace(
@@ -295,9 +295,9 @@ def begun(tuned, folder):
         damage=np.array(damage["damage"]),
         damage_levels=np.array(damage["levels"]),
     )
-    shared_evidence(place, lambda: evidence)
-    note_asked(place, Settings(trials=9))
-    return place
+    shared_evidence(storage, lambda: evidence)
+    note_goal(storage, Settings(trials=9))
+    return storage
 
 
 def outcome(study):
@@ -314,14 +314,14 @@ def test_who_joins_searches_what_the_study_says(tuned, tmp_path):
 
 def test_another_task_or_a_study_not_begun_is_refused(tuned, tmp_path):
     loaded, _, study = tuned
-    place = begun(tuned, tmp_path / "here")
+    storage = begun(tuned, tmp_path / "here")
     with pytest.raises(UserError, match=f"task: '{TASK}' here, 'shapes:count' asked; sample_hash"):
-        join(loaded, load_task("shapes:count"), place)
+        join(loaded, load_task("shapes:count"), storage)
     with pytest.raises(UserError, match="is not a study"):
-        join(loaded, load_task(TASK), FolderPlace(tmp_path / "none"))
+        join(loaded, load_task(TASK), FolderStorage(tmp_path / "none"))
     claim_folder(tmp_path / "claimed", read_meta(study))
     with pytest.raises(UserError, match="is not begun; begin it with 'avlprof tune'"):
-        join(loaded, load_task(TASK), FolderPlace(tmp_path / "claimed"))
-    assert read_study(place.folder).trials == []
+        join(loaded, load_task(TASK), FolderStorage(tmp_path / "claimed"))
+    assert read_study(storage.folder).trials == []
     with pytest.raises(UserError, match=r"workers must be 1 or more, got 0"):
-        Crew(workers=0)
+        Workers(0)

@@ -1,0 +1,28 @@
+"""A watch that notes all that it is told."""
+
+from __future__ import annotations
+
+from avlprof.watch import Watch
+
+
+class Notes(Watch):
+    """`phases` are `(name, done, total)`; trials are noted by number."""
+
+    def __init__(self):
+        self.phases, self.trials, self.budgets, self.sentences = [], [], [], []
+
+    def phase(self, name, done, total):
+        self.phases.append((name, done, total))
+
+    def trial(self, study, trial):
+        self.trials.append(trial.number)
+
+    def budget(self, budget):
+        self.budgets.append(budget)
+
+    def say(self, text):
+        self.sentences.append(text)
+
+    def counts(self, name):
+        """What was done, and of how much, in one phase."""
+        return [(done, total) for phase, done, total in self.phases if phase == name]
