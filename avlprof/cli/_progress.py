@@ -183,4 +183,5 @@ _UNITS = {
     "proof": "answers",
     "knobs": "policies",
     "evaluate": "steps",
+    "bench tune": "steps",
 }

@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from optuna.trial import create_trial
 from typer.testing import CliRunner
 
 import avlprof
@@ -25,7 +26,7 @@ from avlprof.allocators import Evidence
 from avlprof.cli.studies import app
 from avlprof.errors import UserError
 from avlprof.models import load_model
-from avlprof.policy import Policy, Provenance, Score, save_policy
+from avlprof.policy import Policy, Provenance, Score, dump_policy, load_policy, save_policy
 from avlprof.tasks import load_task
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
@@ -151,6 +152,40 @@ def test_show_gives_the_best_whole_trials(root):
     assert "10 of 10 trials, proved" in table.stderr
     assert "scorer b instead of None: +0.5000 [+0.2500, +0.7500]" in table.stderr
     assert str(root / "done" / "policy.yaml") in table.stderr
+
+
+def test_a_study_is_opened_and_read(root):
+    study = avlprof.Study.open(root / "done")
+    assert (study.meta.model, study.overview().state, study.overview().done) == ("tiny", "proved", 10)
+    whole = sorted((t.value, t.number) for t in study.optuna().trials if t.user_attrs["complete"])
+    table = study.trials()
+    assert list(zip(table["score"], table["trial"], strict=True)) == whole
+    assert {"live", "read", "samples", "x", "kind"} <= set(table.columns)
+    assert study.trials(best=2).equals(table.head(2))
+    assert study.importances().empty
+    assert study.export() == load_policy(root / "done" / "policy.yaml")
+    with pytest.raises(UserError, match="has no trial yet"):
+        avlprof.Study.open(str(root / "fresh")).trials()
+    with pytest.raises(UserError, match="is not a study"):
+        avlprof.Study.open(root / "no study")
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("fidelity", "KL to dense 0.1250 nat per token on 4 of 4 samples"),
+        ("likelihood", "negative log-likelihood 0.1250 nat per token on 4 of 4 samples"),
+        ("accuracy", "1 - task metric 0.1250 on 4 of 4 samples"),
+    ],
+)
+def test_an_exported_trial_says_what_it_was_scored_by(tmp_path, objective, said):
+    claim_folder(tmp_path, meta(objective=objective))
+    study = FolderStorage(tmp_path).open()
+    policy = dump_policy(Policy(vision_keep=(0.5, 0.25)))
+    attributes = {"policy": policy, "complete": True, "samples": 4, "live_share": 0.2, "read_share": 0.1}
+    study.add_trial(create_trial(value=0.125, user_attrs=attributes))
+    notes = avlprof.Study.open(tmp_path).export(trial=0).provenance.notes
+    assert notes == f"{said} of split 'search'; not proved on held-out samples"
 
 
 def test_show_refuses_what_is_no_study(root):
