@@ -15,20 +15,28 @@ from avlprof._lazy import exports
 if TYPE_CHECKING:
     from avlprof.api.trace import trace
     from avlprof.api.tune import smallest, sweep, tune
+    from avlprof.errors import UserError
     from avlprof.evaluation.evaluate import evaluate
-    from avlprof.models import load_model
+    from avlprof.models import ModelSpec, load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
-    from avlprof.run import Run, latest_run
-    from avlprof.runtime import AVLCache, apply
+    from avlprof.run import Run, latest_run, picture_task
+    from avlprof.runtime import AVLCache
+    from avlprof.runtime.apply import apply
     from avlprof.tasks import load_task
-    from avlprof.tracing import record
+    from avlprof.tracing import TraceSettings, record
     from avlprof.tuning import Settings, Space, Study, Tuned
+    from avlprof.watch import Watch
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Run": "avlprof.run",
     "latest_run": "avlprof.run",
+    "picture_task": "avlprof.run",
+    "ModelSpec": "avlprof.models",
+    "TraceSettings": "avlprof.tracing",
+    "UserError": "avlprof.errors",
+    "Watch": "avlprof.watch",
     "trace": "avlprof.api.trace",
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
@@ -51,12 +59,16 @@ _HOMES = {
 
 __all__ = [
     "AVLCache",
+    "ModelSpec",
     "Policy",
     "Run",
     "Settings",
     "Space",
     "Study",
+    "TraceSettings",
     "Tuned",
+    "UserError",
+    "Watch",
     "apply",
     "evaluate",
     "find_policy",
@@ -64,6 +76,7 @@ __all__ = [
     "load_model",
     "load_policy",
     "load_task",
+    "picture_task",
     "record",
     "save_policy",
     "smallest",

@@ -41,8 +41,8 @@ class Registry(Generic[T]):
         """The object of a name; `UserError` with the nearest names when it is not known."""
         if name in self._builtin:
             module, attribute = self._builtin[name].split(":")
-            found: T = getattr(import_module(module), attribute)
-            return found
+            strategy: T = getattr(import_module(module), attribute)
+            return strategy
         for plugin in entry_points(group=self._group):
             if plugin.name == name:
                 loaded: T = plugin.load()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,20 +23,20 @@ from avlprof.tasks.splits import ALL
 
 if TYPE_CHECKING:
     from avlprof.models import LoadedModel
-    from avlprof.tracing.trace import Progress
 
 ImageLike = str | Path | Image.Image
 NAME = "pictures"
 
 
-def own_task(images: Sequence[ImageLike], prompt: str | None) -> Task:
-    """A task of one sample: these pictures and this prompt.
+def picture_task(images: ImageLike | Sequence[ImageLike], prompt: str | None) -> Task:
+    """A task of one sample: your own picture, or several, and a prompt.
 
     The sample's id comes from prompt and pixels, so that tracing it again adds nothing.
 
     Raises:
         UserError: a picture or the prompt is missing, or a picture cannot be read.
     """
+    images = [images] if isinstance(images, str | Path | Image.Image) else list(images)
     if not images:
         raise UserError("prompt needs a picture; give image, or leave prompt out to trace a task")
     if prompt is None or not prompt.strip():
@@ -83,9 +83,9 @@ def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> l
         except UserError as error:
             raise UserError(f"the pictures of run {run.path} need its task ({error}); give task") from None
     most = len(run.samples())
-    for found in islice(task.stream(run.meta.split), most):
-        if found.id == sample:
-            return [picture for message in found.messages() for picture in message.pictures()]
+    for entry in islice(task.stream(run.meta.split), most):
+        if entry.id == sample:
+            return [picture for message in entry.messages() for picture in message.pictures()]
     raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")
 
 
@@ -123,7 +123,7 @@ class Run:
         """With what it was traced."""
         return self.directory.meta
 
-    def profile(self, progress: Progress | None = None) -> Profile:
+    def profile(self, progress: Callable[[int, int], None] | None = None) -> Profile:
         """What the model attends to, per layer; computed once and saved in the run directory."""
         return Profile.of(self.directory, progress)
 
@@ -168,12 +168,12 @@ def latest_run(
 
     For a model only dense runs count: what it attends to under a policy is not what it needs.
     """
-    found = []
+    written = []
     for path in Path(root).glob("*/meta.json"):
         parts = [part.stat().st_mtime for part in path.parent.glob("samples-*.parquet")]
         if parts:
-            found.append((max(parts), path.parent))
-    for _, folder in sorted(found, reverse=True):
+            written.append((max(parts), path.parent))
+    for _, folder in sorted(written, reverse=True):
         run = Run(RunDirectory(folder))
         try:
             dense = loaded is None or (run.is_of(loaded) and not run.meta.policy)

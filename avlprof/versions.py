@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 def versions() -> dict[str, str]:
     """Python's and the main packages' versions, by name."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in ("avlprof", "torch", "transformers", "optuna"):
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known

@@ -14,6 +14,7 @@ from avlprof.errors import UserError
 from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.run import RUNS, Run, latest_run
 from avlprof.tasks import Task, load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Smallest, Sweep, Tuned, Workers, read_meta
 from avlprof.tuning.settings import BUDGET, check_budget
 from avlprof.tuning.smallest import smallest as run_smallest
@@ -187,13 +188,7 @@ def _run(
         traced = _run_of_study(folder, loaded) or latest_run(loaded=loaded, task=task.name)
     if traced is None:
         few = len(task.samples("search", TRACED_SAMPLES))
-        traced = trace(
-            loaded,
-            task,
-            few,
-            max_new_tokens=max_new_tokens,
-            progress=lambda done, total: watch.phase("trace", done, total),
-        )
+        traced = trace(loaded, task, few, TraceSettings(max_new_tokens=max_new_tokens), watch=watch)
     traced.check_model(loaded)
     return traced
 

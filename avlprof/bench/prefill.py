@@ -89,7 +89,7 @@ def run_prefill_bench(
         )
     model = random_model(shape, layers=layers, dtype=dtype, device=device)
     methods = _methods(keep, count)
-    names, found = list(methods), []
+    names, costs = list(methods), []
     done, total = 0, len(visions) * len(names) * (rounds + 2)
     for vision in visions:
         inputs = prompt(model, shape, vision=vision)
@@ -113,7 +113,7 @@ def run_prefill_bench(
         tokens = inputs["input_ids"].shape[1]
         for name in names:
             speedup, low, high = median_interval(stock / np.array(seconds[name]))
-            found.append(
+            costs.append(
                 PrefillCost(
                     shape=shape.name,
                     layers=count,
@@ -132,7 +132,7 @@ def run_prefill_bench(
                     rounds=rounds,
                 )
             )
-    return found
+    return costs
 
 
 def _methods(keep: float, layers: int) -> dict[str, Policy | None]:

@@ -179,28 +179,28 @@ class Runner:
     @torch.inference_mode()
     def steps(self, count: int) -> list[float]:
         """Take steps; seconds of each, model and cache together."""
-        clock, found = Clock(self.model.device), []
+        clock, seconds = Clock(self.model.device), []
         with self._engine():
             for _ in range(count):
                 inputs = self._step_inputs()
                 began = clock.now()
                 self.model(**inputs)
-                found.append(clock.now() - began)
-        return found
+                seconds.append(clock.now() - began)
+        return seconds
 
     @torch.inference_mode()
     def attention_steps(self, count: int) -> list[float]:
         """Take steps; seconds of each inside cache and attention, of all layers; NaN of captured ones."""
         if self.captured is not None:
             return [float("nan")] * count
-        clock, found = Clock(self.model.device), []
+        clock, seconds = Clock(self.model.device), []
         with self._engine(clock), self._timed_update(clock):
             for _ in range(count):
                 inputs = self._step_inputs()
                 clock.seconds = 0.0
                 self.model(**inputs)
-                found.append(clock.seconds)
-        return found
+                seconds.append(clock.seconds)
+        return seconds
 
     @contextlib.contextmanager
     def _timed_update(self, clock: Clock) -> Iterator[None]:

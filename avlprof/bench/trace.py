@@ -95,7 +95,7 @@ def run_trace_bench(
     model = random_model(shape, layers=layers, dtype=dtype, device=device)
     options = options or RecordOptions()
     done, total = 0, len(lengths) * len(methods) * (rounds + 1)
-    found = []
+    costs = []
     for tokens in lengths:
         inputs = prompt(model, shape, vision=tokens - shape.text_tokens - 1)
         notes = {name: _obstacle(name, model, tokens) for name in methods}
@@ -113,8 +113,8 @@ def run_trace_bench(
                 if progress:
                     progress(done, total)
         done += (len(methods) - len(able)) * (rounds + 1)
-        found += [_summary(shape, model, tokens, name, seconds, peaks, notes[name]) for name in methods]
-    return found
+        costs += [_summary(shape, model, tokens, name, seconds, peaks, notes[name]) for name in methods]
+    return costs
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ def shape_of(name: str, sizes: str | None) -> DecoderShape:
     return decoder_shape(name, **changes)
 
 
-def place(device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+def device_and_dtype(device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
     """Device and dtype of a bench, with torch told its threads."""
     import torch
 
@@ -76,15 +76,15 @@ def counts(option: str, text: str) -> list[int]:
     from avlprof.errors import UserError
 
     try:
-        found = [int(part) for part in text.split(",")]
+        counts = [int(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) < 1:
+        counts = []
+    if not counts or min(counts) < 1:
         raise UserError(f"{option} must be whole numbers above 0 with commas between, got '{text}'")
-    return found
+    return counts
 
 
-def told(shape: DecoderShape, layers: int | None, device: Any, dtype: Any) -> None:
+def describe(shape: DecoderShape, layers: int | None, device: Any, dtype: Any) -> None:
     """Say on stderr what the numbers are of."""
     import platform
 
@@ -102,8 +102,8 @@ def print_costs(
 ) -> None:
     """The table, with the columns in which something is known; all fields as JSON, CSV and in `out`."""
     if form is Format.table:
-        shown = [{name: row[name] for name in columns if any(r[name] for r in rows)} for row in rows]
-        show(shown, form, cells=cells)
+        present = [{name: row[name] for name in columns if any(r[name] for r in rows)} for row in rows]
+        show(present, form, cells=cells)
     else:
         show(rows, form)
     if out is not None:

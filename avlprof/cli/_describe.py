@@ -87,13 +87,13 @@ def differences(first: Policy, second: Policy) -> list[dict[str, Any]]:
 def flat(policy: Policy) -> dict[str, Any]:
     """What a policy says as `text.window: value`, with every default filled in."""
     data = policy.model_dump(mode="json", by_alias=True, exclude=set(NAMING))
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
-            found[name] = value
-    return found
+            fields[name] = value
+    return fields
 
 
 _LISTED = (

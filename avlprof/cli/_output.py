@@ -152,12 +152,12 @@ CellTexts = dict[str, Callable[[Any], str]]
 
 def cells_of(what: str) -> CellTexts:
     """How to write the values of some columns of a frame."""
-    found: CellTexts = dict.fromkeys(SUMMARY, percent)
+    texts: CellTexts = dict.fromkeys(SUMMARY, percent)
     if what == "horizon":
-        found |= dict.fromkeys(
+        texts |= dict.fromkeys(
             ("layer", "low", "high"), lambda layer: "none" if layer is None else str(layer)
         )
-    return found
+    return texts
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -184,8 +184,8 @@ def print_differences(here: Profile, other: Profile, form: Format) -> None:
     }
     rows: list[dict[str, Any]] = [{"layer": layer} for layer in range(here.layers)]
     for name, (of, statistic, text) in columns.items():
-        found = table[(table["query"] == of) & (table["statistic"] == statistic)]
-        by_layer = {int(row["layer"]): row for row in records(found)}
+        matching = table[(table["query"] == of) & (table["statistic"] == statistic)]
+        by_layer = {int(row["layer"]): row for row in records(matching)}
         for layer, line in enumerate(rows):
             line[name] = _marked(by_layer.get(layer), text)
     show(rows, form, f"{here.meta.run} less {other.meta.run}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avlprof.cli import _options as given
+from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -20,7 +21,6 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import progress
-from avlprof.cli.runs import run_or_newest
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:

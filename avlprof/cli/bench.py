@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._bench_options import (
     LayersOption,
     RoundsOption,
@@ -16,10 +16,10 @@ from avlprof.cli._bench_options import (
     SizesOption,
     ThreadsOption,
     counts,
-    place,
+    describe,
+    device_and_dtype,
     print_costs,
     shape_of,
-    told,
 )
 from avlprof.cli._output import Format, FormatOption, size
 from avlprof.cli._progress import bars, progress
@@ -42,8 +42,8 @@ def trace(
         bool, typer.Option("--eager/--no-eager", help="Measure output_attentions of eager as well.")
     ] = True,
     sizes: SizesOption = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
@@ -52,9 +52,9 @@ def trace(
     from avlprof.bench.trace import METHODS, run_trace_bench
 
     chosen = shape_of(shape, sizes)
-    where, kind = place(device, dtype, threads)
+    where, kind = device_and_dtype(device, dtype, threads)
     with progress("bench trace", "prefills") as tell:
-        found = run_trace_bench(
+        costs = run_trace_bench(
             chosen,
             counts("--tokens", tokens),
             layers=layers,
@@ -64,8 +64,8 @@ def trace(
             methods=METHODS if eager else METHODS[:-1],
             progress=tell,
         )
-    told(chosen, layers, where, kind)
-    rows = [asdict(cost) for cost in found]
+    describe(chosen, layers, where, kind)
+    rows = [asdict(cost) for cost in costs]
     columns = ["tokens", "method", "seconds", "ratio", "ratio_low", "ratio_high", "extra_bytes", "note"]
     print_costs(rows, columns, form, out, {"extra_bytes": size})
 
@@ -92,8 +92,8 @@ def decode(
         ),
     ] = None,
     sizes: SizesOption = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
@@ -102,13 +102,13 @@ def decode(
     from avlprof.bench.decode import run_decode_bench
 
     chosen = shape_of(shape, sizes)
-    where, kind = place(device, dtype, threads)
+    where, kind = device_and_dtype(device, dtype, threads)
     with progress("bench decode", "rounds") as tell:
-        found = run_decode_bench(
+        costs = run_decode_bench(
             chosen,
             batches=counts("--batch", batch),
             visions=None if vision is None else counts("--vision", vision),
-            budgets=given.parse_shares("--budget", budget),
+            budgets=options.parse_shares("--budget", budget),
             layers=layers,
             rounds=rounds,
             device=where,
@@ -117,8 +117,8 @@ def decode(
             captured=captured,
             progress=tell,
         )
-    rows = [asdict(cost) for cost in found]
-    told(chosen, layers, where, kind)
+    rows = [asdict(cost) for cost in costs]
+    describe(chosen, layers, where, kind)
     columns = ["batch", "vision", "method", "step_ms", "speedup", "speedup_low", "speedup_high", "cap"]
     columns += ["attention_ms", "attention_speedup", "refresh_overhead", "kv_bytes", "note"]
     print_costs(rows, columns, form, out, {"kv_bytes": size})
@@ -126,7 +126,7 @@ def decode(
 
 @app.command()
 def tune(
-    model: given.ModelOption = "tiny",
+    model: options.ModelOption = "tiny",
     task: Annotated[
         str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
     ] = "shapes",
@@ -134,8 +134,8 @@ def tune(
     trials: Annotated[int, typer.Option("--trials", help="Policies judged in all.")] = 12,
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated at a time.")] = 32,
     single: Annotated[bool, typer.Option("--single/--no-single", help="Generate at batch 1 as well.")] = True,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
@@ -152,8 +152,8 @@ def tune(
     loaded = load_model(model, device=device, dtype=dtype)
     bench = TuneBench(samples, trials, batch, single=single)
     with bars() as watch:
-        found = run_tune_bench(loaded, load_task(task), bench, watch)
-    rows = [asdict(cost) for cost in found]
+        costs = run_tune_bench(loaded, load_task(task), bench, watch)
+    rows = [asdict(cost) for cost in costs]
     columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
     columns += ["preparation_s", "break_even", "answer_tokens"]
     print_costs(rows, columns, form, out, {})
@@ -169,8 +169,8 @@ def prefill(
     layers: LayersOption = 4,
     rounds: RoundsOption = 3,
     sizes: SizesOption = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
@@ -179,9 +179,9 @@ def prefill(
     from avlprof.bench.prefill import run_prefill_bench
 
     chosen = shape_of(shape, sizes)
-    where, kind = place(device, dtype, threads)
+    where, kind = device_and_dtype(device, dtype, threads)
     with progress("bench prefill", "prefills") as tell:
-        found = run_prefill_bench(
+        costs = run_prefill_bench(
             chosen,
             [chosen.vision_tokens] if vision is None else counts("--vision", vision),
             keep=keep,
@@ -191,7 +191,7 @@ def prefill(
             dtype=kind,
             progress=tell,
         )
-    told(chosen, layers, where, kind)
+    describe(chosen, layers, where, kind)
     columns = ["tokens", "method", "seconds", "speedup", "speedup_low", "speedup_high", "cap"]
     columns += ["peak_bytes", "kv_bytes"]
-    print_costs([asdict(cost) for cost in found], columns, form, out, {"peak_bytes": size, "kv_bytes": size})
+    print_costs([asdict(cost) for cost in costs], columns, form, out, {"peak_bytes": size, "kv_bytes": size})

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from avlprof.cli import _options as given
+from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -16,7 +17,6 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import progress
-from avlprof.cli.runs import run_or_newest
 from avlprof.errors import UserError
 
 app = typer.Typer()

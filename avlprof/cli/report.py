@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from avlprof.cli import _options as given
+from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import finished, size
 from avlprof.cli._progress import progress
-from avlprof.cli.runs import run_or_newest
 
 app = typer.Typer()
 

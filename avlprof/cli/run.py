@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import ImageOption, MaxNewTokensOption, PromptOption, model_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -19,6 +19,7 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.errors import UserError
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.models import LoadedModel
@@ -30,12 +31,13 @@ app = typer.Typer()
 
 
 @app.command()
+@model_options
 def run(
+    spec: ModelSpec,
     policy: Annotated[str, typer.Option("--policy", help="A YAML file, or a name from 'policy ls'.")],
-    model: given.ModelOption = "tiny",
-    image: given.ImageOption = None,
-    prompt: given.PromptOption = None,
-    max_new_tokens: given.MaxNewTokensOption = None,
+    image: ImageOption = None,
+    prompt: PromptOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show every layer; with json or csv, only the layers.")
     ] = False,
@@ -47,10 +49,6 @@ def run(
             show_default=False,
         ),
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
     form: FormatOption = Format.table,
 ) -> None:
     """Answer one prompt under a policy and densely; print both answers, speed and KV bytes.
@@ -59,7 +57,7 @@ def run(
     """
     from avlprof.models import load_model
     from avlprof.policy import DENSE, find_policy
-    from avlprof.run import own_task
+    from avlprof.run import picture_task
     from avlprof.runtime.support import check_supported
     from avlprof.tasks import load_task
     from avlprof.tasks.splits import ALL, HELD_OUT
@@ -69,11 +67,9 @@ def run(
     chosen = find_policy(policy)
     check_supported(chosen)
     own = bool(image) or prompt is not None
-    task = own_task(image or [], prompt) if own else load_task("shapes")
+    task = picture_task(image or [], prompt) if own else load_task("shapes")
     sample = task.samples(ALL if own else HELD_OUT, 1)[0]
-    loaded = load_model(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    loaded = load_model(spec)
     chosen.check_layers(loaded.adapter.layers)
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     note(f"prompt: {sample.prompt}" + (f" (reference: {sample.answers[0]})" if sample.answers else ""))
@@ -125,37 +121,39 @@ def _generate(
 
     from avlprof.runtime.apply import apply
 
-    found = _Generated()
+    generated = _Generated()
     encoding = loaded.adapter.encode_samples([sample])
     with apply(loaded.model, policy, captured) as runtime, torch.inference_mode():
 
         def note_prefill() -> None:
-            found.prefill = runtime.cache.use() if runtime.cache is not None else []
+            generated.prefill = runtime.cache.use() if runtime.cache is not None else []
 
         clock = _Clock(note_prefill)
         ids = loaded.model.generate(**encoding, max_new_tokens=limit, do_sample=False, streamer=clock)
-        found.whole = runtime.cache.use() if runtime.cache is not None else []
+        generated.whole = runtime.cache.use() if runtime.cache is not None else []
     new = ids[:, encoding["input_ids"].shape[1] :]
-    found.tokens, found.answer = new.shape[1], loaded.adapter.decode(new)[0]
-    found.first, found.rest = clock.first - clock.begin, clock.last - clock.first
-    return found
+    generated.tokens, generated.answer = new.shape[1], loaded.adapter.decode(new)[0]
+    generated.first, generated.rest = clock.first - clock.begin, clock.last - clock.first
+    return generated
 
 
-def _summary(name: str, found: _Generated) -> dict[str, Any]:
+def _summary(name: str, generated: _Generated) -> dict[str, Any]:
     """`live_kv` is the prompt's right after prefill, `read_kv_per_step` of the prompt alone."""
     return {
         "policy": name,
-        "tokens": found.tokens,
-        "tokens_per_s": (found.tokens - 1) / found.rest if found.tokens > 1 else float("nan"),
-        "first_token_ms": 1000 * found.first,
-        "live_kv": sum(use.prompt for use in found.prefill),
-        "allocated_kv": sum(use.allocated for use in found.whole),
-        "read_kv_per_step": sum(use.read for use in found.whole) if found.tokens > 1 else float("nan"),
-        "answer": found.answer,
+        "tokens": generated.tokens,
+        "tokens_per_s": (generated.tokens - 1) / generated.rest if generated.tokens > 1 else float("nan"),
+        "first_token_ms": 1000 * generated.first,
+        "live_kv": sum(use.prompt for use in generated.prefill),
+        "allocated_kv": sum(use.allocated for use in generated.whole),
+        "read_kv_per_step": sum(use.read for use in generated.whole)
+        if generated.tokens > 1
+        else float("nan"),
+        "answer": generated.answer,
     }
 
 
-def _layers(found: _Generated) -> list[dict[str, Any]]:
+def _layers(generated: _Generated) -> list[dict[str, Any]]:
     return [
         {
             "layer": after.layer,
@@ -166,5 +164,5 @@ def _layers(found: _Generated) -> list[dict[str, Any]]:
             "refreshes": after.refreshes,
             "steps": after.steps,
         }
-        for before, after in zip(found.prefill, found.whole, strict=True)
+        for before, after in zip(generated.prefill, generated.whole, strict=True)
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import ImageOption, PromptOption, model_options, task_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -18,30 +18,30 @@ from avlprof.cli._output import (
     show,
     size,
 )
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.api.trace import TracePlan
     from avlprof.run import Run
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer()
-_DATASET = "Hugging Face datasets"
 
 
 @app.command()
+@model_options
+@task_options
 def trace(
-    model: given.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
+    spec: ModelSpec,
+    source: TaskSpec,
     samples: Annotated[int, typer.Option("--samples", "-n", help="How many samples.")] = 64,
     split: Annotated[str, typer.Option("--split", help="Which split of the task.")] = "search",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run directory; by default runs/<model>-<task>.")
     ] = None,
-    image: given.ImageOption = None,
-    prompt: given.PromptOption = None,
-    max_new_tokens: given.MaxNewTokensOption = None,
+    image: ImageOption = None,
+    prompt: PromptOption = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="Samples that run together; changes no number.")
     ] = 1,
@@ -62,21 +62,6 @@ def trace(
         float | None,
         typer.Option("--history", help="Record history scores of text for this kept share of it."),
     ] = None,
-    device: given.DeviceOption = "auto",
-    device_map: given.DeviceMapOption = None,
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
-    ] = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Let a model answer samples and record the attention of every layer and head.
@@ -85,31 +70,25 @@ def trace(
     one of several processes of torchrun or SLURM it traces its share into the same directory.
     """
     from avlprof.api.trace import plan_trace
+    from avlprof.run import picture_task
     from avlprof.runs import Shard
-    from avlprof.tasks import load_task
+    from avlprof.tracing.options import RecordOptions, TraceSettings
 
     own = bool(image) or prompt is not None
-    plan = plan_trace(
-        model,
-        "shapes" if own else load_task(task, columns=columns, split=dataset_split, config=dataset_config),
-        samples,
-        split=split,
-        image=image or (),
-        prompt=prompt,
-        out=out,
-        max_new_tokens=max_new_tokens,
+    settings = TraceSettings(
+        split=None if own else split,
+        max_new_tokens=source.max_new_tokens,
         batch_size=batch_size,
         forced=forced,
         policy=policy,
-        rows=rows,
-        vision_rows=vision_rows,
-        per_head=per_head,
-        history=history,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        record=RecordOptions(rows=rows, vision_rows=vision_rows, per_head=per_head, history=history),
+    )
+    plan = plan_trace(
+        spec,
+        picture_task(image or [], prompt) if own else source.load(),
+        None if own else samples,
+        settings,
+        out=out,
         shard=Shard.from_environment(os.environ),
     )
     if plan.shard.index > 0:
@@ -119,8 +98,8 @@ def trace(
     among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
     most = size(plan.estimated_bytes)
     note(f"{len(plan.samples)} samples{among} to {plan.out}, at most about {most} on disk{price}")
-    with progress("trace", resumes=True) as report:
-        run = plan.run(report)
+    with bars(resumes=True) as watch:
+        run = plan.run(watch)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}
     show([_summary(run)], form, cells=cells)
     missing = _missing(plan, run)

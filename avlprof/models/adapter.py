@@ -57,8 +57,8 @@ class Adapter:
     @property
     def decoder(self) -> nn.Module:
         """The language model without its head; it has `.layers`."""
-        found: nn.Module = self.model.get_decoder()
-        return found
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
 
     @cached_property
     def layers(self) -> int:
@@ -146,19 +146,19 @@ class Adapter:
             shares its tokens with an earlier one has no tiles.
         """
         totals = self.vision_mask(encoding["input_ids"]).sum(dim=1).tolist()
-        found: list[tuple[tuple[Tile, ...], ...]] = []
+        tiles: list[tuple[tuple[Tile, ...], ...]] = []
         images = videos = 0
         for chat, total in zip(chats, totals, strict=True):
-            shown: list[tuple[Layout | None, int]] = []
+            parts: list[tuple[Layout | None, int]] = []
             for message in chat:
                 for picture in message.images:
-                    shown.append((self.image_layout(encoding, images, picture.size), 1))
+                    parts.append((self.image_layout(encoding, images, picture.size), 1))
                     images += 1
                 for frames in message.videos:
-                    shown.append((self.video_layout(encoding, videos, len(frames)), len(frames)))
+                    parts.append((self.video_layout(encoding, videos, len(frames)), len(frames)))
                     videos += 1
-            found.append(_in_a_row(shown, total))
-        return found
+            tiles.append(_in_a_row(parts, total))
+        return tiles
 
     def prompt(self, chat: Sequence[Message]) -> str:
         """The text of a conversation in the model's own chat form; see `encode_chats`."""
@@ -232,15 +232,15 @@ class Adapter:
         return self.processor
 
 
-def _in_a_row(shown: Sequence[tuple[Layout | None, int]], total: int) -> tuple[tuple[Tile, ...], ...]:
+def _in_a_row(parts: Sequence[tuple[Layout | None, int]], total: int) -> tuple[tuple[Tile, ...], ...]:
     """Tiles of each picture and frame, counted among `total` tokens; empty where they do not add up."""
-    found: list[tuple[Tile, ...]] = []
+    by_picture: list[tuple[Tile, ...]] = []
     before = 0
-    for layout, frames in shown:
+    for layout, frames in parts:
         if layout is None:
             return ()
         tiles = [tile.behind(before) for tile in layout.tiles]
         last = frames - 1
-        found += [tuple(t for t in tiles if min(t.frame, last) == frame) for frame in range(frames)]
+        by_picture += [tuple(t for t in tiles if min(t.frame, last) == frame) for frame in range(frames)]
         before += layout.tokens
-    return tuple(found) if before == total else ()
+    return tuple(by_picture) if before == total else ()

@@ -20,7 +20,7 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 
 def answer_length(ids: list[int], ends: tuple[int, ...]) -> int:
     """Tokens up to and including the first end token; all of them when there is none."""
-    return next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+    return next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
 
 
 CONTROL = (">", "]")  # what the tokens of chat templates end with
@@ -48,7 +48,7 @@ def reference_tokens(loaded: LoadedModel, sample: Sample, last: int) -> list[int
     context = tokenizer(before, add_special_tokens=False)["input_ids"]
     whole = tokenizer(before + gap + reference(sample).strip(), add_special_tokens=False)["input_ids"]
     shared = next(
-        (place for place, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context)
+        (index for index, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context)
     )
     return [*whole[shared:], *_end(loaded)]
 

@@ -18,11 +18,11 @@ def check_apart(family: str, chats: Chats) -> None:
         UserError: a prompt, or the batch, has pictures and videos.
     """
     rows = [(any(m.images for m in chat), any(m.videos for m in chat)) for chat in chats]
-    if any(shown and filmed for shown, filmed in rows):
+    if any(pictured and filmed for pictured, filmed in rows):
         raise UserError(
             f"a prompt of '{family}' may have pictures or videos, got both; give the frames as images"
         )
-    if any(shown for shown, _ in rows) and any(filmed for _, filmed in rows):
+    if any(pictured for pictured, _ in rows) and any(filmed for _, filmed in rows):
         raise UserError(
             f"a batch of '{family}' may have pictures or videos, got both; run such samples with batch size 1"
         )
@@ -41,9 +41,9 @@ def check_equal_length(family: str, chats: Chats) -> None:
     ):
         if len(lengths) > 1:
             way = "give frames as images" if part == "prompt" else "run such samples with batch size 1"
-            found = " and ".join(map(str, sorted(lengths)))
+            counts = " and ".join(map(str, sorted(lengths)))
             raise UserError(
-                f"videos of a {part} of '{family}' must have the same number of frames, got {found}; {way}"
+                f"videos of a {part} of '{family}' must have the same number of frames, got {counts}; {way}"
             )
 
 
@@ -97,14 +97,14 @@ def processor_inputs(chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
     """
     images = [[image for message in chat for image in message.images] for chat in chats]
     videos = [list(video) for chat in chats for message in chat for video in message.videos]
-    given: dict[str, Any] = {"images": images if any(images) else None}
+    media: dict[str, Any] = {"images": images if any(images) else None}
     if videos:
-        given |= {
+        media |= {
             "videos": videos,
             "do_sample_frames": False,
             "video_metadata": [_timing(len(video)) for video in videos],
         }
-    return given
+    return media
 
 
 def _timing(frames: int) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def _timing(frames: int) -> dict[str, Any]:
 
 
 def _content(message: Message) -> list[dict[str, str]]:
-    shown = [{"type": "image"}] * len(message.images) + [{"type": "video"}] * len(message.videos)
-    return [*shown, {"type": "text", "text": message.text}]
+    media = [{"type": "image"}] * len(message.images) + [{"type": "video"}] * len(message.videos)
+    return [*media, {"type": "text", "text": message.text}]
 
 
 def _short(text: str) -> str:

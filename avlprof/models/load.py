@@ -200,7 +200,7 @@ def _line(error: Exception) -> str:
 @contextmanager
 def _quiet(*, progress: bool) -> Iterator[None]:
     """Without the library's own report of the weights, and without its progress bar unless wanted."""
-    level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if not progress:
         hf_logging.disable_progress_bar()
@@ -208,5 +208,5 @@ def _quiet(*, progress: bool) -> Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(level)
-        if shown:
+        if bar:
             hf_logging.enable_progress_bar()

@@ -40,8 +40,8 @@ class Tile:
 
     def tokens(self) -> NDArray[np.int64]:
         """Indices of its patches, `[rows, columns]`."""
-        places: NDArray[np.int64] = np.arange(self.rows)[:, None] * self.stride + np.arange(self.columns)
-        return self.first + places
+        positions: NDArray[np.int64] = np.arange(self.rows)[:, None] * self.stride + np.arange(self.columns)
+        return self.first + positions
 
     def behind(self, tokens: int) -> Tile:
         """The same tile with so many vision tokens before it."""

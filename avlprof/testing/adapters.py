@@ -97,11 +97,11 @@ class FamilyConformance:
 
     def test_left_padding_changes_nothing(self) -> None:
         batch = self.case.inputs(3, seed=5, pad=True, images_per_row=[2, 1, 0])
-        shown = batch["attention_mask"].bool()
-        assert bool(shown[:, -1].all())
-        assert not bool(shown.all())
-        last = int(shown.shape[0]) - 1  # the row without images can run alone
-        alone = {n: t[last:, shown[last]] for n, t in batch.items() if t.shape == shown.shape}
+        real = batch["attention_mask"].bool()
+        assert bool(real[:, -1].all())
+        assert not bool(real.all())
+        last = int(real.shape[0]) - 1  # the row without images can run alone
+        alone = {n: t[last:, real[last]] for n, t in batch.items() if t.shape == real.shape}
         with torch.no_grad():
             padded = self.case.model(**batch).logits[last, -1]
             bare = self.case.model(**alone).logits[0, -1]
@@ -137,18 +137,18 @@ class ProcessorConformance:
     def test_decode_returns_the_prompt(self) -> None:
         batch = self.adapter.encode(self.prompts, [[picture] for picture in self.pictures])
         text = batch["input_ids"].masked_fill(self.adapter.vision_mask(batch["input_ids"]), self._pad)
-        for prompt, found in zip(self.prompts, self.adapter.decode(text), strict=True):
-            assert prompt in found
-            assert found == found.strip()
+        for prompt, decoded in zip(self.prompts, self.adapter.decode(text), strict=True):
+            assert prompt in decoded
+            assert decoded == decoded.strip()
 
     def test_rows_are_padded_on_the_left(self) -> None:
         rows = [[picture] for picture in self.pictures]
         batch = self.adapter.encode(self.prompts, rows)
         for index, (prompt, row) in enumerate(zip(self.prompts, rows, strict=True)):
             alone = self.adapter.encode([prompt], [row])["input_ids"][0]
-            shown = batch["attention_mask"][index].bool()
-            assert torch.equal(batch["input_ids"][index][shown], alone)
-            assert bool(shown[-len(alone) :].all())
+            real = batch["attention_mask"][index].bool()
+            assert torch.equal(batch["input_ids"][index][real], alone)
+            assert bool(real[-len(alone) :].all())
 
     def test_beginning_of_text_stands_once(self) -> None:
         begin = self.adapter.processor.tokenizer.bos_token_id
@@ -171,8 +171,8 @@ def _features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     companions = ("image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
     extra = {name: inputs[name] for name in companions if name in inputs}
     with torch.no_grad():
-        found = model.get_image_features(inputs["pixel_values"], **extra, return_dict=True)
-    parts = found.pooler_output if hasattr(found, "pooler_output") else found
+        features = model.get_image_features(inputs["pixel_values"], **extra, return_dict=True)
+    parts = features.pooler_output if hasattr(features, "pooler_output") else features
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 

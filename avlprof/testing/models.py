@@ -77,7 +77,7 @@ class TinyCase:
         counts = _counts("images_per_row", images_per_row, batch)
         filmed = _counts("videos_per_row", videos_per_row, batch)
         sizes, extra = self.pixels(sum(counts), generator, pad) if sum(counts) else ([], {})
-        shown = iter([[IMAGE] * size for size in sizes])
+        media = iter([[IMAGE] * size for size in sizes])
         films: Iterator[list[int]] = iter(())
         if sum(filmed):
             if self.videos is None:
@@ -89,7 +89,7 @@ class TinyCase:
         rows = []
         for index, (images, videos) in enumerate(zip(counts, filmed, strict=True)):
             words = max(3, text - 2 * index) if pad else text
-            rows.append(_row(words, [*islice(shown, images), *islice(films, videos)], generator))
+            rows.append(_row(words, [*islice(media, images), *islice(films, videos)], generator))
         width = max(len(row) for row in rows)
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -203,21 +203,21 @@ def cases() -> list[tuple[str, Callable[[], TinyCase]]]:
     ]
 
 
-def _counts(name: str, given: int | Sequence[int], batch: int) -> list[int]:
-    counts = [given] * batch if isinstance(given, int) else list(given)
+def _counts(name: str, stated: int | Sequence[int], batch: int) -> list[int]:
+    counts = [stated] * batch if isinstance(stated, int) else list(stated)
     if len(counts) != batch:
         raise ValueError(f"{name} must have {batch} entries, got {len(counts)}")
     return counts
 
 
-def _row(words: int, shown: list[list[int]], generator: torch.Generator) -> list[int]:
+def _row(words: int, media: list[list[int]], generator: torch.Generator) -> list[int]:
     drawn = torch.randint(FIRST_WORD, VOCABULARY - 2, (words,), generator=generator).tolist()
     row = [BOS, *drawn[:2]]
     rest = drawn[2:]
-    for index, ids in enumerate(shown):
-        begin, end = index * len(rest) // len(shown), (index + 1) * len(rest) // len(shown)
+    for index, ids in enumerate(media):
+        begin, end = index * len(rest) // len(media), (index + 1) * len(rest) // len(media)
         row += ids + rest[begin:end]
-    return row if shown else row + rest
+    return row if media else row + rest
 
 
 def image_types(name: str) -> Companions:

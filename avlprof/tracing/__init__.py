@@ -1,6 +1,6 @@
 """The recorder, and tracing samples into a run directory."""
 
-from avlprof.tracing.options import RecordOptions, estimate_bytes, run_meta
+from avlprof.tracing.options import RecordOptions, TraceSettings, estimate_bytes, run_meta
 from avlprof.tracing.record import RowRecord
 from avlprof.tracing.recorder import Recorder, record
 from avlprof.tracing.trace import encode, trace_samples
@@ -9,6 +9,7 @@ __all__ = [
     "RecordOptions",
     "Recorder",
     "RowRecord",
+    "TraceSettings",
     "encode",
     "estimate_bytes",
     "record",

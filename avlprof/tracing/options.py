@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
+from avlprof.policy import Policy, find_policy
 from avlprof.registry import unknown
 from avlprof.runs import RunMeta
 from avlprof.runs.meta import COVERAGES, DISTANCES, LAGS, TEXT_SINK
 from avlprof.tasks import Task
+from avlprof.tasks.splits import SEARCH
 from avlprof.versions import versions
 
 ROWS = ("default", "all")
@@ -64,18 +67,56 @@ class RecordOptions:
             raise UserError(f"distances must be ascending and above 0, got {self.distances}")
 
 
-def run_meta(
-    loaded: LoadedModel,
-    task: Task,
-    split: str,
-    max_new_tokens: int,
-    options: RecordOptions,
-    *,
-    forced: bool = False,
-    policy: str = "",
-) -> RunMeta:
-    """The settings of a run, as its `meta.json` records them."""
-    adapter = loaded.adapter
+@dataclass(frozen=True)
+class TraceSettings:
+    """How samples are traced: over which answers, how long, under what, and what is recorded.
+
+    Attributes:
+        split: `search` or `held-out`, or what the task has; None is `search`, or its only split.
+        max_new_tokens: longest answer; by default the task's, and with `forced` the whole reference.
+        batch_size: samples that run together. The numbers are those of each alone.
+        forced: trace over each sample's first reference answer in place of the model's own.
+        policy: trace the model under a policy: a `Policy`, a YAML file or the name of a shipped one.
+        record: what is recorded of every sample.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    split: str | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 1
+    forced: bool = False
+    policy: Policy | str | Path | None = None
+    record: RecordOptions = field(default_factory=RecordOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+    def answer_limit(self, task: Task) -> int:
+        """Most tokens of an answer; 0 leaves reference answers whole."""
+        return self.max_new_tokens or (0 if self.forced else task.max_new_tokens)
+
+    def split_of(self, task: Task) -> str:
+        """The split that samples are taken from."""
+        if self.split is not None:
+            return self.split
+        return task.splits[0] if len(task.splits) == 1 else SEARCH
+
+    def resolved(self) -> TraceSettings:
+        """These settings with the policy itself in place of its name; `UserError` when it is not known."""
+        if self.policy is None or isinstance(self.policy, Policy):
+            return self
+        return replace(self, policy=find_policy(str(self.policy)))
+
+
+def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMeta:
+    """The settings of a run, as its `meta.json` records them; a policy is given by itself, not by name."""
+    adapter, options, policy = loaded.adapter, settings.record, settings.policy
+    named = policy if isinstance(policy, Policy) else None
     return RunMeta(
         model=loaded.source,
         revision=loaded.revision or "",
@@ -89,10 +130,10 @@ def run_meta(
         device=str(loaded.model.device),
         task=task.name,
         metric=task.metric,
-        split=split,
-        max_new_tokens=max_new_tokens,
-        forced=forced,
-        policy=policy,
+        split=settings.split_of(task),
+        max_new_tokens=settings.answer_limit(task),
+        forced=settings.forced,
+        policy="" if named is None else f"{named.name} {named.hash}".strip(),
         rows=options.rows,
         vision_rows=options.vision_rows,
         coverage_rows=options.coverage_rows,

@@ -22,8 +22,9 @@ from avlprof.models.tiles import dump_tiles
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task
-from avlprof.tracing.options import RecordOptions, run_meta
+from avlprof.tracing.options import RecordOptions, TraceSettings, run_meta
 from avlprof.tracing.recorder import BatchRecorder
+from avlprof.watch import SILENT, Watch
 
 
 class AnswerEnds(StoppingCriteria):
@@ -153,7 +154,6 @@ def _references(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor, lim
 FLUSH_SECONDS = 10.0
 FLUSH_SAMPLES = 32
 FLUSH_BYTES = 1 << 30
-Progress = Callable[[int, int], None]
 Under = Callable[[], AbstractContextManager[object]]
 
 
@@ -162,16 +162,11 @@ def trace_samples(
     task: Task,
     samples: Sequence[Sample],
     out: Path,
+    settings: TraceSettings | None = None,
     *,
-    split: str,
-    max_new_tokens: int | None = None,
-    options: RecordOptions | None = None,
-    batch_size: int = 1,
-    forced: bool = False,
-    policy: str = "",
     under: Under = nullcontext,
     shard: Shard | None = None,
-    progress: Progress | None = None,
+    watch: Watch = SILENT,
 ) -> RunDirectory:
     """Generate an answer to every sample and record the attention on the way.
 
@@ -179,39 +174,29 @@ def trace_samples(
     is on disk every few seconds, and on Ctrl-C.
 
     Args:
-        max_new_tokens: longest answer; by default the task's, and reference answers whole.
-        batch_size: samples that run together. Each is recorded as if it ran alone.
-        forced: trace over each sample's first reference answer, not over the model's own.
-        policy: what `under` runs the model under, as `meta.json` shall name it.
+        settings: how; a policy in it is what `under` runs the model under.
         under: makes a context in which a batch runs, such as that of a policy.
         shard: this process's share, where several trace the same samples into `out`.
-        progress: called with samples done and samples wanted of the share, once at the start and
-            after each batch.
+        watch: its phase `trace` counts samples of the share, once at the start and after each batch.
 
     Raises:
         UserError: `out` holds another run, a picture cannot be read, or with `forced` a sample
             has no reference answer.
     """
-    options, shard = options or RecordOptions(), shard or Shard()
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    settings, shard = settings or TraceSettings(), shard or Shard()
     _check_ids(samples, task)
-    limit = max_new_tokens or (0 if forced else task.max_new_tokens)
-    if forced:
+    if settings.forced:
         for sample in samples:
             reference(sample)
 
-    def traced(batch: Sequence[Sample]) -> list[Traced]:
+    def trace(batch: Sequence[Sample]) -> list[Traced]:
         with under():
-            return trace_batch(loaded, batch, limit, options, forced)
+            return trace_batch(loaded, batch, settings.answer_limit(task), settings.record, settings.forced)
 
-    meta = run_meta(loaded, task, split, limit, options, forced=forced, policy=policy)
-    writer = RunWriter(out, meta, shard.prefix, shard.count)
+    writer = RunWriter(out, run_meta(loaded, task, settings), shard.prefix, shard.count)
     try:
         with _current(loaded.model.device):
-            _trace_missing(traced, shard.of(samples), batch_size, writer, progress)
+            _trace_missing(trace, shard.of(samples), settings.batch_size, writer, watch)
     finally:
         try:
             writer.flush()
@@ -229,24 +214,22 @@ def _check_ids(samples: Sequence[Sample], task: Task) -> None:
 
 
 def _trace_missing(
-    traced: Callable[[Sequence[Sample]], list[Traced]],
+    trace: Callable[[Sequence[Sample]], list[Traced]],
     samples: Sequence[Sample],
     batch_size: int,
     writer: RunWriter,
-    progress: Progress | None,
+    watch: Watch,
 ) -> None:
     done = writer.done()
     todo = [sample for sample in samples if sample.id not in done]
     finished = len(samples) - len(todo)
     flushed = time.monotonic()
-    if progress:
-        progress(finished, len(samples))
+    watch.phase("trace", finished, len(samples))
     for start in range(0, len(todo), batch_size):
-        for found in traced(todo[start : start + batch_size]):
-            writer.add(found.sample, found.stats, found.scores)
+        for record in trace(todo[start : start + batch_size]):
+            writer.add(record.sample, record.stats, record.scores)
             finished += 1
-        if progress:
-            progress(finished, len(samples))
+        watch.phase("trace", finished, len(samples))
         full = writer.pending >= FLUSH_SAMPLES or writer.pending_bytes >= FLUSH_BYTES
         if full or time.monotonic() - flushed > FLUSH_SECONDS:
             writer.flush()

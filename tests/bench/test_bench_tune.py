@@ -19,7 +19,7 @@ from avlprof.errors import UserError
 from avlprof.policy import PromptShape, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 
 @pytest.fixture(scope="module")

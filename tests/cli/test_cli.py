@@ -27,6 +27,8 @@ from avlprof.cli._progress import duration, progress
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
+from avlprof.tracing.options import TraceSettings
+from tests.watching import Counts
 
 SAMPLES = 3
 HEAVY = ("torch", "transformers", "pandas", "numpy", "pydantic", "yaml", "matplotlib", "optuna", "PIL")
@@ -299,7 +301,7 @@ def test_interrupted(monkeypatch, tmp_path):
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("avlprof.cli.trace.progress", lambda *args, **options: nullcontext(interrupt))
+    monkeypatch.setattr("avlprof.cli.trace.bars", lambda **options: nullcontext(Counts(interrupt)))
     command = ["trace", "--samples", 4, "--max-new-tokens", 1, "--out", tmp_path / "run"]
     result = invoke(*command)
     assert result.exit_code == 130
@@ -420,9 +422,9 @@ def test_python_verbs(run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_model("tiny")
     held = Task("own", "exact_match", ("search",), lambda split: [Sample("a", (picture,), "what?", ("red",))])
-    first = avlprof.trace(loaded, held, samples=1, max_new_tokens=1)
-    second = avlprof.trace(loaded, held, samples=1, max_new_tokens=2)
-    same = avlprof.trace(loaded, held, samples=1, max_new_tokens=1)
+    first = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
+    second = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=2), samples=1)
+    same = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
     assert [r.path.as_posix() for r in (first, second, same)] == [
         "runs/tiny-own",
         "runs/tiny-own-2",
@@ -535,7 +537,7 @@ def test_durations_are_readable():
 
 def test_progress_in_a_pipe(capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("avlprof.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("avlprof.cli._progress.time.monotonic", lambda: now[0])
     with progress("trace", resumes=True) as report:
         report(10, 50)
         for done in range(11, 51):

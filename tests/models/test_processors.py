@@ -31,6 +31,7 @@ from avlprof.tasks import Message, load_task
 from avlprof.testing.adapters import ProcessorConformance, _embeddings, _features
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
+from avlprof.tracing.options import TraceSettings
 from avlprof.tracing.trace import trace_samples
 from tests.models.test_layouts import GREY, places, silence, spotted
 from tests.real_processors import FINE, REAL
@@ -408,7 +409,11 @@ def test_a_sample_with_a_film_is_traced_from_file_to_tiles(name, tmp_path):
     loaded = LoadedModel(adapter.model, adapter.processor, name, name, "0", adapter)
     runs = [
         trace_samples(
-            loaded, task, samples, tmp_path / f"run{size}", split="all", max_new_tokens=4, batch_size=size
+            loaded,
+            task,
+            samples,
+            tmp_path / f"run{size}",
+            TraceSettings(split="all", max_new_tokens=4, batch_size=size),
         )
         for size in (1, 2)
     ]

@@ -22,6 +22,8 @@ from avlprof.models.tiles import parse_tiles
 from avlprof.runs import RunDirectory, RunMeta, RunWriter
 from avlprof.tasks import Sample, load_task
 from avlprof.tracing import RecordOptions, estimate_bytes, record, trace, trace_samples
+from avlprof.tracing.options import TraceSettings
+from tests.watching import Counts
 
 META = RunMeta(
     model="tiny",
@@ -331,9 +333,8 @@ def test_a_run_holds_what_the_recorder_saw(tmp_path, tiny, task):
         task,
         samples,
         tmp_path,
-        split="search",
-        max_new_tokens=6,
-        progress=lambda *counts: calls.append(counts),
+        TraceSettings(split="search", max_new_tokens=6),
+        watch=Counts(lambda *counts: calls.append(counts)),
     )
     assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert run.meta.layers == tiny.adapter.layers
@@ -370,7 +371,11 @@ def test_the_estimate_is_of_scores_and_table(tmp_path, tiny, task, per_head, row
     options = RecordOptions(rows=rows, per_head=per_head, history=0.5)
     samples = [Sample("a", task.samples("search", 1)[0].images, "describe the image.", ("a " * 9,))]
     run = trace_samples(
-        tiny, task, samples, tmp_path, split="search", max_new_tokens=6, options=options, forced=True
+        tiny,
+        task,
+        samples,
+        tmp_path,
+        TraceSettings(split="search", max_new_tokens=6, forced=True, record=options),
     )
     one = run.samples().iloc[0]
     assert one["generated"] == 6
@@ -396,9 +401,8 @@ def test_large_scores_do_not_pile_up(tmp_path, tiny, task, monkeypatch):
         task,
         task.samples("search", 3),
         tmp_path,
-        split="search",
-        max_new_tokens=2,
-        progress=lambda done, total: parts.append(len(RunDirectory(tmp_path).parts())),
+        TraceSettings(split="search", max_new_tokens=2),
+        watch=Counts(lambda done, total: parts.append(len(RunDirectory(tmp_path).parts()))),
     )
     assert parts == [0, 0, 1, 2]
     assert len(run.parts()) == 3
@@ -406,7 +410,7 @@ def test_large_scores_do_not_pile_up(tmp_path, tiny, task, monkeypatch):
 
 def test_a_longer_run_extends_a_shorter_one(tmp_path, tiny, task):
     samples = task.samples("search", 3)
-    trace_samples(tiny, task, samples[:1], tmp_path, split="search", max_new_tokens=2)
+    trace_samples(tiny, task, samples[:1], tmp_path, TraceSettings(split="search", max_new_tokens=2))
     calls = []
     options = RecordOptions()
     run = trace_samples(
@@ -414,31 +418,27 @@ def test_a_longer_run_extends_a_shorter_one(tmp_path, tiny, task):
         task,
         samples,
         tmp_path,
-        split="search",
-        max_new_tokens=2,
-        options=options,
-        progress=lambda *counts: calls.append(counts),
+        TraceSettings(split="search", max_new_tokens=2, record=options),
+        watch=Counts(lambda *counts: calls.append(counts)),
     )
     assert calls[0] == (1, 3)
     assert sorted(run.samples()["sample"]) == sorted(s.id for s in samples)
     with pytest.raises(UserError, match="max_new_tokens: 2 here, 3 asked"):
-        trace_samples(tiny, task, samples, tmp_path, split="search", max_new_tokens=3)
+        trace_samples(tiny, task, samples, tmp_path, TraceSettings(split="search", max_new_tokens=3))
     with pytest.raises(UserError, match="coverage_rows: 16 here, 2 asked"):
         trace_samples(
             tiny,
             task,
             samples,
             tmp_path,
-            split="search",
-            max_new_tokens=2,
-            options=RecordOptions(coverage_rows=2),
+            TraceSettings(split="search", max_new_tokens=2, record=RecordOptions(coverage_rows=2)),
         )
 
 
 def test_text_only_and_two_pictures(tmp_path, tiny, task):
     pictures = tuple(Image.new("RGB", (40, 30), color) for color in ("red", "blue"))
     samples = [Sample("none", (), "what is it?"), Sample("two", pictures, "which is red?", ("first",))]
-    run = trace_samples(tiny, task, samples, tmp_path, split="own", max_new_tokens=3)
+    run = trace_samples(tiny, task, samples, tmp_path, TraceSettings(split="own", max_new_tokens=3))
     table = run.samples().set_index("sample")
     assert table.loc["none", "vision"] == 0
     assert table.loc["none", "tiles"] == "[]"
@@ -463,20 +463,24 @@ def test_an_interrupted_trace_keeps_what_it_has(tmp_path, tiny, task, error):
     broken = Sample("broken", (draw,), "what?")
     with pytest.raises(error):
         trace_samples(
-            tiny, task, [*samples[:2], broken, samples[2]], tmp_path, split="search", max_new_tokens=2
+            tiny,
+            task,
+            [*samples[:2], broken, samples[2]],
+            tmp_path,
+            TraceSettings(split="search", max_new_tokens=2),
         )
     assert list(RunDirectory(tmp_path).samples()["sample"]) == [s.id for s in samples[:2]]
     assert tiny.model.config.text_config._attn_implementation == "sdpa"
-    run = trace_samples(tiny, task, samples, tmp_path, split="search", max_new_tokens=2)
+    run = trace_samples(tiny, task, samples, tmp_path, TraceSettings(split="search", max_new_tokens=2))
     assert list(run.samples()["sample"]) == [s.id for s in samples]
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path, tiny, task):
     samples = task.samples("search", 2)
     with pytest.raises(UserError, match=f"'{samples[0].id}' occurs twice"):
-        trace_samples(tiny, task, [*samples, samples[0]], tmp_path, split="search")
+        trace_samples(tiny, task, [*samples, samples[0]], tmp_path, TraceSettings(split="search"))
     with pytest.raises(UserError, match="max_new_tokens must be at least 1, got 0"):
-        trace_samples(tiny, task, samples, tmp_path, split="search", max_new_tokens=0)
+        trace_samples(tiny, task, samples, tmp_path, TraceSettings(split="search", max_new_tokens=0))
     assert files(tmp_path) == []
 
 
@@ -487,12 +491,14 @@ torch.set_num_threads(1)
 from avlprof.models import load_model
 from avlprof.tasks import load_task
 from avlprof.tracing import trace
+from avlprof.watch import Watch
 trace.FLUSH_SAMPLES = 2
 task = load_task("shapes")
-def show(done, wanted):
-    print(done, flush=True)
+class Show(Watch):
+    def phase(self, name, done, total):
+        print(done, flush=True)
 trace.trace_samples(load_model("tiny", device="cpu"), task, task.samples("search", 10), Path(sys.argv[1]),
-                    split="search", max_new_tokens=4, progress=show)
+                    trace.TraceSettings(split="search", max_new_tokens=4), watch=Show())
 """
 
 
@@ -510,7 +516,9 @@ def test_kill_9_in_the_middle_then_the_same_again(tmp_path, tiny, task, monkeypa
             if int(line) >= 5:
                 break
         with pytest.raises(UserError, match="another process is writing"):
-            trace_samples(tiny, task, task.samples("search", 10), out, split="search", max_new_tokens=4)
+            trace_samples(
+                tiny, task, task.samples("search", 10), out, TraceSettings(split="search", max_new_tokens=4)
+            )
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -521,7 +529,9 @@ def test_kill_9_in_the_middle_then_the_same_again(tmp_path, tiny, task, monkeypa
     (out / f"scores-{len(survived):05d}.safetensors").write_bytes(b"half")
     monkeypatch.setattr(trace, "FLUSH_SAMPLES", 2)
     started = time.monotonic()
-    run = trace_samples(tiny, task, task.samples("search", 10), out, split="search", max_new_tokens=4)
+    run = trace_samples(
+        tiny, task, task.samples("search", 10), out, TraceSettings(split="search", max_new_tokens=4)
+    )
     assert time.monotonic() - started < 60
     wanted = [s.id for s in task.samples("search", 10)]
     assert sorted(run.samples()["sample"]) == sorted(wanted)
@@ -531,7 +541,11 @@ def test_kill_9_in_the_middle_then_the_same_again(tmp_path, tiny, task, monkeypa
     keys = ["sample", "layer", "head", "phase", "query"]
     assert not run.stats().duplicated(keys).any()
     once = trace_samples(
-        tiny, task, task.samples("search", 10), tmp_path / "once", split="search", max_new_tokens=4
+        tiny,
+        task,
+        task.samples("search", 10),
+        tmp_path / "once",
+        TraceSettings(split="search", max_new_tokens=4),
     )
     assert run.hash == once.hash
     for name in wanted:

@@ -19,6 +19,7 @@ from avlprof.models.tiles import parse_tiles
 from avlprof.run import find_pictures, save_pictures
 from avlprof.tasks import Message, Sample, Task, Turn, load_task
 from avlprof.testing.families import families
+from avlprof.tracing.options import TraceSettings
 from avlprof.tracing.trace import trace_samples
 
 BUILDERS = dict(families())
@@ -87,7 +88,11 @@ def test_a_padded_batch_of_unequal_conversations_is_its_rows_alone(tmp_path, tin
     task = Task("own", "exact_match", ("all",), lambda split: samples)
     runs = [
         trace_samples(
-            tiny, task, samples, tmp_path / str(size), split="all", max_new_tokens=4, batch_size=size
+            tiny,
+            task,
+            samples,
+            tmp_path / str(size),
+            TraceSettings(split="all", max_new_tokens=4, batch_size=size),
         )
         for size in (4, 1)
     ]

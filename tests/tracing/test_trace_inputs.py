@@ -29,7 +29,10 @@ from avlprof.runtime.apply import apply
 from avlprof.tasks import Message, Sample, Task
 from avlprof.testing.models import BOS, FIRST_WORD, IMAGE, PAD, VOCABULARY, cases, random_llava
 from avlprof.tracing import RecordOptions, record, trace_samples
+from avlprof.tracing.options import TraceSettings
 from avlprof.tracing.trace import FLUSH_SAMPLES
+from avlprof.watch import SILENT
+from tests.watching import Counts
 
 KEYS = ["sample", "layer", "head", "phase", "query"]
 POLICY = Policy(name="half", vision_keep=0.5, vision_compute=0.25, refresh_interval=3)
@@ -112,8 +115,16 @@ def task_of(samples, most=8):
     return Task("words", "exact_match", ("own",), lambda split: samples, most)
 
 
-def traced(loaded, samples, out, **options):
-    return trace_samples(loaded, task_of(samples), samples, out, split="own", **options)
+def traced(loaded, samples, out, watch=SILENT, under=nullcontext, **options):
+    return trace_samples(
+        loaded,
+        task_of(samples),
+        samples,
+        out,
+        TraceSettings(split="own", **options),
+        watch=watch,
+        under=under,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +185,7 @@ def test_a_batch_under_a_policy_gives_the_numbers_of_its_samples_alone(tmp_path,
             batch_size=size,
             policy="half",
             under=lambda: apply(loaded.model, POLICY),
-            options=RecordOptions(per_head=per_head, history=0.5),
+            record=RecordOptions(per_head=per_head, history=0.5),
         )
         for size in (1, 5)
     ]
@@ -186,7 +197,9 @@ def test_a_batch_of_the_embedded_model(tiny, tmp_path):
     task = avlprof.load_task("shapes")
     samples = task.samples("search", 5)
     runs = [
-        trace_samples(tiny, task, samples, tmp_path / str(size), split="search", batch_size=size)
+        trace_samples(
+            tiny, task, samples, tmp_path / str(size), TraceSettings(split="search", batch_size=size)
+        )
         for size in (1, 3)
     ]
     assert runs[0].samples()["generated"].nunique() > 1
@@ -203,7 +216,7 @@ def test_a_batch_resumes_a_run_of_single_samples(tmp_path):
         tmp_path,
         max_new_tokens=2,
         batch_size=3,
-        progress=lambda *counts: calls.append(counts),
+        watch=Counts(lambda *counts: calls.append(counts)),
     )
     assert calls == [(2, 6), (5, 6), (6, 6)]
     assert run.ids() == [sample.id for sample in samples]
@@ -237,7 +250,7 @@ def test_given_answers_are_traced_to_their_end(name, build, size, tmp_path):
     loaded = wordy(build(), ends=[FIRST_WORD])
     samples = questions(4, seed=5, answers=((2, 15), (1, 2)))
     options = RecordOptions(per_head=True)
-    run = traced(loaded, samples, tmp_path, batch_size=size, forced=True, options=options)
+    run = traced(loaded, samples, tmp_path, batch_size=size, forced=True, record=options)
     assert run.meta.forced
     table = run.samples().set_index("sample")
     assert table["generated"].max() > 8, "longer than what the task lets a model answer"
@@ -280,11 +293,13 @@ def test_given_answers_can_be_cut(tmp_path):
 def test_the_own_answer_given_back_is_the_same_trace(tiny, tmp_path):
     task = avlprof.load_task("shapes")
     samples = task.samples("search", 4)
-    free = trace_samples(tiny, task, samples, tmp_path / "free", split="search")
+    free = trace_samples(tiny, task, samples, tmp_path / "free", TraceSettings(split="search"))
     said = [
         Sample(s.id, s.images, s.prompt, (a,)) for s, a in zip(samples, free.samples()["answer"], strict=True)
     ]
-    forced = trace_samples(tiny, task, said, tmp_path / "forced", split="search", forced=True, batch_size=2)
+    forced = trace_samples(
+        tiny, task, said, tmp_path / "forced", TraceSettings(split="search", forced=True, batch_size=2)
+    )
     assert free.samples()["generated"].min() > 1
     assert_same_numbers(free, forced)
 
@@ -333,7 +348,9 @@ def test_an_answer_in_the_words_of_a_sentencepiece_model(before, want):
 
 
 def test_a_run_under_a_policy_holds_what_the_policy_attends_to(tiny, tmp_path):
-    plan = plan_trace(tiny, "shapes", 3, out=tmp_path, policy=POLICY, max_new_tokens=12, batch_size=1)
+    plan = plan_trace(
+        tiny, "shapes", 3, TraceSettings(policy=POLICY, max_new_tokens=12, batch_size=1), out=tmp_path
+    )
     run = plan.run()
     assert run.meta.policy == f"half {POLICY.hash}"
     for sample in plan.samples:
@@ -351,27 +368,27 @@ def test_runs_of_other_inputs_do_not_mix(tmp_path):
     traced(loaded, samples, tmp_path, max_new_tokens=3)
     with pytest.raises(UserError, match="forced: False here, True asked"):
         traced(loaded, samples, tmp_path, max_new_tokens=3, forced=True)
-    with pytest.raises(UserError, match="policy: '' here, 'half abc' asked"):
-        traced(loaded, samples, tmp_path, max_new_tokens=3, policy="half abc")
+    with pytest.raises(UserError, match=f"policy: '' here, 'half {POLICY.hash}' asked"):
+        traced(loaded, samples, tmp_path, max_new_tokens=3, policy=POLICY)
     traced(loaded, samples, tmp_path, max_new_tokens=3, batch_size=2)
 
 
 def test_a_policy_that_does_not_fit_is_refused_before_any_work(tiny, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(UserError, match="written for 2 layers, the model has 6"):
-        plan_trace(tiny, "shapes", 2, out=out, policy=Policy(vision_keep=(0.5, 0.5)))
+        plan_trace(tiny, "shapes", 2, TraceSettings(policy=Policy(vision_keep=(0.5, 0.5))), out=out)
     with pytest.raises(UserError, match="did you mean uniform"):
-        plan_trace(tiny, "shapes", 2, out=out, policy="unifrom")
+        plan_trace(tiny, "shapes", 2, TraceSettings(policy="unifrom"), out=out)
     assert not out.exists()
 
 
 def test_a_run_under_a_policy_is_not_taken_for_a_dense_one(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    under = avlprof.trace(tiny, "shapes", 1, policy=POLICY, max_new_tokens=2)
+    under = avlprof.trace(tiny, "shapes", 1, TraceSettings(policy=POLICY, max_new_tokens=2))
     assert under.path.name == "tiny-shapes-half"
     assert avlprof.latest_run().path == under.path
     assert avlprof.latest_run(loaded=tiny) is None
-    forced = avlprof.trace(tiny, "shapes", 1, forced=True)
+    forced = avlprof.trace(tiny, "shapes", 1, TraceSettings(forced=True))
     assert forced.path.name == "tiny-shapes-forced"
     assert avlprof.latest_run(loaded=tiny).path == forced.path
 
@@ -423,7 +440,7 @@ def test_memory_stays_flat(tmp_path):
             counts.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
             sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
-    traced(loaded, samples, tmp_path, max_new_tokens=2, batch_size=8, progress=look)
+    traced(loaded, samples, tmp_path, max_new_tokens=2, batch_size=8, watch=Counts(look))
     assert len(counts) == len(RunDirectory(tmp_path).parts()) == 160 // FLUSH_SAMPLES
     assert len(RunDirectory(tmp_path).ids()) == 160
     assert max(counts) <= counts[0] + 5, counts
@@ -448,9 +465,7 @@ def test_a_device_map_changes_no_number(tiny, tmp_path):
                 task,
                 task.samples("search", 2),
                 tmp_path / f"{number}{policy is None}",
-                split="search",
-                batch_size=2,
-                max_new_tokens=5,
+                TraceSettings(split="search", batch_size=2, max_new_tokens=5),
                 under=(lambda model=one.model: apply(model, POLICY)) if policy else nullcontext,
             )
             for number, one in enumerate((tiny, spread))

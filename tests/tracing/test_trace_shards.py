@@ -17,7 +17,10 @@ from avlprof.models import load_model
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import load_task
 from avlprof.tracing import trace_samples
+from avlprof.tracing.options import TraceSettings
+from avlprof.watch import SILENT
 from tests.runs.test_runs import META, files, sample
+from tests.watching import Counts
 
 SAMPLES, TOKENS = 8, 4
 FORK = multiprocessing.get_context("fork")
@@ -34,10 +37,16 @@ def task():
     return load_task("shapes")
 
 
-def traced(loaded, task, out, shard=None, count=SAMPLES, **options):
+def traced(loaded, task, out, shard=None, count=SAMPLES, batch_size=1, watch=SILENT):
     samples = task.samples("search", count)
     return trace_samples(
-        loaded, task, samples, Path(out), split="search", max_new_tokens=TOKENS, shard=shard, **options
+        loaded,
+        task,
+        samples,
+        Path(out),
+        TraceSettings(split="search", max_new_tokens=TOKENS, batch_size=batch_size),
+        shard=shard,
+        watch=watch,
     )
 
 
@@ -163,7 +172,7 @@ def test_another_number_of_processes_resumes_without_loss_or_doubles(tmp_path, t
         traced(tiny, task, tmp_path, shard, count)
     assert 0 < len(RunDirectory(tmp_path).samples()) < SAMPLES
     calls = []
-    traced(tiny, task, tmp_path, Shard(1, 3), progress=lambda *counts: calls.append(counts))
+    traced(tiny, task, tmp_path, Shard(1, 3), watch=Counts(lambda *counts: calls.append(counts)))
     assert calls[-1] == (3, 3)
     assert calls[0][0] > 0, "some of its share was done by others"
     run = RunDirectory(tmp_path)

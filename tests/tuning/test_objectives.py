@@ -30,7 +30,7 @@ from avlprof.tuning.settings import SAMPLERS, make_sampler
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.study import read_study
 from avlprof.tuning.trials import run_trials
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 LAYERS = 4
 BUDGET = Budget(0.4, None, (PromptShape(2, 40, 6),), 5)

@@ -28,6 +28,7 @@ from avlprof.errors import UserError
 from avlprof.models import load_model
 from avlprof.policy import Policy, Provenance, Score, dump_policy, load_policy, save_policy
 from avlprof.tasks import load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.reading import overview, studies_below
@@ -313,7 +314,7 @@ def tuned(tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("tuned")
     loaded = load_model("tiny", device="cpu")
-    traced = avlprof.trace(loaded, TASK, 2, out=root / "run", max_new_tokens=LIMIT)
+    traced = avlprof.trace(loaded, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
     settings = Settings(trials=9, refine=0, samples=SAMPLES, proof_samples=2, max_new_tokens=LIMIT)
     avlprof.tune(loaded, TASK, BUDGET, settings, run=traced, out=root / "study")
     return loaded, traced, root / "study"

@@ -21,11 +21,12 @@ from avlprof.evaluation import paired_difference
 from avlprof.models import load_model
 from avlprof.plots.front import budget_front, budget_front_info
 from avlprof.policy import load_policy
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Candidate, Settings, Space
 from avlprof.tuning.candidate import STARTS, noted_starts
 from avlprof.tuning.smallest import smallest as smallest_verb
 from avlprof.tuning.study import read_study
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 TASK, LIMIT = "shapes:read", 6
 SPACE = Space(("uniform", "pyramid"), ("last_query", "instruction"), ("shared",))
@@ -40,7 +41,9 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    return avlprof.trace(tiny, TASK, 2, out=tmp_path_factory.mktemp("run") / "run", max_new_tokens=LIMIT)
+    return avlprof.trace(
+        tiny, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=tmp_path_factory.mktemp("run") / "run"
+    )
 
 
 @pytest.fixture(scope="module")

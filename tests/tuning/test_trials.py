@@ -27,7 +27,7 @@ from avlprof.tuning.study import finalists
 from avlprof.tuning.trials import run_trials
 from avlprof.watch import SILENT, Watch
 from tests.search_space import ALLOCATORS, SPACE, outcome, probed_evidence
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 
 class Killed(BaseException):

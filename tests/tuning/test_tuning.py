@@ -38,11 +38,12 @@ from avlprof.policy import (
 from avlprof.run import Run
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
+from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Space, export_policy, read_meta, read_study
 from avlprof.tuning.study import finalists
 from avlprof.watch import SILENT
 from tests.search_space import outcome
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 TASK, SAMPLES, LIMIT = "shapes:read", 6, 6
 BUDGET, READ = 0.4, 0.35
@@ -77,7 +78,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def study(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("tuning")
-    run = avlprof.trace(tiny, TASK, 3, out=root / "run", max_new_tokens=LIMIT)
+    run = avlprof.trace(tiny, TASK, 3, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
     notes = Notes()
     result = tuned(tiny, run, root / "study", watch=notes)
     phases = [name for name, done, total in notes.phases if done == total]

@@ -20,7 +20,7 @@ from avlprof.tuning.storages.journal import JOURNAL, FolderStorage, journal, men
 from avlprof.tuning.trials import run_trials
 from avlprof.tuning.workers import WorkerProcesses
 from tests.fake_study import Sleepy, Starts, check_complete, check_replacement, command, stop_midway, work
-from tests.watch_notes import Notes
+from tests.watching import Notes
 
 
 class Killed(BaseException):

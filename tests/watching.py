@@ -1,8 +1,20 @@
-"""A watch that notes all that it is told."""
+"""Watches that hand what they are told to a function, or note it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from avlprof.watch import Watch
+
+
+class Counts(Watch):
+    """Calls `count` with units done and units in all of every phase."""
+
+    def __init__(self, count: Callable[[int, int], object]) -> None:
+        self._count = count
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._count(done, total)
 
 
 class Notes(Watch):
