@@ -176,12 +176,14 @@ def _spread(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if not value.is_floating_point():
             continue
-        if value.ndim < 2:
+        if "sink" in name:
+            nn.init.normal_(value, mean=4.0)  # a fair share of a row's mass
+        elif value.ndim < 2:
             value.add_(torch.randn_like(value) * 0.1)
-            continue
-        inputs = value[0].numel() if "conv" in name else value.shape[-1]
-        gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
-        nn.init.normal_(value, std=1.0 if "embed" in name else gain * max(inputs, 1) ** -0.5)
+        else:
+            inputs = value[0].numel() if "conv" in name else value.shape[-1]
+            gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
+            nn.init.normal_(value, std=1.0 if "embed" in name else gain * max(inputs, 1) ** -0.5)
 
 
 @contextlib.contextmanager
