@@ -8,12 +8,15 @@ Import it only where there is a CUDA device, or Triton's interpreter (`TRITON_IN
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from avlprof.attention.column_sums import Seen
 
 _TILE_BYTES = 1 << 15  # of query or key rows in shared memory: small enough for any device with tensor cores
 
@@ -22,13 +25,12 @@ def triton_column_sums(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    rows: Tensor,
-    counted: Tensor | None,
-    valid: Tensor | None,
-    causal: bool,
-    softcap: float | None,
+    seen: Seen,
+    counted: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `avlprof.attention.column_sums`, with `rows [B, R]`; half-precision inputs stay as they are.
+    """As `avlprof.attention.column_sums`, rows being `[B, R]`; half-precision inputs stay as they are.
 
     Products are summed in fp32; those of fp32 inputs are not rounded to TF32.
     """
@@ -37,7 +39,9 @@ def triton_column_sums(
     # the kernels step through the last dimension one by one
     query = query if query.stride(-1) == 1 else query.contiguous()
     key = key if key.stride(-1) == 1 else key.contiguous()
-    rows = rows.to(torch.int32).contiguous()
+    assert seen.rows is not None
+    valid, causal = seen.valid, seen.causal
+    rows = seen.rows.to(torch.int32).contiguous()
     counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
     real = rows if valid is None else valid.to(torch.int32).contiguous()
     width = max(triton.next_power_of_2(size), 16)
@@ -66,6 +70,8 @@ def triton_column_sums(
     with torch.cuda.device(query.device if query.is_cuda else -1):
         grid = (triton.cdiv(count, block), batch * heads)
         _row_lse[grid](query, key, rows, counts, real, lse, *shared, **constants)
+        if sinks is not None:  # all that they change is what a row's weights are divided by
+            lse = torch.logaddexp(lse, sinks.float()[None, :, None])
         grid = (triton.cdiv(length, block), batch * heads)
         _key_sums[grid](query, key, rows, real, lse, total, *shared, **constants)
     return total

@@ -141,7 +141,7 @@ def test_recorded_mass_is_that_of_eager_weights(case):
     check_recorded_mass(case, case.inputs(2, seed=7, pad=True, text=11, images_per_row=[2, 1]))
 
 
-FRAMES_ARE_PICTURES = ("internvl", "smolvlm")
+FRAMES_ARE_PICTURES = ("internvl", "internvl_gpt_oss", "smolvlm")
 
 
 def film_pixels(case, inputs):

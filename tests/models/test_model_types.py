@@ -69,8 +69,6 @@ WRONG_KEEP_ALL = {
     "llava:deepseek_v3": LATENTS,
     "llava:diffllama": "two attention calls a layer",
     "llava:doge": FLOAT_MASK,
-    "llava:flint": "sinks are dropped",
-    "llava:gpt_oss": "sinks are dropped",
     "llava:jetmoe": "the packed step counts heads by the config's KV heads",
 }
 WRONG_RECORD = {
@@ -84,8 +82,6 @@ WRONG_RECORD = {
     "inkling2": "attention over depth comes from a module that has no number",
     "inkling2_loop": "attention over depth comes from a module that has no number",
     "inkling_mm_model": "position_bias is left out",
-    "llava:gpt_oss": "sinks are left out",
-    "llava:flint": "sinks are left out",
     "llava:diffllama": "two attention calls a layer",
     **dict.fromkeys(
         (
