@@ -30,7 +30,30 @@ Beside = Literal["peak", "mass"]
 TITLE = 12.5
 LONGEST = 14
 PANELS = 12
-"""Most layers that are shown unless others are asked for."""
+"""Most layers that are drawn unless others are asked for."""
+PROMPT = 160
+"""Characters of a prompt that stand above a figure."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a figure of pictures is of: id of the sample, its prompt, the query rows that look."""
+
+    sample: str = ""
+    prompt: str = ""
+    rows: str = ""
+
+    def words(self, rows: str = "") -> str:
+        """All that is known, in a line; `rows` if it does not say which rows itself."""
+        prompt = " ".join(self.prompt.split())
+        prompt = prompt if len(prompt) <= PROMPT else f"{prompt[: PROMPT - 1]}…"
+        rows = self.rows or rows
+        parts = (
+            f"Sample {self.sample}" if self.sample else "",
+            f"prompt: “{prompt}”" if prompt else "",
+            f"attention of {rows}" if rows else "",
+        )
+        return joined(*parts, by="  ·  ")
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,8 @@ class HeatPanel:
 class HeatInfo:
     """What a heatmap figure draws; each of `pictures` is `[height, width, 3]` in 0-255.
 
-    `beside` is what stands beside the title of a panel.
+    `note` says how many panels there are of how many and what colours leave out, `subtitle` what the
+    pictures are, `beside` what stands beside the title of a panel.
     """
 
     title: str
@@ -63,6 +87,7 @@ class HeatInfo:
     tokens: int
     note: str = ""
     beside: Beside = "peak"
+    subtitle: str = ""
 
 
 def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
@@ -82,7 +107,7 @@ def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
     return HeatPanel(title, weights, float(flat[placed].max()) / total, rest / total, total)
 
 
-def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[Image.Image], Tiles]:
+def seen_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[Image.Image], Tiles]:
     """The pictures that have tiles, and their tiles.
 
     Args:
@@ -96,24 +121,28 @@ def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[
     """
     if not tokens:
         raise UserError(f"a vision heatmap has nothing to draw: {NO_VISION}")
-    found = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    whole = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not any(tiles):
         raise UserError(
             "where these vision tokens lie in the pictures is not known; docs/models.md says when it is"
         )
-    if len(found) != len(tiles):
-        raise UserError(f"tiles must have one list for each of the {len(found)} pictures, got {len(tiles)}")
+    if len(whole) != len(tiles):
+        raise UserError(f"tiles must have one list for each of the {len(whole)} pictures, got {len(tiles)}")
     last = max(int(tile.tokens().max()) for own in tiles for tile in own)
     if last >= tokens:
         raise UserError(
             f"tiles name vision token {last}, but there are {tokens} vision tokens; give this prompt's tiles"
         )
-    kept = [place for place, own in enumerate(tiles) if own]
-    return [found[place] for place in kept], [tiles[place] for place in kept]
+    kept = [(picture, own) for picture, own in zip(whole, tiles, strict=True) if own]
+    return [picture for picture, _ in kept], [own for _, own in kept]
 
 
 def vision_heatmap_info(
-    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
+    pictures: Pictures,
+    scores: ArrayLike,
+    tiles: Tiles,
+    layers: Sequence[int] | None = None,
+    caption: Caption | None = None,
 ) -> HeatInfo:
     """Overlays of some layers on the pictures of a prompt.
 
@@ -122,17 +151,15 @@ def vision_heatmap_info(
         scores: `[layers, vision]` attention that each vision token received, one query row.
         tiles: where the vision tokens lie in each picture.
         layers: which layers; by default at most twelve, evenly spread, first and last included.
+        caption: sample, prompt and query row of the scores.
 
     Raises:
-        UserError: as `shown_pictures`, or a layer that does not exist.
+        UserError: as `seen_pictures`, or a layer that does not exist.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=float))
-    found, own = shown_pictures(pictures, tiles, table.shape[1])
-    shown = ""
+    seen, own = seen_pictures(pictures, tiles, table.shape[1])
     if layers is None:
-        shown = f"{PANELS} of {len(table)} layers" if len(table) > PANELS else ""
-        count = min(len(table), PANELS)
-        layers = [round(i) for i in np.linspace(0, len(table) - 1, count)]
+        layers = [round(i) for i in np.linspace(0, len(table) - 1, min(len(table), PANELS))]
     if not len(layers):
         raise UserError("layers must name at least one layer, got none")
     for layer in layers:
@@ -140,7 +167,15 @@ def vision_heatmap_info(
             raise UserError(f"layers must be in 0 to {len(table) - 1}, got {layer}")
     panels = tuple(heat_panel(f"Layer {layer}", table[layer], own) for layer in layers)
     title = "Where each layer looks" if len(panels) != 1 else f"Where layer {layers[0]} looks"
-    return heat_info(title, found, panels, table.shape[1], shown)
+    note = counted(len(set(layers)), len(table), "layer")
+    return heat_info(title, seen, panels, table.shape[1], note, subtitle=(caption or Caption()).words())
+
+
+def counted(drawn: int, total: int, noun: str, which: str = "") -> str:
+    """`all 6 layers`, `12 of 32 layers`, or with which ones: `first 23 of 30 words`."""
+    if drawn < total:
+        return joined(which, f"{drawn} of {total} {noun}s", by=" ")
+    return f"all {total} {noun}s" if total > 1 else f"1 {noun}"
 
 
 def heat_info(
@@ -150,24 +185,30 @@ def heat_info(
     tokens: int,
     note: str,
     beside: Beside = "peak",
+    subtitle: str = "",
 ) -> HeatInfo:
     """The panels with their pictures, and in the note what the colours leave out."""
-    rest = float(np.mean([panel.unplaced for panel in panels]))
-    if rest >= 0.0005:
-        note = joined(note, f"newline tokens, not drawn, hold {rest:.1%}", by="; ")
-    shown = tuple(np.asarray(picture.convert("RGB")) for picture in pictures)
-    return HeatInfo(title, shown, panels, tokens, note, beside)
+    rest = [panel.unplaced for panel in panels]
+    if max(rest) >= 0.0005:
+        ends = f"{max(rest):.1%}" if len(rest) == 1 else f"{min(rest):.1%} to {max(rest):.1%} of a panel"
+        note = joined(note, f"newline tokens, not drawn, hold {ends}", by="; ")
+    colours = tuple(np.asarray(picture.convert("RGB")) for picture in pictures)
+    return HeatInfo(title, colours, panels, tokens, note, beside, subtitle)
 
 
 def vision_heatmap(
-    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
+    pictures: Pictures,
+    scores: ArrayLike,
+    tiles: Tiles,
+    layers: Sequence[int] | None = None,
+    caption: Caption | None = None,
 ) -> Figure:
     """The pictures, and the pictures under each layer's vision attention (see `vision_heatmap_info`).
 
     Every panel is scaled to its own brightest cell; above it stands the strongest token's share
     of the panel's vision attention: 100% would be one token, 1 / tokens is even attention.
     """
-    return draw_heatmaps(vision_heatmap_info(pictures, scores, tiles, layers))
+    return draw_heatmaps(vision_heatmap_info(pictures, scores, tiles, layers, caption))
 
 
 def draw_heatmaps(info: HeatInfo) -> Figure:
@@ -184,7 +225,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
             even = f"even attention would be {1 / info.tokens:.2%}"
             beside = f"right: the strongest token's share of vision attention; {even}"
         note = joined(info.note, beside, by="; ")
-        figure = new_figure(info.title, note, size, square=True)
+        figure = new_figure(info.title, note, size, square=True, subtitle=info.subtitle)
         flat = list(figure.subplots(rows, cols, squeeze=False).flat)
         for ax in flat:
             ax.set_axis_off()

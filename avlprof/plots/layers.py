@@ -135,8 +135,8 @@ def _draw_vision(
     panel: PolicyPanel, info: PolicyInfo, ax: Axes, top: float, named: bool, label: bool
 ) -> None:
     where = list(range(info.layers))
-    ax.bar(where, panel.keep, 0.82, color=STORED)
-    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED)
+    ax.bar(where, panel.keep, 0.82, color=STORED, linewidth=0)
+    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED, linewidth=0)
     how = (
         f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
     )
@@ -155,7 +155,7 @@ def _draw_text(panel: PolicyPanel, info: PolicyInfo, ax: Axes, longest: float) -
         ax.set_yticks([])
         ax.set_ylabel("Text")
         return
-    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN)
+    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN, linewidth=0)
     if panel.text_share:
         ax.set_ylabel("Text KV")
         percent_axis(ax, "y")
