@@ -431,6 +431,17 @@ def test_mass_has_the_interval_of_vision_and_the_horizon_of_its_rows() -> None:
     assert [a - b for a, b in zip(lines, without, strict=True)] == [1, 1]
 
 
+def test_mass_says_which_rows_have_no_horizon() -> None:
+    frame, marks = mass_frame(4), horizon_frame(4)
+    assert plots.mass_info(frame, marks).without == ""
+    assert plots.mass_info(frame).without == ""
+    marks.loc[marks["query"] == "generated", ["layer", "low", "high"]] = None
+    figure = plots.modality_mass(plots.mass_info(frame, marks))
+    assert "no horizon in decode" in words_of(figure)
+    marks.loc[:, ["layer", "low", "high"]] = None
+    assert plots.mass_info(frame, marks).without == "no horizon in prefill and decode"
+
+
 def test_horizon_lines_are_the_frame_in_layer_order() -> None:
     frame = vision_frame(5)
     info = plots.horizon_info(frame, horizon_frame(5), 0.02)
@@ -1085,6 +1096,11 @@ def test_twenty_three_of_thirty_words_are_said_to_be_so() -> None:
     scores = np.random.default_rng(1).random((30, 2, 6))
     figure = plots.word_heatmaps(picture(), scores, over(2, 3), [f"w{i}" for i in range(30)])
     assert "first 23 of 30 words" in words_of(figure)
+    steps = [[i] for i in range(30)]
+    part = plots.word_heatmaps_info(picture(), scores, over(2, 3), ["w"] * 20, steps=steps[:20])
+    assert "first 20 words, 10 more tokens of the answer are not drawn" in part.note
+    ended = plots.word_heatmaps_info(picture(), scores[:21], over(2, 3), ["w"] * 20, steps=steps[:20])
+    assert ended.note.startswith("all 20 words"), "the last step is that of the end token"
 
 
 # -- seaborn, settings, files -----------------------------------------------------------------

@@ -18,7 +18,7 @@ from avlprof.plots.style import (
     SOFT,
     TUNED,
     interval_bars,
-    nested_width,
+    nested,
     new_figure,
     percent_axis,
     plain_line,
@@ -118,11 +118,11 @@ def _draw(line: FrontLine, rank: int, count: int, ax: Axes) -> None:
     colour = TUNED if tuned else RIVALS[rank % len(RIVALS)]
     front = 4 + count - rank
     interval_bars(
-        ax, line.live_share, line.low, line.high, color=colour, linewidth=nested_width(rank, count),
+        ax, line.live_share, line.low, line.high, color=colour, linewidth=nested(rank, count, 1.8, 15.0),
         alpha=1.0 if rank == 0 else 0.4, zorder=front - 0.5 - count,
     )  # fmt: skip
     plain_line(
         ax, line.live_share, line.score, colour, label=line.name, marker=MARKERS[rank % len(MARKERS)],
-        markersize=9 + 1.4 * rank, markeredgecolor="white", linewidth=2.8 if tuned else 1.6,
+        markersize=nested(rank, count, 9.0, 16.0), markeredgecolor="white", linewidth=2.8 if tuned else 1.6,
         zorder=front,
     )  # fmt: skip

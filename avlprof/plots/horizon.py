@@ -21,7 +21,7 @@ from avlprof.plots.style import (
     SOFT,
     interval_band,
     layer_axis,
-    nested_width,
+    nested,
     new_figure,
     percent_axis,
     plain_line,
@@ -96,11 +96,10 @@ def vision_horizon(source: Profile | HorizonInfo, threshold: float = 0.01) -> Fi
         note = joined(info.note, "bands and bars: 95% intervals" if known else "")
         figure = new_figure("How deep into the model vision is looked at", note, (12.0, 5.6))
         ax = figure.subplots()
-        for place, (line, (colour, marker)) in enumerate(zip(info.lines, LOOKS, strict=False)):
+        for number, (line, (colour, marker)) in enumerate(zip(info.lines, LOOKS, strict=False)):
             _draw(line, colour, marker, ax)
-            _mark(
-                line, colour, nested_width(len(info.lines) - 1 - place, len(info.lines)), info.threshold, ax
-            )
+            width = nested(len(ROWS) - 1 - number, len(ROWS), 3.0, 24.0)
+            _mark(line, colour, width, info.threshold, ax)
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())
         layers = info.lines[0].layers
@@ -139,8 +138,10 @@ def _mark(line: HorizonLine, colour: str, width: float, threshold: float, ax: Ax
         return
     if mark.low is not None:
         end = len(line.layers) if mark.high is None else mark.high
-        ax.plot([mark.low, end], [threshold] * 2, color=colour, linewidth=1.6 * width, alpha=0.6, zorder=4)
-    ax.plot([mark.layer], [threshold], "D", color=colour, markersize=7 + width, mec=INK, mew=1.2, zorder=5)
+        ax.plot([mark.low, end], [threshold] * 2, color=colour, linewidth=width, alpha=0.6, zorder=4)
+    ax.plot(
+        [mark.layer], [threshold], "D", color=colour, markersize=6 + width / 1.6, mec=INK, mew=1.2, zorder=5
+    )
 
 
 def _of_profile(profile: Profile, threshold: float) -> HorizonInfo:

@@ -94,7 +94,8 @@ def pareto_info(frame: pd.DataFrame, cost: str = "live_share") -> ParetoInfo:
         first = reference.iloc[0]
         dense = (float(first["score"]), float(first["low"]), float(first["high"]))
     count = f"n = {count_range(frame['n'])} samples, " if "n" in frame.columns else ""
-    note = f"{count}bars: 95% interval, band: that of dense, rings: no policy is better and as cheap"
+    rings = f"rings: no policy is better and as cheap (costs within {100 * SAME_COST:g} points are equal)"
+    note = f"{count}bars: 95% interval, band: that of dense, {rings}"
     return ParetoInfo(tuple(lines), dense, cost, note)
 
 

@@ -235,13 +235,13 @@ def interval_band(axes: Axes, where: Sequence[float] | Array, low: Array, high: 
         axes.fill_between(where, low, high, where=known.tolist(), color=colour, alpha=0.16, linewidth=0)
 
 
-def nested_width(rank: int, count: int) -> float:
-    """Width of the bar of line `rank` of `count` (0: in front): those behind are wider.
+def nested(rank: int, count: int, least: float, most: float) -> float:
+    """Size in points of what stands at `rank` of `count` (0: in front): what is behind is larger.
 
-    So intervals of policies that cost the same lie over each other at their true place on an axis
-    of bytes, and each can still be seen.
+    So points and intervals of policies that cost the same lie over each other at their true place
+    on an axis of bytes, and each can still be seen.
     """
-    return 1.8 + 2.6 * min(rank, count - 1)
+    return least + (most - least) * rank / max(count - 1, 5)
 
 
 def interval_bars(axes: Axes, where: Sequence[float] | Array, low: Array, high: Array, **look: Any) -> None:

@@ -99,10 +99,21 @@ def word_heatmaps_info(
         for word, group in zip(words[:PANELS], groups, strict=False)
     )
     where = f"mean of {depth} layers" if layer is None else f"layer {layer}"
-    note = f"{counted(len(panels), len(words), 'word', 'first')}; {where}"
+    note = f"{_count(len(words), groups, count)}; {where}"
     subtitle = (caption or Caption()).words(ROWS)
     title = "Where the model looks as it writes"
     return heat_info(title, seen, panels, table.shape[2], note, subtitle=subtitle)
+
+
+def _count(words: int, groups: Sequence[Sequence[int]], steps: int) -> str:
+    """How much of the answer is drawn, also when only its first words were handed over.
+
+    One step behind the last word is that of the end token.
+    """
+    behind = steps - 1 - max(step for group in groups for step in group)
+    if words <= PANELS and behind > 1:
+        return f"first {words} words, {behind} more tokens of the answer are not drawn"
+    return counted(min(words, PANELS), words, "word", "first")
 
 
 def word_heatmaps(
