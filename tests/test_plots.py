@@ -768,7 +768,7 @@ def test_word_panels_average_steps_and_layers() -> None:
     many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), over(2, 3), ["w"] * 40)
     assert len(many.panels) == 23
     assert many.note == "first 23 of 40 words; mean of 1 layers"
-    assert info.note == "all 2 words; mean of 3 layers"
+    assert info.note == "all 2 words; mean of 3 layers and of a word's tokens"
 
 
 def test_head_panels_are_one_layers_heads_behind_their_mean() -> None:
@@ -956,8 +956,10 @@ def test_maps_say_how_wide_their_widest_interval_is() -> None:
     said = words_of(plots.head_maps(plots.head_info(heads)))
     assert "95% intervals: ±0.2 points in the median, ±11 at worst" in said
     assert "95% intervals: ±0.2 points\n" in said, "the other map has no such cell"
-    nat = words_of(plots.head_maps(plots.head_info(spread(heads, 0.002, 0.002), ("entropy",))))
-    assert "95% intervals: ±0.002 nat" in nat
+    nat = words_of(plots.head_maps(plots.head_info(spread(heads, 0.02, 0.02), ("entropy",))))
+    assert "95% intervals: ±0.02 nat\n" in nat
+    tiny = words_of(plots.head_maps(plots.head_info(spread(heads, 1e-7, 1.0))))
+    assert "below ±0.01 points in the median, ±100 at worst" in tiny
     layers = spread(overlap_frame(4).sort_values(["query", "layer_b", "layer_a"]), 0.002, 0.11)
     layers.iloc[-2, layers.columns.get_indexer(["low", "high"])] = [-1.0, 1.0]
     assert "±0.2 points in the median, ±100 at worst" in words_of(
@@ -1073,9 +1075,9 @@ def test_heatmaps_say_sample_prompt_and_rows() -> None:
     words = plots.word_heatmaps(
         picture(), scores, over(3, 4), list("abc"), caption=plots.Caption("s3", "What?")
     )
-    assert "Sample s3 · prompt: “What?” · attention of the row that writes each token" in words_of(words)
+    assert "Sample s3 · prompt: “What?” · attention of the rows that write each word" in words_of(words)
     bare = plots.word_heatmaps(picture(), scores, over(3, 4), list("abc"))
-    assert "attention of the row that writes each token" in words_of(bare)
+    assert "attention of the rows that write each word" in words_of(bare)
     assert "all 2 layers" in words_of(heat)
     assert "2 heads" in words_of(heads)
 

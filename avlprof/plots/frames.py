@@ -64,11 +64,16 @@ class HalfWidths:
         """`95% intervals: ±0.2 points in the median, ±11 at worst`; empty when not known."""
         if np.isnan(self.widest):
             return ""
-        sizes = (factor * self.median, factor * self.widest)
-        median, widest = (f"{half:.0f}" if half >= 10 else f"{half:.2g}" for half in sizes)
+        median, widest = (_plus_minus(factor * half) for half in (self.median, self.widest))
         if median == widest:
-            return f"95% intervals: ±{widest} {unit}"
-        return f"95% intervals: ±{median} {unit} in the median, ±{widest} at worst"
+            return f"95% intervals: {widest} {unit}"
+        return f"95% intervals: {median} {unit} in the median, {widest} at worst"
+
+
+def _plus_minus(half: float) -> str:
+    if half < 0.01:
+        return "±0" if half == 0 else "below ±0.01"
+    return f"±{half:.0f}" if half >= 10 else f"±{half:.2g}"
 
 
 def half_widths(frame: pd.DataFrame) -> HalfWidths:

@@ -116,7 +116,6 @@ def vision_horizon(source: Profile | HorizonInfo, threshold: float = 0.01) -> Fi
             fontsize=12,
             va="top",
             transform=ax.get_yaxis_transform(),
-            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
         )
         percent_axis(ax, "y", full=False)
         ax.set_ylabel("Attention on vision (log scale)")

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from avlprof.plots.frames import Array
-from avlprof.plots.style import GRID
 
+MISSING = "#BDBDBD"
 ANNOTATED = 12
 """Most rows or columns whose cells hold their number; larger maps have colours alone."""
 LABELS = 9
@@ -37,7 +37,9 @@ class Scale:
 
 
 def draw_matrix(ax: Axes, values: Array, rows: Sequence[int], columns: Sequence[int], scale: Scale) -> Any:
-    """A heatmap of `values [rows, columns]`, the first row on top; a cell without a value is grey.
+    """A heatmap of `values [rows, columns]`, the first row on top: the darker, the more.
+
+    A cell without a value is hatched, so that it is not taken for one near zero.
 
     Returns:
         What a colour bar is made for.
@@ -50,7 +52,7 @@ def draw_matrix(ax: Axes, values: Array, rows: Sequence[int], columns: Sequence[
         pd.DataFrame(values, index=list(rows), columns=list(columns)),
         vmin=0.0,
         vmax=scale.top,
-        cmap="mako",
+        cmap=sns.color_palette("blend:#F1F8F4,#A9DFBF,#49A5AC,#3A5F9A,#2B2140", as_cmap=True),
         annot=_texts(values, scale.cell) if few else False,
         fmt="",
         annot_kws={"fontsize": 12},
@@ -63,7 +65,7 @@ def draw_matrix(ax: Axes, values: Array, rows: Sequence[int], columns: Sequence[
         ax=ax,
     )
     ax.grid(False)
-    ax.set_facecolor(GRID)
+    ax.patch.set(facecolor="white", edgecolor=MISSING, hatch="////", linewidth=0.0)
     ax.tick_params(length=0)
     for axis in ("x", "y"):
         ax.tick_params(axis=axis, labelrotation=0)

@@ -81,7 +81,7 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
 def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None) -> Figure:
     """Heatmaps: the share of one layer's top vision tokens that are another layer's too.
 
-    The diagonal is 100% by definition and left grey, so that colours tell the others apart.
+    The diagonal is 100% by definition and left out (hatched), so that colours tell the others apart.
 
     Args:
         source: a profile, or the information.

@@ -95,7 +95,7 @@ def text_window(source: Profile | WindowInfo) -> Figure:
         spread = ("bands: 95% interval" if known else "") if bands else info.halves.words()
         dots = f"dots: smallest traced window with {info.level:.0%}"
         note = joined(info.rows, "first text tokens aside", info.note, dots, spread, by="; ")
-        figure = new_figure("How far back in the text each layer reaches", note)
+        figure = new_figure("How far back in the text each layer reaches", note, (11.0, 5.8))
         ax = figure.subplots()
         ax.axhline(info.level, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
         layer_lines(ax, info.layers, info.windows, info.held, linewidth=2.2 if bands else 1.4)

@@ -26,7 +26,7 @@ PANELS = 23
 """Most words in one figure; with the picture itself that is 24 panels."""
 SPECIAL = re.compile(r"</?[\w|▁\uff5c-]+>|\[(SEP|EOS|PAD|END)\]")
 """Tokens that end an answer and are no words, as tokenizers write them: `</s>`, `<|im_end|>`, `[SEP]`."""
-ROWS = "the row that writes each token, mean over the tokens of a word"
+ROWS = "the rows that write each word"
 
 
 def group_words(pieces: Sequence[str]) -> tuple[list[str], list[list[int]]]:
@@ -99,6 +99,7 @@ def word_heatmaps_info(
         for word, group in zip(words[:PANELS], groups, strict=False)
     )
     where = f"mean of {depth} layers" if layer is None else f"layer {layer}"
+    where = f"{where} and of a word's tokens" if any(len(group) > 1 for group in groups) else where
     note = f"{_count(len(words), groups, count)}; {where}"
     subtitle = (caption or Caption()).words(ROWS)
     title = "Where the model looks as it writes"
