@@ -25,8 +25,8 @@ from avlprof import plots
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.models.tiles import Tile, grid
-from avlprof.plots.arrange import arrange
 from avlprof.plots.pareto import unbeaten
+from avlprof.plots.pictures import arrange
 from avlprof.plots.style import MODALITY_COLOURS, THEME, layer_colours, theme
 from avlprof.policy import JointPool, Policy, TextPolicy
 from tests.synthetic_run import write_run
@@ -386,7 +386,7 @@ def budgets_frame() -> pd.DataFrame:
 def test_methods_at_equal_bytes_share_a_panel_without_an_axis_of_bytes() -> None:
     info = plots.budgets_info(budgets_frame())
     figure = plots.quality_by_budget(info)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["10% of the bytes", "40% of the bytes"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["10% of the dense KV", "40% of the dense KV"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "dense",
         *(line.method for line in info.lines),
@@ -748,13 +748,13 @@ def test_pictures_on_a_panel_keep_their_shape_and_do_not_touch(count: int) -> No
     random = np.random.default_rng(count)
     sizes = [(int(w), int(h)) for w, h in random.integers(20, 90, (count, 2))]
     placed = arrange(sizes)
-    for (width, height), (left, right, bottom, top) in zip(sizes, placed.places, strict=True):
+    for (width, height), (left, right, bottom, top) in zip(sizes, placed.extents, strict=True):
         assert (right - left) / (bottom - top) == pytest.approx(width / height)
         assert left >= 0
         assert top >= 0
         assert right <= placed.width + 1e-9
         assert bottom <= placed.height + 1e-9
-    for one, other in itertools.combinations(placed.places, 2):
+    for one, other in itertools.combinations(placed.extents, 2):
         assert one[1] < other[0] or other[1] < one[0] or one[2] < other[3] or other[2] < one[3]
 
 
@@ -1185,6 +1185,11 @@ def test_a_gap_in_a_line_stays_a_gap() -> None:
     line = plots.sink_mass(plots.sink_info(holed)).axes[0].lines[0]
     assert np.isnan(line.get_ydata()[2])
     assert np.isfinite(np.delete(line.get_ydata(), 2)).all()
+    drift = drift_frame(4)
+    drift.loc[((drift["layer"] == 1) & (drift["lag"] == 4)) | (drift["layer"] == 2), "mean"] = np.nan
+    lines = plots.step_drift(plots.drift_info(drift)).axes[0].lines
+    assert [int(np.isnan(line.get_ydata()).sum()) for line in lines[:3]] == [0, 1, 0]
+    np.testing.assert_array_equal(lines[2].get_ydata(), plots.drift_info(drift).overlap[3])
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
     from avlprof.plots.head_panels import head_heatmaps, head_heatmaps_info
     from avlprof.plots.heads import HeadInfo, head_info, head_maps, head_overlap, head_overlap_info
-    from avlprof.plots.heatmap import Caption, HeatInfo, vision_heatmap, vision_heatmap_info
+    from avlprof.plots.heatmap import vision_heatmap, vision_heatmap_info
     from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
     from avlprof.plots.importances import (
         ImportanceInfo,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from avlprof.plots.mass import MassInfo, mass_info, modality_mass
     from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
     from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
+    from avlprof.plots.pictures import Caption, HeatInfo
     from avlprof.plots.save import figure_path, save_figure
     from avlprof.plots.sinks import SinkInfo, sink_info, sink_mass
     from avlprof.plots.trials import TrialInfo, trial_history, trial_history_info
@@ -58,8 +59,8 @@ _LAZY = {
     "head_maps": "heads",
     "head_overlap": "heads",
     "head_overlap_info": "heads",
-    "Caption": "heatmap",
-    "HeatInfo": "heatmap",
+    "Caption": "pictures",
+    "HeatInfo": "pictures",
     "vision_heatmap": "heatmap",
     "vision_heatmap_info": "heatmap",
     "HorizonInfo": "horizon",

@@ -126,7 +126,7 @@ def quality_by_budget(
             _reference(info, ax)
             for slot, (line, look) in enumerate(zip(info.lines, looks, strict=True)):
                 _draw(line, column, float(slot), look, ax)
-            ax.set_title(f"{100 * budget:.3g}% of the bytes")
+            ax.set_title(f"{100 * budget:.3g}% of the dense KV")
             ax.set_xlim(-0.8, len(info.lines) - 0.2)
             ax.set_xticks([])
             ax.set_xlabel("Method")

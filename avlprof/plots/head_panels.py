@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from avlprof.errors import UserError
-from avlprof.plots.heatmap import (
+from avlprof.plots.pictures import (
     Caption,
     HeatInfo,
     Pictures,

@@ -110,11 +110,11 @@ def mass_info(frame: pd.DataFrame, horizon: pd.DataFrame | None = None) -> MassI
 
 def horizons(frame: pd.DataFrame) -> dict[str, Horizon]:
     """Rows of `Profile.horizon()` by query."""
-    found = {}
+    marks = {}
     for row in frame.to_dict("records"):
         ends = (None if pd.isna(row[name]) else int(row[name]) for name in ("layer", "low", "high"))
-        found[str(row["query"])] = Horizon(*ends)
-    return found
+        marks[str(row["query"])] = Horizon(*ends)
+    return marks
 
 
 def modality_mass(source: Profile | MassInfo) -> Figure:

@@ -147,28 +147,32 @@ def plain_line(axes: Axes, where: Sequence[float] | Array, values: Array, colour
     """One line through its points as they are; a gap in the `values` (NaN) stays a gap."""
     import seaborn as sns
 
-    before, places = len(axes.lines), np.asarray(where, dtype=float)
+    before, points = len(axes.lines), np.asarray(where, dtype=float)
     sns.lineplot(
-        x=places, y=values, color=colour, estimator=None, errorbar=None,
+        x=points, y=values, color=colour, estimator=None, errorbar=None,
         sort=False, legend=False, ax=axes, **look,
     )  # fmt: skip
     for drawn in axes.lines[before:]:  # seaborn leaves gaps out and so bridges them
-        drawn.set_data(places, values)
+        drawn.set_data(points, values)
     axes.set(xlabel="", ylabel="")
 
 
 def layer_lines(
     axes: Axes, layers: Sequence[int], where: Sequence[float] | Array, values: Array, **look: Any
 ) -> None:
-    """A line a layer, coloured by depth: `values [layers, points]` over `where [points]`."""
+    """A line a layer, coloured by depth: `values [layers, points]` over `where [points]`; gaps stay gaps."""
     import seaborn as sns
 
+    before = len(axes.lines)
     points = len(where)
     table = {"x": np.tile(where, len(layers)), "y": values.ravel(), "layer": np.repeat(layers, points)}
     sns.lineplot(
         table, x="x", y="y", hue="layer", palette=dict(zip(layers, layer_colours(layers), strict=True)),
         estimator=None, errorbar=None, legend=False, ax=axes, **look,
     )  # fmt: skip
+    drawn = np.isfinite(values).any(axis=1)
+    for line, row in zip(axes.lines[before:], values[drawn], strict=True):
+        line.set_data(where, row)
     axes.set(xlabel="", ylabel="")
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from avlprof.errors import UserError
-from avlprof.plots.heatmap import (
+from avlprof.plots.pictures import (
     Caption,
     HeatInfo,
     Pictures,
@@ -30,7 +30,7 @@ ROWS = "the rows that write each word"
 
 
 def group_words(pieces: Sequence[str]) -> tuple[list[str], list[list[int]]]:
-    """Words, and for each the places of its tokens.
+    """Words, and for each the positions of its tokens.
 
     A word begins where a token begins with a space or with a tokenizer's mark of one (`Ġ`, `▁`).
     Special tokens that end the answer are left out.
@@ -42,15 +42,15 @@ def group_words(pieces: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     pieces = list(pieces)
     while pieces and SPECIAL.fullmatch(pieces[-1]):
         pieces.pop()
-    places: list[list[int]] = []
-    for place, piece in enumerate(pieces):
+    positions: list[list[int]] = []
+    for position, piece in enumerate(pieces):
         text = piece.lstrip(" \n\tĠ▁Ċ")
         if not words or text != piece:
             words.append("")
-            places.append([])
+            positions.append([])
         words[-1] += text
-        places[-1].append(place)
-    return words, places
+        positions[-1].append(position)
+    return words, positions
 
 
 def word_heatmaps_info(
