@@ -1033,6 +1033,9 @@ def test_a_layer_that_never_looks_keeps_its_row_in_both_maps() -> None:
     for one, ax in zip(info.maps, figure.axes, strict=False):
         mesh = next(group for group in ax.collections if isinstance(group, QuadMesh))
         np.testing.assert_array_equal(np.ma.filled(mesh.get_array(), np.nan), one.values)
+    assert "hatched: nothing was measured" in words_of(figure)
+    assert "hatched" not in words_of(every_figure(6)["head overlap"])
+    assert "hatched: a layer with itself" in words_of(every_figure(6)["overlap"])
     left = figure.axes[0]
     for tick, text in zip(left.get_yticks(), left.get_yticklabels(), strict=True):
         assert shared.layers[int(tick)] == int(text.get_text()), "a row stands beside its own number"

@@ -175,7 +175,9 @@ def draw_head_maps(info: HeadInfo) -> Figure:
         wide = min(max(0.55 * heads, 4.8), 6.2)
         tall = min(max(wide * layers / heads, 3.2), 6.2)
         size = (len(info.maps) * (wide + 1.2), tall + 2.0)
-        figure = new_figure(info.title, joined(info.rows, info.note), size)
+        holes = any(np.isnan(one.values).any() for one in info.maps)
+        note = joined(info.rows, info.note, "hatched: nothing was measured" if holes else "")
+        figure = new_figure(info.title, note, size)
         axes = figure.subplots(1, len(info.maps), squeeze=False, sharey=True)[0]
         for one, ax in zip(info.maps, axes, strict=True):
             _draw(one, ax)

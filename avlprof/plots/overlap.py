@@ -95,7 +95,9 @@ def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None)
         chance = "" if top_share is None else f"random sets would overlap by {top_share:.0%}"
         size = (1.9 + 4.9 * len(source.panels), 6.4)
         title = "Do layers look at the same vision tokens?"
-        figure = new_figure(title, joined(source.note, chance), size, square=True)
+        figure = new_figure(
+            title, joined(source.note, chance, "hatched: a layer with itself"), size, square=True
+        )
         axes = list(figure.subplots(1, len(source.panels), squeeze=False, sharey=True)[0])
         top = 1.0 if np.isnan(source.most) else min(math.ceil(source.most * 10 + 1e-9) / 10, 1.0) or 0.1
         scale = Scale(top)
