@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -14,6 +13,7 @@ from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.runs import RunDirectory
 from avlprof.tasks import Sample, Task, load_task
+from avlprof.tasks.source import picture_source
 from avlprof.tasks.splits import ALL
 
 ImageLike = str | Path | Image.Image
@@ -32,7 +32,10 @@ def own_task(images: Sequence[ImageLike], prompt: str | None) -> Task:
         raise UserError("prompt needs a picture; give image, or leave prompt out to trace a task")
     if prompt is None or not prompt.strip():
         raise UserError("image needs a prompt that is not empty; give prompt")
-    sources = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    sources = tuple(
+        image if isinstance(image, Image.Image) else picture_source(str(image), Path(), "image")
+        for image in images
+    )
     first = sources[0]
     stem = first.stem if isinstance(first, Path) else "image"
     opened = Sample(stem, sources, prompt).open_images()
@@ -74,7 +77,7 @@ def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> l
         except UserError as error:
             raise UserError(f"the pictures of run {run.path} need its task ({error}); give task") from None
     most = len(run.samples())
-    for found in islice(task.stream(run.meta.split), most):
+    for found in task.samples(run.meta.split, most):
         if found.id == sample:
             return [picture for message in found.messages() for picture in message.pictures()]
     raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")
