@@ -85,7 +85,10 @@ def _saved(folder: str) -> Dataset:
     """The dataset that `save_to_disk` wrote."""
     datasets = _datasets()
     with _explained(folder, datasets):
-        data = datasets.load_from_disk(folder)
+        try:
+            data = datasets.load_from_disk(folder)
+        except IndexError:  # it has no files of data
+            raise UserError(f"dataset '{folder}' has no rows; save it with some") from None
     if isinstance(data, datasets.DatasetDict):
         if not data:
             raise UserError(f"dataset '{folder}' has no splits; save it anew")
@@ -131,6 +134,8 @@ def _explained(name: str, datasets: ModuleType) -> Iterator[None]:
     short = printable(shorten(name, 200))
     try:
         yield
+    except UserError:
+        raise
     except ConnectionError:
         raise UserError(
             f"dataset '{short}' is not in the local cache and the Hugging Face Hub cannot be reached; "

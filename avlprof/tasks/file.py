@@ -64,7 +64,7 @@ def holds_archives(folder: str) -> bool:
     """Whether a folder is a WebDataset of tar archives, without an index that `datasets` reads."""
     try:
         names = [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError:
+    except (OSError, ValueError):  # no folder, or no name that a file system could have
         return False
     return any(name.endswith(".tar") for name in names) and not any(
         name.endswith((".parquet", ".arrow", ".csv", ".jsonl")) for name in names

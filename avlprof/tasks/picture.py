@@ -133,8 +133,9 @@ def check_header(source: Path | bytes, name: str, limits: PictureLimits | None =
 def reading(name: str, pixels: int | None) -> Iterator[None]:
     """Pillow with `pixels` for its own bomb check, without leniency for cut files; errors are sentences.
 
-    None is no bomb check, for reading a header. Pillow lets through every kind of exception of its decoders, so every kind is turned into
-    `UserError` here. Its settings are of the whole process: they are set under a lock and put back.
+    None is no bomb check, for reading a header. Pillow lets through every kind of exception of its
+    decoders, so every kind is turned into `UserError` here. Its settings are of the whole process:
+    they are set under a lock and put back.
     """
     with _lock:
         before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES

@@ -126,9 +126,10 @@ def with_places(
 ) -> Turn:
     """A turn whose text may say where its pictures go: `<image>`, or by number `<image 1>`, `<image_1>`.
 
-    The placeholders go from the text, with the white space at its ends, and pictures come to stand
-    in the order in which the text names them. A text without any has its pictures in front.
-    `<video>` may stand in front alone, as it does in LLaVA's files.
+    The placeholders go from the text, and pictures come to stand in the order in which the text
+    names them. Those before its first word go with their white space, since the model's own chat
+    form has the line break between; a text without any has its pictures in front too. `<video>`
+    may stand in front alone, as it does in LLaVA's files.
 
     Args:
         where: begins the message of an error.
@@ -143,19 +144,18 @@ def with_places(
     _check_marks(films, len(videos), "video", where)
     if not marks:
         return Turn(role, text, tuple(images), tuple(videos))
-    if videos and _PLACEHOLDER.sub("", text[: marks[-1].end()]).strip():
-        raise UserError(f"{where} has <video> or <image> within its text; videos must stand in front of it")
-    bare = _PLACEHOLDER.sub("", text)
-    lead = len(bare) - len(bare.lstrip())
-    gone = 0
-    places = []
-    for mark in marks:
-        places.append(min(max(0, mark.start() - gone - lead), len(bare.strip())))
-        gone += len(mark.group())
     order = [int(mark.group(2) or index) for index, mark in enumerate(pictures, start=1)]
     placed = tuple(images[number - 1] for number in order) if order else tuple(images)
-    inside = any(places) and not videos
-    return Turn(role, bare.strip(), placed, tuple(videos), tuple(places) if inside else ())
+    bare = _PLACEHOLDER.sub("", text)
+    if not _PLACEHOLDER.sub("", text[: marks[-1].end()]).strip():
+        return Turn(role, bare.strip(), placed, tuple(videos))
+    if videos:
+        raise UserError(f"{where} has <video> or <image> within its text; videos must stand in front of it")
+    places, gone = [], 0
+    for mark in marks:
+        places.append(mark.start() - gone)
+        gone += len(mark.group())
+    return Turn(role, bare, placed, (), tuple(places))
 
 
 def _check_marks(marks: list[re.Match[str]], count: int, kind: str, where: str) -> None:
