@@ -15,6 +15,7 @@ from avlprof.runs import RunDirectory
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.source import picture_source
 from avlprof.tasks.splits import ALL
+from avlprof.tasks.text import printable
 
 ImageLike = str | Path | Image.Image
 NAME = "pictures"
@@ -33,11 +34,11 @@ def own_task(images: Sequence[ImageLike], prompt: str | None) -> Task:
     if prompt is None or not prompt.strip():
         raise UserError("image needs a prompt that is not empty; give prompt")
     sources = tuple(
-        image if isinstance(image, Image.Image) else picture_source(str(image), Path(), "image")
+        image if isinstance(image, Image.Image) else picture_source(image, Path(), "image")
         for image in images
     )
     first = sources[0]
-    stem = first.stem if isinstance(first, Path) else "image"
+    stem = printable(first.stem) if isinstance(first, Path) else "image"
     opened = Sample(stem, sources, prompt).open_images()
     digest = hashlib.sha256(prompt.encode())
     for picture in opened:

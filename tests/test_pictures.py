@@ -39,11 +39,12 @@ def turned(path: Path, orientation: int) -> Path:
     return path
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG whose header tells a size, with next to nothing in it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
@@ -248,6 +249,28 @@ def test_other_modes() -> None:
     assert np.asarray(open_picture(inverted, "a"))[7, 7, 0] == 255
 
 
+def test_sixteen_bits_of_colour_and_white_that_is_zero() -> None:
+    """Colour of 16 bits is read by Pillow itself, and by the same rule: the upper byte."""
+    values = np.array([0, 255, 256, 32767, 65535], ">u2")
+    body = b"\0" + np.repeat(values[:, None], 3, axis=1).tobytes()
+    head = struct.pack(">IIBBBBB", 5, 1, 16, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(body))
+        + chunk(b"IEND", b"")
+    )
+    wanted = [int(value) >> 8 for value in values]
+    assert np.asarray(open_picture(data, "a"))[0, :, 0].tolist() == wanted
+    grey = Image.fromarray(values[None].astype(np.uint16))
+    assert np.asarray(open_picture(grey, "a"))[0, :, 0].tolist() == wanted
+    file = io.BytesIO()
+    grey.save(file, "TIFF", tiffinfo={262: 0})
+    assert np.asarray(open_picture(file.getvalue(), "a"))[0, :, 0].tolist() == [
+        255 - level for level in wanted
+    ]
+
+
 def test_animations_and_pages_are_refused_but_not_what_a_camera_adds(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     for name in ("a.gif", "a.webp", "a.png", "a.tif"):
@@ -389,6 +412,8 @@ def test_urls_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         task = own_task([written], "?")
         assert task.samples("all")[0].images == (file,), written
     assert picture_source("a.png", tmp_path, "image") == tmp_path / "a.png"
+    with pytest.raises(UserError, match="image is a data URI, which a path cannot hold"):
+        own_task([Path("data:image/png;base64,AA//BB")], "?")  # a path makes one slash of two
 
 
 def test_encoded_pictures_are_decoded_and_never_quoted(tmp_path: Path) -> None:

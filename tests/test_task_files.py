@@ -238,6 +238,29 @@ def test_docvqa_and_other_json(folder: Path) -> None:
     assert everything(chart)[0].answers == ("3",)
 
 
+def test_mmmu_rows(folder: Path) -> None:
+    record = {
+        name: {"bytes": encoded(color), "path": None}
+        for name, color in (("image_1", "red"), ("image_2", "lime"))
+    }
+    row = {
+        "id": "v1",
+        "question": "Is <image 1> like <image 2>?",
+        "options": "['yes', 'no <image 3>']",
+        "answer": "B",
+    }
+    rows = [row | record | {"image_3": {"bytes": encoded("blue"), "path": None}}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "mmmu.parquet")
+    (sample,) = everything(str(folder / "mmmu.parquet"))
+    assert [piece for piece in seen(sample)[0] if piece in COLORS] == ["red", "lime", "blue"]
+    assert seen(sample)[0][:4] == ["Is ", "red", " like ", "lime"]
+    assert seen(sample)[0][4].startswith("?\nA. yes\nB. no ")
+    assert sample.answers == ("B",)
+    spec = lines(folder / "m.jsonl", {"image": "red.png", "prompt": "?", "options": "A or B"})
+    with pytest.raises(UserError, match='options must be a list of texts, got "A or B"'):
+        load_task(spec)
+
+
 def test_mmbench_table(folder: Path) -> None:
     path = folder / "mmbench.tsv"
     big = io.BytesIO()
@@ -577,7 +600,7 @@ def test_a_missing_prompt_names_the_fields_that_are_there(folder: Path) -> None:
         ('{"image": "' + "x" * 300 + '.png", "prompt": "?"}', "neither a path nor a picture in base64"),
         ('{"image": "red.png", "prompt": "?", "videos": ["' + "x" * 300 + '"]}', "neither a path nor"),
         ('{"image": ["red.png", 3], "prompt": "?"}', "image[1] must be a path, got 3"),
-        ('{"image": {"a": 1}, "prompt": "?"}', "image must be a path, got null"),
+        ('{"image": {"a": 1}, "prompt": "?"}', 'image must be a path, got {"a": 1}'),
         (
             '{"conversations": "hello", "image": "red.png"}',
             'conversations must be a list of messages, got "hello"',

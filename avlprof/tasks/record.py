@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +156,13 @@ class _Fields:
     def unused(self) -> frozenset[str]:
         read = {*_READ, *(self.name(field) for field in FIELDS), *self.columns.values()}
         letters = _LETTERS if "A" in self.names and "B" in self.names else ""
-        return frozenset(self.row.values) - {column.partition(".")[0] for column in read} - set(letters)
+        numbered = {name for name in self.row.values if re.fullmatch(r"image_\d+", name)}
+        return (
+            frozenset(self.row.values)
+            - numbered
+            - {column.partition(".")[0] for column in read}
+            - set(letters)
+        )
 
 
 def _check_texts(row: Row) -> None:
@@ -175,7 +183,7 @@ def _question(fields: _Fields) -> tuple[str, tuple[str, ...]]:
             f"{row.where}: {name} must be a text that is not empty, got {quoted(prompt)}; the fields are "
             f"{listed(row.values)}; call one of them prompt, or name it with columns prompt=NAME"
         )
-    options = _options(row.values)
+    options = _options(row)
     if not options:
         return prompt, fields.answers()
     hint = row.values.get("hint")
@@ -187,13 +195,21 @@ def _question(fields: _Fields) -> tuple[str, tuple[str, ...]]:
     return _CHOICE.prompt(question), _letters(fields, options)
 
 
-def _options(values: Mapping[str, Any]) -> list[object]:
-    listed_options = next((values[name] for name in _OPTIONS if isinstance(values.get(name), list)), None)
-    if listed_options is not None:
-        return list(listed_options)
-    if values.get("A") is None or values.get("B") is None:
+def _options(row: Row) -> list[object]:
+    name = next((name for name in _OPTIONS if row.values.get(name) is not None), None)
+    if name is not None:
+        value = row.values[name]
+        if isinstance(value, str):  # MMMU writes Python's form of a list
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                value = None
+        if not isinstance(value, list):
+            raise UserError(f"{row.where}: {name} must be a list of texts, got {quoted(row.values[name])}")
+        return list(value)
+    if row.values.get("A") is None or row.values.get("B") is None:
         return []
-    return list(_taken(values))
+    return list(_taken(row.values))
 
 
 def _taken(values: Mapping[str, Any]) -> Iterator[object]:
@@ -269,14 +285,23 @@ def _pictures(fields: _Fields) -> tuple[tuple[ImageSource, ...], tuple[VideoSour
         if not isinstance(value, list) or not value:
             raise UserError(f"{wanted} must be a list of at least one path, got {quoted(value)}")
         images = tuple(picture_source(item, row.folder, f"{wanted}[{i}]") for i, item in enumerate(value))
-    elif value is not None or name in row.values:
-        if value is not None or name == "image":
-            images = (picture_source(value, row.folder, wanted),)
+    elif value is not None:
+        images = (picture_source(value, row.folder, wanted),)
+    elif row.values.get("image_1") is not None:
+        images = tuple(_numbered(row))
     elif row.values.get("image_id") is not None:
-        images = (
-            numbered_picture(row.values["image_id"], row.values.get("data_subtype"), row.folder, row.where),
-        )
+        number, subset = row.values["image_id"], row.values.get("data_subtype")
+        images = (numbered_picture(number, subset, row.folder, row.where),)
     return images, _videos(row)
+
+
+def _numbered(row: Row) -> Iterator[ImageSource]:
+    """The pictures of MMMU's columns `image_1`, `image_2`, ..., up to the first that is empty."""
+    for number in range(1, 100):
+        value = row.values.get(f"image_{number}")
+        if value is None:
+            return
+        yield picture_source(value, row.folder, f"{row.where}: image_{number}")
 
 
 def _videos(row: Row) -> tuple[VideoSource, ...]:

@@ -75,17 +75,32 @@ def picture_source(value: object, folder: Path, name: str) -> ImageSource:
     Raises:
         UserError: a URL of the network, or a value that is no picture.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict) and any(value.get(key) for key in ("bytes", "path", "url")):
         value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
     if isinstance(value, Image.Image | EncodedPicture):
         return value
     if isinstance(value, bytes | bytearray):
         data = bytes(value)
         return EncodedPicture(name, lambda: data)
+    if isinstance(value, Path):
+        return _file(value, folder, name)
     if not isinstance(value, str) or not value:
         raise UserError(f"{name} must be a path, got {quoted(value)}")
     if value[:5].lower() == "data:":
         return EncodedPicture(name, lambda: _data_of_uri(value, name))
+    return _written(value, folder, name)
+
+
+def _file(path: Path, folder: Path, name: str) -> Path:
+    if str(path)[:5].lower() == "data:":
+        raise UserError(
+            f"{name} is a data URI, which a path cannot hold; give it as text, or save the picture"
+        )
+    return folder / local_path(path, name)
+
+
+def _written(value: str, folder: Path, name: str) -> ImageSource:
+    """A path, or base64 where there is no such file."""
     path = folder / local_path(value, name)
     if os.path.isfile(path):
         return path

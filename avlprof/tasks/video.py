@@ -112,7 +112,7 @@ def _film(path: Path, name: str) -> Iterator[Image.Image]:
                 if taken == LONGEST:
                     raise UserError(f"{name} gives more than {LONGEST} frames, {RATE:g} a second; cut it")
                 taken += 1
-                yield _turned(frame)
+                yield _as_played(frame, stream.sample_aspect_ratio)
     except UserError:
         raise
     except Exception as error:  # what libav meets in a damaged file has many types
@@ -122,8 +122,10 @@ def _film(path: Path, name: str) -> Iterator[Image.Image]:
         raise UserError(f"{name} is a file, which avlprof does not decode (it has no frames); {remedy}")
 
 
-def _turned(frame: Any) -> Image.Image:
-    """A frame as players show it: telephones write a rotation beside the frames."""
+def _as_played(frame: Any, pixel: Any) -> Image.Image:
+    """A frame as players show it: with square pixels, and turned as telephones note beside the frames."""
     picture: Image.Image = frame.to_image()
+    if pixel and pixel != 1:
+        picture = picture.resize((max(1, round(picture.width * float(pixel))), picture.height))
     rotation = getattr(frame, "rotation", 0)
     return picture.rotate(rotation, expand=True) if rotation else picture
