@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from avlprof.errors import UserError
@@ -68,7 +69,8 @@ def column_map(columns: str | Mapping[str, str] | None) -> dict[str, str]:
     return dict(columns or {})
 
 
-def usual(field: str, names: Collection[str]) -> str | None:
+@lru_cache(maxsize=1024)
+def usual(field: str, names: tuple[str, ...]) -> str | None:
     """The name among `names` that is taken for a field when the user names none."""
     return next((name for name in FIELDS[field] if name in names), None)
 
@@ -113,6 +115,8 @@ def written_answers(value: object, name: str) -> tuple[str, ...]:
 
     `name` begins the message of `UserError`, as `mine.jsonl:3: answers`.
     """
+    if isinstance(value, list) and all(type(item) is str for item in value):
+        return tuple(value)
     if not _is_text(value):
         raise UserError(f"{name} must be a text or a list of texts, got {quoted(value)}")
     return answers_in(value)

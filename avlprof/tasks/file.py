@@ -95,7 +95,9 @@ def _records(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Record]:
 
 def _repeats(rows: Sequence[Row]) -> bool:
     """Whether ids come from a field that is an id by custom alone (`index`) and repeat."""
-    names = [usual("id", [name for name, value in row.values.items() if value is not None]) for row in rows]
+    names = [
+        usual("id", tuple(name for name, value in row.values.items() if value is not None)) for row in rows
+    ]
     if "id" in names or None in names:
         return False
     values = [str(row.values[str(name)]) for row, name in zip(rows, names, strict=True)]

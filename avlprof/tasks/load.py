@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ TaskFactory = Callable[[str], Task]
 
 TASKS: Registry[TaskFactory] = Registry("task", {"shapes": "avlprof.tasks.shapes.task:shapes_task"})
 
+_PAGE = re.compile(r"^(?:hf:)?https?:/+huggingface\.co/datasets/([\w.-]+(?:/[\w.-]+)?)/?$")
 _LONGEST_NAME = 200  # the Hub allows 96 characters and a name of an organisation before them
 
 
@@ -60,6 +62,12 @@ def load_task(
 
 
 def _task(spec: str, columns: str | Mapping[str, str] | None, options: dict[str, str | None]) -> Task:
+    page = _PAGE.search(spec)
+    if page is not None or not spec.strip():
+        remedy = f"hf:{page.group(1)}" if page else "a name such as shapes, a file or a folder"
+        raise UserError(
+            f"task '{shorten(spec, 200)}' is {'a page of the Hub' if page else 'empty'}; give {remedy}"
+        )
     name, _, rest = spec.partition(":")
     split, config, revision = options["split"], options["config"], options["revision"]
     if name in presets() and name not in TASKS.names():

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class _Fields:
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
         self.row, self.columns = row, columns
-        self.names = [name for name, value in row.values.items() if value is not None]
+        self.names = tuple(name for name, value in row.values.items() if value is not None)
 
     def name(self, field: str) -> str:
         """What a field is called in this row; its own name where it is not there."""
@@ -145,7 +146,7 @@ class _Fields:
 
     def key(self) -> str | None:
         """What tells the pictures of this row apart from those of others, if the user names it."""
-        return quoted(self.get("picture")) if "picture" in self.columns else None
+        return str(self.get("picture")) if "picture" in self.columns else None
 
     def answers(self) -> tuple[str, ...]:
         value = self.get("answers")
@@ -154,18 +155,24 @@ class _Fields:
         return written_answers(value, f"{self.row.where}: {self.name('answers')}")
 
     def unused(self) -> frozenset[str]:
-        read = {*_READ, *(self.name(field) for field in FIELDS), *self.columns.values()}
-        letters = _LETTERS if "A" in self.names and "B" in self.names else ""
-        numbered = {name for name in self.row.values if re.fullmatch(r"image_\d+", name)}
-        return (
-            frozenset(self.row.values)
-            - numbered
-            - {column.partition(".")[0] for column in read}
-            - set(letters)
-        )
+        return _unused(tuple(self.row.values), self.names, tuple(self.columns.items()))
+
+
+@lru_cache(maxsize=1024)
+def _unused(
+    keys: tuple[str, ...], names: tuple[str, ...], columns: tuple[tuple[str, str], ...]
+) -> frozenset[str]:
+    """Fields among `keys` that nothing reads; those of `names` hold something."""
+    named = dict(columns)
+    read = {*_READ, *(named.get(field) or usual(field, names) or field for field in FIELDS)}
+    letters = _LETTERS if "A" in names and "B" in names else ""
+    numbered = {name for name in keys if re.fullmatch(r"image_\d+", name)}
+    return frozenset(keys) - numbered - {column.partition(".")[0] for column in read} - set(letters)
 
 
 def _check_texts(row: Row) -> None:
+    if storable(row.values):
+        return
     for name, value in row.values.items():
         if not storable(name) or not storable(value):
             raise UserError(

@@ -223,6 +223,10 @@ def _cells(reader: Any, path: Path) -> Iterator[Row]:
     names: Sequence[str] = next(reader, [])
     if len(set(names)) < len(names):
         raise UserError(f"{path}: a column is there twice among {listed(names)}")
+    if len(names) == 1:
+        raise UserError(
+            f"{path}: one column alone ({listed(names)}); put commas between columns, or tabs in .tsv"
+        )
     rows: list[Row] = []
     for cells in reader:
         if not any(cells):

@@ -35,8 +35,11 @@ class Sample:
     places: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        turns = tuple(turn.text for turn in self.turns)
+        if storable((self.id, self.prompt, self.answers, self.group, turns)):
+            return
         texts = {"id": self.id, "prompt": self.prompt, "answers": self.answers, "group": self.group}
-        texts["turns"] = tuple(turn.text for turn in self.turns)
+        texts["turns"] = turns
         for field, text in texts.items():
             if not storable(text):
                 raise UserError(

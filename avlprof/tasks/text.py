@@ -48,13 +48,22 @@ def listed(names: Iterable[object], most: int = 12) -> str:
 
 def storable(value: object) -> bool:
     """Whether all texts within a value can be written as UTF-8; lone surrogates cannot."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return False
-    elif isinstance(value, dict):
-        return all(storable(key) and storable(item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        return all(storable(item) for item in value)
+    try:  # in C, and enough for nearly all
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        pass
+    else:
+        return True
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            rest += item
     return True
