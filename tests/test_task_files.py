@@ -24,7 +24,7 @@ from PIL import Image
 from avlprof.errors import UserError
 from avlprof.models.chat import chat_text
 from avlprof.tasks import Message, Sample, Task, Turn, load_metric, load_task
-from avlprof.tasks.turn import with_places
+from avlprof.tasks.turn import marked_turn
 
 COLORS = ("red", "lime", "blue", "black")
 
@@ -441,10 +441,10 @@ def test_places_reach_the_template() -> None:
             return "".join(part.get("text", "[IMG]") for part in messages[0]["content"])
 
     pictures = (Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2)))
-    turn = with_places("user", "a <image 1> b <image 2>", pictures, (), "x")
+    turn = marked_turn("user", "a <image 1> b <image 2>", pictures, (), "x")
     assert chat_text(Processor(), "family", [turn.opened("s")]) == "a [IMG] b [IMG]"
     assert chat_text(Processor(), "family", [Message("user", "a", pictures)]) == "[IMG][IMG]a"
-    with pytest.raises(UserError, match="places for pictures must have as many pictures"):
+    with pytest.raises(UserError, match="offsets for pictures must have as many pictures"):
         Turn("user", "a", pictures, (), (1,))
 
 

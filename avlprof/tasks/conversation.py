@@ -12,7 +12,7 @@ from avlprof.errors import UserError
 from avlprof.tasks.picture import ImageSource
 from avlprof.tasks.source import picture_source, video_source
 from avlprof.tasks.text import listed, quoted
-from avlprof.tasks.turn import Role, Turn, VideoSource, with_places
+from avlprof.tasks.turn import Role, Turn, VideoSource, marked_turn
 
 _USER: Final = frozenset({"human", "user"})
 _ASSISTANT: Final = frozenset({"gpt", "assistant", "chatgpt", "model", "bot"})
@@ -50,7 +50,7 @@ def messages_in(
     drafts = [_message(entry, f"{where}[{index}]", folder) for index, entry in enumerate(value)]
     _hand_out(drafts, list(images), list(videos), where)
     turns = [
-        with_places(draft.role, draft.text, draft.images, draft.videos, f"{where}[{index}]")
+        marked_turn(draft.role, draft.text, draft.images, draft.videos, f"{where}[{index}]")
         for index, draft in enumerate(drafts)
     ]
     asked = turns[-1] if turns[-1].role == "user" else turns[-2] if len(turns) > 1 else None

@@ -18,7 +18,7 @@ from avlprof.tasks.sample import Sample
 from avlprof.tasks.splits import ALL, HELD_OUT, SEARCH, half_of
 from avlprof.tasks.task import Task
 from avlprof.tasks.text import quoted
-from avlprof.tasks.turn import with_places
+from avlprof.tasks.turn import marked_turn
 from avlprof.tasks.wording import Wording
 
 __all__ = ["huggingface_task", "parse_columns"]
@@ -159,14 +159,14 @@ def _samples(table: _Table, half: str | None) -> Iterator[Sample]:
         if half is not None and half_of(key) != half:
             continue
         prompt, answer = _question(table, row, where)
-        turn = with_places("user", prompt, pictures(), (), f"{where}: prompt")
+        turn = marked_turn("user", prompt, pictures(), (), f"{where}: prompt")
         yield Sample(
             id=name,
             images=turn.images,
             prompt=turn.text,
             answers=answers_in(answer),
             group=str(_cell(row, columns["group"])) if "group" in columns else "",
-            places=turn.places,
+            offsets=turn.offsets,
         )
 
 
@@ -243,8 +243,8 @@ def _columns(rows: Any, named: Mapping[str, str], dataset: str, wording: Wording
             raise unknown(f"column (for {field}) of dataset '{dataset}'", column, held)
     columns = dict(named)
     for field, names in FIELDS.items():
-        places = (c for name in names for c in (name, f"json.{name}") if c in held)
-        usual = next((c for c in places if field != "image" or c in rows.features), None)
+        candidates = (c for name in names for c in (name, f"json.{name}") if c in held)
+        usual = next((c for c in candidates if field != "image" or c in rows.features), None)
         if field not in columns and usual is not None:
             columns[field] = usual
     for field in _REQUIRED if wording is None else ("image",):

@@ -18,7 +18,7 @@ from avlprof.tasks.sample import Sample
 from avlprof.tasks.source import numbered_picture, picture_source, video_source
 from avlprof.tasks.splits import ALL
 from avlprof.tasks.text import listed, quoted, storable
-from avlprof.tasks.turn import ROLES, Turn, VideoSource, with_places
+from avlprof.tasks.turn import ROLES, Turn, VideoSource, marked_turn
 from avlprof.tasks.wording import Wording
 
 _LETTERS = "ABCDEFGHIJ"
@@ -80,7 +80,7 @@ def record_of(row: Row, columns: Mapping[str, str], keyed: bool = True) -> Recor
     if chat is None:
         turns = _turns(row)
         prompt, answers = _question(fields)
-        last = with_places("user", prompt, images, videos, f"{row.where}: {fields.name('prompt')}")
+        last = marked_turn("user", prompt, images, videos, f"{row.where}: {fields.name('prompt')}")
     else:
         *turns, last = messages_in(row.values[chat], f"{row.where}: {chat}", row.folder, images, videos)
         answers = fields.answers()
@@ -100,7 +100,7 @@ def record_of(row: Row, columns: Mapping[str, str], keyed: bool = True) -> Recor
         group=fields.text("group") or "",
         videos=last.videos,
         turns=tuple(turns),
-        places=last.places,
+        offsets=last.offsets,
     )
     return Record(row.where, sample, split, fields.key(), fields.unused())
 
@@ -216,10 +216,10 @@ def _options(row: Row) -> list[object]:
         return list(value)
     if row.values.get("A") is None or row.values.get("B") is None:
         return []
-    return list(_taken(row.values))
+    return list(_lettered(row.values))
 
 
-def _taken(values: Mapping[str, Any]) -> Iterator[object]:
+def _lettered(values: Mapping[str, Any]) -> Iterator[object]:
     for letter in _LETTERS:
         option = values.get(letter)
         if option is None or option == "":
@@ -276,7 +276,7 @@ def _turn(entry: object, where: str, folder: Path) -> Turn:
     if not isinstance(text, str):
         raise UserError(f"{where}: text must be a text, got {quoted(text)}")
     images, videos = _pictures(_Fields(Row(where, "", entry, folder), {}))
-    return with_places(role, text, images, videos, f"{where}: text")
+    return marked_turn(role, text, images, videos, f"{where}: text")
 
 
 def _pictures(fields: _Fields) -> tuple[tuple[ImageSource, ...], tuple[VideoSource, ...]]:

@@ -16,7 +16,7 @@ from avlprof.tasks.turn import ImageSource, Message, Turn, VideoSource, open_ima
 class Sample:
     """A prompt with its pictures and reference answers.
 
-    `images`, `videos` and `places` are as in `Turn`; they are opened only when `messages` or
+    `images`, `videos` and `offsets` are as in `Turn`; they are opened only when `messages` or
     `open_images` is called, so a list of samples is cheap. `turns` are the messages of a
     conversation before the prompt, with pictures of their own. `group` names a kind of question
     within a task (results can be reported by it).
@@ -32,7 +32,7 @@ class Sample:
     group: str = ""
     videos: tuple[VideoSource, ...] = ()
     turns: tuple[Turn, ...] = ()
-    places: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         turns = tuple(turn.text for turn in self.turns)
@@ -49,7 +49,7 @@ class Sample:
 
     def conversation(self) -> tuple[Turn, ...]:
         """The earlier turns, and last the prompt."""
-        return (*self.turns, Turn("user", self.prompt, self.images, self.videos, self.places))
+        return (*self.turns, Turn("user", self.prompt, self.images, self.videos, self.offsets))
 
     @property
     def asked(self) -> str:

@@ -24,8 +24,8 @@ __all__ = [
     "Turn",
     "VideoSource",
     "frames_of",
+    "marked_turn",
     "open_image",
-    "with_places",
 ]
 
 Role = Literal["user", "assistant"]
@@ -39,15 +39,15 @@ _PLACEHOLDER = re.compile(r"<(image|video)(?:[ _](\d{1,4}))?>", re.IGNORECASE)
 class Message:
     """A message with its pictures open, RGB: all pictures, then all videos, then the text.
 
-    A video is its frames, in order. Where `places` is not empty, picture i stands in the text,
-    before its character `places[i]`.
+    A video is its frames, in order. Where `offsets` is not empty, picture i stands in the text,
+    before its character `offsets[i]`.
     """
 
     role: Role
     text: str
     images: tuple[Image.Image, ...] = ()
     videos: tuple[tuple[Image.Image, ...], ...] = ()
-    places: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     def pictures(self) -> list[Image.Image]:
         """Pictures and then the frames of the videos, in the order in which the model reads them."""
@@ -56,15 +56,15 @@ class Message:
     def parts(self) -> list[tuple[Part, str]]:
         """Kinds of what the message holds, in order, with the words of a text and else nothing."""
         parts: list[tuple[Part, str]] = []
-        if not self.places:
+        if not self.offsets:
             parts += [("image", "") for _ in self.images] + [("video", "") for _ in self.videos]
             return [*parts, ("text", self.text)]
         start = 0
-        for place in self.places:
-            if self.text[start:place].strip():
-                parts.append(("text", self.text[start:place]))
+        for offset in self.offsets:
+            if self.text[start:offset].strip():
+                parts.append(("text", self.text[start:offset]))
             parts.append(("image", ""))
-            start = place
+            start = offset
         return [*parts, ("text", self.text[start:])] if self.text[start:].strip() else parts
 
 
@@ -72,7 +72,7 @@ class Message:
 class Turn:
     """A message of a conversation; `role` says who wrote it.
 
-    `images` may be paths, pictures, or functions that draw one; `places` is as in `Message`. A
+    `images` may be paths, pictures, or functions that draw one; `offsets` is as in `Message`. A
     video is a tuple of such frames, a folder of them in natural order, or a film. Nothing is
     opened before `opened`.
     """
@@ -81,12 +81,12 @@ class Turn:
     text: str
     images: tuple[ImageSource, ...] = ()
     videos: tuple[VideoSource, ...] = ()
-    places: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.places and (len(self.places) != len(self.images) or self.videos):
+        if self.offsets and (len(self.offsets) != len(self.images) or self.videos):
             raise UserError(
-                f"a message with {len(self.places)} places for pictures must have as many pictures and no "
+                f"a message with {len(self.offsets)} offsets for pictures must have as many pictures and no "
                 f"videos, got {len(self.images)} and {len(self.videos)}"
             )
 
@@ -94,8 +94,8 @@ class Turn:
     def marked(self) -> str:
         """The text with `<image>` where a picture stands within it."""
         text = self.text
-        for place in reversed(self.places):
-            text = f"{text[:place]}<image>{text[place:]}"
+        for offset in reversed(self.offsets):
+            text = f"{text[:offset]}<image>{text[offset:]}"
         return text
 
     def opened(self, sample: str) -> Message:
@@ -108,7 +108,7 @@ class Turn:
         videos = tuple(
             tuple(open_image(frame, sample) for frame in frames_of(video, sample)) for video in self.videos
         )
-        return Message(self.role, self.text, images, videos, self.places)
+        return Message(self.role, self.text, images, videos, self.offsets)
 
     def sources(self, sample: str) -> list[ImageSource]:
         """Where its pictures and frames come from, in the order of `Message.pictures`."""
@@ -121,7 +121,7 @@ def open_image(source: ImageSource, sample: str) -> Image.Image:
     return open_picture(source, f"{what} of sample '{sample}'")
 
 
-def with_places(
+def marked_turn(
     role: Role, text: str, images: Sequence[ImageSource], videos: Sequence[VideoSource], where: str
 ) -> Turn:
     """A turn whose text may say where its pictures go: `<image>`, or by number `<image 1>`, `<image_1>`.
@@ -151,11 +151,11 @@ def with_places(
         return Turn(role, bare.strip(), placed, tuple(videos))
     if videos:
         raise UserError(f"{where} has <video> or <image> within its text; videos must stand in front of it")
-    places, gone = [], 0
+    offsets, gone = [], 0
     for mark in marks:
-        places.append(mark.start() - gone)
+        offsets.append(mark.start() - gone)
         gone += len(mark.group())
-    return Turn(role, bare, placed, (), tuple(places))
+    return Turn(role, bare, placed, (), tuple(offsets))
 
 
 def _check_marks(marks: list[re.Match[str]], count: int, kind: str, where: str) -> None:
