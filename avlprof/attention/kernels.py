@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avlprof.attention.call import AttentionCall, Kernel
+from avlprof.attention.masks import plain_mask
 from avlprof.errors import UserError
 
 EAGER = "eager"
@@ -111,38 +112,6 @@ def _eager_function(module: nn.Module) -> Kernel:
     if eager is None:
         raise UserError(f"{type(module).__name__} has no eager attention function; load the model with sdpa")
     return eager
-
-
-def plain_mask(mask: Any, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """A mask as booleans `[B, 1 or H, q, n]`, True where a row may look, or None: `is_causal` decides.
-
-    Flash and flex attention get padding and windows by other ways than a mask of all pairs; there
-    padding is left to who knows it, and a window is spelled out.
-
-    Raises:
-        UserError: the mask adds numbers of its own to the logits.
-    """
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        if mask.dtype == torch.bool:
-            return mask
-        plain = mask == 0
-        if not bool((plain | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-            raise UserError(
-                "this model's attention mask adds numbers of its own to the logits, which cannot be followed"
-            )
-        return plain
-    window = options.get("sliding_window")
-    if window is None or (mask is None and not _is_windowed(query, key, window)):
-        return None
-    rows = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)[:, None]
-    columns = torch.arange(key.shape[2], device=key.device)
-    seen: Tensor = ((columns <= rows) & (columns > rows - window))[None, None]
-    return seen
-
-
-def _is_windowed(query: Tensor, key: Tensor, window: int) -> bool:
-    """Whether a window hides keys that were handed over, of which no mask tells."""
-    return query.shape[2] > 1 and key.shape[2] > window
 
 
 def _with_masks(stock: Kernel, name: str, original: Any, plain: Tensor | None) -> Kernel:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
 from avlprof.attention.gate import check_call, check_traced, decoder_of
 from avlprof.attention.kernels import EAGER, overheard
+from avlprof.attention.masks import as_long_as, check_causal, padding_mask
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.attention.wrappers import eagerly
 from avlprof.errors import UserError
@@ -138,7 +139,7 @@ class Session:
         past = int(cache.get_seq_length()) if cache is not None else 0
         padding = padding_mask(values, past)
         if self.runtime is not None:
-            _check_causal(values.get("attention_mask"), padding, past)
+            check_causal(values.get("attention_mask"), padding, past)
             cache = self._swapped(cache, past, values)
             if "attention_mask" in values and padding is not values["attention_mask"]:
                 values["attention_mask"] = padding  # made for the cache that was swapped out
@@ -242,7 +243,7 @@ class Session:
             self.implementation,
         )
         now.layers.add(call.layer)
-        call = _as_long_as(call, now.forward.modality.shape[1])
+        call = as_long_as(call, now.forward.modality.shape[1])
         if runtime is None:
             out = call.stock()
         else:
@@ -257,60 +258,6 @@ class Session:
         if call.after is not None:
             call.after()
         return out
-
-
-def padding_mask(values: dict[str, Any], past: int) -> Tensor | None:
-    """Which tokens are no padding, `[B, n]`, of the attention mask in whatever form `generate` made it.
-
-    Static caches come with a mask of all pairs, or one of each kind of layer: its last row sees
-    every token that is none.
-    """
-    mask = values.get("attention_mask")
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        return mask if isinstance(mask, Tensor) else None
-    tokens = values.get("input_ids")
-    tokens = values.get("inputs_embeds") if tokens is None else tokens
-    length = past + (tokens.shape[1] if tokens is not None else mask.shape[2])
-    last = mask[:, 0, -1, :length]
-    return (last if last.dtype == torch.bool else last == 0).long()
-
-
-def _check_causal(mask: Any, padding: Tensor | None, past: int) -> None:
-    """`UserError` when a mask of all pairs is not a causal one with padding, which a policy builds anew."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or padding is None:
-        return
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[..., : padding.shape[1]]
-    rows = torch.arange(past, past + seen.shape[2], device=seen.device)[:, None]
-    causal = torch.arange(padding.shape[1], device=seen.device) <= rows
-    real = padding.bool()
-    usual = causal[None, None] & real[:, None, None]
-    if not bool(((seen == usual) | ~real[:, None, rows[:, 0], None]).all()):
-        raise UserError(
-            "an attention_mask of all pairs that is not causal cannot run under a policy; give one of "
-            "[batch, tokens]"
-        )
-
-
-def _as_long_as(call: AttentionCall, seen: int) -> AttentionCall:
-    """A call over the tokens seen so far: static caches hand over their whole, half-empty buffers."""
-    if call.key.shape[2] <= seen or call.positions is not None:
-        return call
-    whole = call
-    mask = call.mask[..., :seen] if call.mask is not None else None
-    kernel = call.kernel
-
-    def stock(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **options: Any
-    ) -> Any:
-        if given is mask:  # as it came: a kernel may want the buffers whole
-            return kernel(module, query, whole.key, whole.value, whole.mask, **options)
-        return kernel(module, query, key, value, given, **options)
-
-    return call._replace(key=call.key[:, :, :seen], value=call.value[:, :, :seen], mask=mask, kernel=stock)
 
 
 @contextlib.contextmanager
