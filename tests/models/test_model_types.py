@@ -10,10 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from avlprof.models.fitness import check_fits
 
 import avlprof
 from avlprof.errors import UserError
-from avlprof.models.fitness import check_fits
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.testing.types import (
     VARIANTS,
