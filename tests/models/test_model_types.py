@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from avlprof.models.fitness import check_fits
+from avlprof.attention.gate import check_traced
 
 import avlprof
 from avlprof.errors import UserError
@@ -134,7 +134,7 @@ def generate(model, inputs, steps=STEPS, **options):
 def refusal(model):
     """The sentence of the check, None where the model fits."""
     try:
-        check_fits(model.config)
+        check_traced(model)
     except UserError as error:
         return str(error)
     return None
