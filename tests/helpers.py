@@ -1,49 +1,72 @@
-"""What tests of several rooms do: let a model answer, feed it an answer, take a batch apart."""
+"""What tests of several rooms do: generate, take a row of a batch, feed given answers, watch tensors."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import avlprof
 
-STEPS = 24  # of an answer
+ROOT = Path(__file__).parent.parent
+STEPS = 24
 
 
 def generate(model, inputs, steps=STEPS, **options):
-    return model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
+    """Greedy tokens, and the logits of every step."""
+    options = {"max_new_tokens": steps, "do_sample": False} | options
+    return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
 
 
-def one_row(case, batch, row):
-    """A row of a padded batch without its padding, with its own pictures."""
+def generate_words(case, inputs, steps=STEPS, **options):
+    """Greedy tokens, none of them an image token, and the logits of every step."""
+    return generate(case.model, inputs, steps, suppress_tokens=list(case.vision_token_ids), **options)
+
+
+def answers_of(lengths, seed=5):
+    """Random answers of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+
+
+def stepwise(model, inputs, answers, policy):
+    """Logits of the runtime, fed the answers token by token."""
+    return steps_and_first(model, inputs, answers, policy)[:, 1:]
+
+
+def steps_and_first(model, inputs, answers, policy):
+    """Logits of the runtime, fed the answers token by token, and those of the prompt before them."""
+    steps = max(len(answer) for answer in answers) - 1
+    tokens = torch.tensor([answer + [0] * (steps + 1 - len(answer)) for answer in answers])
+    full = torch.cat([inputs["input_ids"], tokens], dim=1)
+
+    def forced(batch, ids):
+        return [int(full[batch, len(ids)])] if len(ids) < full.shape[1] else [0]
+
+    with avlprof.apply(model, policy):
+        out = generate(model, inputs, steps + 1, prefix_allowed_tokens_fn=forced)
+    return torch.stack(out.logits, dim=1)
+
+
+def one_row(case, batch, row, counts=None):
+    """A row of a padded batch without its padding, with its own pictures; `counts` are those of each row."""
     real = batch["attention_mask"][row].bool()
-    single = {
-        "input_ids": batch["input_ids"][row][real][None],
-        "attention_mask": batch["attention_mask"][row][real][None],
-    }
-    if "mm_token_type_ids" in batch:
-        single["mm_token_type_ids"] = batch["mm_token_type_ids"][row][real][None]
-    counts = images_by_row(case, batch)
+    names = [n for n in ("input_ids", "attention_mask", "mm_token_type_ids") if n in batch]
+    single = {name: batch[name][row][real][None] for name in names}
+    counts = images_by_row(case, batch) if counts is None else counts
     first, last = sum(counts[:row]), sum(counts[: row + 1])
     if first == last:
         return single
-    if "image_grid_thw" in batch:
-        patches = batch["image_grid_thw"].prod(dim=1).tolist()
-        single["image_grid_thw"] = batch["image_grid_thw"][first:last]
-        single["pixel_values"] = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
-    else:
-        single["pixel_values"] = batch["pixel_values"][first:last]
-    return single
+    if "image_grid_thw" not in batch:
+        return single | {"pixel_values": batch["pixel_values"][first:last]}
+    patches = batch["image_grid_thw"].prod(dim=1).tolist()
+    pixels = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
+    return single | {"image_grid_thw": batch["image_grid_thw"][first:last], "pixel_values": pixels}
 
 
 def images_by_row(case, batch):
+    """How many pictures each row of a batch has."""
     vision = torch.isin(batch["input_ids"], torch.tensor(case.vision_token_ids))
     if "image_grid_thw" in batch:
         sizes_of = (batch["image_grid_thw"].prod(dim=1) // 4).tolist()
@@ -57,36 +80,6 @@ def images_by_row(case, batch):
             at, count = at + 1, count + 1
         counts.append(count)
     return counts
-
-
-def answers_of(lengths, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
-
-
-def stepwise(model, inputs, answers, policy):
-    """Logits of the runtime, fed the answers token by token."""
-    return steps_and_first(model, inputs, answers, policy)[:, 1:]
-
-
-def steps_and_first(model, inputs, answers, policy):
-    steps = max(len(answer) for answer in answers) - 1
-    tokens = torch.tensor([answer + [0] * (steps + 1 - len(answer)) for answer in answers])
-    full = torch.cat([inputs["input_ids"], tokens], dim=1)
-
-    def forced(batch, ids):
-        return [int(full[batch, len(ids)])] if len(ids) < full.shape[1] else [0]
-
-    with avlprof.apply(model, policy):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps + 1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            prefix_allowed_tokens_fn=forced,
-        )
-    return torch.stack(out.logits, dim=1)
 
 
 class Largest(TorchDispatchMode):

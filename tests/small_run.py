@@ -1,4 +1,4 @@
-"""A run's settings and traced samples with random numbers, for tests of run directories."""
+"""A run directory's meta and samples of random numbers, for tests that need no model."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import avlprof
+from tests.synthetic_run import write_run
 
 ROOT = Path(avlprof.__file__).parent
 ORDER = (
@@ -34,7 +35,7 @@ ORDER = (
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
-    ("_lazy", "files", "locks", "registry", "versions", "watch"),
+    ("_lazy", "bisection", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
 """Parts of the package from top to bottom, as `docs/design.md` lists them; those of one line are
@@ -58,7 +59,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from avlprof import plots` imports a part, `from avlprof import __version__` a name
+            # `from avlprof import plots` imports a part
             if module == "avlprof":
                 yield from ((node.lineno, f"avlprof.{alias.name}") for alias in node.names)
             else:
@@ -85,20 +86,20 @@ def test_imports_point_down():
             continue
         for line, name in imports(path):
             theirs = name.split(".")[1] if name.startswith("avlprof.") else None
-            if theirs in (None, "__version__", own):
+            if theirs in (None, own):
                 continue
             if theirs not in RANK or RANK[theirs] <= RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_root_is_used_for_its_version_alone():
+def test_the_root_is_not_used_inside():
     """`import avlprof` inside the package must not open a way around the order."""
     wrong = [
         f"{path.relative_to(ROOT)}:{line} uses {name}"
         for path in MODULES
         for line, name in attributes(path)
-        if name.startswith("avlprof.") and name != "avlprof.__version__"
+        if name.startswith("avlprof.")
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -142,12 +143,36 @@ import avlprof, avlprof.cli
 assert not loaded({HEAVY!r}), loaded({HEAVY!r})
 import avlprof.runs, avlprof.policy, avlprof.allocators
 assert not loaded(("torch", "transformers", "optuna", "matplotlib")), "runs, policy or allocators"
-import avlprof.tuning.reading, avlprof.tuning.reading, avlprof.tuning.trials
+import avlprof.tuning.reading, avlprof.tuning.settings, avlprof.tuning.trials
 import avlprof.tuning.importance
 assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking at a study"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_analyzed_and_reported_without_torch(tmp_path):
+    """Neither opening a run, nor its profile, figures and report load a model library."""
+    write_run(tmp_path / "run", vision=(5, 4))
+    program = f"""
+import sys
+
+def check(what):
+    heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+    assert not heavy, (what, heavy)
+
+import avlprof.analysis, avlprof.run, avlprof.report, avlprof.cli.analyze, avlprof.cli.report
+check("import")
+from typer.testing import CliRunner
+from avlprof.cli._app import app
+for words in (["analyze", "--figures"], ["report", "--policy", "uniform"], ["derive", "--budget", "0.8"]):
+    done = CliRunner().invoke(app, [words[0], {str(tmp_path / "run")!r}, *words[1:]])
+    assert done.exit_code == 0, done.output
+    check(words)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_public_names():

@@ -17,7 +17,7 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
-from avlprof.budgets.resolve import resolved_blindly
+from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
@@ -127,7 +127,7 @@ def apply(
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
     text_config = model.config.get_text_config(decoder=True)
-    policy = resolved_blindly(policy, text_config.num_hidden_layers)
+    policy = resolve_by_depth(policy, text_config.num_hidden_layers)
     runtime = Runtime(policy, text_config, captured=captured is not None)
     check_supported(policy)
     cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from avlprof._lazy import exports
 from avlprof.policy import ScorerSpec
 from avlprof.registry import Registry
-from avlprof.scorers._base import Prefill, Scorer
+
+if TYPE_CHECKING:
+    from avlprof.scorers._base import Prefill, Scorer
 
 SCORERS: Registry[type[Scorer]] = Registry(
     "scorer",
@@ -32,3 +37,8 @@ def make_scorer(spec: ScorerSpec) -> Scorer:
 
 
 __all__ = ["SCORERS", "Prefill", "Scorer", "make_scorer"]
+
+# who looks at the names, such as a search space, needs no torch
+__getattr__, __dir__ = exports(
+    __name__, {"Prefill": "avlprof.scorers._base", "Scorer": "avlprof.scorers._base"}
+)

@@ -14,21 +14,16 @@ from avlprof.policy import DENSE, Policy
 from avlprof.runtime.graph import capture
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
+from tests.helpers import generate
 from tests.policies import CORE, KEEP, POLICIES, SCORED
 
 MODELS, FAMILIES = dict(cases()), dict(families())
-STEPS = 24
 AHEAD = 9  # captured anew twice in an answer
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def case(request):
     return MODELS[request.param]()
-
-
-def generate(model, inputs, **options):
-    options = {"max_new_tokens": STEPS, "do_sample": False} | options
-    return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
 
 
 def both(case, policy, inputs, ahead=AHEAD, **options):

@@ -29,14 +29,13 @@ from avlprof.scorers import Prefill
 from avlprof.testing.families import families
 from avlprof.testing.models import random_llava, random_qwen2_5_vl
 from tests.helpers import answers_of, stepwise
-from tests.oracle import Oracle
+from tests.oracle import NEAR_TIE, Oracle
 
 BUILDERS = {
     "llava": random_llava,
     "one group": lambda: random_llava(3, heads=4, kv_heads=1),
     "qwen2_5_vl": random_qwen2_5_vl,
 }
-NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
 LAYERS = 3
 
 

@@ -19,6 +19,7 @@ from avlprof.policy import DENSE, Policy
 from avlprof.testing.models import cases, random_llava
 from avlprof.tracing import RecordOptions
 from avlprof.tracing.trace import FixedAnswers
+from tests.helpers import STEPS, generate
 from tests.policies import POLICIES, SCORED
 
 pytestmark = [
@@ -27,7 +28,6 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda")
 MODELS = dict(cases())
-STEPS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +55,7 @@ def answered(model, inputs, policy, tokens=None, captured=None, steps=STEPS):
     prompt = inputs["input_ids"].shape[1]
     said = LogitsProcessorList([] if tokens is None else [FixedAnswers(tokens.tolist(), prompt)])
     with avlprof.apply(model, policy, captured=captured) if policy else contextlib.nullcontext():
-        found = model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            logits_processor=said,
-        )
+        found = generate(model, inputs, steps, logits_processor=said)
     return found.sequences[:, prompt:], torch.stack(found.logits)
 
 

@@ -31,11 +31,10 @@ from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan, Windows, slot_classes
 from avlprof.testing.models import cases, random_llava
 from tests.helpers import generate, one_row
-from tests.oracle import Oracle
+from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import POLICIES
 
 MODELS = dict(cases())
-NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

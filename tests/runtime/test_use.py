@@ -161,11 +161,6 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
     assert torch.equal(torch.cat(answer, dim=1), wanted)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return avlprof.load_model("tiny")
-
-
 @pytest.mark.parametrize("policy", ["paper/a-vl", "paper/a-vl-prefill", "uniform"])
 def test_a_pipeline_of_transformers(tiny, policy):
     """The embedded model: a pipeline says under a policy what `generate` says."""

@@ -127,11 +127,6 @@ def traced(loaded, samples, out, watch=SILENT, under=nullcontext, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", device="cpu")
-
-
 def assert_same_numbers(left: RunDirectory, right: RunDirectory):
     """Equal to 1e-5 where continuous; the sets behind counts may turn over at a near-tie now and then."""
     tables = [run.samples().set_index("sample").sort_index() for run in (left, right)]
@@ -352,7 +347,7 @@ def test_a_run_under_a_policy_holds_what_the_policy_attends_to(tiny, tmp_path):
         tiny, "shapes", 3, TraceSettings(policy=POLICY, max_new_tokens=12, batch_size=1), out=tmp_path
     )
     run = plan.run()
-    assert run.meta.policy == f"half {POLICY.hash}"
+    assert (run.meta.policy, run.meta.policy_hash) == ("half", POLICY.hash)
     for sample in plan.samples:
         encoding = tiny.adapter.encode([sample.prompt], [sample.open_images()])
         with apply(tiny.model, POLICY), record(tiny.model) as recorder:

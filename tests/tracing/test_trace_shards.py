@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from avlprof.errors import UserError
-from avlprof.models import load_model
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import load_task
 from avlprof.tracing import trace_samples
@@ -24,12 +22,6 @@ from tests.watching import Counts
 
 SAMPLES, TOKENS = 8, 4
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
 from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 from tests import oracle
-from tests.helpers import Largest
+from tests.helpers import Largest, generate_words, one_row
 
 MODELS = dict(cases())
 STEPS = 20
@@ -63,34 +63,6 @@ ALL = RecordOptions(
 @pytest.fixture(scope="module", params=list(MODELS))
 def case(request):
     return MODELS[request.param]()
-
-
-def generate(case, inputs, steps=STEPS, **options):
-    """Greedy tokens, `steps` of them in every row, none of them an image token."""
-    return case.model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        suppress_tokens=list(case.vision_token_ids),
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-
-
-def one_row(batch, row, counts):
-    """A row of a padded batch without its padding; `counts` are the images of each row."""
-    real = batch["attention_mask"][row].bool()
-    names = [n for n in ("input_ids", "attention_mask", "mm_token_type_ids") if n in batch]
-    single = {name: batch[name][row][real][None] for name in names}
-    first, last = sum(counts[:row]), sum(counts[: row + 1])
-    if first == last:
-        return single
-    if "image_grid_thw" not in batch:
-        return single | {"pixel_values": batch["pixel_values"][first:last]}
-    patches = batch["image_grid_thw"].prod(dim=1).tolist()
-    pixels = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
-    return single | {"image_grid_thw": batch["image_grid_thw"][first:last], "pixel_values": pixels}
 
 
 def rearranged(inputs, order):
@@ -130,10 +102,10 @@ class Seen:
 
 def eager(case, inputs, steps=STEPS):
     """Tokens and weights of eager attention; its logits must be those of the model as loaded."""
-    stock = generate(case, inputs, steps)
+    stock = generate_words(case, inputs, steps)
     case.model.set_attn_implementation({"text_config": "eager"})
     try:
-        out = generate(case, inputs, steps, output_attentions=True)
+        out = generate_words(case, inputs, steps, output_attentions=True)
     finally:
         case.model.set_attn_implementation({"text_config": "sdpa"})
     assert torch.equal(out.sequences, stock.sequences)
@@ -348,7 +320,7 @@ def test_equals_eager_weights(case, images, options):
     inputs = case.inputs(1, seed=4 + images, text=11, images_per_row=images)
     seen = seen_by_eager(case, inputs)
     with record(case.model, options) as recorder:
-        generate(case, inputs)
+        generate_words(case, inputs, STEPS)
     (found,) = recorder.records
     assert found.steps == STEPS - 1
     check(found, seen, options)
@@ -361,7 +333,7 @@ def test_pictures_anywhere_in_the_text(case, order):
     inputs = rearranged(case.inputs(1, seed=8, text=11, images_per_row=order.count("i")), order)
     seen = seen_by_eager(case, inputs, 6)
     with record(case.model, FEW) as recorder:
-        generate(case, inputs, 6)
+        generate_words(case, inputs, 6)
     check(recorder.records[0], seen, FEW)
 
 
@@ -369,14 +341,14 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(case):
     counts = [1, 0, 2, 1]
     batch = case.inputs(4, seed=6, pad=True, text=13, images_per_row=counts)
     with record(case.model, FEW) as together:
-        sequences = generate(case, batch).sequences
+        sequences = generate_words(case, batch, STEPS).sequences
     width = batch["input_ids"].shape[1]
     assert len(together.records) == 4
     for row, found in enumerate(together.records):
-        single = one_row(batch, row, counts)
+        single = one_row(case, batch, row, counts)
         seen = seen_by_eager(case, single)
         with record(case.model, FEW) as alone:
-            answer = generate(case, single).sequences[0, single["input_ids"].shape[1] :]
+            answer = generate_words(case, single, STEPS).sequences[0, single["input_ids"].shape[1] :]
         assert torch.equal(answer, sequences[row, width:])
         check(found, seen, FEW)
         ours, theirs = (pd.DataFrame(r.frame()).drop(columns="distance") for r in (found, alone.records[0]))
@@ -391,7 +363,7 @@ def test_by_default_heads_are_averaged(case):
     frames, scores = [], []
     for per_head in (True, False):
         with record(case.model, replace(FEW, rows="all", per_head=per_head)) as recorder:
-            generate(case, inputs, 6)
+            generate_words(case, inputs, 6)
         frames.append(pd.DataFrame(recorder.records[0].frame()).assign(sample="s"))
         scores.append(recorder.records[0].scores())
     assert set(scores[1]) == {"last", "instruction", "decode", "all", "history"}
@@ -436,12 +408,12 @@ def test_sliding_windows():
                 weight.mul_(8)
     sliding = TinyCase("sliding", model, (IMAGE,), random_llava(grid=5).pixels)
     inputs = sliding.inputs(2, seed=1, pad=True, text=9)
-    stock = generate(sliding, inputs)
+    stock = generate_words(sliding, inputs, STEPS)
     with record(model, FEW) as recorder:
-        traced = generate(sliding, inputs)
+        traced = generate_words(sliding, inputs, STEPS)
     assert torch.equal(torch.stack(stock.logits), torch.stack(traced.logits))
     for row, found in enumerate(recorder.records):
-        single = one_row(inputs, row, [1, 1])
+        single = one_row(sliding, inputs, row, [1, 1])
         out = eager(sliding, single)
         prompt = single["input_ids"].shape[1]
         vision_at = [i for i, t in enumerate(single["input_ids"][0].tolist()) if t == IMAGE]
@@ -471,9 +443,9 @@ def test_the_traced_forward_is_the_real_one(case, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     model = case.model.to(dtype)
     try:
-        stock = generate(case, inputs)
+        stock = generate_words(case, inputs, STEPS)
         with record(model):
-            traced = generate(case, inputs)
+            traced = generate_words(case, inputs, STEPS)
     finally:
         model.to(torch.float32)
     assert torch.equal(stock.sequences, traced.sequences)
@@ -538,7 +510,7 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
     if outer == "recorder":
         contexts.reverse()
     with contexts[0]() as first, contexts[1]() as second:
-        ids = generate(case, inputs).sequences[0].tolist()
+        ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
     recorder = second if outer == "policy" else first
     prompt = inputs["input_ids"].shape[1]
     _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
@@ -578,7 +550,7 @@ def test_blocks_and_holding_back_change_nothing(case, per_head):
             rows="all", block=block, step_logits=most, lags=LAGS, history=0.4, per_head=per_head
         )
         with record(case.model, options) as recorder:
-            generate(case, inputs, 36)
+            generate_words(case, inputs, 36)
         frames = [pd.DataFrame(r.frame()) for r in recorder.records]
         found.append((frames, [r.scores() for r in recorder.records]))
     for frames, scores in found[1:]:
@@ -602,9 +574,9 @@ def test_looking_in_while_generating_changes_nothing(case):
             return torch.zeros(len(ids), dtype=torch.bool)
 
     with record(case.model, FEW) as quiet:
-        generate(case, inputs)
+        generate_words(case, inputs, STEPS)
     with record(case.model, FEW) as peeked:
-        generate(case, inputs, stopping_criteria=[Reader()])
+        generate_words(case, inputs, stopping_criteria=[Reader()])
     ours, theirs = (pd.DataFrame(r.records[0].frame()).drop(columns="distance") for r in (peeked, quiet))
     pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-6)
 
@@ -613,8 +585,8 @@ def test_prompts_follow_one_another(case):
     """One context, two prompts and a second turn of the last: a record each, in order."""
     first, second = case.inputs(1, seed=1), case.inputs(2, seed=2, pad=True)
     with record(case.model, FEW) as recorder:
-        generate(case, first, 5)
-        cache = cache_of(generate(case, second, 5))
+        generate_words(case, first, 5)
+        cache = cache_of(generate_words(case, second, 5))
         length = cache.get_seq_length()
         for new in (3, 1):
             length += new
@@ -662,7 +634,7 @@ def test_memory_stays_linear(monkeypatch, rows, per_head):
     monkeypatch.setattr(Recorder, "attended", watched(Recorder.attended))
     monkeypatch.setattr(prompt, "row_values", lambda w, *args: blocks.append(w.numel()) or real(w, *args))
     with record(case.model, options) as recorder:
-        generate(case, inputs, 24)
+        generate_words(case, inputs, 24)
     assert recorder.records[0].frame()
     assert options.block / 2 < max(blocks) <= options.block
     linear = tokens * heads * 16  # a layer's queries
