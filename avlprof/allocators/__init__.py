@@ -30,14 +30,14 @@ def make_allocator(name: str, mix: float = 1.0, temperature: float = 1.0, **opti
 
     `UserError` for an unknown name or option, with its nearest neighbours.
     """
-    made = ALLOCATORS.get(name)
-    known = [f.name for f in fields(made)]  # type: ignore[arg-type]
+    allocator = ALLOCATORS.get(name)
+    known = [f.name for f in fields(allocator)]  # type: ignore[arg-type]
     for option in options:
         if option not in known:
             if not known:
                 raise UserError(f"allocator '{name}' takes no options, got '{option}'")
             raise unknown(f"option of allocator '{name}'", option, known)
-    return Blend(Sharp(made(**options), temperature), mix)
+    return Blend(Sharp(allocator(**options), temperature), mix)
 
 
 __all__ = [

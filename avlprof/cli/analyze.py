@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avlprof.analysis.statistics import VIEWS
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
@@ -37,7 +37,7 @@ app = typer.Typer()
 
 @app.command()
 def analyze(
-    run: given.RunArgument = None,
+    run: options.RunArgument = None,
     what: Annotated[str, typer.Option("--what", help=f"Table to print: {', '.join(VIEWS)}.")] = "per_layer",
     against: Annotated[
         Path | None, typer.Option("--against", help="Another run: print how this one differs from it.")
@@ -166,9 +166,9 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
     name = str(row["sample"])
     scores = run.scores(name, ["last", "decode"])
     rows = np.concatenate([scores["last"][None], scores["decode"]])
-    words, places = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
+    words, steps = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
     tiles = parse_tiles(row["tiles"])
-    return word_heatmaps(run.pictures(name, task), rows, tiles, words[:PANELS], steps=places[:PANELS])
+    return word_heatmaps(run.pictures(name, task), rows, tiles, words[:PANELS], steps=steps[:PANELS])
 
 
 def _sample_with_tiles(run: Run, sample: str | None) -> dict[Hashable, Any]:
