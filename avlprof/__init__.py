@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from avlprof._lazy import exports
+from avlprof.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from avlprof.api.trace import trace
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from avlprof.tracing import TraceSettings, record
     from avlprof.tuning import Tuned
     from avlprof.watch import Watch
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Run": "avlprof.run",

@@ -17,6 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from avlprof.policy import Policy
 
+NEAR_TIE = 1e-5
+"""Relative score gap under which fp32 may order two tokens either way."""
+
 
 @dataclass
 class Trace:

@@ -59,7 +59,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from avlprof import plots` imports a part, `from avlprof import __version__` a name
+            # `from avlprof import plots` imports a part
             if module == "avlprof":
                 yield from ((node.lineno, f"avlprof.{alias.name}") for alias in node.names)
             else:
@@ -86,20 +86,20 @@ def test_imports_point_down():
             continue
         for line, name in imports(path):
             theirs = name.split(".")[1] if name.startswith("avlprof.") else None
-            if theirs in (None, "__version__", own):
+            if theirs in (None, own):
                 continue
             if theirs not in RANK or RANK[theirs] <= RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_root_is_used_for_its_version_alone():
+def test_the_root_is_not_used_inside():
     """`import avlprof` inside the package must not open a way around the order."""
     wrong = [
         f"{path.relative_to(ROOT)}:{line} uses {name}"
         for path in MODULES
         for line, name in attributes(path)
-        if name.startswith("avlprof.") and name != "avlprof.__version__"
+        if name.startswith("avlprof.")
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-import avlprof
 from avlprof.allocators import Allocator, Evidence, make_allocator
 from avlprof.allocators.coverage import covering_shares
 from avlprof.analysis.window import windows_for
@@ -19,6 +18,7 @@ from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_sh
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
+from avlprof.versions import __version__
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -185,12 +185,12 @@ def provenance(
     prompts, layers, steps = profile.prompts(), profile.layers, profile.answer_tokens
     settings = profile.meta.settings
     return Provenance(
-        made_by=f"avlprof derive {avlprof.__version__}",
+        made_by=f"avlprof derive {__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=settings.model,
         model_revision=settings.revision,
         model_hash=settings.model_hash,
-        versions=settings.versions | {"avlprof": avlprof.__version__},
+        versions=settings.versions | {"avlprof": __version__},
         task=settings.task,
         samples=profile.meta.samples,
         seed=settings.seed,

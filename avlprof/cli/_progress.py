@@ -177,6 +177,8 @@ def phases() -> Iterator[Callable[[str, int, int], None]]:
 
 
 _UNITS = {
+    "bench decode": "rounds",
+    "bench prefill": "prefills",
     "probe": "forwards",
     "trials": "trials",
     "finalists": "answers",

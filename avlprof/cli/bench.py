@@ -99,24 +99,23 @@ def decode(
     form: FormatOption = Format.table,
 ) -> None:
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
-    from avlprof.bench.decode import run_decode_bench
+    from avlprof.bench.decode import DecodeBench, run_decode_bench
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench decode", "rounds") as tell:
-        costs = run_decode_bench(
-            chosen,
-            batches=counts("--batch", batch),
-            visions=None if vision is None else counts("--vision", vision),
-            budgets=options.parse_shares("--budget", budget),
-            layers=layers,
-            rounds=rounds,
-            device=where,
-            dtype=kind,
-            attentions=attentions,
-            captured=captured,
-            progress=tell,
-        )
+    bench = DecodeBench(
+        batches=counts("--batch", batch),
+        visions=None if vision is None else counts("--vision", vision),
+        budgets=options.parse_shares("--budget", budget),
+        layers=layers,
+        rounds=rounds,
+        device=where,
+        dtype=kind,
+        attentions=attentions,
+        captured=captured,
+    )
+    with bars() as watch:
+        costs = run_decode_bench(chosen, bench, watch)
     rows = [asdict(cost) for cost in costs]
     describe(chosen, layers, where, kind)
     columns = ["batch", "vision", "method", "step_ms", "speedup", "speedup_low", "speedup_high", "cap"]
@@ -181,7 +180,7 @@ def prefill(
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench prefill", "prefills") as tell:
+    with bars() as watch:
         costs = run_prefill_bench(
             chosen,
             [chosen.vision_tokens] if vision is None else counts("--vision", vision),
@@ -190,7 +189,7 @@ def prefill(
             rounds=rounds,
             device=where,
             dtype=kind,
-            progress=tell,
+            watch=watch,
         )
     describe(chosen, layers, where, kind)
     columns = ["tokens", "method", "seconds", "speedup", "speedup_low", "speedup_high", "cap"]

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.cache_utils import DynamicCache
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.errors import UserError
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
@@ -165,7 +165,7 @@ def generate_tokens(
     listeners = [_Listener(partial(on_token, cache))] if on_token else []
     ids: Tensor = loaded.model.generate(
         **encoding,
-        **given_cache(loaded.model, cache),
+        **with_cache(loaded.model, cache),
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         do_sample=False,

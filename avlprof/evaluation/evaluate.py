@@ -262,8 +262,9 @@ def _with_fidelity(
         [policy for *_, policy in runs],
         max_new_tokens=answering.max_new_tokens,
         batch_size=answering.batch_size,
-        advanced=steps.advance,
+        watch=steps.part(),
     )
+    steps.add(len(runs) * len(order))
     keys = ["policy", "seed", "sample"]
     measured = [
         {"policy": label, "seed": seed, "sample": score.sample, "kl": score.kl, "agreement": score.agreement}

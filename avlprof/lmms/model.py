@@ -20,7 +20,7 @@ from avlprof.models.answers import answer_length, end_tokens
 from avlprof.models.spec import ModelOptions
 from avlprof.policy import DENSE
 from avlprof.runtime.support import check_supported
-from avlprof.tracing.trace import GivenAnswers
+from avlprof.tracing.trace import FixedAnswers
 
 DEFAULT_NEW_TOKENS = 1024
 PLACEHOLDER = "<image>"
@@ -160,7 +160,7 @@ class AVLProf(lmms):
         return [picture.convert("RGB") for picture in pictures]
 
 
-class _Noted(GivenAnswers):
+class _Noted(FixedAnswers):
     """Makes one row's generation take given tokens, and notes how likely each was."""
 
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:

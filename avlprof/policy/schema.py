@@ -47,6 +47,11 @@ class ScorerSpec(_Part):
     name: str = "last_query"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """Name and options as one string: equal specs have equal keys."""
+        return self.model_dump_json()
+
 
 class AllocatorSpec(_Part):
     """Which allocator spreads a policy's kept share over the layers (see `avlprof.allocators`).
@@ -230,6 +235,13 @@ class Policy(_Part):
         if any(later <= before for before, later in pairwise(layers)):
             raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
 
+    def _check_compute(self, layers: int) -> None:
+        for layer, (stored, computed) in enumerate(zip(self.keep(layers), self.compute(layers), strict=True)):
+            if computed > stored + 1e-9:
+                raise ValueError(
+                    f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
+                )
+
     def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
         return {
             "vision_keep": self.vision_keep,
@@ -256,6 +268,26 @@ class Policy(_Part):
     def compute(self, layers: int) -> tuple[float, ...]:
         """`vision_compute` of each layer; without one it is `vision_keep` (no core)."""
         return self.keep(layers) if self.vision_compute is None else broadcast(self.vision_compute, layers)
+
+    @property
+    def evicts_by(self) -> str | None:
+        """What decides which token goes while decoding; None: none goes.
+
+        `position`: the oldest behind the sinks. Else the kind of running score whose lowest goes:
+        `history`, `accumulated` or `last_query` (see `avlprof.attention.ranking`).
+        """
+        if self.joint is not None:
+            return self.scorer.name if self.joint.decoding == "evict" else None
+        return None if self.text.keeps_all else self.text.scorer
+
+    @property
+    def running(self) -> str | None:
+        """The kind of running score by which tokens go; None where age decides, or none goes."""
+        return None if self.evicts_by == "position" else self.evicts_by
+
+    def deleted(self, layer: int) -> float:
+        """Share of a layer's text that goes: the quantile of the history score."""
+        return 0.0 if self.text.keep is None else 1.0 - of_layer(self.text.keep, layer)
 
     def check_layers(self, layers: int) -> None:
         """`UserError` when the policy is written for another number of layers."""
@@ -292,6 +324,11 @@ def broadcast(value: N | tuple[N, ...], layers: int) -> tuple[N, ...]:
             raise UserError(f"a per-layer list has {len(value)} entries, the model has {layers} layers")
         return value
     return (value,) * layers
+
+
+def of_layer(value: N | tuple[N, ...], layer: int) -> N:
+    """What a scalar or a per-layer list says of one layer."""
+    return value[layer] if isinstance(value, tuple) else value
 
 
 DENSE = Policy(name="dense", description="Everything stays and is attended to: the stock model.")

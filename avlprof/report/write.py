@@ -10,7 +10,6 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import avlprof
 from avlprof.analysis import Profile, findings
 from avlprof.errors import UserError
 from avlprof.files import write_text
@@ -24,6 +23,7 @@ from avlprof.run import NAME as PICTURE_TASK
 from avlprof.run import Run
 from avlprof.runs import RunMeta
 from avlprof.tasks import Task
+from avlprof.versions import __version__
 
 VISION_ROWS = RunMeta.model_fields["vision_rows"].default
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -148,7 +148,7 @@ def report_html(
         under=meta.policy_label,
         own_pictures=meta.task == PICTURE_TASK,
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-        version=avlprof.__version__,
+        version=__version__,
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
 from avlprof.models.tiles import Layout
@@ -41,7 +41,7 @@ class FamilyConformance:
         inputs = self.case.inputs(3, seed=1, pad=True, images_per_row=[1, 0, 2])
         assert set(self.case.vision_token_ids) == set(self.adapter.vision_token_ids)
         marked = self.adapter.vision_mask(inputs["input_ids"])
-        assert int(marked.sum()) == len(_features(self.case.model, inputs))
+        assert int(marked.sum()) == len(image_features(self.case.model, inputs))
         assert not bool((marked & (inputs["attention_mask"] == 0)).any())
         assert not bool(marked[1].any())
 
@@ -49,7 +49,7 @@ class FamilyConformance:
         """Another picture changes the embeddings at vision positions, and nowhere else."""
         inputs = self.case.inputs(1, seed=2)
         other = dict(inputs, pixel_values=inputs["pixel_values"].flip(0, -1))
-        first, second = (_embeddings(self.case.model, self.adapter, batch) for batch in (inputs, other))
+        first, second = (decoder_inputs(self.case.model, self.adapter, batch) for batch in (inputs, other))
         changed = (first != second).any(dim=-1)
         assert torch.equal(changed, self.adapter.vision_mask(inputs["input_ids"]))
 
@@ -57,7 +57,7 @@ class FamilyConformance:
         inputs = self.case.inputs(2, seed=3)
         cache = DynamicCache(config=self.case.model.config)
         with torch.no_grad():
-            self.case.model(**inputs, **given_cache(self.case.model, cache))
+            self.case.model(**inputs, **with_cache(self.case.model, cache))
         rows, tokens = inputs["input_ids"].shape
         adapter = self.adapter
         assert len(cache.layers) == adapter.layers
@@ -131,7 +131,7 @@ class ProcessorConformance:
     def test_vision_tokens_match_the_features(self) -> None:
         batch = self.adapter.encode(self.prompts, [[self.pictures[0]], list(self.pictures)])
         marked = self.adapter.vision_mask(batch["input_ids"]).sum(dim=1)
-        assert int(marked.sum()) == len(_features(self.adapter.model, batch))
+        assert int(marked.sum()) == len(image_features(self.adapter.model, batch))
         assert int(marked[1]) > int(marked[0]) > 0
 
     def test_decode_returns_the_prompt(self) -> None:
@@ -166,7 +166,7 @@ class ProcessorConformance:
         return int(self.adapter.processor.tokenizer.pad_token_id)
 
 
-def _features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def image_features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Features of all images as the model itself makes them, [vision tokens, width]."""
     companions = ("image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
     extra = {name: inputs[name] for name in companions if name in inputs}
@@ -176,7 +176,7 @@ def _features(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-def _embeddings(model: Any, adapter: Adapter, inputs: dict[str, Tensor]) -> Tensor:
+def decoder_inputs(model: Any, adapter: Adapter, inputs: dict[str, Tensor]) -> Tensor:
     """What the decoder is given, [rows, tokens, width]."""
     caught: list[Tensor] = []
     handle = adapter.decoder.register_forward_pre_hook(

@@ -28,7 +28,7 @@ class RecordOptions:
     coverage. Statistics are averaged over query heads unless `per_head`, which also keeps the
     scores of single tokens head by head, beside their mean. With `history`, the kept share of
     text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
-    `block` and `held` bound memory and change no result.
+    `block` and `step_logits` bound memory and change no result.
 
     Raises:
         UserError: a value is out of its range.
@@ -45,7 +45,7 @@ class RecordOptions:
     distances: tuple[int, ...] = DISTANCES
     lags: tuple[int, ...] = LAGS
     block: int | None = None  # weights of a prompt that exist at a time; None: what suits the device
-    held: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
+    step_logits: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:

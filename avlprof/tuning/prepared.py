@@ -23,6 +23,7 @@ from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, scorer_spec
 from avlprof.tuning.objective import OBJECTIVES, Scores
 from avlprof.tuning.settings import Settings
+from avlprof.watch import Watch
 
 BATCH = 32
 
@@ -244,7 +245,6 @@ def forced_answers(
     Args:
         scorers: names of scorers that will be used; another one costs a further run of the prompts.
     """
-    tell = progress or (lambda phase, done, total: None)
     return ForcedSet.prepare(
         loaded,
         samples,
@@ -252,5 +252,16 @@ def forced_answers(
         batch_size=BATCH,
         answers="reference" if objective == "likelihood" else "dense",
         scorers=[scorer_spec(name) for name in scorers],
-        progress=lambda d, t: tell("dense answers", d, t),
+        watch=_Phases(progress),
     )
+
+
+class _Phases(Watch):
+    """Hands phases to a progress callback, if there is one."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(name, done, total)

@@ -11,7 +11,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-import avlprof
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
@@ -21,7 +20,7 @@ from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.shortlist import PlayOff
-from avlprof.versions import versions
+from avlprof.versions import __version__, versions
 from avlprof.watch import SILENT, Part, Watch
 
 WORST_SD = 1.0
@@ -161,7 +160,7 @@ def with_provenance(
             "description": f"Tuned for {loaded.name} on {task.name} "
             f"at {settings.budget:.0%} of the dense prompt KV.",
             "provenance": Provenance(
-                made_by=f"avlprof tune {avlprof.__version__}",
+                made_by=f"avlprof tune {__version__}",
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 model=loaded.source,
                 model_revision=loaded.revision or "",

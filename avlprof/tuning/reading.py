@@ -11,13 +11,12 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-import avlprof
 from avlprof.errors import UserError
 from avlprof.locks import is_locked
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
 from avlprof.tuning.study import StudyMeta, finalists, find_place, quiet, read_meta, read_study
 from avlprof.tuning.trials import WANTED
-from avlprof.versions import versions
+from avlprof.versions import __version__, versions
 
 POLICY = "policy.yaml"
 
@@ -175,7 +174,7 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
         update={
             "name": f"{name}-trial-{trial.number}",
             "provenance": Provenance(
-                made_by=f"avlprof export {avlprof.__version__}",
+                made_by=f"avlprof export {__version__}",
                 model=meta.model,
                 model_revision=meta.model_hash,
                 model_hash=meta.model_hash,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import avlprof
 from avlprof.bench import memory, trace
 from avlprof.bench.memory import peak_above
 from avlprof.bench.shapes import (
@@ -44,8 +43,8 @@ def test_named_shapes_have_the_published_sizes(name, billions):
     assert parameters(decoder_shape(name)) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_tiny_is_the_embedded_model():
-    config = avlprof.load_model("tiny").model.config
+def test_tiny_is_the_embedded_model(tiny):
+    config = tiny.model.config
     text, shape = config.text_config, SHAPES["tiny"]
     theirs = (text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads)
     assert theirs == (shape.hidden, shape.intermediate, shape.layers, shape.heads)

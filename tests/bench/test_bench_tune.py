@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import avlprof
 from avlprof.bench import tune
 from avlprof.bench.tune import (
     REFRESHES,
@@ -18,11 +17,6 @@ from avlprof.errors import UserError
 from avlprof.policy import PromptShape, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return avlprof.load_model("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -416,15 +416,12 @@ def test_own_picture_is_traced_and_found_again(picture, tmp_path, monkeypatch):
         found.pictures(sample)
 
 
-def test_python_verbs(run, picture, tmp_path, monkeypatch):
-    from avlprof.models import load_model
-
+def test_python_verbs(tiny, run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loaded = load_model("tiny")
     held = Task("own", "exact_match", ("search",), lambda split: [Sample("a", (picture,), "what?", ("red",))])
-    first = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
-    second = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=2), samples=1)
-    same = avlprof.trace(loaded, held, settings=TraceSettings(max_new_tokens=1), samples=1)
+    first = avlprof.trace(tiny, held, settings=TraceSettings(max_new_tokens=1), samples=1)
+    second = avlprof.trace(tiny, held, settings=TraceSettings(max_new_tokens=2), samples=1)
+    same = avlprof.trace(tiny, held, settings=TraceSettings(max_new_tokens=1), samples=1)
     assert [r.path.as_posix() for r in (first, second, same)] == [
         "runs/tiny-own",
         "runs/tiny-own-2",
@@ -437,11 +434,11 @@ def test_python_verbs(run, picture, tmp_path, monkeypatch):
     known = avlprof.Run.open(run)
     drawn = known.pictures(str(known.samples()["sample"][0]))
     assert drawn[0].size == load_task("shapes").samples("search", 1)[0].open_images()[0].size
-    known.check_model(loaded)
+    known.check_model(tiny)
     with pytest.raises(UserError, match="was traced on"):
-        known.check_model(replace(loaded, revision="other"))
+        known.check_model(replace(tiny, revision="other"))
     assert avlprof.latest_run(tmp_path / "none") is None
-    assert avlprof.latest_run(loaded=loaded, task="own").path in (first.path, second.path)
+    assert avlprof.latest_run(loaded=tiny, task="own").path in (first.path, second.path)
     assert avlprof.latest_run(task="shapes") is None
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -33,7 +32,6 @@ from avlprof.evaluation import (
 )
 from avlprof.evaluation.compare import compare
 from avlprof.evaluation.lineup import LeftOut
-from avlprof.models import load_model
 from avlprof.plots.budgets import budgets_info, quality_by_budget
 from avlprof.policy import (
     JointPool,
@@ -248,12 +246,6 @@ UNIFORM = Policy(name="uniform", vision_keep=0.2)
 RANDOM = Policy(name="random", vision_keep=0.2, scorer=ScorerSpec(name="random"))
 FIRST = Policy(name="first", vision_keep=0.2, scorer=ScorerSpec(name="position"))
 MINE = FIRST.model_copy(update={"name": "mine"})
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ from avlprof.evaluation import (
 )
 from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import policy_rows, with_baselines
-from avlprof.models import load_model
 from avlprof.models.answers import answer_length
 from avlprof.policy import (
     DENSE,
@@ -50,12 +49,6 @@ LAYERED = Policy(
 )
 WINDOWED = Policy(name="windowed", vision_keep=0.4, text=TextPolicy(window=6, sink=1))
 LIMIT = 12
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import torch
 import yaml
 
 import avlprof
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, generate_answers
 from avlprof.lmms import checked_policy, manifest, model_args, policy_hash
+from avlprof.models import LoadedModel
 from avlprof.policy import Policy, ScorerSpec, save_policy
 from avlprof.tasks import Sample, load_metric, load_task
 
@@ -145,14 +146,12 @@ def responses(results: Any, task: str) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("name", ["dense", "cut"])
 def test_answers_are_those_of_the_project_s_own_evaluation(
-    harness: Any, samples: list[Sample], tmp_path: Path, name: str, batch_size: int
+    tiny: LoadedModel, harness: Any, samples: list[Sample], tmp_path: Path, name: str, batch_size: int
 ) -> None:
     policy = CUT if name == "cut" else None
     path = str(save_policy(CUT, tmp_path / "cut.yaml")) if policy else "dense"
     results = harness("local_answers", model_args("tiny", path), batch_size=batch_size)
-    wanted = generate_answers(
-        avlprof.load_model("tiny", device="cpu"), samples, policy, AnswerSettings(LIMIT, batch_size)
-    )
+    wanted = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, batch_size))
     assert responses(results, "local_answers") == [answer.prediction for answer in wanted]
     matches = [a.prediction == s.answers[0] for a, s in zip(wanted, samples, strict=True)]
     measured = results["results"]["local_answers"]
@@ -161,15 +160,16 @@ def test_answers_are_those_of_the_project_s_own_evaluation(
     assert sorted(c["output_tokens"] for c in counts) == sorted(a.generated_tokens for a in wanted)
 
 
-def test_choices_are_weighed_under_the_policy(harness: Any, samples: list[Sample], tmp_path: Path) -> None:
+def test_choices_are_weighed_under_the_policy(
+    tiny: LoadedModel, harness: Any, samples: list[Sample], tmp_path: Path
+) -> None:
     """Likelihoods against a plain loop: prompt, then one forced token after the other."""
     path = save_policy(CUT, tmp_path / "cut.yaml")
     results = harness("local_choices", model_args("tiny", path))
-    loaded = avlprof.load_model("tiny", device="cpu")
     logged = sorted(results["samples"]["local_choices"], key=lambda sample: sample["doc_id"])
     for sample, found in zip(samples[:3], logged, strict=False):
         choices = (sample.answers[0], "nothing at all", "a")
-        losses = [plain_loss(loaded, sample, f" {choice}") for choice in choices]
+        losses = [plain_loss(tiny, sample, f" {choice}") for choice in choices]
         assert [float(r[0]) for r in (resp[0] for resp in found["resps"])] == pytest.approx(losses, abs=2e-4)
         assert found["acc"] == float(min(range(3), key=losses.__getitem__) == 0)
 
@@ -180,12 +180,12 @@ def plain_loss(loaded: Any, sample: Sample, continuation: str) -> float:
     encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
     with avlprof.apply(loaded.model, CUT) as runtime:
         cache = runtime.new_cache()
-        logits = loaded.model(**encoding, **given_cache(loaded.model, cache)).logits[0, -1]
+        logits = loaded.model(**encoding, **with_cache(loaded.model, cache)).logits[0, -1]
         total = 0.0
         for token in tokens:
             total -= float(logits.log_softmax(dim=-1)[token])
             logits = loaded.model(
-                input_ids=torch.tensor([[token]]), **given_cache(loaded.model, cache)
+                input_ids=torch.tensor([[token]]), **with_cache(loaded.model, cache)
             ).logits[0, -1]
     return total / len(tokens)
 

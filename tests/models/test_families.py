@@ -13,32 +13,26 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import avlprof
 from avlprof.attention.modality import MODALITIES
-from avlprof.attention.session import given_cache, switched
+from avlprof.attention.session import switched, with_cache
 from avlprof.errors import UserError
 from avlprof.models import adapter_for
 from avlprof.models.aliases import ALIASES, is_tested
-from avlprof.policy import DENSE, Policy, ScorerSpec, TextPolicy
+from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.forced import ForcedBatch
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.scorers import Prefill
-from avlprof.testing.adapters import FamilyConformance, _embeddings
+from avlprof.testing.adapters import FamilyConformance, decoder_inputs
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
 from avlprof.tracing import RecordOptions, record
-from tests.oracle import Oracle
-from tests.runtime.test_forced import stepwise
+from tests.helpers import generate_words, stepwise
+from tests.oracle import NEAR_TIE, Oracle
+from tests.policies import PLAIN
 
 FAMILIES = dict(families())
 FILMING = {name: build for name, build in (*cases(), *families()) if build().videos is not None}
-POLICIES = {
-    "core": Policy(vision_keep=(0.62, 0.3, 0.45), vision_compute=(0.33, 0.1, 0.2), refresh_interval=3),
-    "accumulated and window": Policy(
-        vision_keep=(0.4, 0.55, 0.3), scorer=ScorerSpec(name="accumulated"), text=TextPolicy(window=5, sink=1)
-    ),
-}
 ANSWER_TYPES = {"paligemma": {"token_type_ids": 1}, "paligemma2": {"token_type_ids": 1}}
-NEAR_TIE = 1e-5  # relative score gap under which fp32 may order two tokens either way
 STEPS = 8
 
 
@@ -52,19 +46,6 @@ def case(request):
     return built(request.param)
 
 
-def generate(case, inputs, steps=STEPS, **options):
-    """Greedy tokens, none of them an image token."""
-    return case.model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        suppress_tokens=list(case.vision_token_ids),
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-
-
 def oracle(case, policy):
     types = {"token_type_ids": 0} | ANSWER_TYPES.get(case.name, {})
     return Oracle(case.model, policy, case.vision_token_ids, types)
@@ -73,10 +54,10 @@ def oracle(case, policy):
 def test_keep_all_is_the_stock_model(case):
     inputs = case.inputs(2, seed=3, pad=True, text=13)
     assert not inputs["attention_mask"].all()
-    stock = generate(case, inputs)
+    stock = generate_words(case, inputs, STEPS)
     for policy in (DENSE, Policy(vision_keep=1.0, text=TextPolicy(window=500))):
         with avlprof.apply(case.model, policy):
-            ours = generate(case, inputs)
+            ours = generate_words(case, inputs, STEPS)
         for a, b in zip(ours.logits, stock.logits, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
             top = b.topk(2).values
@@ -90,19 +71,19 @@ def test_keep_all_is_bit_equal_in_bf16(name):
     case = FAMILIES[name]()
     case.model.to(torch.bfloat16)
     inputs = case.inputs(2, seed=5, pad=True)
-    stock = generate(case, inputs, steps=5)
+    stock = generate_words(case, inputs, steps=5)
     with avlprof.apply(case.model, DENSE):
-        ours = generate(case, inputs, steps=5)
+        ours = generate_words(case, inputs, steps=5)
     assert all(torch.equal(a, b) for a, b in zip(stock.logits, ours.logits, strict=True))
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_agrees_with_the_dense_oracle(case, name):
-    policy = POLICIES[name]
+    policy = PLAIN[name]
     for seed in range(11, 16):
         inputs = case.inputs(1, seed=seed, text=13, images_per_row=2)
         with avlprof.apply(case.model, policy) as runtime:
-            ours = generate(case, inputs, steps=14)
+            ours = generate_words(case, inputs, steps=14)
         answer = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logits, trace = oracle(case, policy).run(inputs, answer[:-1])
         if trace.gap > NEAR_TIE:
@@ -116,7 +97,7 @@ def test_agrees_with_the_dense_oracle(case, name):
             assert [set(row.tolist()) for row in core] == trace.cores[index][-1]
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_left_padding_changes_nothing_under_a_policy(case, name):
     inputs = case.inputs(1, seed=12, text=13)
     length = inputs["input_ids"].shape[1]
@@ -126,8 +107,8 @@ def test_left_padding_changes_nothing_under_a_policy(case, name):
     }
     found = []
     for batch in (inputs, padded):
-        with avlprof.apply(case.model, POLICIES[name]) as runtime:
-            found.append(torch.cat(generate(case, batch, steps=14).logits))
+        with avlprof.apply(case.model, PLAIN[name]) as runtime:
+            found.append(torch.cat(generate_words(case, batch, steps=14).logits))
         assert runtime.cache.rows[0].total == length
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
@@ -135,9 +116,9 @@ def test_left_padding_changes_nothing_under_a_policy(case, name):
 def test_the_policy_matters(case):
     """A guard of the tests above: what they evict would be missed."""
     inputs = case.inputs(1, seed=11, text=13, images_per_row=2)
-    stock = generate(case, inputs).logits[1]
-    with avlprof.apply(case.model, POLICIES["core"]):
-        assert (generate(case, inputs).logits[1] - stock).abs().max() > 0.02
+    stock = generate_words(case, inputs, STEPS).logits[1]
+    with avlprof.apply(case.model, PLAIN["core"]):
+        assert (generate_words(case, inputs, STEPS).logits[1] - stock).abs().max() > 0.02
 
 
 def eager(case, inputs):
@@ -188,11 +169,11 @@ def test_recorded_mass_of_videos_is_that_of_eager_weights(name):
 @pytest.mark.parametrize("name", list(FILMING))
 def test_videos_carry_the_film_under_a_policy_as_the_oracle_says(name):
     case = FILMING[name]()
-    policy = POLICIES["core"]
+    policy = PLAIN["core"]
     for seed in range(11, 16):
         inputs = case.inputs(1, seed=seed, text=13, images_per_row=0, videos_per_row=2)
         with avlprof.apply(case.model, policy):
-            ours = generate(case, inputs, steps=14)
+            ours = generate_words(case, inputs, steps=14)
         answer = ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logits, trace = oracle(case, policy).run(inputs, answer[:-1])
         if trace.gap > NEAR_TIE:
@@ -202,7 +183,7 @@ def test_videos_carry_the_film_under_a_policy_as_the_oracle_says(name):
     pixels = film_pixels(case, inputs)
     other = inputs | {pixels: inputs[pixels].flip(0, -1)}
     with avlprof.apply(case.model, policy):
-        changed = generate(case, other, steps=1)
+        changed = generate_words(case, other, steps=1)
     assert (changed.logits[0] - ours.logits[0]).abs().max() > 0.02
 
 
@@ -231,11 +212,11 @@ def check_recorded_mass(case, inputs):
 def test_recorded_steps_are_those_of_eager_weights(case):
     inputs = case.inputs(2, seed=9, pad=True, text=11)
     with record(case.model) as recorder:
-        ours = generate(case, inputs)
+        ours = generate_words(case, inputs, STEPS)
     before = case.model.config.get_text_config()._attn_implementation
     case.model.set_attn_implementation({"text_config": "eager"})
     try:
-        out = generate(case, inputs, output_attentions=True)
+        out = generate_words(case, inputs, STEPS, output_attentions=True)
     finally:
         case.model.set_attn_implementation({"text_config": before})
     assert torch.equal(ours.sequences, out.sequences)
@@ -273,13 +254,13 @@ def test_scorers_see_the_attention_that_the_layer_ran(case):
             torch.testing.assert_close(ours[row][:, real], theirs[row][:, real], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs = case.inputs(2, seed=21, pad=True, text=11)
     generator = torch.Generator().manual_seed(5)
     answers = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in (17, 11)]
-    ours = ForcedBatch(case.model, inputs, answers).logits(POLICIES[name])
-    theirs = stepwise(case.model, inputs, answers, POLICIES[name])
+    ours = ForcedBatch(case.model, inputs, answers).logits(PLAIN[name])
+    theirs = stepwise(case.model, inputs, answers, PLAIN[name])
     for row, answer in enumerate(answers):
         a, b = ours[row, : len(answer) - 1], theirs[row, : len(answer) - 1]
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -330,9 +311,9 @@ def test_without_token_types_keep_all_is_the_stock_model(name, attention):
     before = case.model.config.get_text_config()._attn_implementation
     case.model.set_attn_implementation({"text_config": attention})
     try:
-        stock = generate(case, inputs)
+        stock = generate_words(case, inputs, STEPS)
         with avlprof.apply(case.model, DENSE), record(case.model) as recorder:
-            ours = generate(case, inputs)
+            ours = generate_words(case, inputs, STEPS)
         if attention == "eager":
             wanted = torch.stack(case.model(**inputs, output_attentions=True).attentions)[:, 0, :, -1]
     finally:
@@ -354,7 +335,7 @@ def test_sliding_layers_are_left_as_they_are(name):
     sliding = adapter_for(case.model).sliding_layers
     inputs = case.inputs(2, seed=4, pad=True, text=11)
     stock = DynamicCache(config=case.model.config.get_text_config())
-    case.model(**inputs, **given_cache(case.model, stock))
+    case.model(**inputs, **with_cache(case.model, stock))
     with avlprof.apply(case.model, Policy(vision_keep=0.3)) as runtime:
         case.model(**inputs, use_cache=True)
     governed = {use.layer for use in runtime.cache.use()}
@@ -389,7 +370,7 @@ class TestConformance(FamilyConformance):
             return
         inputs = self.case.inputs(1, seed=2)
         other = dict(inputs, pixel_values=inputs["pixel_values"].flip(0, -1))
-        first, second = (_embeddings(self.case.model, self.adapter, batch) for batch in (inputs, other))
+        first, second = (decoder_inputs(self.case.model, self.adapter, batch) for batch in (inputs, other))
         changed = (first != second).any(dim=-1)
         vision = self.adapter.vision_mask(inputs["input_ids"])
         rows = 3  # of patches in a tile; the two tiles lie side by side

@@ -22,10 +22,10 @@ from avlprof.models.tiles import Tile, dump_tiles, paint, parse_tiles, resolutio
 from avlprof.tasks import Message
 from avlprof.testing.families import families
 from avlprof.testing.models import IMAGE, cases
+from tests.spots import areas, flat, silence_tower, spotted
 
 BUILDERS = {**dict(cases()), **dict(families())}
 NEAREST = 0
-GREY, BRIGHT = 180, 250
 
 CLIP = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
 TILE = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}
@@ -82,19 +82,8 @@ def built(name):
     case = BUILDERS[name]()
     if name.startswith("llava_"):
         case.model.config.image_grid_pinpoints = FINE
-    tower = next(
-        module
-        for part, module in case.model.named_modules()
-        if part.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual")
-    )
-    for module in tower.modules():
-        if type(module).__name__.endswith("Attention"):
-            module.register_forward_hook(silence)
+    silence_tower(case.model)
     return case
-
-
-def silence(module, args, out):
-    return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
 
 def processor_of(name):
@@ -129,27 +118,9 @@ def encoding(processor, pictures):
     return dict(processor.image_processor(images=[pictures] if nested else pictures, return_tensors="pt"))
 
 
-def spotted(size, box):
-    """A grey picture with a bright box (left, top, right, bottom in pixels)."""
-    pixels = np.full((size[1], size[0], 3), GREY, dtype=np.uint8)
-    left, top, right, bottom = box
-    pixels[top:bottom, left:right] = BRIGHT
-    return Image.fromarray(pixels)
-
-
-def places(tile):
-    """Index, and left, top, right, bottom in shares of the picture, of each token of a tile."""
-    left, top, right, bottom = tile.box
-    wide, high = (right - left) / tile.columns, (bottom - top) / tile.rows
-    for row, indices in enumerate(tile.tokens().tolist()):
-        for column, index in enumerate(indices):
-            x, y = left + column * wide, top + row * high
-            yield index, (x, y, x + wide, y + high)
-
-
 def check_spots(case, processor, adapter, size, others, reach, draws):
     """Spots in the last of some pictures light up the tokens that lie there, and no others."""
-    plain = Image.fromarray(np.full((size[1], size[0], 3), GREY, dtype=np.uint8))
+    plain = flat(size)
     before = encoding(processor, [*others, plain])
     base = features(case, before)
     layouts = [
@@ -172,7 +143,7 @@ def check_spots(case, processor, adapter, size, others, reach, draws):
         for tile in layouts[-1].tiles:
             wide = reach * (tile.box[2] - tile.box[0]) / tile.columns
             tall = reach * (tile.box[3] - tile.box[1]) / tile.rows
-            for index, (left, top, right, bottom) in places(tile):
+            for index, (left, top, right, bottom) in areas(tile):
                 patches.add(index)
                 along = min(right, box[2]) - max(left, box[0])
                 down = min(bottom, box[3]) - max(top, box[1])
@@ -223,11 +194,11 @@ def test_a_picture_behind_another_has_its_own_tokens(name):
 def test_padding_of_half_a_token_is_where_the_layout_has_it(size, rows, columns):
     """A picture that is not resized: a spot as large as a token's place lights up that token alone."""
     case, processor = built("llava_next"), processor_of("llava_next")
-    plain = encoding(processor, [Image.fromarray(np.full((size[1], size[0], 3), GREY, dtype=np.uint8))])
+    plain = encoding(processor, [flat(size)])
     fine = adapter_for(case.model, processor).image_layout(plain, 0, size).tiles[1]
     assert (fine.rows, fine.columns) == (rows, columns)
     base = features(case, plain)
-    spots = list(places(fine))
+    spots = list(areas(fine))
     for index, box in spots[:columns] + spots[columns :: columns + 1]:
         edges = np.array(box) * (*size, *size)
         np.testing.assert_allclose(edges, edges.round(), atol=1e-6)
@@ -257,7 +228,7 @@ def test_painting_is_what_points_thrown_into_each_place_say(seed):
     rows, columns = (int(n) for n in draws.integers(2, 9, 2))
     wanted = np.zeros((rows, columns))
     for tile in tiles:
-        for index, (left, top, right, bottom) in places(tile):
+        for index, (left, top, right, bottom) in areas(tile):
             across = np.linspace(left, right, 801)[:-1] + (right - left) / 1600
             down = np.linspace(top, bottom, 801)[:-1] + (bottom - top) / 1600
             across, down = (points[(points > 0) & (points < 1)] for points in (across, down))

@@ -21,13 +21,9 @@ from avlprof.models import ALIASES, LoadedModel, adapter_for, load_model
 from avlprof.models.tiny import WEIGHTS
 from avlprof.testing.adapters import FamilyConformance, ProcessorConformance
 from avlprof.testing.models import TinyCase, cases, random_llava, random_qwen2_5_vl
+from tests.helpers import ROOT
 
 CASES = [pytest.param(build, id=name) for name, build in cases()]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LoadedModel:
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture
@@ -97,7 +93,7 @@ def test_offline_hub_ids(tmp_path: Path) -> None:
 
 
 def test_docs_list_every_alias() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    page = (ROOT / "docs" / "models.md").read_text()
     start = page.index("| alias |")
     table = page[start : page.index("\n\n", start)].splitlines()
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]

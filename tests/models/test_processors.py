@@ -28,13 +28,13 @@ from avlprof.models.tiles import parse_tiles
 from avlprof.policy import Policy
 from avlprof.run import find_pictures, save_pictures
 from avlprof.tasks import Message, load_task
-from avlprof.testing.adapters import ProcessorConformance, _embeddings, _features
+from avlprof.testing.adapters import ProcessorConformance, decoder_inputs, image_features
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
 from avlprof.tracing.options import TraceSettings
 from avlprof.tracing.trace import trace_samples
-from tests.models.test_layouts import GREY, places, silence, spotted
 from tests.real_processors import FINE, REAL
+from tests.spots import areas, flat, silence_tower, spotted
 
 if not is_torchvision_available():
     pytest.skip("processors with a place for videos need torchvision", allow_module_level=True)
@@ -71,14 +71,7 @@ def built(name, silent=False):
     if name.startswith("llava_"):
         case.model.config.image_grid_pinpoints = FINE
     if silent:
-        tower = next(
-            module
-            for part, module in case.model.named_modules()
-            if part.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual")
-        )
-        for module in tower.modules():
-            if type(module).__name__.endswith("Attention"):
-                module.register_forward_hook(silence)
+        silence_tower(case.model)
     return adapter_for(case.model, REAL[name].processor())
 
 
@@ -301,7 +294,7 @@ def test_times_of_a_film_are_places_on_the_axis_of_time():
 def embedded(adapter, chats):
     """Embeddings of the vision tokens of the first row, and their layout."""
     batch = adapter.encode_chats(chats)
-    found = _embeddings(adapter.model, adapter, batch)[0][adapter.vision_mask(batch["input_ids"])[0]]
+    found = decoder_inputs(adapter.model, adapter, batch)[0][adapter.vision_mask(batch["input_ids"])[0]]
     return found, adapter.vision_layout(batch, chats)[0]
 
 
@@ -311,7 +304,7 @@ def check_spot(moved, own, box, reach=0.5):
     for tile in own:
         wide = reach * (tile.box[2] - tile.box[0]) / tile.columns
         tall = reach * (tile.box[3] - tile.box[1]) / tile.rows
-        for index, (left, top, right, bottom) in places(tile):
+        for index, (left, top, right, bottom) in areas(tile):
             along = min(right, box[2]) - max(left, box[0])
             down = min(bottom, box[3]) - max(top, box[1])
             if along > 0.5 * (right - left) and down > 0.5 * (bottom - top):
@@ -332,10 +325,6 @@ def drawn_box(draws, size, least=0.15):
         low, high = (np.clip(edge, 0, size).round().astype(int) for edge in (middle - half, middle + half))
         if (high - low).min() >= 8:
             return (*low, *high), (low[0] / size[0], low[1] / size[1], high[0] / size[0], high[1] / size[1])
-
-
-def flat(size):
-    return Image.fromarray(np.full((size[1], size[0], 3), GREY, dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -462,5 +451,5 @@ class TestConformance(ProcessorConformance):
             return
         batch = self.adapter.encode(self.prompts, [[self.pictures[0]], list(self.pictures)])
         marked = self.adapter.vision_mask(batch["input_ids"]).sum(dim=1)
-        assert int(marked.sum()) == len(_features(self.adapter.model, batch))
+        assert int(marked.sum()) == len(image_features(self.adapter.model, batch))
         assert int(marked[0]) > int(marked[1]) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -33,9 +32,10 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.runtime.support import unsupported
+from tests.helpers import ROOT
 
 HEAD = "schema: avlprof.policy/1\n"
-FOLDER = Path(__file__).parent.parent / "policies"
+FOLDER = ROOT / "policies"
 WORDS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=120)
 RATIO = st.integers(0, 1000).map(lambda n: n / 1000)
 

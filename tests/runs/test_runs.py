@@ -13,48 +13,17 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.models import load_model
 from avlprof.models.tiles import parse_tiles
-from avlprof.runs import RunDirectory, RunMeta, RunWriter
+from avlprof.runs import RunDirectory, RunWriter
 from avlprof.tasks import Sample, load_task
 from avlprof.tracing import RecordOptions, estimate_bytes, record, trace, trace_samples
 from avlprof.tracing.options import TraceSettings
+from tests.small_run import META, files, sample
 from tests.synthetic_run import settings, write_run
 from tests.watching import Counts
-
-META = RunMeta(
-    model="tiny",
-    model_hash="abc",
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    dtype="float32",
-    device="cpu",
-    task="shapes",
-    max_new_tokens=8,
-)
-
-
-def sample(name, seed=0, vision=5, steps=3):
-    """One traced sample with random numbers: its row, stats and scores."""
-    rng = np.random.default_rng(seed)
-    row = {"sample": name, "prompt": f"what is {name}?", "references": ["a", "b"], "vision": vision}
-    stats = [
-        {"sample": name, "layer": layer, "entropy": rng.random(), "distance": rng.random(4, dtype=np.float32)}
-        for layer in range(META.layers)
-    ]
-    shapes = {"last": (2, vision), "instruction": (2, vision), "decode": (steps, 2, vision)}
-    return row, stats, {key: rng.random(shape, dtype=np.float32) for key, shape in shapes.items()}
-
-
-def files(path):
-    """Names of everything in a folder that is not a lock."""
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".lock"))
 
 
 def part_files(number):
@@ -313,12 +282,6 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, small_disk, size):
 
 
 # --- tracing into a run directory
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

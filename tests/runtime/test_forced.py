@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import avlprof
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy
+from avlprof.policy import DENSE, Policy, PrefillFilter, ScorerSpec, TextPolicy
 from avlprof.runtime.forced import ForcedBatch, ForcedSet
 from avlprof.runtime.forced import batch as forced_batch
 from avlprof.runtime.forced import rows as forced_rows
@@ -25,31 +24,10 @@ from avlprof.runtime.forced.score import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava
-from tests.runtime.test_runtime import POLICIES
+from tests.helpers import answers_of, steps_and_first, stepwise
+from tests.policies import FORCED, POLICIES
 
 MODELS = dict(cases())
-EXTRA = {
-    "dense": DENSE,
-    "k larger than the answer": Policy(vision_keep=0.5, vision_compute=0.1, refresh_interval=32),
-    "random": Policy(vision_keep=0.4, scorer=ScorerSpec(name="random", options={"seed": 3})),
-    "score only, k=1": Policy(vision_keep=0.6, vision_compute=0.2, refresh_interval=1, refresh="score_only"),
-    "score only and history": Policy(
-        vision_keep=0.6,
-        vision_compute=0.2,
-        refresh_interval=2,
-        refresh="score_only",
-        text=TextPolicy(keep=0.5, minimum=3, scorer="history"),
-    ),
-    "newest grow": Policy(
-        pool="joint",
-        joint=JointPool(keep=(0.3, 0.6, 0.1), sink=2, recent_share=0.3, decoding="grow"),
-        scorer=ScorerSpec(name="value_norm"),
-    ),
-    "one token": Policy(
-        pool="joint", joint=JointPool(keep=0.0, sink=3), scorer=ScorerSpec(name="accumulated")
-    ),
-}
-EVERY = POLICIES | EXTRA
 LENGTHS = (19, 7, 1, 13, 7)
 
 
@@ -58,47 +36,17 @@ def case(request):
     return MODELS[request.param]()
 
 
-def answers_of(lengths, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
-
-
 def ragged(case):
     """Prompts of unequal length with two pictures, one and none, and answers down to one token."""
     inputs = case.inputs(batch=5, seed=21, pad=True, text=11, images_per_row=[1, 2, 1, 0, 1])
     return inputs, answers_of(LENGTHS)
 
 
-def stepwise(model, inputs, answers, policy):
-    """Logits of the runtime, fed the answers token by token."""
-    return steps_and_first(model, inputs, answers, policy)[:, 1:]
-
-
-def steps_and_first(model, inputs, answers, policy):
-    steps = max(len(answer) for answer in answers) - 1
-    tokens = torch.tensor([answer + [0] * (steps + 1 - len(answer)) for answer in answers])
-    full = torch.cat([inputs["input_ids"], tokens], dim=1)
-
-    def forced(batch, ids):
-        return [int(full[batch, len(ids)])] if len(ids) < full.shape[1] else [0]
-
-    with avlprof.apply(model, policy):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=steps + 1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            prefix_allowed_tokens_fn=forced,
-        )
-    return torch.stack(out.logits, dim=1)
-
-
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FORCED)
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs, answers = ragged(case)
-    ours = ForcedBatch(case.model, inputs, answers).logits(EVERY[name])
-    theirs = stepwise(case.model, inputs, answers, EVERY[name])
+    ours = ForcedBatch(case.model, inputs, answers).logits(FORCED[name])
+    theirs = stepwise(case.model, inputs, answers, FORCED[name])
     for row, answer in enumerate(answers):
         a, b = ours[row, : len(answer) - 1], theirs[row, : len(answer) - 1]
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -110,8 +58,8 @@ def test_scores_are_their_formulas(case, name):
     """The first token counts: only a prefill filter changes it."""
     inputs, answers = ragged(case)
     ids = list("abcde")
-    found = ForcedBatch(case.model, inputs, answers).score(EVERY[name], ids)
-    dense, ours = (steps_and_first(case.model, inputs, answers, p).double() for p in (DENSE, EVERY[name]))
+    found = ForcedBatch(case.model, inputs, answers).score(FORCED[name], ids)
+    dense, ours = (steps_and_first(case.model, inputs, answers, p).double() for p in (DENSE, FORCED[name]))
     for row, (answer, score) in enumerate(zip(answers, found, strict=True)):
         kl = likelihood = agree = 0.0
         for step, token in enumerate(answer):
@@ -222,7 +170,7 @@ def test_views_of_prompts_share_their_memory(case):
     batch = ForcedBatch(case.model, inputs, answers)
     batch.score_many([POLICIES["evict"], near(POLICIES["evict"], 0.3)], "abcde")
     held = batch._prefixes
-    whole = {layer.key.untyped_storage().data_ptr() for layer in held._held[""].layers}
+    whole = {layer.key.untyped_storage().data_ptr() for layer in held._prompts[""].layers}
     views = {layer.key.untyped_storage().data_ptr() for view in held._views.values() for layer in view.layers}
     assert views == whole
     before = batch.nbytes
@@ -323,11 +271,6 @@ def test_policies_share_a_pass_only_where_they_differ_in_shares():
 
 
 TASK = "shapes:read,count"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return avlprof.load_model("tiny")
 
 
 @pytest.fixture(scope="module")

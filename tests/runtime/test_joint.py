@@ -8,8 +8,8 @@ import torch
 import avlprof
 from avlprof.policy import JointPool, Policy, ScorerSpec, sizes
 from avlprof.testing.models import cases, random_llava
+from tests.helpers import generate
 from tests.oracle import Oracle
-from tests.runtime.test_runtime import generate
 
 MODELS = dict(cases())
 STEPS = 30

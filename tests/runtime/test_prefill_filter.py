@@ -12,8 +12,8 @@ from avlprof.errors import UserError
 from avlprof.policy import JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, sizes
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
-from tests.oracle import Oracle
-from tests.runtime.test_runtime import generate, one_row
+from tests.helpers import generate, one_row
+from tests.oracle import NEAR_TIE, Oracle
 
 MODELS = dict(cases())
 FAMILIES = dict(families())
@@ -26,7 +26,6 @@ PYRAMID = Policy(
     text=TextPolicy(window=6, sink=1),
     prefill_filter=(PrefillFilter(after_layer=1, keep=0.7), PrefillFilter(after_layer=2, keep=0.3)),
 )
-NEAR_TIE = 1e-5
 
 
 @contextlib.contextmanager

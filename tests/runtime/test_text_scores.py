@@ -12,27 +12,14 @@ from avlprof.attention.ranking import (
     quantile,
     step_scores,
 )
-from avlprof.attention.session import cache_of, given_cache
-from avlprof.policy import Policy, TextPolicy, find_policy
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import random_llava
 from tests.oracle import Oracle
+from tests.policies import A_VL
 
 STEPS = 66
 NEAR_TIE = 1e-6
-HISTORY = TextPolicy(keep=0.5, minimum=6, scorer="history")
-POLICIES = {
-    "paper/a-vl": find_policy("paper/a-vl"),
-    "paper/a-vl-prefill": find_policy("paper/a-vl-prefill"),
-    "small minimum": find_policy("paper/a-vl").model_copy(update={"text": HISTORY}),
-    "K = -1": Policy(vision_keep=0.5, vision_compute=0.5, refresh_interval=5, text=HISTORY),
-    "H2O text": Policy(
-        vision_keep=0.5,
-        vision_compute=0.25,
-        refresh_interval=3,
-        text=TextPolicy(keep=0.5, recent=0.3, minimum=20, scorer="accumulated"),
-    ),
-}
 MODELS = {
     "multi-head": lambda: random_llava(1, heads=3, kv_heads=3, grid=4),
     "grouped": lambda: random_llava(2, heads=4, kv_heads=2, grid=4),
@@ -49,7 +36,7 @@ def stepwise(case, policy, inputs):
     """Greedy ids, logits, and after each forward the core and text sets of every layer."""
     with avlprof.apply(case.model, policy) as runtime:
         cache = runtime.new_cache()
-        out = case.model(**inputs, **given_cache(case.model, cache))
+        out = case.model(**inputs, **with_cache(case.model, cache))
         logits, ids, cores, texts = [], [], [], []
         for _ in range(STEPS + 1):
             cores.append([sets(layer.vision_positions(0)[1]) for layer in cache.layers])
@@ -58,7 +45,7 @@ def stepwise(case, policy, inputs):
             row = logits[-1].clone()
             row[list(case.vision_token_ids)] = -torch.inf
             ids.append(int(row.argmax()))
-            out = case.model(input_ids=torch.tensor([[ids[-1]]]), **given_cache(case.model, cache))
+            out = case.model(input_ids=torch.tensor([[ids[-1]]]), **with_cache(case.model, cache))
     return ids, torch.stack(logits), cores, texts, cache
 
 
@@ -66,9 +53,9 @@ def sets(positions):
     return [set(row.tolist()) for row in positions]
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(A_VL))
 def test_a_vl_step_by_step(case, name):
-    policy = POLICIES[name]
+    policy = A_VL[name]
     for seed in range(3, 12):
         inputs = case.inputs(seed=seed, text=25, images_per_row=2)
         ids, logits, cores, texts, cache = stepwise(case, policy, inputs)
@@ -149,7 +136,7 @@ def test_scored_text_is_counted_by_head():
     """What is left of the prompt is read off the slots, and reads are the sum over the steps."""
     case = MODELS["grouped"]()
     inputs = case.inputs(seed=4, text=21, batch=2, pad=True)
-    policy = POLICIES["small minimum"]
+    policy = A_VL["small minimum"]
     prompt = inputs["input_ids"].shape[1]
     left = []
     with avlprof.apply(case.model, policy) as runtime, torch.inference_mode():
@@ -164,7 +151,7 @@ def test_scored_text_is_counted_by_head():
                 input_ids=torch.full((2, 1), 9),
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
             )
     size = cache.layers[0].bytes_per_token()
     use = runtime.cache.use()

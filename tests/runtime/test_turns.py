@@ -9,42 +9,16 @@ import torch
 from transformers import DynamicCache
 
 import avlprof
-from avlprof.attention.session import given_cache
-from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy
+from avlprof.attention.session import with_cache
+from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import VOCABULARY, cases, random_llava
-from tests.oracle import Oracle
-from tests.runtime.test_runtime import one_row
+from tests.helpers import one_row
+from tests.oracle import NEAR_TIE, Oracle
+from tests.policies import TURNS
 
 MODELS = dict(cases())
-KEEP, CORE = (0.62, 0.3, 0.45), (0.33, 0.1, 0.2)
-POLICIES = {
-    "core": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=3),
-    "per head": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=2, heads="kv_head"),
-    "window": Policy(vision_keep=0.5, text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
-    "newest share": Policy(vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=3)),
-    "history": Policy(
-        vision_keep=KEEP,
-        vision_compute=CORE,
-        refresh_interval=4,
-        text=TextPolicy(keep=0.4, minimum=4, scorer="history"),
-    ),
-    "streaming": Policy(pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=ScorerSpec(name="position")),
-    "h2o": Policy(
-        pool="joint",
-        joint=JointPool(keep=0.4, sink=1, recent_share=0.5),
-        scorer=ScorerSpec(name="accumulated"),
-    ),
-    "tova": Policy(pool="joint", joint=JointPool(keep=0.4, sink=0), scorer=ScorerSpec(name="last_query")),
-    "snapkv": Policy(pool="joint", joint=JointPool(keep=0.4, recent=5, decoding="grow"), heads="kv_head"),
-    "filter": Policy(
-        vision_keep=(0.8, 0.5, 0.4),
-        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
-        text=TextPolicy(window=5),
-    ),
-}
 STEPS = 7
-NEAR_TIE = 1e-5
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -101,7 +75,7 @@ def converse(case, policy, turns, answers):
                     **inputs,
                     attention_mask=mask[:, :end],
                     position_ids=places[..., at:end],
-                    **given_cache(case.model, cache),
+                    **with_cache(case.model, cache),
                 )
                 logits.append(out.logits[:, -1])
                 at = end
@@ -118,9 +92,9 @@ def conversation(case, seed, batch=2):
     return [first, second], answers
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(TURNS))
 def test_two_turns_are_those_of_the_oracle(case, name):
-    policy = POLICIES[name]
+    policy = TURNS[name]
     compared = 0
     for seed in range(30, 36):
         turns, answers = conversation(case, seed)
@@ -166,7 +140,7 @@ def test_keep_all_is_the_stock_cache_over_two_turns(case):
                     **inputs,
                     attention_mask=mask[:, :end],
                     position_ids=places[..., at:end],
-                    **given_cache(case.model, cache),
+                    **with_cache(case.model, cache),
                 )
             stock.append(out.logits[:, -1])
             at = end
@@ -193,7 +167,7 @@ def test_generate_goes_on_with_a_cache(case):
 def test_generate_goes_on_under_a_policy(case, name):
     """Against a loop of one's own over the same tokens, which the oracle judges above."""
     first, second = case.inputs(seed=3, text=12), case.inputs(seed=4, text=12)
-    told = spoken(case, first, second, POLICIES[name])
+    told = spoken(case, first, second, TURNS[name])
     begin = first["input_ids"].shape[1] + 5
     new = told.sequences.shape[1] - 6 - begin
     turns = [first, dict(second, input_ids=told.sequences[:, begin : begin + new])]
@@ -201,7 +175,7 @@ def test_generate_goes_on_under_a_policy(case, name):
     if "mm_token_type_ids" in second:
         turns[1]["mm_token_type_ids"] = (turns[1]["input_ids"] == 2).long()
     answers = [told.sequences[:, begin - 5 : begin], told.sequences[:, begin + new : -1]]
-    wanted, _ = converse(case, POLICIES[name], turns, answers)
+    wanted, _ = converse(case, TURNS[name], turns, answers)
     torch.testing.assert_close(torch.cat(told.logits), wanted[1][0], atol=1e-4, rtol=1e-4)
 
 
@@ -214,7 +188,7 @@ def spoken(case, first, second, policy):
             cache = DynamicCache(config=case.model.config.get_text_config())
         else:
             cache = stack.enter_context(avlprof.apply(case.model, policy)).new_cache()
-        said = case.model.generate(**first, **given_cache(case.model, cache), **options).sequences
+        said = case.model.generate(**first, **with_cache(case.model, cache), **options).sequences
         ids = torch.cat([said, second["input_ids"]], dim=1)
         inputs = dict(second, input_ids=ids, attention_mask=torch.ones_like(ids))
         if "mm_token_type_ids" in second:
@@ -222,7 +196,7 @@ def spoken(case, first, second, policy):
             # transformers would ask for the grids of old pictures too, and then for their pixels
             answers = [said[:, first["input_ids"].shape[1] :], ids[:, :0]]
             inputs["position_ids"] = positions(case, [first, second], answers)
-        return case.model.generate(**inputs, **given_cache(case.model, cache), **options)
+        return case.model.generate(**inputs, **with_cache(case.model, cache), **options)
 
 
 def test_a_turn_of_text_alone_and_a_picture_that_comes_late():
@@ -247,11 +221,9 @@ def test_a_turn_of_text_alone_and_a_picture_that_comes_late():
 def test_a_prompt_in_chunks_is_a_turn_a_chunk():
     case = random_llava()
     inputs = case.inputs(text=12)
-    with avlprof.apply(case.model, POLICIES["window"]) as runtime:
+    with avlprof.apply(case.model, TURNS["window"]) as runtime:
         cache = runtime.new_cache()
-        case.model.generate(
-            **inputs, **given_cache(case.model, cache), prefill_chunk_size=8, max_new_tokens=1
-        )
+        case.model.generate(**inputs, **with_cache(case.model, cache), prefill_chunk_size=8, max_new_tokens=1)
     chunks = inputs["input_ids"].split(8, dim=1)
     assert len(chunks) > 3
     kept = sum(int(0.5 * int((chunk == 2).sum()) + 1e-6) for chunk in chunks)

@@ -30,11 +30,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", device="cpu")
-
-
 def picture(seed, size=(112, 112)):
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)

@@ -127,11 +127,6 @@ def traced(loaded, samples, out, watch=SILENT, under=nullcontext, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return load_model("tiny", device="cpu")
-
-
 def assert_same_numbers(left: RunDirectory, right: RunDirectory):
     """Equal to 1e-5 where continuous; the sets behind counts may turn over at a near-tie now and then."""
     tables = [run.samples().set_index("sample").sort_index() for run in (left, right)]

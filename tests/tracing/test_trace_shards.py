@@ -10,26 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from avlprof.errors import UserError
-from avlprof.models import load_model
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.tasks import load_task
 from avlprof.tracing import trace_samples
 from avlprof.tracing.options import TraceSettings
 from avlprof.watch import SILENT
-from tests.runs.test_runs import META, files, sample
+from tests.small_run import META, files, sample
 from tests.watching import Counts
 
 SAMPLES, TOKENS = 8, 4
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

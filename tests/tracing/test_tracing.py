@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -21,12 +20,13 @@ from transformers import (
 import avlprof
 from avlprof.analysis.tables import head_mean
 from avlprof.attention.modality import MODALITIES
-from avlprof.attention.session import cache_of, given_cache
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
 from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 from tests import oracle
+from tests.helpers import Largest, generate_words, one_row
 
 MODELS = dict(cases())
 STEPS = 20
@@ -43,7 +43,7 @@ FEW = RecordOptions(
     distances=EDGES,
     lags=LAGS,
     block=2000,
-    held=1500,
+    step_logits=1500,
     per_head=True,
     history=0.6,
 )
@@ -63,34 +63,6 @@ ALL = RecordOptions(
 @pytest.fixture(scope="module", params=list(MODELS))
 def case(request):
     return MODELS[request.param]()
-
-
-def generate(case, inputs, steps=STEPS, **options):
-    """Greedy tokens, `steps` of them in every row, none of them an image token."""
-    return case.model.generate(
-        **inputs,
-        max_new_tokens=steps,
-        do_sample=False,
-        suppress_tokens=list(case.vision_token_ids),
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-
-
-def one_row(batch, row, counts):
-    """A row of a padded batch without its padding; `counts` are the images of each row."""
-    real = batch["attention_mask"][row].bool()
-    names = [n for n in ("input_ids", "attention_mask", "mm_token_type_ids") if n in batch]
-    single = {name: batch[name][row][real][None] for name in names}
-    first, last = sum(counts[:row]), sum(counts[: row + 1])
-    if first == last:
-        return single
-    if "image_grid_thw" not in batch:
-        return single | {"pixel_values": batch["pixel_values"][first:last]}
-    patches = batch["image_grid_thw"].prod(dim=1).tolist()
-    pixels = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
-    return single | {"image_grid_thw": batch["image_grid_thw"][first:last], "pixel_values": pixels}
 
 
 def rearranged(inputs, order):
@@ -130,10 +102,10 @@ class Seen:
 
 def eager(case, inputs, steps=STEPS):
     """Tokens and weights of eager attention; its logits must be those of the model as loaded."""
-    stock = generate(case, inputs, steps)
+    stock = generate_words(case, inputs, steps)
     case.model.set_attn_implementation({"text_config": "eager"})
     try:
-        out = generate(case, inputs, steps, output_attentions=True)
+        out = generate_words(case, inputs, steps, output_attentions=True)
     finally:
         case.model.set_attn_implementation({"text_config": "sdpa"})
     assert torch.equal(out.sequences, stock.sequences)
@@ -348,7 +320,7 @@ def test_equals_eager_weights(case, images, options):
     inputs = case.inputs(1, seed=4 + images, text=11, images_per_row=images)
     seen = seen_by_eager(case, inputs)
     with record(case.model, options) as recorder:
-        generate(case, inputs)
+        generate_words(case, inputs, STEPS)
     (found,) = recorder.records
     assert found.steps == STEPS - 1
     check(found, seen, options)
@@ -361,7 +333,7 @@ def test_pictures_anywhere_in_the_text(case, order):
     inputs = rearranged(case.inputs(1, seed=8, text=11, images_per_row=order.count("i")), order)
     seen = seen_by_eager(case, inputs, 6)
     with record(case.model, FEW) as recorder:
-        generate(case, inputs, 6)
+        generate_words(case, inputs, 6)
     check(recorder.records[0], seen, FEW)
 
 
@@ -369,14 +341,14 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(case):
     counts = [1, 0, 2, 1]
     batch = case.inputs(4, seed=6, pad=True, text=13, images_per_row=counts)
     with record(case.model, FEW) as together:
-        sequences = generate(case, batch).sequences
+        sequences = generate_words(case, batch, STEPS).sequences
     width = batch["input_ids"].shape[1]
     assert len(together.records) == 4
     for row, found in enumerate(together.records):
-        single = one_row(batch, row, counts)
+        single = one_row(case, batch, row, counts)
         seen = seen_by_eager(case, single)
         with record(case.model, FEW) as alone:
-            answer = generate(case, single).sequences[0, single["input_ids"].shape[1] :]
+            answer = generate_words(case, single, STEPS).sequences[0, single["input_ids"].shape[1] :]
         assert torch.equal(answer, sequences[row, width:])
         check(found, seen, FEW)
         ours, theirs = (pd.DataFrame(r.frame()).drop(columns="distance") for r in (found, alone.records[0]))
@@ -391,7 +363,7 @@ def test_by_default_heads_are_averaged(case):
     frames, scores = [], []
     for per_head in (True, False):
         with record(case.model, replace(FEW, rows="all", per_head=per_head)) as recorder:
-            generate(case, inputs, 6)
+            generate_words(case, inputs, 6)
         frames.append(pd.DataFrame(recorder.records[0].frame()).assign(sample="s"))
         scores.append(recorder.records[0].scores())
     assert set(scores[1]) == {"last", "instruction", "decode", "all", "history"}
@@ -436,12 +408,12 @@ def test_sliding_windows():
                 weight.mul_(8)
     sliding = TinyCase("sliding", model, (IMAGE,), random_llava(grid=5).pixels)
     inputs = sliding.inputs(2, seed=1, pad=True, text=9)
-    stock = generate(sliding, inputs)
+    stock = generate_words(sliding, inputs, STEPS)
     with record(model, FEW) as recorder:
-        traced = generate(sliding, inputs)
+        traced = generate_words(sliding, inputs, STEPS)
     assert torch.equal(torch.stack(stock.logits), torch.stack(traced.logits))
     for row, found in enumerate(recorder.records):
-        single = one_row(inputs, row, [1, 1])
+        single = one_row(sliding, inputs, row, [1, 1])
         out = eager(sliding, single)
         prompt = single["input_ids"].shape[1]
         vision_at = [i for i, t in enumerate(single["input_ids"][0].tolist()) if t == IMAGE]
@@ -471,9 +443,9 @@ def test_the_traced_forward_is_the_real_one(case, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     model = case.model.to(dtype)
     try:
-        stock = generate(case, inputs)
+        stock = generate_words(case, inputs, STEPS)
         with record(model):
-            traced = generate(case, inputs)
+            traced = generate_words(case, inputs, STEPS)
     finally:
         model.to(torch.float32)
     assert torch.equal(stock.sequences, traced.sequences)
@@ -538,7 +510,7 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
     if outer == "recorder":
         contexts.reverse()
     with contexts[0]() as first, contexts[1]() as second:
-        ids = generate(case, inputs).sequences[0].tolist()
+        ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
     recorder = second if outer == "policy" else first
     prompt = inputs["input_ids"].shape[1]
     _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
@@ -573,10 +545,12 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
 def test_blocks_and_holding_back_change_nothing(case, per_head):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
     found = []
-    for block, held in ((1, 0), (700, 3000), (100_000, 1 << 20)):
-        options = RecordOptions(rows="all", block=block, held=held, lags=LAGS, history=0.4, per_head=per_head)
+    for block, most in ((1, 0), (700, 3000), (100_000, 1 << 20)):
+        options = RecordOptions(
+            rows="all", block=block, step_logits=most, lags=LAGS, history=0.4, per_head=per_head
+        )
         with record(case.model, options) as recorder:
-            generate(case, inputs, 36)
+            generate_words(case, inputs, 36)
         frames = [pd.DataFrame(r.frame()) for r in recorder.records]
         found.append((frames, [r.scores() for r in recorder.records]))
     for frames, scores in found[1:]:
@@ -600,9 +574,9 @@ def test_looking_in_while_generating_changes_nothing(case):
             return torch.zeros(len(ids), dtype=torch.bool)
 
     with record(case.model, FEW) as quiet:
-        generate(case, inputs)
+        generate_words(case, inputs, STEPS)
     with record(case.model, FEW) as peeked:
-        generate(case, inputs, stopping_criteria=[Reader()])
+        generate_words(case, inputs, stopping_criteria=[Reader()])
     ours, theirs = (pd.DataFrame(r.records[0].frame()).drop(columns="distance") for r in (peeked, quiet))
     pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-6)
 
@@ -611,8 +585,8 @@ def test_prompts_follow_one_another(case):
     """One context, two prompts and a second turn of the last: a record each, in order."""
     first, second = case.inputs(1, seed=1), case.inputs(2, seed=2, pad=True)
     with record(case.model, FEW) as recorder:
-        generate(case, first, 5)
-        cache = cache_of(generate(case, second, 5))
+        generate_words(case, first, 5)
+        cache = cache_of(generate_words(case, second, 5))
         length = cache.get_seq_length()
         for new in (3, 1):
             length += new
@@ -624,7 +598,7 @@ def test_prompts_follow_one_another(case):
             case.model(
                 input_ids=ids,
                 attention_mask=mask.long(),
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
                 position_ids=place,
             )
     assert [r.steps for r in recorder.records] == [4, 6, 6]
@@ -637,22 +611,6 @@ def test_prompts_follow_one_another(case):
     assert (decoded[1]["mass_text"] > 0).all()
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that was made (views of others are not)."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for made in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, made.numel())
-        return out
-
-
 @pytest.mark.parametrize("rows", ["default", "all"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_memory_stays_linear(monkeypatch, rows, per_head):
@@ -661,7 +619,7 @@ def test_memory_stays_linear(monkeypatch, rows, per_head):
     inputs = case.inputs(2, pad=True, text=12, images_per_row=3)
     tokens, heads = inputs["input_ids"].shape[1], 4
     options = RecordOptions(
-        rows=rows, block=tokens * heads * 8, held=4096, lags=(1, 4), per_head=per_head, history=0.5
+        rows=rows, block=tokens * heads * 8, step_logits=4096, lags=(1, 4), per_head=per_head, history=0.5
     )
     largest, blocks = Largest(), []
 
@@ -676,7 +634,7 @@ def test_memory_stays_linear(monkeypatch, rows, per_head):
     monkeypatch.setattr(Recorder, "attended", watched(Recorder.attended))
     monkeypatch.setattr(prompt, "row_values", lambda w, *args: blocks.append(w.numel()) or real(w, *args))
     with record(case.model, options) as recorder:
-        generate(case, inputs, 24)
+        generate_words(case, inputs, 24)
     assert recorder.records[0].frame()
     assert options.block / 2 < max(blocks) <= options.block
     linear = tokens * heads * 16  # a layer's queries

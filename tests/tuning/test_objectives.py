@@ -14,7 +14,6 @@ import torch
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, AnswerStore, generate_answers
-from avlprof.models import load_model
 from avlprof.plots.knobs import knob_effects, knob_effects_info
 from avlprof.policy import Policy, PromptShape, parse_policy
 from avlprof.runtime.forced import ForcedScore, ForcedSet
@@ -64,12 +63,6 @@ def test_each_objective_is_lower_when_it_is_better():
     close, far = ForcedScore("a", 0.1, 1.0, -0.5, 3), ForcedScore("a", 0.7, 0.5, -2.0, 3)
     assert OBJECTIVES["fidelity"](close) == 0.1 < OBJECTIVES["fidelity"](far)
     assert OBJECTIVES["likelihood"](close) == 0.5 < OBJECTIVES["likelihood"](far) == 2.0
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

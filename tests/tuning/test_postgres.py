@@ -33,6 +33,7 @@ from tests.fake_study import (
     stop_midway,
     work,
 )
+from tests.helpers import ROOT
 
 USERS = ("postgres", "nobody")
 
@@ -99,7 +100,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

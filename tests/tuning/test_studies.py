@@ -12,19 +12,16 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import avlprof
 from avlprof.allocators import Evidence
 from avlprof.cli.studies import app
 from avlprof.errors import UserError
-from avlprof.models import load_model
 from avlprof.policy import Policy, Provenance, Score, save_policy
 from avlprof.tasks import load_task
 from avlprof.tracing.options import TraceSettings
@@ -36,9 +33,9 @@ from avlprof.tuning.study import claim_folder, open_study
 from avlprof.tuning.trials import note_asked, run_trials
 from avlprof.tuning.workers import Crew, join
 from tests.fake_study import Sleepy, Starts
+from tests.helpers import ROOT
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).parent.parent
 
 
 def meta(**changed):
@@ -274,15 +271,13 @@ TASK, BUDGET, SAMPLES, LIMIT = "shapes:read", 0.4, 4, 6
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
+def tuned(tiny, tmp_path_factory):
     """A study of the embedded model by one process, without refinement."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("tuned")
-    loaded = load_model("tiny", device="cpu")
-    traced = avlprof.trace(loaded, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
+    traced = avlprof.trace(tiny, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
     settings = {"trials": 9, "refine": 0, "samples": SAMPLES, "proof_samples": 2, "max_new_tokens": LIMIT}
-    avlprof.tune(loaded, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
-    return loaded, traced, root / "study"
+    avlprof.tune(tiny, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
+    return tiny, traced, root / "study"
 
 
 def begun(tuned, folder):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import avlprof
 from avlprof.api.tune import sweep
@@ -17,7 +16,6 @@ from avlprof.cli._live import HEADINGS, Board, board
 from avlprof.cli._options import parse_shares
 from avlprof.errors import UserError
 from avlprof.evaluation import paired_difference
-from avlprof.models import load_model
 from avlprof.plots.front import budget_front, budget_front_info
 from avlprof.policy import load_policy
 from avlprof.tracing.options import TraceSettings
@@ -29,12 +27,6 @@ from avlprof.tuning.study import read_study
 TASK, LIMIT = "shapes:read", 6
 SPACE = Space(("uniform", "pyramid"), ("last_query", "instruction"), ("shared",))
 SETTINGS = Settings(trials=7, refine=2, samples=4, proof_samples=4, max_new_tokens=LIMIT)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import optuna
 import pytest
-import torch
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
@@ -27,7 +26,6 @@ from avlprof.cli._app import app
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, generate_answers
 from avlprof.locks import FolderLock
-from avlprof.models import load_model
 from avlprof.policy import (
     dump_policy,
     live_share,
@@ -70,12 +68,6 @@ def options(study_or_run, out):
         "run": study_or_run,
         "out": out,
     }
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.set_num_threads(1)
-    return load_model("tiny", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import optuna
 import pytest
@@ -21,6 +20,7 @@ from avlprof.tuning.study import open_study
 from avlprof.tuning.trials import run_trials
 from avlprof.tuning.workers import Workers
 from tests.fake_study import Sleepy, Starts, check_complete, check_replacement, command, stop_midway, work
+from tests.helpers import ROOT
 
 
 class Killed(BaseException):
@@ -29,7 +29,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -1,0 +1,98 @@
+"""What tests of several rooms do: generate, take a row of a batch, feed given answers, watch tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import avlprof
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+
+
+def generate(model, inputs, steps=STEPS, **options):
+    """Greedy tokens, and the logits of every step."""
+    options = {"max_new_tokens": steps, "do_sample": False} | options
+    return model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+
+
+def generate_words(case, inputs, steps=STEPS, **options):
+    """Greedy tokens, none of them an image token, and the logits of every step."""
+    return generate(case.model, inputs, steps, suppress_tokens=list(case.vision_token_ids), **options)
+
+
+def answers_of(lengths, seed=5):
+    """Random answers of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+
+
+def stepwise(model, inputs, answers, policy):
+    """Logits of the runtime, fed the answers token by token."""
+    return steps_and_first(model, inputs, answers, policy)[:, 1:]
+
+
+def steps_and_first(model, inputs, answers, policy):
+    """Logits of the runtime, fed the answers token by token, and those of the prompt before them."""
+    steps = max(len(answer) for answer in answers) - 1
+    tokens = torch.tensor([answer + [0] * (steps + 1 - len(answer)) for answer in answers])
+    full = torch.cat([inputs["input_ids"], tokens], dim=1)
+
+    def forced(batch, ids):
+        return [int(full[batch, len(ids)])] if len(ids) < full.shape[1] else [0]
+
+    with avlprof.apply(model, policy):
+        out = generate(model, inputs, steps + 1, prefix_allowed_tokens_fn=forced)
+    return torch.stack(out.logits, dim=1)
+
+
+def one_row(case, batch, row, counts=None):
+    """A row of a padded batch without its padding, with its own pictures; `counts` are those of each row."""
+    real = batch["attention_mask"][row].bool()
+    names = [n for n in ("input_ids", "attention_mask", "mm_token_type_ids") if n in batch]
+    single = {name: batch[name][row][real][None] for name in names}
+    counts = images_by_row(case, batch) if counts is None else counts
+    first, last = sum(counts[:row]), sum(counts[: row + 1])
+    if first == last:
+        return single
+    if "image_grid_thw" not in batch:
+        return single | {"pixel_values": batch["pixel_values"][first:last]}
+    patches = batch["image_grid_thw"].prod(dim=1).tolist()
+    pixels = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
+    return single | {"image_grid_thw": batch["image_grid_thw"][first:last], "pixel_values": pixels}
+
+
+def images_by_row(case, batch):
+    """How many pictures each row of a batch has."""
+    vision = torch.isin(batch["input_ids"], torch.tensor(case.vision_token_ids))
+    if "image_grid_thw" in batch:
+        sizes_of = (batch["image_grid_thw"].prod(dim=1) // 4).tolist()
+    else:
+        sizes_of = [int(vision.sum()) // len(batch["pixel_values"])] * len(batch["pixel_values"])
+    counts, at = [], 0
+    for total in vision.sum(dim=1).tolist():
+        count = 0
+        while total > 0:
+            total -= sizes_of[at]
+            at, count = at + 1, count + 1
+        counts.append(count)
+    return counts
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that was made (views of others are not)."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, made.numel())
+        return out

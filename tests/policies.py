@@ -1,0 +1,165 @@
+"""The one matrix of policies, for models of three layers; tests choose from it by name.
+
+`POLICIES` has one of each kind that the runtime knows. The others are what a kind of test asks for
+beside it: forced scoring, several turns, every family, and A-VL step by step.
+"""
+
+from __future__ import annotations
+
+from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, find_policy
+
+KEEP = (0.62, 0.3, 0.45)
+CORE = (0.33, 0.1, 0.2)
+ACCUMULATED, LAST, POSITION = (
+    ScorerSpec(name="accumulated"),
+    ScorerSpec(name="last_query"),
+    ScorerSpec(name="position"),
+)
+POLICIES = {
+    "evict": Policy(vision_keep=KEEP),
+    "all gone in a layer": Policy(vision_keep=(1.0, 0.0, 0.5)),
+    "core, k=3": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=3),
+    "core, k=1": Policy(vision_keep=0.6, vision_compute=0.25, refresh_interval=1),
+    "static core": Policy(vision_keep=KEEP, vision_compute=CORE),
+    "window": Policy(text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
+    "core and window": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=4, text=TextPolicy(window=5, sink=2)
+    ),
+    "per head": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=2, heads="kv_head"),
+    "accumulated": Policy(vision_keep=KEEP, vision_compute=CORE, refresh_interval=5, scorer=ACCUMULATED),
+    "position": Policy(vision_keep=0.5, scorer=POSITION),
+    "score only": Policy(
+        vision_keep=KEEP, vision_compute=CORE, refresh_interval=3, refresh="score_only", heads="kv_head"
+    ),
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "h2o text": Policy(
+        vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=5, recent=0.3, scorer="accumulated")
+    ),
+    "newest share": Policy(text=TextPolicy(keep=(0.5, 0.3, 0.9), minimum=3), vision_keep=0.4),
+    "heavy": Policy(
+        vision_keep=KEEP, text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 0), scorer="accumulated")
+    ),
+    "streaming": Policy(pool="joint", joint=JointPool(keep=0.3, sink=2), scorer=POSITION),
+    "h2o": Policy(
+        pool="joint",
+        joint=JointPool(keep=(0.3, 0.5, 0.2), sink=1, recent_share=0.5),
+        scorer=ACCUMULATED,
+        heads="kv_head",
+    ),
+    "tova": Policy(pool="joint", joint=JointPool(keep=0.4, sink=0), scorer=LAST),
+    "snapkv": Policy(
+        pool="joint",
+        joint=JointPool(keep=0.4, sink=0, recent=5, decoding="grow"),
+        scorer=LAST,
+        heads="kv_head",
+    ),
+    "filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        vision_compute=(0.5, 0.2, 0.2),
+        refresh_interval=3,
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
+    "two filters": Policy(
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.7), PrefillFilter(after_layer=2, keep=0.3)),
+        text=TextPolicy(keep=0.6, minimum=4, scorer="history"),
+    ),
+}
+
+SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
+"""Those that evict by score while decoding, which captured steps cannot."""
+
+FORCED = POLICIES | {
+    "dense": DENSE,
+    "k larger than the answer": Policy(vision_keep=0.5, vision_compute=0.1, refresh_interval=32),
+    "random": Policy(vision_keep=0.4, scorer=ScorerSpec(name="random", options={"seed": 3})),
+    "score only, k=1": Policy(vision_keep=0.6, vision_compute=0.2, refresh_interval=1, refresh="score_only"),
+    "score only and history": Policy(
+        vision_keep=0.6,
+        vision_compute=0.2,
+        refresh_interval=2,
+        refresh="score_only",
+        text=TextPolicy(keep=0.5, minimum=3, scorer="history"),
+    ),
+    "newest grow": Policy(
+        pool="joint",
+        joint=JointPool(keep=(0.3, 0.6, 0.1), sink=2, recent_share=0.3, decoding="grow"),
+        scorer=ScorerSpec(name="value_norm"),
+    ),
+    "one token": Policy(pool="joint", joint=JointPool(keep=0.0, sink=3), scorer=ACCUMULATED),
+}
+"""For forced scoring: the edges of its row-by-row scan as well."""
+
+TURNS = {
+    "core": POLICIES["core, k=3"],
+    "per head": POLICIES["per head"],
+    "window": Policy(vision_keep=0.5, text=TextPolicy(window=(4, 6, 11), sink=(1, 0, 3))),
+    "newest share": Policy(vision_keep=0.5, text=TextPolicy(keep=0.4, minimum=3)),
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        text=TextPolicy(keep=0.4, minimum=4, scorer="history"),
+    ),
+    "streaming": POLICIES["streaming"],
+    "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),
+    "tova": POLICIES["tova"],
+    "snapkv": Policy(pool="joint", joint=JointPool(keep=0.4, recent=5, decoding="grow"), heads="kv_head"),
+    "filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+        text=TextPolicy(window=5),
+    ),
+}
+"""For several turns on one cache: two pictures, and text that a later turn finds evicted."""
+
+PLAIN = {
+    "core": POLICIES["core, k=3"],
+    "accumulated and window": Policy(
+        vision_keep=(0.4, 0.55, 0.3), scorer=ACCUMULATED, text=TextPolicy(window=5, sink=1)
+    ),
+}
+"""For every family: eviction, a core, a window."""
+
+SCORING = {
+    "history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=3, scorer="history"),
+    ),
+    "h2o": POLICIES["h2o"],
+    "snapkv": Policy(
+        pool="joint",
+        joint=JointPool(keep=0.4, sink=0, recent=4, decoding="grow"),
+        scorer=LAST,
+        heads="kv_head",
+    ),
+    "tova": POLICIES["tova"],
+    "score only": POLICIES["score only"],
+    "heavy": Policy(
+        vision_keep=(0.5, 0.3, 0.45),
+        text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 1), scorer="accumulated"),
+    ),
+}
+"""For every family: the kinds that score text or a joint pool."""
+
+_A_VL = find_policy("paper/a-vl")
+_HALF = TextPolicy(keep=0.5, minimum=6, scorer="history")
+A_VL = {
+    "paper/a-vl": _A_VL,
+    "paper/a-vl-prefill": find_policy("paper/a-vl-prefill"),
+    "small minimum": _A_VL.model_copy(update={"text": _HALF}),
+    "K = -1": Policy(vision_keep=0.5, vision_compute=0.5, refresh_interval=5, text=_HALF),
+    "H2O text": Policy(
+        vision_keep=0.5,
+        vision_compute=0.25,
+        refresh_interval=3,
+        text=TextPolicy(keep=0.5, recent=0.3, minimum=20, scorer="accumulated"),
+    ),
+}
+"""For A-VL step by step, of one to three layers."""
