@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from avlprof.runtime.apply import apply
     from avlprof.tasks import load_task
     from avlprof.tracing import TraceSettings, record
-    from avlprof.tuning import Tuned
+    from avlprof.tuning import Settings, Space, Study, Tuned
     from avlprof.watch import Watch
 
 _HOMES = {
@@ -42,6 +42,9 @@ _HOMES = {
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
     "tune": "avlprof.api.tune",
+    "Settings": "avlprof.tuning",
+    "Space": "avlprof.tuning",
+    "Study": "avlprof.tuning",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
     "Comparison": "avlprof.evaluation.compare",
@@ -69,6 +72,9 @@ __all__ = [
     "ModelSpec",
     "Policy",
     "Run",
+    "Settings",
+    "Space",
+    "Study",
     "TraceSettings",
     "Tuned",
     "UserError",

@@ -143,7 +143,7 @@ import avlprof, avlprof.cli
 assert not loaded({HEAVY!r}), loaded({HEAVY!r})
 import avlprof.runs, avlprof.policy, avlprof.allocators
 assert not loaded(("torch", "transformers", "optuna", "matplotlib")), "runs, policy or allocators"
-import avlprof.tuning.reading, avlprof.tuning.reading, avlprof.tuning.trials
+import avlprof.tuning.reading, avlprof.tuning.settings, avlprof.tuning.trials
 import avlprof.tuning.importance
 assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking at a study"
 """

@@ -28,3 +28,26 @@ class Counted(Watch):
         self.calls.append((done, total))
         if name not in self.phases:
             self.phases.append(name)
+
+
+class Notes(Watch):
+    """`phases` are `(name, done, total)`; trials are noted by number."""
+
+    def __init__(self):
+        self.phases, self.trials, self.budgets, self.sentences = [], [], [], []
+
+    def phase(self, name, done, total):
+        self.phases.append((name, done, total))
+
+    def trial(self, study, trial):
+        self.trials.append(trial.number)
+
+    def budget(self, budget):
+        self.budgets.append(budget)
+
+    def say(self, text):
+        self.sentences.append(text)
+
+    def counts(self, name):
+        """What was done, and of how much, in one phase."""
+        return [(done, total) for phase, done, total in self.phases if phase == name]

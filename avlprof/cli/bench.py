@@ -22,7 +22,7 @@ from avlprof.cli._bench_options import (
     shape_of,
 )
 from avlprof.cli._output import Format, FormatOption, size
-from avlprof.cli._progress import bars, progress
+from avlprof.cli._progress import bars
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
@@ -140,7 +140,7 @@ def tune(
     form: FormatOption = Format.table,
 ) -> None:
     """Trials of a search: one forced forward against generating anew for every policy and sample."""
-    from avlprof.bench.tune import run_tune_bench
+    from avlprof.bench.tune import TuneBench, run_tune_bench
     from avlprof.models import load_model
     from avlprof.tasks import load_task
 
@@ -149,10 +149,9 @@ def tune(
 
         torch.set_num_threads(threads)
     loaded = load_model(model, device=device, dtype=dtype)
-    with progress("bench tune", "steps") as tell:
-        costs = run_tune_bench(
-            loaded, load_task(task), samples, trials, batch=batch, single=single, progress=tell
-        )
+    bench = TuneBench(samples, trials, batch, single=single)
+    with bars() as watch:
+        costs = run_tune_bench(loaded, load_task(task), bench, watch)
     rows = [asdict(cost) for cost in costs]
     columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
     columns += ["preparation_s", "break_even", "answer_tokens"]
