@@ -23,7 +23,12 @@ def state(loaded):
     weights = [
         (name, str(value.dtype), value.double().sum().item()) for name, value in model.named_parameters()
     ]
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    # transformers hooks an output recorder onto a vision tower at its first forward, and leaves it there
+    hooks = [
+        sum("output_capturing_hook" not in repr(hook) for hook in hooks.values())
+        for part in model.modules()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+    ]
     return model.training, model.config.to_dict(), model.generation_config.to_dict(), weights, hooks
 
 

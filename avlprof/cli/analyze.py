@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avlprof.analysis.statistics import VIEWS
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
@@ -37,7 +37,7 @@ app = typer.Typer()
 
 @app.command()
 def analyze(
-    run: given.RunArgument = None,
+    run: options.RunArgument = None,
     what: Annotated[str, typer.Option("--what", help=f"Table to print: {', '.join(VIEWS)}.")] = "per_layer",
     against: Annotated[
         Path | None, typer.Option("--against", help="Another run: print how this one differs from it.")

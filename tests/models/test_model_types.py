@@ -10,9 +10,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from avlprof.attention.gate import check_traced
 
 import avlprof
+from avlprof.attention.gate import check_traced
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.testing.types import (
