@@ -1,4 +1,4 @@
-# `make demo` shows the main job, `make test` passes the tests; both make .venv by themselves.
+# `make` lists what there is. Every target makes .venv by itself.
 # PIP_ARGS is handed to every pip call, for instance an index of CPU wheels of torch.
 
 PYTHON ?= python3
@@ -6,7 +6,16 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lmms lint types notebooks check clean
+# Which tests `make quick` runs, as pytest's -m takes it; ARGS goes to pytest as it is (a file, -k name, -x).
+QUICK ?= not slow and not gpu
+ARGS ?=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo quick test lmms format lint types notebooks docs build check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "avlprof needs Python 3.11 or newer; set PYTHON=")'
@@ -16,30 +25,46 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/ready
+demo: $(VENV)/ready ## the whole loop on the embedded model: trace, analyse, derive, tune, prove, run
 	$(BIN)/avlprof demo --out demo
 
-test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+quick: $(VENV)/ready ## the inner loop: tests that are neither slow nor for a GPU; `make quick ARGS=tests/test_docs.py`
+	$(PYTEST) -m '$(QUICK)' $(ARGS)
 
-# lmms-eval, for the tests of its plug-in; they are skipped without it
-lmms: $(VENV)/lmms
+test: $(VENV)/ready ## all tests
+	$(PYTEST) $(ARGS)
+
+lmms: $(VENV)/lmms ## lmms-eval, for the tests of its plug-in; they are skipped without it
 
 $(VENV)/lmms: $(VENV)/ready requirements-lmms.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps -r requirements-lmms.txt
 	touch $@
 
-lint: $(VENV)/ready
+format: $(VENV)/ready ## mend style: imports, layout, what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/ready ## ruff, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/ready
+types: $(VENV)/ready ## mypy, strict
 	$(BIN)/mypy
 
-notebooks: $(VENV)/ready
+notebooks: $(VENV)/ready ## run every notebook from start to end
 	$(BIN)/python notebooks/run.py
 
-check: test lint types notebooks
+docs: $(VENV)/docs ## the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:
-	rm -rf $(VENV) demo build dist
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[docs]'
+	touch $@
+
+build: $(VENV)/ready ## wheel and sdist in dist/
+	$(BIN)/python -m build
+
+check: test lint types notebooks docs ## all that must pass before a change is merged
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) demo build dist site

@@ -2,7 +2,8 @@
 
 `trace` records where a model looks and gives a `Run`, `Run.profile()` sums it up layer by layer,
 its `derive()` and `tune` make a `Policy`, `apply` runs a model under one, `evaluate` compares
-policies, and `record` measures a `generate()` of your own. `docs/python.md` shows each of them.
+policies with the dense model, `compare` at equal bytes, and `record` measures a `generate()` of your
+own. `docs/python.md` shows each of them.
 Importing this package changes nothing and imports nothing heavy; names are loaded when used.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from avlprof._lazy import exports
+from avlprof.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from avlprof.api.trace import trace
     from avlprof.api.tune import smallest, sweep, tune
     from avlprof.errors import UserError
-    from avlprof.evaluation.evaluate import evaluate
+    from avlprof.evaluation.compare import Comparison, ComparisonSettings, compare
+    from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
     from avlprof.models import ModelSpec, load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run, picture_task
@@ -24,10 +27,8 @@ if TYPE_CHECKING:
     from avlprof.runtime.apply import apply
     from avlprof.tasks import load_task
     from avlprof.tracing import TraceSettings, record
-    from avlprof.tuning import Tuned
+    from avlprof.tuning import Settings, Space, Study, Tuned
     from avlprof.watch import Watch
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Run": "avlprof.run",
@@ -41,8 +42,16 @@ _HOMES = {
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
     "tune": "avlprof.api.tune",
+    "Settings": "avlprof.tuning",
+    "Space": "avlprof.tuning",
+    "Study": "avlprof.tuning",
     "Tuned": "avlprof.tuning",
     "record": "avlprof.tracing",
+    "Comparison": "avlprof.evaluation.compare",
+    "ComparisonSettings": "avlprof.evaluation.compare",
+    "compare": "avlprof.evaluation.compare",
+    "Evaluation": "avlprof.evaluation.evaluate",
+    "EvaluationSettings": "avlprof.evaluation.evaluate",
     "evaluate": "avlprof.evaluation.evaluate",
     "load_model": "avlprof.models",
     "load_task": "avlprof.tasks",
@@ -56,14 +65,22 @@ _HOMES = {
 
 __all__ = [
     "AVLCache",
+    "Comparison",
+    "ComparisonSettings",
+    "Evaluation",
+    "EvaluationSettings",
     "ModelSpec",
     "Policy",
     "Run",
+    "Settings",
+    "Space",
+    "Study",
     "TraceSettings",
     "Tuned",
     "UserError",
     "Watch",
     "apply",
+    "compare",
     "evaluate",
     "find_policy",
     "latest_run",

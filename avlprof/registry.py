@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from avlprof.errors import UserError
 
@@ -48,6 +49,28 @@ class Registry(Generic[T]):
                 loaded: T = plugin.load()
                 return loaded
         raise unknown(self.kind, name, self.names())
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Any:
+        """An object of the dataclass of a name, its options checked.
+
+        Raises:
+            UserError: the name or an option is not known, or a value is of another type than the
+                option's default.
+        """
+        strategy: Any = self.get(name)
+        defaults = {field.name: field.default for field in fields(strategy)}
+        for option, value in options.items():
+            if not defaults:
+                raise UserError(f"{self.kind} '{name}' takes no options, got '{option}'")
+            if option not in defaults:
+                raise unknown(f"option of {self.kind} '{name}'", option, defaults)
+            default = defaults[option]
+            kind = (int, float) if isinstance(default, float) else type(default)
+            if default is not MISSING and not isinstance(value, kind):
+                raise UserError(
+                    f"option {option} of {self.kind} '{name}' must be {type(default).__name__}, got {value!r}"
+                )
+        return strategy(**options)
 
     @property
     def _group(self) -> str:

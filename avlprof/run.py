@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.splits import ALL
+from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
     from avlprof.models import LoadedModel
@@ -123,9 +124,9 @@ class Run:
         """With what it was traced."""
         return self.directory.meta
 
-    def profile(self, progress: Callable[[int, int], None] | None = None) -> Profile:
+    def profile(self, watch: Watch = SILENT) -> Profile:
         """What the model attends to, per layer; computed once and saved in the run directory."""
-        return Profile.of(self.directory, progress)
+        return Profile.of(self.directory, watch)
 
     def samples(self) -> pd.DataFrame:
         """One row a sample; see `avlprof.runs.RunDirectory`."""

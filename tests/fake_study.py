@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from optuna.distributions import FloatDistribution
@@ -15,11 +15,11 @@ from optuna.trial import TrialState
 
 from avlprof.tuning import Settings
 from avlprof.tuning.storages._base import process_name, runs
-from avlprof.tuning.storages.journal import FolderPlace
-from avlprof.tuning.storages.postgres import DatabasePlace
-from avlprof.tuning.study import open_study
+from avlprof.tuning.storages.journal import FolderStorage
+from avlprof.tuning.storages.postgres import PostgresStorage
 from avlprof.tuning.trials import run_trials
-from avlprof.tuning.workers import Workers, watch_parent
+from avlprof.tuning.workers import WorkerProcesses, parent_check
+from avlprof.watch import SILENT
 
 STEPS = 4
 HEARTBEAT, GRACE = 1, 3
@@ -43,10 +43,11 @@ class Starts:
 
 @dataclass
 class Sleepy:
-    """A paraboloid that takes `pause` seconds; `told` holds who ran which parameters."""
+    """A paraboloid that takes `pause` seconds."""
 
     pause: float = 0.0
     budget: None = None
+    space: Starts = field(default_factory=Starts)
 
     def __call__(self, trial):
         x = trial.suggest_float("x", 0.0, 1.0)
@@ -59,23 +60,20 @@ class Sleepy:
         return value
 
 
-def place_of(folder, url):
-    return DatabasePlace(Path(folder), url, HEARTBEAT, GRACE) if url else FolderPlace(Path(folder))
+def storage_of(folder, url=""):
+    return PostgresStorage(Path(folder), url, HEARTBEAT, GRACE) if url else FolderStorage(Path(folder))
 
 
-def work(folder, trials, pause=0.0, url="", watch=None, on_trial=None, progress=None):
+def work(folder, trials, pause=0.0, url="", check=None, watch=SILENT):
     """What a worker does."""
     Path(folder).mkdir(exist_ok=True)
     return run_trials(
-        Path(folder),
+        storage_of(folder, url),
         Settings(trials=int(trials), prune=False),
-        Starts(),
         Sleepy(float(pause)),
-        place=place_of(folder, url),
         shared=True,
-        watch=watch or watch_parent(),
-        on_trial=on_trial,
-        progress=progress,
+        watch=watch,
+        check=check or parent_check(),
     )
 
 
@@ -98,10 +96,10 @@ def stop_midway(study, process, how=signal.SIGKILL):
     raise AssertionError(f"process {process} runs no trial")
 
 
-def check_replacement(place):
+def check_replacement(storage):
     """A worker that is killed: another one in its stead, and its trial waits with the same parameters."""
-    study = open_study(place)
-    with Workers(place, ["sleep", "100"], 2) as workers:
+    study = storage.open()
+    with WorkerProcesses(storage, ["sleep", "100"], 2) as workers:
         first, second = workers.processes
         trials = []
         for process in (first, second):
@@ -109,7 +107,7 @@ def check_replacement(place):
             trials[-1].set_user_attr("worker", f"{process_name(process)}-abc")
         os.kill(first, signal.SIGKILL)
         while workers.processes[0] == first:
-            workers.watch(study)
+            workers.check(study)
         assert workers.processes[1] == second
         assert study.trials[0].state == TrialState.FAIL
         assert study.trials[1].state == TrialState.RUNNING

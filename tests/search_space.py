@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Space
-from avlprof.tuning.prepared import LEVELS
+from avlprof.tuning.evidence import LEVELS
 
 ALLOCATORS = ("uniform", "pyramid", "coverage", "sensitivity")
 SPACE = Space(ALLOCATORS, ("last_query", "instruction", "accumulated", "key_diversity", "value_norm"))

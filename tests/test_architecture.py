@@ -7,11 +7,13 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import avlprof
+from tests.synthetic_run import write_run
 
 ROOT = Path(avlprof.__file__).parent
 TESTS = Path(__file__).parent
@@ -35,7 +37,7 @@ ORDER = (
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
-    ("_lazy", "files", "locks", "registry", "versions", "watch"),
+    ("_lazy", "bisection", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
 """Parts of the package from top to bottom, as `docs/design.md` lists them; those of one line are
@@ -78,6 +80,7 @@ def part_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -88,10 +91,12 @@ def only_for_types(node: ast.AST) -> bool:
 
 def nodes(tree: ast.AST, types: bool = True) -> Iterator[ast.AST]:
     """Every node of a file, also inside functions; without `types`, none of what type checkers alone read."""
-    for node in ast.iter_child_nodes(tree):
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
         if types or not only_for_types(node):
             yield node
-            yield from nodes(node, types)
+            waiting.extend(ast.iter_child_nodes(node))
 
 
 def imported(path: Path, package: list[str], types: bool = True) -> Iterator[tuple[int, str, str]]:
@@ -138,7 +143,7 @@ def test_imports_point_down():
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_root_is_used_by_nobody():
+def test_the_root_is_not_used_inside():
     """`import avlprof` inside the package would open a way around the order."""
     wrong = [
         f"{within(path)}:{line} uses {name}"
@@ -283,12 +288,36 @@ import avlprof, avlprof.cli
 assert not loaded({HEAVY!r}), loaded({HEAVY!r})
 import avlprof.runs, avlprof.policy, avlprof.allocators
 assert not loaded(("torch", "transformers", "optuna", "matplotlib")), "runs, policy or allocators"
-import avlprof.tuning.reading, avlprof.tuning.reading, avlprof.tuning.trials
+import avlprof.tuning.reading, avlprof.tuning.settings, avlprof.tuning.trials
 import avlprof.tuning.importance
 assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking at a study"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_analyzed_and_reported_without_torch(tmp_path):
+    """Neither opening a run, nor its profile, figures and report load a model library."""
+    write_run(tmp_path / "run", vision=(5, 4))
+    program = f"""
+import sys
+
+def check(what):
+    heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+    assert not heavy, (what, heavy)
+
+import avlprof.analysis, avlprof.run, avlprof.report, avlprof.cli.analyze, avlprof.cli.report
+check("import")
+from typer.testing import CliRunner
+from avlprof.cli._app import app
+for words in (["analyze", "--figures"], ["report", "--policy", "uniform"], ["derive", "--budget", "0.8"]):
+    done = CliRunner().invoke(app, [words[0], {str(tmp_path / "run")!r}, *words[1:]])
+    assert done.exit_code == 0, done.output
+    check(words)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 # --- what is public

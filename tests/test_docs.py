@@ -10,8 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
-RUN = ("docs/python.md", "docs/runtime.md", "README.md")
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+RUN = ("docs/python.md", "docs/runtime.md", "docs/first-hour.md", "README.md")
 """Pages whose blocks are one program, run in order."""
 
 
@@ -38,7 +38,7 @@ def test_the_blocks_of_a_page_run(page, elsewhere):
     assert not plt.get_fignums(), "a figure is returned, not left in pyplot"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from avlprof.allocators._base import Allocator, Evidence
 from avlprof.allocators.blend import Blend
 from avlprof.allocators.sharp import Sharp
-from avlprof.errors import UserError
-from avlprof.registry import Registry, unknown
+from avlprof.registry import Registry
 
 ALLOCATORS: Registry[type[Allocator]] = Registry(
     "allocator",
@@ -30,14 +27,7 @@ def make_allocator(name: str, mix: float = 1.0, temperature: float = 1.0, **opti
 
     `UserError` for an unknown name or option, with its nearest neighbours.
     """
-    made = ALLOCATORS.get(name)
-    known = [f.name for f in fields(made)]  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            if not known:
-                raise UserError(f"allocator '{name}' takes no options, got '{option}'")
-            raise unknown(f"option of allocator '{name}'", option, known)
-    return Blend(Sharp(made(**options), temperature), mix)
+    return Blend(Sharp(ALLOCATORS.make(name, options), temperature), mix)
 
 
 __all__ = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from avlprof.allocators._base import Allocator, Array, Evidence
+from avlprof.bisection import largest_share
 from avlprof.errors import UserError
 
 
@@ -54,13 +55,8 @@ def covering_shares(coverage: Array, threshold: float) -> Array:
 
 def _threshold(coverage: Array, target: float) -> float:
     """The largest threshold at which the layers keep `target` or less on average."""
-    low, high = 0.0, 1.0
-    if covering_shares(coverage, high).mean() <= target:
-        return high
-    for _ in range(60):
-        middle = (low + high) / 2
-        if covering_shares(coverage, middle).mean() <= target:
-            low = middle
-        else:
-            high = middle
-    return low
+
+    def fits(threshold: float) -> bool:
+        return bool(covering_shares(coverage, threshold).mean() <= target)
+
+    return 1.0 if fits(1.0) else largest_share(fits, 0.0, 1.0, halvings=60)

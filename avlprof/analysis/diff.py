@@ -45,7 +45,7 @@ def diff(here: Profile, other: Profile) -> pd.DataFrame:
             f"profiles of {here.layers} and {other.layers} layers cannot be compared layer by layer; "
             "compare runs of models with as many layers"
         )
-    ours, theirs = here.by_sample(), other.by_sample()
+    ours, theirs = here["by_sample"], other["by_sample"]
     names = _comparable(here, other, ours, theirs)
     shared = _shared(here, other)
     if not shared:

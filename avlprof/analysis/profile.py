@@ -1,4 +1,4 @@
-"""One row a layer: the summary of a profile."""
+"""What a model attends to, layer by layer: the tables of a run, stored and read again."""
 
 from __future__ import annotations
 
@@ -13,17 +13,29 @@ from pydantic import BaseModel, ConfigDict
 
 from avlprof.allocators import Evidence
 from avlprof.analysis.coverage import coverage
-from avlprof.analysis.derive import Use, derive, evidence
+from avlprof.analysis.derive import (
+    Spread,
+    Use,
+    at_budget,
+    at_coverage,
+    check_scorer,
+    evidence,
+    provenance,
+    text_windows,
+)
 from avlprof.analysis.diff import diff
 from avlprof.analysis.heads import HeadMoments
 from avlprof.analysis.horizon import horizon
-from avlprof.analysis.scan import Progress, scan_scores
-from avlprof.analysis.tables import drift, entropy, head_mean, mass, sinks
+from avlprof.analysis.scan import scan_scores
+from avlprof.analysis.statistics import FRAMES, PER_HEAD, SUMMARIES
+from avlprof.analysis.tables import drift, entropy, head_mean, mass, refresh_from_drift, sinks
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError
 from avlprof.files import replacing, write_text
-from avlprof.policy import Policy, PromptShape
+from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy
+from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
+from avlprof.watch import SILENT, Watch
 
 
 def per_layer(frames: Mapping[str, pd.DataFrame], layers: int) -> pd.DataFrame:
@@ -43,7 +55,7 @@ def per_layer(frames: Mapping[str, pd.DataFrame], layers: int) -> pd.DataFrame:
             table = table[table[key] == value]
         return table.set_index("layer")["mean"]
 
-    found = pd.DataFrame(
+    table = pd.DataFrame(
         {
             "vision_last": column("vision", query="last"),
             "vision_decode": column("vision", query="generated"),
@@ -54,30 +66,12 @@ def per_layer(frames: Mapping[str, pd.DataFrame], layers: int) -> pd.DataFrame:
         },
         index=pd.RangeIndex(layers, name="layer"),
     )
-    return found.reset_index()
+    return table.reset_index()
 
 
 def answered(frames: Mapping[str, pd.DataFrame]) -> str:
     """The query rows that stand for the answer: `generated`, or `last` in a run without decoding."""
     return "generated" if (frames["entropy"]["query"] == "generated").any() else "last"
-
-
-FRAMES = (
-    "samples",
-    "mass",
-    "entropy",
-    "coverage",
-    "coverage_curve",
-    "overlap",
-    "drift",
-    "window",
-    "window_curve",
-    "sinks",
-    "concentration",
-    "heads",
-    "head_overlap",
-    "by_sample",
-)
 
 
 class ProfileMeta(BaseModel):
@@ -94,10 +88,11 @@ class ProfileMeta(BaseModel):
 
 @dataclass(frozen=True)
 class Profile:
-    """Per-layer statistics of a run as tidy frames.
+    """Per-layer statistics of a run as tidy frames; `profile["drift"]` gives one.
 
-    Every frame but `samples` and `by_sample` has the columns `mean, low, high` (95% t-interval
-    over samples, NaN with fewer than two) and `n`, the samples counted. `layer` counts from 0;
+    `avlprof.analysis.statistics` lists them. Every frame but `samples` and `by_sample` has the
+    columns `mean, low, high` (95% t-interval over samples, NaN with fewer than two) and `n`, the
+    samples counted. `layer` counts from 0;
     `phase` and `query` name the query rows as in the run directory. Curves, overlaps and
     concentration come from the vision scores and have the queries `last`, `instruction`, `step`
     (one decoding step, mean over steps) and `answer` (all steps together).
@@ -107,8 +102,8 @@ class Profile:
     frames: Mapping[str, pd.DataFrame]
 
     @classmethod
-    def from_run(cls, run: RunDirectory, progress: Progress | None = None) -> Profile:
-        """Compute the profile of a run; `progress` is called with samples done and their total.
+    def from_run(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
+        """Compute the profile of a run; `watch` is told the samples done.
 
         Raises:
             UserError: the run holds no finished sample.
@@ -123,7 +118,7 @@ class Profile:
         rows = pd.concat(means, ignore_index=True)
         levels = settings.coverages
         reached = reach(rows, settings.distances, int((samples["text"] + samples["generated"]).max()))
-        scanned = scan_scores(run, list(vision.index[vision > 0]), int(vision.max()), progress)
+        scanned = scan_scores(run, list(vision.index[vision > 0]), int(vision.max()), watch)
         frames = {
             "samples": samples[["sample", "system", "vision", "text", "generated"]],
             "mass": mass(rows),
@@ -144,15 +139,15 @@ class Profile:
         return cls(meta, frames)
 
     @classmethod
-    def of(cls, run: RunDirectory, progress: Progress | None = None) -> Profile:
+    def of(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """The profile saved in a run directory if it is of all its samples, else a new one, saved."""
         with contextlib.suppress(UserError):
             known = cls.load(run.path / "profile")
             if known.meta.run_hash == run.hash:
                 return known
-        made = cls.from_run(run, progress)
-        made.save(run.path / "profile")
-        return made
+        profile = cls.from_run(run, watch)
+        profile.save(run.path / "profile")
+        return profile
 
     @classmethod
     def load(cls, path: Path | str) -> Profile:
@@ -178,9 +173,78 @@ class Profile:
         write_text(path / "meta.json", self.meta.model_dump_json(indent=2) + "\n")
         return path
 
-    def derive(self, **options: Any) -> Policy:
-        """A policy at a budget or at a coverage; options as in `avlprof.analysis.derive`."""
-        return derive(self, **options)
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        """A copy of a table: one of `avlprof.analysis.statistics.FRAMES`, `per_layer` or `horizon`.
+
+        Raises:
+            UserError: the name is unknown, or the table is of single heads and the run of head means.
+        """
+        if name in SUMMARIES:
+            return self.per_layer() if name == "per_layer" else self.horizon()
+        if name not in FRAMES:
+            raise unknown("table", name, [*SUMMARIES, *FRAMES])
+        if name in PER_HEAD and not self.meta.settings.per_head and self.frames[name].empty:
+            raise UserError(f"run {self.meta.run} holds averages over heads only; trace with per_head")
+        return self.frames[name].copy()
+
+    def derive(
+        self,
+        budget: float | None = None,
+        *,
+        read_budget: float | None = None,
+        coverage: float | None = None,
+        allocator: str | Spread = "coverage",
+        refresh_interval: int | None = None,
+        scorer: str = "last_query",
+        text: TextPolicy | float | None = None,
+        name: str | None = None,
+    ) -> Policy:
+        """The policy that the profile suggests, either at a `budget` or at a `coverage`.
+
+        Args:
+            budget: prompt KV live after prefill over dense; gives `vision_keep`.
+            read_budget: mean prompt KV read per decoding step over dense, beside `budget`; gives
+                `vision_compute` and the refresh interval.
+            coverage: share of attention to hold, without any budget. Each layer keeps the share of
+                vision tokens that holds it for the last prompt row and for the whole answer,
+                computes with what holds it for a single step, and has the text window that holds it
+                beside the first text tokens.
+            allocator: how a budget is spread over layers: a name of `avlprof.allocators`, or a
+                `Spread`, which sets its knobs, its weight against uniform and the floor as well.
+            refresh_interval: steps between refreshes of the core; by default `refresh_from_drift`.
+            scorer: how the runtime ranks vision tokens.
+            text: what stays of text at a budget, by default all of it; a share gives each layer the
+                smallest recorded text window that holds so much of its text attention beside the
+                first text tokens.
+            name: of the policy; by default it says how it was derived.
+
+        Raises:
+            UserError: not exactly one of budget and coverage, a value out of range, or a budget below
+                what system and text alone need.
+        """
+        if (budget is None) == (coverage is None):
+            count = "neither" if budget is None else "both"
+            raise UserError(f"give either budget or coverage to derive a policy, got {count}")
+        spread = Spread(allocator) if isinstance(allocator, str) else allocator
+        every = refresh_from_drift(self.frames["drift"]) if refresh_interval is None else refresh_interval
+        if every < 0:
+            raise UserError(f"refresh_interval must be 0 or more steps, got {every}")
+        check_scorer(scorer)
+        if budget is not None:
+            kept = text_windows(self, text) if isinstance(text, float | int) else text or TextPolicy()
+            policy = at_budget(self, budget, read_budget, spread, every, kept)
+            label = f"{spread.allocator}-{budget:g}"
+        else:
+            if read_budget is not None or text is not None:
+                raise UserError(
+                    "coverage sets reads and text by itself; leave read_budget and text out, or give budget"
+                )
+            assert coverage is not None
+            policy = at_coverage(self, coverage, spread.floor, every)
+            label = f"coverage-{coverage:g}"
+        origin = provenance(self, policy, budget, read_budget)
+        ranked = ScorerSpec(name=scorer)
+        return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})
 
     @property
     def layers(self) -> int:
@@ -197,65 +261,6 @@ class Profile:
         counts = self.frames["samples"][["system", "vision", "text"]].to_numpy()
         return [PromptShape(*(int(count) for count in row)) for row in counts]
 
-    def mass(self) -> pd.DataFrame:
-        """`layer, phase, query, modality`: share of attention; the means of a row sum to 1."""
-        return self.frames["mass"].copy()
-
-    def entropy(self) -> pd.DataFrame:
-        """`layer, phase, query`: row entropy in nat."""
-        return self.frames["entropy"].copy()
-
-    def coverage(self) -> pd.DataFrame:
-        """`layer, phase, query, level`: share of vision tokens that hold `level` percent; and `tokens`."""
-        return self.frames["coverage"].copy()
-
-    def coverage_curve(self) -> pd.DataFrame:
-        """`layer, query, share_kept`: share of vision attention that the best tokens hold."""
-        return self.frames["coverage_curve"].copy()
-
-    def overlap(self) -> pd.DataFrame:
-        """`layer_a, layer_b, query`: PPCI of two layers' top sets, for `last` and `step`."""
-        return self.frames["overlap"].copy()
-
-    def drift(self) -> pd.DataFrame:
-        """`layer, lag`: overlap of a layer's top set with the one `lag` decoding steps before."""
-        return self.frames["drift"].copy()
-
-    def window(self) -> pd.DataFrame:
-        """`layer, phase, query, level`: tokens of the smallest text window holding `level` percent."""
-        return self.frames["window"].copy()
-
-    def window_curve(self) -> pd.DataFrame:
-        """`layer, phase, query, distance`: share of text mass, sinks aside, below a distance."""
-        return self.frames["window_curve"].copy()
-
-    def sinks(self) -> pd.DataFrame:
-        """`layer, phase, query, sink`: share of attention on the `first` token and the `text` sink."""
-        return self.frames["sinks"].copy()
-
-    def concentration(self) -> pd.DataFrame:
-        """`layer, query, statistic`: `sparsity`, `entropy` (nat) and `skewness` of the vision scores."""
-        return self.frames["concentration"].copy()
-
-    def heads(self) -> pd.DataFrame:
-        """`layer, head, phase, query, statistic`: masses, `entropy`, coverage and drift by head.
-
-        Statistics as in `HeadMoments.table`; `UserError` in a run of head averages.
-        """
-        return self._of_heads("heads")
-
-    def head_overlap(self) -> pd.DataFrame:
-        """`layer_a, head_a, layer_b, head_b, query`: PPCI of single heads' top sets.
-
-        Heads of one layer against each other, and with `head_b` -1 every head against the set of
-        `layer_b`'s head mean; for `last` and `step`. `UserError` in a run of head averages.
-        """
-        return self._of_heads("head_overlap")
-
-    def by_sample(self) -> pd.DataFrame:
-        """`sample, layer, phase, query` and a column a statistic: what the means are made of."""
-        return self.frames["by_sample"].copy()
-
     def horizon(self, threshold: float = 0.01) -> pd.DataFrame:
         """`query`: first layer from which on vision gets less than `threshold` of the attention.
 
@@ -270,14 +275,9 @@ class Profile:
         return diff(self, other)
 
     def evidence(self, use: Use = "store") -> Evidence:
-        """What allocators may look at, as in `avlprof.analysis.derive`."""
+        """What allocators may look at, as in `avlprof.analysis.derive.evidence`."""
         return evidence(self, use)
 
     def per_layer(self) -> pd.DataFrame:
         """One row a layer, means over samples, as in `avlprof.analysis.profile`."""
         return per_layer(self.frames, self.layers)
-
-    def _of_heads(self, name: str) -> pd.DataFrame:
-        if not self.meta.settings.per_head and self.frames[name].empty:
-            raise UserError(f"run {self.meta.run} holds averages over heads only; trace with --per-head")
-        return self.frames[name].copy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from avlprof.analysis.heads import HeadOverlaps
 from avlprof.analysis.intervals import Moments
 from avlprof.policy import tokens
 from avlprof.runs import RunDirectory
+from avlprof.watch import SILENT, Watch
 
 
 def layer_overlap(shares: Array, top_share: float) -> Array:
@@ -107,7 +108,6 @@ CURVES = ("last", "instruction", "step", "answer")
 SETS = ("last", "step")
 ROWS = ("last", "instruction", "step")
 SCORES = {"last", "instruction", "decode"}
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ class Scanned:
     heads: pd.DataFrame
 
 
-def scan_scores(
-    run: RunDirectory, samples: Sequence[str], most: int, progress: Progress | None = None
-) -> Scanned:
+def scan_scores(run: RunDirectory, samples: Sequence[str], most: int, watch: Watch = SILENT) -> Scanned:
     """Coverage curves, overlaps and concentration, from the scores of each sample in turn.
 
     Rows in which no layer looks at vision count as not recorded.
@@ -137,7 +135,7 @@ def scan_scores(
         run: the traced run; samples may differ in their number of vision tokens.
         samples: ids to read.
         most: largest number of vision tokens of a sample.
-        progress: called with samples done and their total.
+        watch: its phase `analyze` counts samples.
     """
     layers, grid = range(run.meta.layers), share_grid(max(most, 1))
     curves = Moments((len(layers), len(CURVES), len(grid)))
@@ -159,8 +157,7 @@ def scan_scores(
         spreads.add(np.stack([concentration(rows[name]) for name in ROWS], axis=1))
         if run.meta.per_head:
             heads.add(scores)
-        if progress:
-            progress(done, len(samples))
+        watch.phase("analyze", done, len(samples))
     return Scanned(
         curves.table({"layer": layers, "query": CURVES, "share_kept": grid}),
         overlaps.table({"layer_a": layers, "layer_b": layers, "query": SETS}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -14,16 +15,40 @@ MOST_ROWS = 256  # of a block: in longer ones many weights are above the diagona
 UNSEEN = -1e30  # logit of a key that a row may not see: finite, and its weight is 0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which keys the query rows of a batch see.
+
+    Attributes:
+        rows: int64 `[B or 1, R]` positions of the query rows, for causal attention; None: they are
+            the last R positions.
+        valid: bool `[B, N]`, False on padding; None: there is none.
+        causal: rows see no later keys. Not read with a mask, which says all.
+        mask: bool `[B or 1, 1, R, N]`, True where a row may look. `valid` is applied as well.
+    """
+
+    rows: Tensor | None = None
+    valid: Tensor | None = None
+    causal: bool = True
+    mask: Tensor | None = None
+
+    def positions(self, batch: int, count: int, length: int, device: torch.device) -> Tensor:
+        """Positions `[B, R]` of the `count` query rows."""
+        rows = torch.arange(length - count, length, device=device)[None] if self.rows is None else self.rows
+        return rows.expand(batch, -1)
+
+
+ALL_BEFORE = Seen()
+"""Causal attention of the last positions, without padding."""
+
+
 def column_sums(
     query: Tensor,
     key: Tensor,
     scaling: float,
+    seen: Seen = ALL_BEFORE,
     *,
-    rows: Tensor | None = None,
     counted: Tensor | None = None,
-    valid: Tensor | None = None,
-    causal: bool = True,
-    mask: Tensor | None = None,
     softcap: float | None = None,
     block: int | None = None,
 ) -> Tensor:
@@ -37,12 +62,8 @@ def column_sums(
         query: `[B, H, R, D]` post-RoPE query rows.
         key: `[B, Hkv, N, D]` post-RoPE keys; `H` is a multiple of `Hkv`.
         scaling: factor of the dot product.
-        rows: int64 `[B or 1, R]` positions of the query rows, for causal attention; by default
-            the rows are the last R positions.
+        seen: which keys the rows see.
         counted: bool `[B, R]`, rows that count; by default all.
-        valid: bool `[B, N]`, False on padding.
-        causal: rows see no later keys. Not read with a mask, which says all.
-        mask: bool `[B or 1, 1, R, N]`, True where a row may look. `valid` is applied as well.
         softcap: logit soft cap, when the model has one.
         block: query rows whose weights exist at a time; by default what suits the device.
 
@@ -51,56 +72,44 @@ def column_sums(
     """
     batch, heads, count, _ = query.shape
     length = key.shape[2]
-    places = torch.arange(length - count, length, device=query.device)[None] if rows is None else rows
-    places = places.expand(batch, -1)
-    if query.is_cuda and mask is None and block is None and find_spec("triton") is not None:
+    rows = seen.positions(batch, count, length, query.device)
+    if query.is_cuda and seen.mask is None and block is None and find_spec("triton") is not None:
         from avlprof.attention.triton_column_sums import triton_column_sums
 
-        return triton_column_sums(query, key, scaling, places, counted, valid, causal, softcap)
+        return triton_column_sums(query, key, scaling, rows, counted, seen.valid, seen.causal, softcap)
     total = query.new_zeros((batch, heads, length), dtype=torch.float32)
     for index in range(batch):
-        seen = _Seen(
-            places[index],
-            None if valid is None else valid[index],
-            causal and mask is None,
-            None if mask is None else mask[index if len(mask) > 1 else 0, 0],
-            in_order=rows is None,
-        )
+        own = _RowSeen(seen, index, rows[index])
         weight = torch.ones(count, device=query.device) if counted is None else counted[index].float()
-        _add(total[index], query[index], key[index], scaling, softcap, seen, weight, block)
+        _add(total[index], query[index], key[index], scaling, softcap, own, weight, block)
     return total
 
 
-class _Seen:
-    """Which keys the rows of one sequence see."""
+class _RowSeen:
+    """Which keys the query rows of one sequence of a batch see, `rows [R]` being their positions."""
 
-    def __init__(
-        self, rows: Tensor, valid: Tensor | None, causal: bool, mask: Tensor | None, in_order: bool
-    ) -> None:
-        self._rows, self._valid, self._causal, self._mask, self._in_order = (
-            rows,
-            valid,
-            causal,
-            mask,
-            in_order,
-        )
+    def __init__(self, seen: Seen, index: int, rows: Tensor) -> None:
+        self._rows, self._in_order = rows, seen.rows is None
+        self._valid = None if seen.valid is None else seen.valid[index]
+        self._causal = seen.causal and seen.mask is None
+        self._mask = None if seen.mask is None else seen.mask[index if len(seen.mask) > 1 else 0, 0]
 
     def keys(self, block: slice, length: int) -> int:
-        """Keys up to the last that a block of rows may see; a wait for the device only if rows were given."""
+        """Keys up to the last that a block of rows may see."""
         if not self._causal:
             return length
         if self._in_order:
             return length - len(self._rows) + int(block.stop)
-        return int(self._rows[block].max().item()) + 1
+        return int(self._rows[block].max().item()) + 1  # the one wait for the device, where rows were passed
 
     def allowed(self, block: slice, keys: int) -> Tensor | None:
         """bool `[R, keys]`, or None where all are seen."""
-        found = None if self._mask is None else self._mask[block, :keys]
+        mask = None if self._mask is None else self._mask[block, :keys]
         if self._causal:
-            found = torch.arange(keys, device=self._rows.device) <= self._rows[block][:, None]
+            mask = torch.arange(keys, device=self._rows.device) <= self._rows[block][:, None]
         if self._valid is None:
-            return found
-        return self._valid[None, :keys] if found is None else found & self._valid[:keys]
+            return mask
+        return self._valid[None, :keys] if mask is None else mask & self._valid[:keys]
 
 
 def _add(
@@ -109,7 +118,7 @@ def _add(
     key: Tensor,
     scaling: float,
     softcap: float | None,
-    seen: _Seen,
+    seen: _RowSeen,
     counted: Tensor,
     block: int | None,
 ) -> None:

@@ -29,13 +29,13 @@ MODALITIES = ("system", "vision", "text", "generated")
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:
     """Ids that stand for one vision token each in a processed prompt, from the model's config."""
-    found = tuple(
+    ids = tuple(
         dict.fromkeys(int(token) for name in _IDS if (token := getattr(config, name, None)) is not None)
     )
-    if not found:
+    if not ids:
         kind = getattr(config, "model_type", type(config).__name__)
         raise UserError(f"model type '{kind}' has no vision tokens in its prompt; use a model that has")
-    return found
+    return ids
 
 
 def modality_map(input_ids: Tensor, attention_mask: Tensor | None, vision_ids: Sequence[int]) -> Tensor:

@@ -1,4 +1,14 @@
-"""Ranking tokens: the best by score with ties to the lower position, and scores that run while decoding."""
+"""Ranking tokens: the best by score, ties to the lower position, and scores that run while decoding.
+
+Ties always go to the lower position; three functions see to that, for three situations:
+
+- `best`: once a prompt or turn. Each row has a count and positions of its own, so it sorts.
+- `best_slots`: at every refresh, on the device. How many slots are wanted at most is known on the
+  host, so that shapes are fixed and nothing waits; slots are in no order, so score and position are
+  packed into one key, and the largest keys are taken without a sort.
+- `ranks`: forced scoring, where many policies ask for other counts of the same ranking. It ranks
+  every token once, and each policy then takes what is below its count.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +35,40 @@ def best(scores: Tensor, candidates: Tensor, counts: Tensor, positions: Tensor |
         by_position = positions.argsort(dim=-1, stable=True)
         order = ranked.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
         order = by_position.gather(-1, order)
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    chosen = (place < counts[:, None, None]).expand_as(order)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    chosen = (rank < counts[:, None, None]).expand_as(order)
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen) & candidates
+
+
+def best_slots(
+    scores: Tensor, candidates: Tensor, counts: Tensor, positions: Tensor, most: int, even: bool
+) -> Tensor:
+    """Mark the `counts` best-scored slots of each row, without a wait for the device.
+
+    Args:
+        scores: fp32 `[B, G, n]`, not negative.
+        candidates: bool `[B, 1, n]`; others come last.
+        counts: int64 `[B, 1, 1]`, at most each row's candidates.
+        positions: int64 `[B, G, n]` order among equal scores (lower first), below 2^32.
+        most: the largest of the counts, known on the host.
+        even: whether all counts are `most`, so that the order of the best is of no matter.
+
+    Returns:
+        bool `[B, G, n]`.
+    """
+    # floats that are not negative are ordered as their bits are, so score and position fit into one key
+    keys = (scores.view(torch.int32).long() << 32) - positions
+    keys = keys.masked_fill(~candidates, torch.iinfo(torch.int64).min)
+    slots = keys.topk(most, dim=-1, sorted=not even).indices
+    chosen = torch.arange(most, device=slots.device) < counts
+    return torch.zeros_like(keys, dtype=torch.bool).scatter_(-1, slots, chosen.expand_as(slots))
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Rank of every entry in its row `[..., n]`, best 0; ties go to the lower index. int64."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, rank)
 
 
 KINDS = ("history", "accumulated", "last_query")
@@ -40,12 +81,12 @@ def quantile(weights: Tensor, present: Tensor, share: float) -> Tensor:
     """
     count = present.sum(dim=-1, keepdim=True)
     ordered = weights.masked_fill(~present, float("inf")).sort(dim=-1).values
-    place = (count - 1).clamp(min=0) * share
-    low = place.floor().long()
+    rank = (count - 1).clamp(min=0) * share
+    low = rank.floor().long()
     high = torch.minimum(low + 1, (count - 1).clamp(min=0))
     first, second = ordered.gather(-1, low), ordered.gather(-1, high)
-    found = first + (second - first) * (place - low)
-    return torch.where(count > 0, found, torch.zeros_like(found))
+    value = first + (second - first) * (rank - low)
+    return torch.where(count > 0, value, torch.zeros_like(value))
 
 
 def prompt_scores(kind: str, weights: Tensor, deleted: float, start: int = 0) -> Tensor:
@@ -76,13 +117,13 @@ def prompt_scores(kind: str, weights: Tensor, deleted: float, start: int = 0) ->
 
 
 def step_scores(
-    kind: str, held: Tensor, row: Tensor, present: Tensor, newest: Tensor, deleted: float
+    kind: str, before: Tensor, row: Tensor, present: Tensor, newest: Tensor, deleted: float
 ) -> Tensor:
     """Scores after one decoding row: `[..., n]`.
 
     Args:
         kind: one of `KINDS`.
-        held: `[..., n]` scores so far; not read at `newest` and at slots that are not `present`.
+        before: `[..., n]` scores so far; not read at `newest` and at slots that are not `present`.
         row: `[..., n]` this row's attention weights.
         present: bool `[..., n]`, slots that hold a competing token, the newest included.
         newest: bool `[..., n]`, the slot of the row's own token.
@@ -90,7 +131,7 @@ def step_scores(
     """
     if kind == "last_query":
         return row
-    before = held.masked_fill(newest | ~present, 0.0)
+    before = before.masked_fill(newest | ~present, 0.0)
     if kind == "accumulated":
         return before + row
     return torch.where(newest, row, before + row - quantile(row, present, deleted))

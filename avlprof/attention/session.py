@@ -1,4 +1,4 @@
-"""What a model calls the argument and the output that hold its cache: transformers renamed them in 5.24."""
+"""A switched model: its attention handed to observers and a runtime, for the length of a context."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from avlprof.attention.kernels import explicit_mask, stock_kernel
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.errors import UserError
 
-NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+NAMES = ("cache", "past_key_values")  # of a cache, argument and output: from transformers 5.24 on, and before
 
 
 def cache_argument(model: nn.Module) -> str:
@@ -29,8 +29,8 @@ def cache_argument(model: nn.Module) -> str:
     return new if new in inspect.signature(model.forward).parameters else old
 
 
-def given_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword arguments that hand a cache to a model: `model(**inputs, **given_cache(model, cache))`."""
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword arguments that hand a cache to a model: `model(**inputs, **with_cache(model, cache))`."""
     return {cache_argument(model): cache, "use_cache": True}
 
 
@@ -102,18 +102,18 @@ class Session:
         if args:
             values = self.signature.bind_partial(*args, **kwargs).arguments
             values |= values.pop("kwargs", {})
-        found = [values.pop(name) for name in NAMES if name in values]
-        given = [one for one in found if one is not None]
-        if len(given) > 1:
+        passed = [values.pop(name) for name in NAMES if name in values]
+        caches = [cache for cache in passed if cache is not None]
+        if len(caches) > 1:
             raise UserError(
                 f"the cache was given twice, as {' and '.join(NAMES)}; give {self.cache_name} alone"
             )
-        cache = given[0] if given else None
+        cache = caches[0] if caches else None
         past = cache.get_seq_length() if cache is not None else 0
         ids = values.get("input_ids")
         if self.runtime is not None:
             cache = self._swapped(cache, past, values)
-        if cache is not None or found:
+        if cache is not None or passed:
             values[self.cache_name] = cache
         if past == 0:
             if ids is None:

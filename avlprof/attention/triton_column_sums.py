@@ -73,19 +73,19 @@ def triton_column_sums(
 
 @triton.jit
 def _logits(
-    q, k, row, place, column, real, scaling, softcap, count, length,
+    q, k, row, at, column, real, scaling, softcap, count, length,
     causal: tl.constexpr, padded: tl.constexpr, capped: tl.constexpr,
 ):  # fmt: skip
     """fp32 `[rows, keys]`, minus infinity where a row may not look."""
-    found = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    x = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
     if capped:
-        found = softcap * (2.0 * tl.sigmoid(2.0 * found / softcap) - 1.0)  # tanh
+        x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)  # tanh
     seen = (row < count)[:, None] & (column < length)[None, :]
     if causal:
-        seen = seen & (column[None, :] <= place[:, None])
+        seen = seen & (column[None, :] <= at[:, None])
     if padded:
         seen = seen & (real != 0)[None, :]
-    return tl.where(seen, found, float("-inf"))
+    return tl.where(seen, x, float("-inf"))
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def _row_lse(
         mask=(row < count)[:, None] & (d < size)[None, :],
         other=0.0,
     )
-    place = tl.load(rows + b * count + row, mask=row < count, other=-1)
+    at = tl.load(rows + b * count + row, mask=row < count, other=-1)
     last = length
     if causal:
-        last = tl.minimum(tl.max(place, axis=0) + 1, length)
+        last = tl.minimum(tl.max(at, axis=0) + 1, length)
     largest = tl.full([row_block], float("-inf"), tl.float32)
     total = tl.zeros([row_block], tl.float32)
     for start in range(0, last, key_block):
@@ -122,15 +122,15 @@ def _row_lse(
         real = column
         if padded:
             real = tl.load(valid + b * length + column, mask=column < length, other=0)
-        x = _logits(q, k, row, place, column, real, scaling, softcap, count, length, causal, padded, capped)
+        x = _logits(q, k, row, at, column, real, scaling, softcap, count, length, causal, padded, capped)
         now = tl.maximum(largest, tl.max(x, axis=1))
         base = tl.where(now == float("-inf"), 0.0, now)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
         largest = now
     counts = tl.load(counted + b * count + row, mask=row < count, other=0)
     known = (total > 0.0) & (counts != 0)
-    found = tl.where(known, largest + tl.log(tl.where(known, total, 1.0)), float("inf"))
-    tl.store(lse + index * count + row, found, mask=row < count)
+    value = tl.where(known, largest + tl.log(tl.where(known, total, 1.0)), float("inf"))
+    tl.store(lse + index * count + row, value, mask=row < count)
 
 
 @triton.jit
@@ -158,10 +158,10 @@ def _key_sums(
     total = tl.zeros([key_block], tl.float32)
     for start in range(0, count, row_block):
         row = start + tl.arange(0, row_block)
-        place = tl.load(rows + b * count + row, mask=row < count, other=-1)
+        at = tl.load(rows + b * count + row, mask=row < count, other=-1)
         reach = first
         if causal:
-            reach = tl.max(place, axis=0)
+            reach = tl.max(at, axis=0)
         if reach >= first:
             q = tl.load(
                 query + b * query_b + h * query_h + row[:, None] * query_r + d[None, :],
@@ -169,8 +169,6 @@ def _key_sums(
                 other=0.0,
             )
             base = tl.load(lse + index * count + row, mask=row < count, other=float("inf"))
-            x = _logits(
-                q, k, row, place, column, real, scaling, softcap, count, length, causal, padded, capped
-            )
+            x = _logits(q, k, row, at, column, real, scaling, softcap, count, length, causal, padded, capped)
             total += tl.sum(tl.exp(x - base[:, None]), axis=0)
     tl.store(out + index * length + column, total, mask=column < length)

@@ -16,6 +16,8 @@ from avlprof.policy import DENSE, PromptShape, read_share
 REFRESH = 8  # steps of a refresh period
 STOCK, PACKED = "stock", "dense, packed"  # what speed-ups are over: whole steps, and attention
 NAN = float("nan")
+Seconds = dict[str, list[list[float]]]
+"""Of every step of each round, by the name of the way."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def measured(
     model: PreTrainedModel,
     runner: Runner,
     stock: Runner,
-    step: dict[str, list[list[float]]],
-    attention: dict[str, list[list[float]]],
+    step: Seconds,
+    attention: Seconds,
 ) -> DecodeCost:
     """What the seconds of all rounds say of one runner; `step` and `attention` are those of all, by name."""
     ids = runner.inputs["input_ids"]
@@ -84,12 +86,12 @@ def measured(
     ordinary, packed = _ordinary(inside), _ordinary(np.array(attention[PACKED]))
     weights = _weight_bytes(model)
     dense = dense_bytes(model, shape, runner)
-    shown = PromptShape(1, vision, ids.shape[1] - vision - 1)
-    read = dense * read_share(policy, [shown], 1, REFRESH)
+    row = PromptShape(1, vision, ids.shape[1] - vision - 1)
+    read = dense * read_share(policy, [row], 1, REFRESH)
     overhead = NAN
     if period:
         alone = policy.model_copy(update={"refresh_interval": 0})
-        plain = dense * read_share(alone, [shown], 1, REFRESH)
+        plain = dense * read_share(alone, [row], 1, REFRESH)
         usual = float(np.median(inside[:, :-1]))
         took = (REFRESH - 1) * usual + float(np.median(inside[:, -1]))
         overhead = took / (REFRESH * usual * read / plain)
@@ -113,9 +115,9 @@ def measured(
 
 
 def cost_of(
-    shape: DecoderShape, model: PreTrainedModel, runner: Runner, method: str, **found: object
+    shape: DecoderShape, model: PreTrainedModel, runner: Runner, method: str, **numbers: object
 ) -> DecodeCost:
-    """A row of the table, of the numbers that were found."""
+    """A row of the table."""
     return DecodeCost(
         shape=shape.name,
         layers=model.config.get_text_config(decoder=True).num_hidden_layers,
@@ -124,7 +126,7 @@ def cost_of(
         batch=runner.batch,
         vision=int((runner.inputs["input_ids"] == IMAGE).sum()),
         method=method,
-        **found,  # type: ignore[arg-type]
+        **numbers,  # type: ignore[arg-type]
     )
 
 

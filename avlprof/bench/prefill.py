@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from avlprof.attention.session import cache_of, given_cache
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.bench.memory import peak_above
 from avlprof.bench.shapes import DecoderShape, prompt, random_model
 from avlprof.bench.trace import median_interval
@@ -22,6 +22,7 @@ from avlprof.evaluation.footprint import cache_bytes
 from avlprof.policy import DENSE, Policy, PrefillFilter
 from avlprof.policy.sizes import vision_left
 from avlprof.runtime.apply import apply
+from avlprof.watch import SILENT, Watch
 
 STOCK, OURS = "stock", "dense"
 LEAST_LAYERS = 3  # with fewer there is no place for two filters
@@ -63,7 +64,7 @@ def run_prefill_bench(
     rounds: int = 5,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> list[PrefillCost]:
     """Time prompts of `visions` vision tokens and the shape's text on a random model of `shape`.
 
@@ -75,7 +76,7 @@ def run_prefill_bench(
     Args:
         keep: share of the vision tokens that stays, in (0, 1].
         layers: decoder layers of the model; None: the shape's.
-        progress: called with prefills done and their total.
+        watch: its phase `bench prefill` counts prefills.
 
     Raises:
         UserError: a number is out of its range.
@@ -95,20 +96,19 @@ def run_prefill_bench(
         inputs = prompt(model, shape, vision=vision)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         peaks: dict[str, int | None] = {}
-        held: dict[str, int] = {}
-        for turn in range(-2, rounds):
-            first = turn % len(names)
+        bytes_of: dict[str, int] = {}
+        for number in range(-2, rounds):
+            first = number % len(names)
             for name in names[first:] + names[:first]:
                 work = partial(_prefill, model, inputs, methods[name])
-                if turn == -2:
-                    held[name] = work()
-                elif turn == -1:
+                if number == -2:
+                    bytes_of[name] = work()
+                elif number == -1:
                     peaks[name] = peak_above(model.device, work)
                 else:
                     seconds[name].append(_seconds(model.device, work))
                 done += 1
-                if progress:
-                    progress(done, total)
+                watch.phase("bench prefill", done, total)
         stock = np.array(seconds[STOCK])
         tokens = inputs["input_ids"].shape[1]
         for name in names:
@@ -128,7 +128,7 @@ def run_prefill_bench(
                     cap=_work(shape, DENSE, vision, tokens, count)
                     / _work(shape, methods[name] or DENSE, vision, tokens, count),
                     peak_bytes=peaks[name],
-                    kv_bytes=held[name],
+                    kv_bytes=bytes_of[name],
                     rounds=rounds,
                 )
             )
@@ -153,7 +153,7 @@ def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor], policy: Policy |
     """Run the prompt; the bytes that its cache holds afterwards."""
     cache = None if policy else DynamicCache(config=model.config.get_text_config(decoder=True))
     with apply(model, policy) if policy else contextlib.nullcontext():
-        out = model(**inputs, **given_cache(model, cache), logits_to_keep=1)
+        out = model(**inputs, **with_cache(model, cache), logits_to_keep=1)
     return cache_bytes(cache_of(out))
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import modality_map, vision_token_ids
-from avlprof.attention.session import given_cache, switched
+from avlprof.attention.session import switched, with_cache
 from avlprof.evaluation.footprint import cache_bytes
 from avlprof.policy import Policy
 from avlprof.runtime.apply import apply
@@ -243,6 +243,6 @@ class Runner:
             "input_ids": torch.full((self.batch, 1), 9, device=device),
             "attention_mask": mask,
             "position_ids": position,
-            **given_cache(self.model, self.cache),
+            **with_cache(self.model, self.cache),
             "output_attentions": self.attentions,
         }

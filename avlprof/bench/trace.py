@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from avlprof.bench.memory import free_bytes, peak_above
 from avlprof.bench.shapes import DecoderShape, prompt, random_model
 from avlprof.errors import UserError
 from avlprof.tracing import RecordOptions, record
+from avlprof.watch import SILENT, Watch
 
 METHODS = ("plain", "traced", "traced all rows", "eager")
 _EAGER_COPIES = 3  # a layer's scores, their fp32 softmax and its cast, alive at once
@@ -60,8 +61,7 @@ def run_trace_bench(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     methods: Sequence[str] = METHODS,
-    options: RecordOptions | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> list[TraceCost]:
     """Time prefills of random prompts on a random model of `shape`, for every length and method.
 
@@ -73,8 +73,8 @@ def run_trace_bench(
     Args:
         lengths: tokens of the prompts.
         layers: decoder layers of the model; None: the shape's.
-        options: of the recorder; `rows` is set by the method.
-        progress: called with prefills done and their total.
+        methods: which of `METHODS` are timed; `plain` must be one.
+        watch: its phase `bench trace` counts prefills.
 
     Returns:
         One `TraceCost` for each length and method, in this order.
@@ -93,7 +93,6 @@ def run_trace_bench(
             f"rounds and {', '.join(methods)}"
         )
     model = random_model(shape, layers=layers, dtype=dtype, device=device)
-    options = options or RecordOptions()
     done, total = 0, len(lengths) * len(methods) * (rounds + 1)
     costs = []
     for tokens in lengths:
@@ -105,20 +104,19 @@ def run_trace_bench(
         for turn in range(rounds + 1):
             for name in able[turn % len(able) :] + able[: turn % len(able)]:
                 if turn == 0:
-                    _prefill(name, model, inputs, options)  # compiles and allocates what stays
-                    peaks[name] = peak_above(model.device, partial(_prefill, name, model, inputs, options))
+                    _prefill(name, model, inputs)  # compiles and allocates what stays
+                    peaks[name] = peak_above(model.device, partial(_prefill, name, model, inputs))
                 else:
-                    seconds[name].append(_timed(name, model, inputs, options))
+                    seconds[name].append(_timed(name, model, inputs))
                 done += 1
-                if progress:
-                    progress(done, total)
+                watch.phase("bench trace", done, total)
         done += (len(methods) - len(able)) * (rounds + 1)
         costs += [_summary(shape, model, tokens, name, seconds, peaks, notes[name]) for name in methods]
     return costs
 
 
 @torch.inference_mode()
-def _prefill(method: str, model: PreTrainedModel, inputs: dict[str, Tensor], options: RecordOptions) -> None:
+def _prefill(method: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     if method == "plain":
         model(**inputs, logits_to_keep=1)
     elif method == "eager":
@@ -126,7 +124,7 @@ def _prefill(method: str, model: PreTrainedModel, inputs: dict[str, Tensor], opt
             model(**inputs, logits_to_keep=1, output_attentions=True)
     else:
         rows = "all" if method == "traced all rows" else "default"
-        with record(model, replace(options, rows=rows)) as recorder:
+        with record(model, RecordOptions(rows=rows)) as recorder:
             model(**inputs, logits_to_keep=1)
         recorder.records[0].frame()
         recorder.records[0].scores()
@@ -142,11 +140,11 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation({"text_config": "sdpa"})
 
 
-def _timed(method: str, model: PreTrainedModel, inputs: dict[str, Tensor], options: RecordOptions) -> float:
+def _timed(method: str, model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     started = time.perf_counter()
-    _prefill(method, model, inputs, options)
+    _prefill(method, model, inputs)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,8 +18,12 @@ from avlprof.models import LoadedModel
 from avlprof.policy import Policy, ScorerSpec
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task
+from avlprof.watch import SILENT, Watch
 
 T = TypeVar("T")
+Way = Callable[[list[Policy]], int]
+"""Judges policies, and says how many it judged."""
+
 SCORERS = ("last_query", "instruction")
 REFRESHES = (0, 2, 4, 8)
 SINGLE = "generate, batch 1"
@@ -51,19 +56,49 @@ class TrialCost:
     break_even: int | None
 
 
+@dataclass(frozen=True)
+class TuneBench:
+    """What is judged, and how it is taken together.
+
+    Attributes:
+        samples: of the search split, that every policy is judged on.
+        trials: policies in all, a multiple of `together` after rounding up.
+        batch: samples that are generated at a time.
+        together: policies of a round.
+        budget: mean share of vision tokens that a policy keeps; half of it is its core.
+        max_new_tokens: the longest answer; the task's when None.
+        single: whether to generate at batch 1 too.
+        seed: of the policies.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    samples: int = 64
+    trials: int = 12
+    batch: int = 32
+    together: int = 4
+    budget: float = 0.3
+    max_new_tokens: int | None = None
+    single: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.trials, self.batch, self.together)
+        if min(counts) < 1 or not 0.0 < self.budget <= 1.0:
+            raise UserError(
+                "a tune bench needs samples, trials, a batch and policies together of 1 or more and a "
+                f"budget in (0, 1], got {', '.join(map(str, counts))} and {self.budget:g}"
+            )
+
+    @property
+    def rounds(self) -> int:
+        """How often every way has its turn."""
+        return -(-self.trials // self.together)
+
+
 def run_tune_bench(
-    loaded: LoadedModel,
-    task: Task,
-    samples: int,
-    trials: int,
-    *,
-    batch: int = 32,
-    together: int = 4,
-    budget: float = 0.3,
-    max_new_tokens: int | None = None,
-    single: bool = True,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    loaded: LoadedModel, task: Task, bench: TuneBench, watch: Watch = SILENT
 ) -> list[TrialCost]:
     """Judge the same random policies by forced scoring and by real generation, in turn.
 
@@ -72,69 +107,71 @@ def run_tune_bench(
     begin with another way each. Nothing is judged by a metric, so the naive way is timed in its favour.
 
     Args:
-        trials: policies in all, a multiple of `together` after rounding up.
-        budget: mean share of vision tokens that a policy keeps; half of it is its core.
-        max_new_tokens: the task's when None.
-        single: whether to generate at batch 1 too.
-        progress: called with ways timed and their total.
+        watch: told how many ways were timed, as the phase `bench tune`.
 
     Raises:
-        UserError: a number is out of its range, or no dense answer has a second token.
+        UserError: no dense answer has a second token.
     """
-    if min(samples, trials, batch, together) < 1 or not 0.0 < budget <= 1.0:
-        raise UserError(
-            f"a tune bench needs samples, trials, a batch and policies together of 1 or more and a budget in "
-            f"(0, 1], got {samples}, {trials}, {batch}, {together} and {budget:g}"
-        )
-    chosen = task.samples("search", samples)
-    limit = max_new_tokens or task.max_new_tokens
+    samples = task.samples("search", bench.samples)
+    limit = bench.max_new_tokens or task.max_new_tokens
     device = loaded.model.device
-    rounds = -(-trials // together)
-    policies = trial_policies(loaded.adapter.layers, rounds * together, budget, seed)
+    policies = trial_policies(loaded.adapter.layers, bench.rounds * bench.together, bench.budget, bench.seed)
     specs = [ScorerSpec(name=name) for name in SCORERS]
     prepared, forced = _timed(
         device,
-        lambda: ForcedSet.prepare(loaded, chosen, max_new_tokens=limit, batch_size=batch, scorers=specs),
+        lambda: ForcedSet.prepare(
+            loaded, samples, max_new_tokens=limit, batch_size=bench.batch, scorers=specs
+        ),
     )
     if not forced.answer_tokens:
         raise UserError("every dense answer ends at its first token; choose a task with longer answers")
     prepared += _timed(device, lambda: forced.score(policies[0]))[0]  # dense rows, once for all trials
-    encoded, batches = _timed(device, lambda: _encoded(loaded, chosen, batch))
-    ways: dict[str, Callable[[list[Policy]], int]] = {
+    encoded, batches = _timed(device, lambda: _encoded(loaded, samples, bench.batch))
+    naive = f"generate, batch {bench.batch}"
+    ways: dict[str, Way] = {
         "forced": lambda part: len([forced.score(policy) for policy in part]),
-        f"forced, {together} together": lambda part: len(forced.score_many(part)),
-        f"generate, batch {batch}": lambda part: _generate(loaded, batches, part, limit),
+        f"forced, {bench.together} together": lambda part: len(forced.score_many(part)),
+        naive: lambda part: _generate(loaded, batches, part, limit),
     }
     spent = dict.fromkeys(ways, encoded) | dict.fromkeys(list(ways)[:2], prepared)
-    if single:
-        alone, singles = _timed(device, lambda: _encoded(loaded, chosen, 1))
+    if bench.single:
+        alone, singles = _timed(device, lambda: _encoded(loaded, samples, 1))
         ways[SINGLE] = lambda part: _generate(loaded, singles, part[:1], limit)
         spent[SINGLE] = alone
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for turn in range(rounds):
-        part = policies[turn * together : (turn + 1) * together]
-        for index, name in enumerate(names[turn % len(names) :] + names[: turn % len(names)]):
-            seconds, judged = _timed(device, lambda name=name, part=part: ways[name](part))  # type: ignore[misc]
-            times[name].append(seconds / judged)
-            if progress:
-                progress(turn * len(names) + index + 1, rounds * len(names))
-    naive = names[2]
+    times = _rounds(ways, policies, bench, device, watch)
     return [
-        _cost(name, times, naive, spent, samples=len(chosen), batch=batch, forced=forced, device=device)
-        for name in names
+        _cost(
+            name, times, naive, spent, samples=len(samples), batch=bench.batch, forced=forced, device=device
+        )
+        for name in ways
     ]
+
+
+def _rounds(
+    ways: dict[str, Way], policies: list[Policy], bench: TuneBench, device: torch.device, watch: Watch
+) -> dict[str, list[float]]:
+    """Seconds a policy, by way, one number a round."""
+    names, times = list(ways), {name: list[float]() for name in ways}
+    watch.phase("bench tune", 0, bench.rounds * len(names))
+    for number in range(bench.rounds):
+        part = policies[number * bench.together : (number + 1) * bench.together]
+        first = number % len(names)
+        for index, name in enumerate(names[first:] + names[:first]):
+            seconds, count = _timed(device, partial(ways[name], part))
+            times[name].append(seconds / count)
+            watch.phase("bench tune", number * len(names) + index + 1, bench.rounds * len(names))
+    return times
 
 
 def trial_policies(layers: int, trials: int, budget: float, seed: int) -> list[Policy]:
     """Random policies as a search tries them: uneven shares that keep `budget` in the mean, and a core."""
     draw = np.random.default_rng(seed)
-    found = []
+    policies = []
     for index in range(trials):
         shares = draw.dirichlet(np.full(layers, 8.0)) * layers * budget
         keep = tuple(float(share) for share in np.minimum(shares, 1.0))
         core = tuple(share / 2 for share in keep)
-        found.append(
+        policies.append(
             Policy(
                 name=f"trial {index}",
                 vision_keep=keep,
@@ -143,7 +180,7 @@ def trial_policies(layers: int, trials: int, budget: float, seed: int) -> list[P
                 scorer=ScorerSpec(name=SCORERS[index // len(REFRESHES) % len(SCORERS)]),
             )
         )
-    return found
+    return policies
 
 
 def _encoded(loaded: LoadedModel, samples: Sequence[Sample], size: int) -> list[dict[str, torch.Tensor]]:
@@ -165,9 +202,9 @@ def _generate(
 def _timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
     _synchronize(device)
     started = time.perf_counter()
-    found = work()
+    result = work()
     _synchronize(device)
-    return time.perf_counter() - started, found
+    return time.perf_counter() - started, result
 
 
 def _synchronize(device: torch.device) -> None:

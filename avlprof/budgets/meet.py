@@ -9,19 +9,33 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from avlprof.budgets.fit import (
-    check_unit,
-    floor_count,
-    hand_out,
-    ratio_of,
-)
+from avlprof.bisection import largest
+from avlprof.budgets.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, Refresh, TextPolicy, live_share, read_share, tokens
 
 ALL_TEXT = TextPolicy()
+
+
+@dataclass(frozen=True)
+class ReadBudget:
+    """What may be read of the prompt KV per decoding step, and how it is read.
+
+    Attributes:
+        share: mean prompt KV read per decoding step over dense, refreshes included, in [0, 1].
+        answer_tokens: decoding steps that the mean is taken over.
+        refresh_interval: every so many steps all kept vision tokens are read; 0 means never.
+        refresh: what a refresh reads: all kept vision tokens, or (`score_only`) their keys.
+    """
+
+    share: float
+    answer_tokens: int
+    refresh_interval: int = 0
+    refresh: Refresh = "full"
 
 
 def vision_share(
@@ -39,7 +53,7 @@ def vision_share(
     if least > budget:
         raise UserError(
             f"budget {budget:g} is below {_up(least)}, what system and text alone need; "
-            "raise --budget or set a text window"
+            "raise the budget or set a text window"
         )
     vision = sum(prompt.vision for prompt in prompts)
     left = (budget - least) * sum(prompt.total for prompt in prompts)
@@ -71,82 +85,77 @@ def meet_budget(
     layers = len(shares)
     vision_share(prompts, layers, budget, text)
     check_unit("floor", floor)
-    largest = max(prompt.vision for prompt in prompts)
-    floors, caps = np.full(layers, floor_count(floor, largest)), np.full(layers, largest)
+    most = max(prompt.vision for prompt in prompts)
+    floors, caps = np.full(layers, floor_count(floor, most)), np.full(layers, most)
 
     def policy(total: int) -> Policy:
         counts = hand_out(shares, total, floors, caps)
-        return Policy(vision_keep=tuple(ratio_of(int(count), largest) for count in counts), text=text)
+        return Policy(vision_keep=tuple(ratio_of(int(count), most) for count in counts), text=text)
 
-    total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, largest * layers, budget)
+    total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, most * layers, budget)
     return policy(total).keep(layers)
 
 
 def meet_read_budget(
     keep: Sequence[float],
     prompts: Sequence[PromptShape],
-    refresh_interval: int,
-    read_budget: float,
-    answer_tokens: int,
+    reads: ReadBudget,
     text: TextPolicy = ALL_TEXT,
     shares: Sequence[float] | None = None,
     floor: float = 0.0,
-    refresh: Refresh = "full",
 ) -> tuple[float, ...]:
     """`vision_compute` of each layer at a read budget; never above `keep`.
 
     Args:
         keep: `vision_keep` of each layer.
         prompts: token counts that the budget is counted on.
-        refresh_interval: every so many steps all kept vision tokens are read; 0 means never.
-        read_budget: mean prompt KV read per decoding step over dense, refreshes included.
-        answer_tokens: decoding steps that the mean is taken over.
+        reads: the budget, and how often and how the core is refreshed.
         text: what stays of text; it is read at every step.
         shares: relative computed share of each layer; without them it is in proportion to `keep`.
         floor: smallest computed share of a layer, as far as keep and budget allow.
-        refresh: what a refresh reads: all kept vision tokens, or (`score_only`) their keys.
 
     Returns:
-        Ratios with `read_share <= read_budget`; one more token in the next layer would exceed it.
+        Ratios with `read_share <= reads.share`; one more token in the next layer would exceed it.
 
     Raises:
         UserError: system, text and refreshes alone read more than the budget.
     """
-    check_unit("read_budget", read_budget)
+    check_unit("read_budget", reads.share)
     check_unit("floor", floor)
     layers = len(keep)
     if not prompts:
         raise UserError("a read budget needs at least one prompt to be counted on; the run has no samples")
-    largest = max(prompt.vision for prompt in prompts)
-    caps = np.array([_within(share, largest) for share in keep])
-    floors = np.minimum(floor_count(floor, largest), caps)
+    most = max(prompt.vision for prompt in prompts)
+    caps = np.array([_within(share, most) for share in keep])
+    floors = np.minimum(floor_count(floor, most), caps)
     relative = tuple(keep) if shares is None else tuple(shares)
 
     def policy(total: int) -> Policy:
         counts = hand_out(relative, total, floors, caps)
         compute = (
-            share if count == cap else min(ratio_of(int(count), largest), share)
+            share if count == cap else min(ratio_of(int(count), most), share)
             for count, cap, share in zip(counts, caps, keep, strict=True)
         )
         return Policy(
             vision_keep=tuple(keep),
             vision_compute=tuple(compute),
-            refresh_interval=refresh_interval,
-            refresh=refresh,
+            refresh_interval=reads.refresh_interval,
+            refresh=reads.refresh,
             text=text,
         )
 
     def used(some_policy: Policy, some: Sequence[PromptShape]) -> float:
-        return read_share(some_policy, some, layers, answer_tokens)
+        return read_share(some_policy, some, layers, reads.answer_tokens)
 
     least = used(policy(0), prompts)
-    if least > read_budget:
-        refreshes = f" and refreshes every {refresh_interval} steps" if refresh_interval else ""
+    if least > reads.share:
+        every = reads.refresh_interval
+        refreshes = f" and refreshes every {every} steps" if every else ""
         raise UserError(
-            f"read budget {read_budget:g} is below {_up(least)}, what system, text{refreshes} read alone; "
-            "raise --read-budget, lower --budget, refresh less often or set a text window"
+            f"read budget {reads.share:g} is below {_up(least)}, what system, text{refreshes} read alone; "
+            "raise the read budget, lower the budget, refresh less often or set a text window"
         )
-    return policy(_most(policy, used, prompts, int(caps.sum()), read_budget)).compute(layers)
+    return policy(_most(policy, used, prompts, int(caps.sum()), reads.share)).compute(layers)
 
 
 def _within(share: float, count: int) -> int:
@@ -175,16 +184,10 @@ def _most(
         used = sum(times * shape.total * share(candidate, [shape]) for shape, times in shapes.items())
         return used / dense <= budget + 1e-12
 
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    while low > 0 and share(policy(low), prompts) > budget:
-        low -= 1
-    return low
+    total = largest(fits, top)
+    while total > 0 and share(policy(total), prompts) > budget:
+        total -= 1
+    return total
 
 
 def _up(share: float) -> str:

@@ -10,7 +10,7 @@ from avlprof.policy import Policy
 FINE = 10_000  # tokens that shares are rounded to where the prompts are not known
 
 
-def resolved(policy: Policy, evidence: Evidence) -> Policy:
+def resolve(policy: Policy, evidence: Evidence) -> Policy:
     """The policy with `vision_keep` (or `joint.keep`) spread over the layers by its allocator.
 
     The mean over layers stays what it was; the computed share keeps its proportion to the kept
@@ -34,7 +34,7 @@ def resolved(policy: Policy, evidence: Evidence) -> Policy:
     except UserError as error:
         raise UserError(
             f"policy '{policy.name}' cannot be resolved: {error}; "
-            "or give it a traced run: 'avlprof policy resolve --run RUN'"
+            "or resolve it with the profile of a traced run"
         ) from None
     keep = fit_keep(shares.tolist(), mean, evidence.tokens or FINE, spec.floor)
     if policy.joint:
@@ -47,9 +47,9 @@ def resolved(policy: Policy, evidence: Evidence) -> Policy:
     return policy.model_copy(update=changed)
 
 
-def resolved_blindly(policy: Policy, layers: int) -> Policy:
-    """`resolved` with nothing known of the model but its number of layers."""
-    return resolved(policy, Evidence(layers=layers, tokens=FINE))
+def resolve_by_depth(policy: Policy, layers: int) -> Policy:
+    """`resolve` with nothing known of the model but its number of layers."""
+    return resolve(policy, Evidence(layers=layers, tokens=FINE))
 
 
 def _numbers(options: dict[str, float | int | str | bool]) -> dict[str, float]:

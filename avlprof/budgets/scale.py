@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from avlprof.allocators._base import Evidence
+from avlprof.bisection import largest
 from avlprof.budgets.fit import check_unit, hand_out, ratio_of
 from avlprof.budgets.meet import vision_share
-from avlprof.budgets.resolve import resolved
+from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, broadcast, live_share, sizes, tokens
 
@@ -25,7 +26,7 @@ class OverBudgetError(UserError):
         super().__init__(f"budget {budget:g} is below {up:g}, the least that policy '{policy.name}' can hold")
 
 
-def at_budget(
+def scale_to(
     policy: Policy,
     budget: float,
     prompts: Sequence[PromptShape],
@@ -34,7 +35,7 @@ def at_budget(
 ) -> Policy:
     """The policy scaled to a memory budget: never above, at most one token a layer below.
 
-    - Split pool: `vision_keep` is scaled in proportion, as `allocators.meet_budget` does it, and
+    - Split pool: `vision_keep` is scaled in proportion, as `meet_budget` does it, and
       `vision_compute` keeps its ratio to it. Text is left as it is and paid first.
     - Joint pool: `joint.keep` is scaled in proportion; sinks and newest tokens stay as they are.
     - With a prefill filter, what each layer behind it holds is scaled, and the filter with it, so
@@ -68,11 +69,7 @@ def at_budget(
     make, top = _joint(shaped, prompts, layers) if shaped.joint else _split(shaped, prompts, layers)
     if used(make(0)) > budget:
         raise OverBudgetError(policy, budget, used(make(0)))
-    low, high = 0, top + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if used(make(middle)) <= budget else (low, middle)
-    best = make(low)
+    best = make(largest(lambda total: used(make(total)) <= budget, top))
     return shaped if used(best) <= used(shaped) <= budget else best
 
 
@@ -85,7 +82,7 @@ def _allocated(
     known = evidence or Evidence(layers=layers, tokens=max(prompt.vision for prompt in prompts))
     if policy.joint is not None:
         mean = policy.model_copy(update={"joint": policy.joint.model_copy(update={"keep": budget})})
-        return resolved(mean, known)
+        return resolve(mean, known)
     try:
         share = vision_share(prompts, layers, budget, policy.text)
     except UserError:
@@ -94,7 +91,7 @@ def _allocated(
     compute = policy.vision_compute
     if compute is not None and not isinstance(compute, tuple) and not isinstance(policy.vision_keep, tuple):
         compute = share * compute / policy.vision_keep if policy.vision_keep else 0.0
-    return resolved(policy.model_copy(update={"vision_keep": share, "vision_compute": compute}), known)
+    return resolve(policy.model_copy(update={"vision_keep": share, "vision_compute": compute}), known)
 
 
 def _joint(

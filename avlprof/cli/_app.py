@@ -107,7 +107,7 @@ class Commands(TyperGroup):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from avlprof import __version__
+        from avlprof.versions import __version__
 
         typer.echo(f"avlprof {__version__}")
         raise typer.Exit

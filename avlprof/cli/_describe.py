@@ -47,9 +47,9 @@ def layer_rows(policy: Policy, layers: int) -> list[dict[str, Any]]:
 
     `UserError` when the policy is of another number of layers, or its allocator needs a profile.
     """
-    from avlprof.budgets.resolve import resolved_blindly
+    from avlprof.budgets.resolve import resolve_by_depth
 
-    policy = resolved_blindly(policy, layers)
+    policy = resolve_by_depth(policy, layers)
     policy.check_layers(layers)
     fields = {name: value for name, value in flat(policy).items() if name in _per_layer(policy)}
     if policy.joint is None:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avlprof.cli._output import cell, note
-from avlprof.cli._progress import duration, phases
+from avlprof.cli._progress import Bars, duration
+from avlprof.watch import Watch
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 
 @dataclass
@@ -25,7 +27,7 @@ class BudgetRow:
 
     budget: float
     done: int = 0
-    wanted: int = 0
+    total: int = 0
     best: float | None = None
     how: str = ""
     rate: float | None = None
@@ -34,45 +36,44 @@ class BudgetRow:
     @property
     def left(self) -> float | None:
         """Seconds to the last trial, as far as the rate holds."""
-        return (self.wanted - self.done) / self.rate if self.rate else None
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 @dataclass
-class Board:
+class Board(Watch):
     """Collects what a search reports; `rows` are in the order in which budgets began.
 
-    Its methods are the callbacks of `avlprof.tune`, and `tell` takes sentences for the reader.
-    `early` is what is going on before the first study.
+    `write` takes sentences for the reader; `early` is what is going on before the first study.
     """
 
-    tell: Callable[[str], None] = note
+    write: Callable[[str], None] = note
     clock: Callable[[], float] = time.monotonic
     rows: list[BudgetRow] = field(default_factory=list)
     early: str = ""
     _began: tuple[float, int] | None = None
 
-    def on_budget(self, budget: float) -> None:
-        """A study at a budget begins."""
+    def say(self, text: str) -> None:
+        self.write(text)
+
+    def budget(self, budget: float) -> None:
         self.rows.append(BudgetRow(budget))
         self._began = None
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Units of a phase are done."""
-        self.early = f"{phase} {done}/{total}"
+    def phase(self, name: str, done: int, total: int) -> None:
+        self.early = f"{name} {done}/{total}"
         if not self.rows:
             return
         row = self.rows[-1]
-        row.phase = "" if phase == "knobs" and done == total else f"{phase} {done}/{total}"
-        if phase == "trials":
-            row.done, row.wanted = done, total
+        row.phase = "" if name == "knobs" and done == total else f"{name} {done}/{total}"
+        if name == "trials":
+            row.done, row.total = done, total
             now = self.clock()
             if self._began is None:
                 self._began = (now, done)
             elif now > self._began[0]:
                 row.rate = (done - self._began[1]) / (now - self._began[0])
 
-    def on_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        """A trial has ended."""
+    def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         if not self.rows or trial.value is None or not trial.user_attrs.get("complete"):
             return
         row = self.rows[-1]
@@ -86,7 +87,7 @@ class Board:
                 f"{row.budget:g}",
                 cell(row.best),
                 row.how or "-",
-                f"{row.done}/{row.wanted}" if row.wanted else "-",
+                f"{row.done}/{row.total}" if row.total else "-",
                 f"{60 * row.rate:.0f}" if row.rate else "-",
                 duration(row.left) if row.left else "-",
                 row.phase or "proved",
@@ -117,24 +118,24 @@ class _Lines(Board):
     """A board for logs: every trial that is the best so far, and how far each phase is."""
 
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _report: Callable[[str, int, int], None] | None = None
+    _bars: Bars | None = None
 
-    def on_budget(self, budget: float) -> None:
-        super().on_budget(budget)
+    def budget(self, budget: float) -> None:
+        super().budget(budget)
         if len(self.rows) > 1:
-            self._report = None  # phases begin anew
+            self._bars = None  # phases begin anew
         note(f"budget {budget:g}")
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        super().progress(phase, done, total)
-        if self._report is None:
+    def phase(self, name: str, done: int, total: int) -> None:
+        super().phase(name, done, total)
+        if self._bars is None:
             self.stack.close()
-            self._report = self.stack.enter_context(phases())
-        self._report(phase, done, total)
+            self._bars = Bars(self.stack)
+        self._bars.phase(name, done, total)
 
-    def on_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    def trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         before = self.rows[-1].best if self.rows else None
-        super().on_trial(study, trial)
+        super().trial(study, trial)
         if self.rows and self.rows[-1].best != before:
             note(f"trial {trial.number}: {trial.value:.4f} ({describe(trial.params)})")
 
@@ -149,11 +150,11 @@ def _drawn(stack: contextlib.ExitStack) -> Board:
         drawn = Table(box=box.SIMPLE_HEAD)
         for name in HEADINGS:
             drawn.add_column(name, justify="left" if name in ("by", "now") else "right")
-        for line in shown.cells():
+        for line in live_board.cells():
             drawn.add_row(*line)
-        return drawn if shown.rows else shown.early
+        return drawn if live_board.rows else live_board.early
 
-    shown = Board()
+    live_board = Board()
     live = stack.enter_context(Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=table))
-    shown.tell = lambda sentence: live.console.print(sentence, highlight=False, markup=False)
-    return shown
+    live_board.write = lambda text: live.console.print(text, highlight=False, markup=False)
+    return live_board

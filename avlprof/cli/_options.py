@@ -149,7 +149,6 @@ def defaults(parcel: type) -> dict[str, Any]:
 
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
-    from avlprof.api.trace import trace
     from avlprof.cli._progress import bars
     from avlprof.run import RUNS, Run, latest_run
 
@@ -159,6 +158,8 @@ def run_or_newest(path: Path | None) -> Run:
     if newest is not None:
         note(f"run {newest.path} (the newest below {RUNS}/)")
         return newest
+    from avlprof.api.trace import trace
+
     note(f"no run below {RUNS}/; tracing the embedded model first")
     with bars(resumes=True) as watch:
         return trace(watch=watch)

@@ -159,28 +159,16 @@ def bars(resumes: bool = False) -> Iterator[Watch]:
         yield Bars(stack, resumes)
 
 
-@contextlib.contextmanager
-def phases() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of work in named phases: `report(phase, done, total)`; one bar or line a phase."""
-    with contextlib.ExitStack() as stack:
-        reports: dict[str, Report] = {}
-
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in reports:
-                stack.close()
-                reports[phase] = stack.enter_context(
-                    progress(phase, _UNITS.get(phase, "samples"), begun=True)
-                )
-            reports[phase](done, total)
-
-        yield report
-
-
 _UNITS = {
+    "bench decode": "rounds",
+    "bench prefill": "prefills",
     "probe": "forwards",
     "trials": "trials",
     "finalists": "answers",
     "proof": "answers",
     "knobs": "policies",
     "evaluate": "steps",
+    "compare": "answers",
+    "bench trace": "prefills",
+    "bench tune": "steps",
 }

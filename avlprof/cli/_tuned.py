@@ -6,13 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avlprof.cli._output import (
-    Format,
-    note,
-    percent,
-    show,
-    size,
-)
+from avlprof.cli._output import Format, note, percent, show, size
 
 if TYPE_CHECKING:
     from avlprof.tuning import Sweep, Tuned
@@ -21,23 +15,23 @@ if TYPE_CHECKING:
 CELLS = {"KV live": percent, "KV read": percent, "live": size, "budget": percent}
 
 
-def draw(found: Tuned) -> list[Path]:
+def draw(tuned: Tuned) -> list[Path]:
     """The figures of a study: score by trial, the winner's layers, its knobs, importances, and the proof."""
     from avlprof import plots
     from avlprof.tuning.objective import MEANING
 
-    kind = found.policy.provenance.objective if found.policy.provenance else ""
+    kind = tuned.policy.provenance.objective if tuned.policy.provenance else ""
     meaning, cheap = (MEANING[name] for name in (kind, "fidelity" if kind == "accuracy" else kind))
     figures = {
-        "trials": plots.trial_history(found.history(), f"Mean {meaning}", second=found.second),
-        "layers": plots.policy_layers(found.policy, layers=found.policy.layers or 1),
-        "proof": plots.pareto_front(found.proof.pareto(), score=_label(found)),
+        "trials": plots.trial_history(tuned.history(), f"Mean {meaning}", second=tuned.second),
+        "layers": plots.policy_layers(tuned.policy, layers=tuned.policy.layers or 1),
+        "proof": plots.pareto_front(tuned.proof.pareto(), score=_label(tuned)),
     }
-    if len(found.knobs):
-        figures["knobs"] = plots.knob_effects(found.knobs, cheap)
-    if len(found.importances):
-        figures["importances"] = plots.parameter_importances(found.importances, meaning)
-    return _save(figures, found.folder / "figures")
+    if len(tuned.knobs):
+        figures["knobs"] = plots.knob_effects(tuned.knobs, cheap)
+    if len(tuned.importances):
+        figures["importances"] = plots.parameter_importances(tuned.importances, meaning)
+    return _save(figures, tuned.folder / "figures")
 
 
 def draw_sweep(swept: Sweep) -> list[Path]:
@@ -45,8 +39,8 @@ def draw_sweep(swept: Sweep) -> list[Path]:
     from avlprof import plots
     from avlprof.plots.front import budget_front
 
-    for found in swept.studies:
-        draw(found)
+    for tuned in swept.studies:
+        draw(tuned)
     winners = [
         one.policy.model_copy(update={"name": f"tuned at {one.policy.provenance.budget:g}"})
         for one in swept.studies
@@ -59,14 +53,14 @@ def draw_sweep(swept: Sweep) -> list[Path]:
     return _save(figures, swept.folder / "figures")
 
 
-def print_proof(found: Tuned, form: Format) -> None:
+def print_proof(tuned: Tuned, form: Format) -> None:
     """The closing table: who scored what at which bytes, on samples the search never saw."""
-    summary = [{str(k): v for k, v in row.items()} for row in found.proof.summary().to_dict("records")]
+    summary = [{str(k): v for k, v in row.items()} for row in tuned.proof.summary().to_dict("records")]
     if form is not Format.table:
         show(summary, form)
         return
-    show([_row(found, row) for row in summary], form, _title(found), CELLS)
-    for line in found.comparisons():
+    show([_row(tuned, row) for row in summary], form, _title(tuned), CELLS)
+    for line in tuned.comparisons():
         note(line)
     sys.stdout.flush()
 
@@ -80,30 +74,30 @@ def print_sweep(swept: Sweep, form: Format) -> None:
     first = swept.studies[0]
     rows = [{"budget": row["budget"], **_row(first, row)} for row in front]
     show(rows, form, _title(first), CELLS)
-    for found in swept.studies:
-        source = found.policy.provenance
-        for line in found.comparisons():
+    for tuned in swept.studies:
+        source = tuned.policy.provenance
+        for line in tuned.comparisons():
             note(f"{source.budget if source else 0:g}: {line}")
     sys.stdout.flush()
 
 
-def _row(found: Tuned, row: dict[str, Any]) -> dict[str, Any]:
+def _row(tuned: Tuned, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "policy": row["policy"],
-        str(found.proof.meta["metric"]): f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+        str(tuned.proof.meta["metric"]): f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
         "KV live": row["live_share"],
         "KV read": row["read_share"],
         "live": row["live_bytes"],
     }
 
 
-def _title(found: Tuned) -> str:
-    meta = found.proof.meta
+def _title(tuned: Tuned) -> str:
+    meta = tuned.proof.meta
     return f"{meta['task']}, {meta['samples']} {meta['split']} samples; 95% intervals"
 
 
-def _label(found: Tuned) -> str:
-    return f"{found.proof.meta['metric'].replace('_', ' ')} ({found.proof.meta['split']})"
+def _label(tuned: Tuned) -> str:
+    return f"{tuned.proof.meta['metric'].replace('_', ' ')} ({tuned.proof.meta['split']})"
 
 
 def _save(figures: dict[str, Any], folder: Path) -> list[Path]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avlprof.analysis.statistics import VIEWS
 from avlprof.cli import _options as given
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
@@ -20,7 +22,7 @@ from avlprof.cli._output import (
     records,
     show,
 )
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
 from avlprof.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,25 +33,6 @@ if TYPE_CHECKING:
     from avlprof.tasks import Task
 
 app = typer.Typer()
-
-
-VIEWS = (
-    "per_layer",
-    "mass",
-    "entropy",
-    "coverage",
-    "coverage_curve",
-    "concentration",
-    "overlap",
-    "drift",
-    "window",
-    "window_curve",
-    "sinks",
-    "horizon",
-    "heads",
-    "head_overlap",
-    "by_sample",
-)
 
 
 @app.command()
@@ -90,8 +73,8 @@ def analyze(
         traced.scores(sample, ["last"])
     if layer is not None and not 0 <= layer < traced.meta.layers:
         raise UserError(f"layer must be in 0 to {traced.meta.layers - 1}, got {layer}")
-    with progress("analyze") as report:
-        profile = traced.profile(report)
+    with bars() as watch:
+        profile = traced.profile(watch)
     wrote = [traced.path / "profile"]
     summary = what == VIEWS[0] and against is None
     if summary if figures is None else figures:
@@ -99,7 +82,7 @@ def analyze(
     if against is not None:
         print_differences(profile, _other(against), form)
     else:
-        show(records(getattr(profile, what)()), form, _title(profile), cells_of(what))
+        show(records(profile[what]), form, _title(profile), cells_of(what))
     if summary:
         _say(profile, form)
     finished(wrote, f"avlprof derive {traced.path} --budget 0.4")
@@ -108,8 +91,8 @@ def analyze(
 def _other(path: Path) -> Profile:
     from avlprof.run import Run
 
-    with progress("analyze") as report:
-        return Run.open(path).profile(report)
+    with bars() as watch:
+        return Run.open(path).profile(watch)
 
 
 def _say(profile: Profile, form: Format) -> None:
@@ -141,20 +124,12 @@ def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None, lay
 def _figures(
     run: Run, profile: Profile, sample: str | None, task: Task | None, layer: int | None
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    from avlprof import plots
+    from avlprof.report.figures import plans_for
 
-    share = profile.meta.settings.top_share
-    yield "modality-mass", lambda: plots.modality_mass(profile)
-    yield "vision-horizon", lambda: plots.vision_horizon(profile)
-    yield "sinks", lambda: plots.sink_mass(profile)
+    for plan in plans_for(profile):
+        yield plan.file, partial(plan.draw, profile)
     if profile.meta.settings.per_head:
-        yield "heads", lambda: plots.head_maps(profile)
-        yield "head-overlap", lambda: plots.head_overlap(profile)
         yield "head-heatmaps", lambda: _head_heatmaps(run, sample, task, layer)
-    yield "coverage-curves", lambda: plots.coverage_curves(profile)
-    yield "layer-overlap", lambda: plots.layer_overlap(profile, share)
-    yield "step-drift", lambda: plots.step_drift(profile, share)
-    yield "text-window", lambda: plots.text_window(profile)
     yield "vision-heatmap", lambda: _heatmap(run, sample, task)
     yield "word-heatmaps", lambda: _words(run, sample, task)
 

@@ -22,7 +22,7 @@ from avlprof.cli._bench_options import (
     shape_of,
 )
 from avlprof.cli._output import Format, FormatOption, size
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
@@ -53,7 +53,7 @@ def trace(
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench trace", "prefills") as tell:
+    with bars() as watch:
         costs = run_trace_bench(
             chosen,
             counts("--tokens", tokens),
@@ -62,7 +62,7 @@ def trace(
             device=where,
             dtype=kind,
             methods=METHODS if eager else METHODS[:-1],
-            progress=tell,
+            watch=watch,
         )
     describe(chosen, layers, where, kind)
     rows = [asdict(cost) for cost in costs]
@@ -99,24 +99,23 @@ def decode(
     form: FormatOption = Format.table,
 ) -> None:
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
-    from avlprof.bench.decode import run_decode_bench
+    from avlprof.bench.decode import DecodeBench, run_decode_bench
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench decode", "rounds") as tell:
-        costs = run_decode_bench(
-            chosen,
-            batches=counts("--batch", batch),
-            visions=None if vision is None else counts("--vision", vision),
-            budgets=options.parse_shares("--budget", budget),
-            layers=layers,
-            rounds=rounds,
-            device=where,
-            dtype=kind,
-            attentions=attentions,
-            captured=captured,
-            progress=tell,
-        )
+    bench = DecodeBench(
+        batches=counts("--batch", batch),
+        visions=None if vision is None else counts("--vision", vision),
+        budgets=options.parse_shares("--budget", budget),
+        layers=layers,
+        rounds=rounds,
+        device=where,
+        dtype=kind,
+        attentions=attentions,
+        captured=captured,
+    )
+    with bars() as watch:
+        costs = run_decode_bench(chosen, bench, watch)
     rows = [asdict(cost) for cost in costs]
     describe(chosen, layers, where, kind)
     columns = ["batch", "vision", "method", "step_ms", "speedup", "speedup_low", "speedup_high", "cap"]
@@ -141,7 +140,7 @@ def tune(
     form: FormatOption = Format.table,
 ) -> None:
     """Trials of a search: one forced forward against generating anew for every policy and sample."""
-    from avlprof.bench.tune import run_tune_bench
+    from avlprof.bench.tune import TuneBench, run_tune_bench
     from avlprof.models import load_model
     from avlprof.tasks import load_task
 
@@ -150,10 +149,9 @@ def tune(
 
         torch.set_num_threads(threads)
     loaded = load_model(model, device=device, dtype=dtype)
-    with progress("bench tune", "steps") as tell:
-        costs = run_tune_bench(
-            loaded, load_task(task), samples, trials, batch=batch, single=single, progress=tell
-        )
+    bench = TuneBench(samples, trials, batch, single=single)
+    with bars() as watch:
+        costs = run_tune_bench(loaded, load_task(task), bench, watch)
     rows = [asdict(cost) for cost in costs]
     columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
     columns += ["preparation_s", "break_even", "answer_tokens"]
@@ -181,7 +179,7 @@ def prefill(
 
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
-    with progress("bench prefill", "prefills") as tell:
+    with bars() as watch:
         costs = run_prefill_bench(
             chosen,
             [chosen.vision_tokens] if vision is None else counts("--vision", vision),
@@ -190,7 +188,7 @@ def prefill(
             rounds=rounds,
             device=where,
             dtype=kind,
-            progress=tell,
+            watch=watch,
         )
     describe(chosen, layers, where, kind)
     columns = ["tokens", "method", "seconds", "speedup", "speedup_low", "speedup_high", "cap"]

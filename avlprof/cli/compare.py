@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import model_options, parse_shares, task_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -20,7 +20,8 @@ from avlprof.cli._output import (
     show,
     size,
 )
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.allocators._base import Evidence
@@ -28,15 +29,19 @@ if TYPE_CHECKING:
     from avlprof.models import LoadedModel
     from avlprof.policy import Policy
     from avlprof.tasks import Task
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer()
 
 TRACED_SAMPLES = 32
-_DATASET = "Hugging Face datasets"
 
 
-@app.command()
-def compare(
+@app.command("compare")
+@model_options
+@task_options
+def compare_policies(
+    spec: ModelSpec,
+    source: TaskSpec,
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="Shares of the dense prompt KV, such as 0.1,0.2,0.4.")
     ] = "0.2,0.4",
@@ -52,10 +57,6 @@ def compare(
         list[str] | None,
         typer.Option("--baseline", help="Only this baseline; repeat. By default all that ship."),
     ] = None,
-    model: given.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many of each split; by default the task's.")
     ] = None,
@@ -64,9 +65,7 @@ def compare(
         str,
         typer.Option("--select-split", help="Split that picks the strongest baseline; 'none' picks none."),
     ] = "search",
-    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
-    max_new_tokens: given.MaxNewTokensOption = None,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -78,20 +77,6 @@ def compare(
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
-    ] = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Dense, all baselines and your policies on the same samples, at equal bytes.
@@ -99,60 +84,48 @@ def compare(
     Every policy is scaled to every budget; what cannot go so low is listed. Answers are kept in
     the output folder, so the same command resumes.
     """
-    from avlprof.evaluation import AnswerStore
-    from avlprof.evaluation.compare import compare as run_comparison
+    from avlprof.evaluation import AnswerStore, ComparisonSettings
+    from avlprof.evaluation.compare import compare
     from avlprof.models import load_model
     from avlprof.policy import find_policy
-    from avlprof.tasks import load_task
 
-    budgets = given.parse_shares("--budget", budget)
+    budgets = parse_shares("--budget", budget)
     mine = [find_policy(name) for name in policy or []]
     tuned = _winners(study or [])
-    rivals = _baselines(baseline, mine)
-    source = load_task(
-        task, metric=metric, max_new_tokens=max_new_tokens, columns=columns, split=dataset_split,
-        config=dataset_config,
-    )  # fmt: skip
-    source.samples(split, samples)
-    folder = out or Path("comparisons") / re.sub(
-        r"[^\w.-]+", "-", f"{Path(model).name}-{source.name}-{split}"
+    baselines = [find_policy(name) for name in baseline] if baseline else None
+    task = source.load()
+    task.samples(split, samples)
+    label = f"{Path(spec.name).name}-{task.name}-{split}"
+    folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
+    loaded = load_model(spec)
+    settings = ComparisonSettings(
+        split=split,
+        select_split=None if select_split == "none" else select_split,
+        samples=samples,
+        batch_size=batch_size,
+        baselines=baselines,
+        evidence=lambda: _evidence(loaded, task, run),
     )
-    loaded = load_model(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
-    with progress("compare", unit="answers") as report:
-        found = run_comparison(
-            loaded, source, budgets, baselines=rivals, given=mine, tuned=tuned, split=split,
-            select_split=None if select_split == "none" else select_split, samples=samples,
-            batch_size=batch_size, evidence=lambda: _evidence(loaded, source, run),
-            store=AnswerStore(folder / "parts"), progress=report,
-        )  # fmt: skip
-    wrote = _write(found, folder)
-    _print(found, form)
-    finished(wrote, f"avlprof tune --model {model} --task {task} --budget {budgets[0]:g}")
-
-
-def _baselines(names: list[str] | None, mine: list[Policy]) -> list[Policy]:
-    """The baselines asked for, or all that ship outside the folders of single papers and models."""
-    from avlprof.policy import find_policy, shipped
-
-    if names:
-        return [find_policy(name) for name in names]
-    taken = {policy.name for policy in mine}
-    found = [find_policy(name) for name in shipped() if "/" not in name]
-    return [policy for policy in found if policy.name not in taken]
+    store = AnswerStore(folder / "parts")
+    with bars() as watch:
+        comparison = compare(
+            loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
+        )
+    wrote = _write(comparison, folder)
+    _print(comparison, form)
+    finished(wrote, f"avlprof tune --model {spec.name} --task {source.name} --budget {budgets[0]:g}")
 
 
 def _winners(folders: list[Path]) -> list[Policy]:
     """The winners of studies: one line for all budgets, unless two were tuned at the same one."""
     from avlprof.tuning import export_policy
 
-    found = [export_policy(folder) for folder in folders]
-    budgets = [policy.provenance.budget if policy.provenance else None for policy in found]
+    winners = [export_policy(folder) for folder in folders]
+    budgets = [policy.provenance.budget if policy.provenance else None for policy in winners]
     alone = len(set(budgets)) == len(budgets)
     return [
         policy.model_copy(update={"name": "tuned" if alone else f"tuned ({folder.resolve().name})"})
-        for folder, policy in zip(folders, found, strict=True)
+        for folder, policy in zip(folders, winners, strict=True)
     ]
 
 
@@ -161,26 +134,26 @@ def _evidence(loaded: LoadedModel, task: Task, run: Path | None) -> Evidence:
     from avlprof.api.trace import trace
     from avlprof.run import Run, latest_run
 
-    found = Run.open(run) if run else latest_run(loaded=loaded, task=task.name)
-    if found is None:
+    traced = Run.open(run) if run else latest_run(loaded=loaded, task=task.name)
+    if traced is None:
         note(f"tracing {TRACED_SAMPLES} samples for the baselines that need a profile")
-        found = trace(loaded, task, len(task.samples("search", TRACED_SAMPLES)))
-    found.check_model(loaded)
-    return found.profile().evidence("store")
+        traced = trace(loaded, task, len(task.samples("search", TRACED_SAMPLES)))
+    traced.check_model(loaded)
+    return traced.profile().evidence("store")
 
 
-def _write(found: Comparison, folder: Path) -> list[Path]:
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
     from avlprof.plots.budgets import quality_by_budget
     from avlprof.plots.save import save_figure
 
-    meta = found.meta
+    meta = comparison.meta
     label = f"{str(meta['metric']).replace('_', ' ')} on {meta['task']} ({meta['split']})"
-    figure = quality_by_budget(found.summary(), score=label[0].upper() + label[1:])
-    return [*found.save(folder), save_figure(figure, folder / "compare.png")]
+    figure = quality_by_budget(comparison.summary(), score=label[0].upper() + label[1:])
+    return [*comparison.save(folder), save_figure(figure, folder / "compare.png")]
 
 
-def _print(found: Comparison, form: Format) -> None:
-    summary, meta = found.summary(), found.meta
+def _print(comparison: Comparison, form: Format) -> None:
+    summary, meta = comparison.summary(), comparison.meta
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
     ]
@@ -190,20 +163,20 @@ def _print(found: Comparison, form: Format) -> None:
         about = f"{meta['samples']} samples of {meta['split']}, {meta['metric']}"
         title = f"{meta['model']} on {meta['task']}, {about}"
         shares = dict.fromkeys(("budget", "live_share", "read_share"), percent)
-        others = ("dense", "uniform", "strongest") if found.strongest else ("dense", "uniform")
+        others = ("dense", "uniform", "strongest") if comparison.strongest else ("dense", "uniform")
         cells = {**shares, "live_bytes": size, "output_tokens": "{:.1f}".format}
         show([_row(row, others) for row in rows], form, title, cells)
         note("differences are paired by sample, with 95% intervals, not corrected for the number of rows")
-        if found.strongest:
+        if comparison.strongest:
             note(f"* the strongest baseline of its budget on split '{meta['select_split']}'")
-    for line in _left_out(found):
+    for line in _left_out(comparison):
         note(line)
 
 
-def _left_out(found: Comparison) -> list[str]:
+def _left_out(comparison: Comparison) -> list[str]:
     """A line for each method and reason, with its budgets."""
     budgets: dict[tuple[str, str], list[str]] = {}
-    for item in found.lineup.left_out:
+    for item in comparison.lineup.left_out:
         budgets.setdefault((item.method, item.reason), []).append(f"{item.budget:g}")
     return [f"left out at {', '.join(at)}: {method} ({why})" for (method, why), at in budgets.items()]
 

@@ -16,7 +16,7 @@ from avlprof.cli._output import (
     note,
     show,
 )
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
 from avlprof.errors import UserError
 
 app = typer.Typer()
@@ -65,23 +65,21 @@ def derive(
     form: FormatOption = Format.table,
 ) -> None:
     """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
+    from avlprof.analysis import Spread
     from avlprof.cli._describe import layer_rows
     from avlprof.policy import dump_policy, save_policy
 
     traced = run_or_newest(run)
-    with progress("analyze") as report:
-        profile = traced.profile(report)
+    with bars() as watch:
+        profile = traced.profile(watch)
     policy = profile.derive(
-        budget=budget,
+        budget,
         read_budget=read_budget,
         coverage=coverage,
-        allocator=allocator,
-        allocator_options=_numbers(option or []),
-        mix=mix,
-        floor=floor,
+        allocator=Spread(allocator, _numbers(option or []), mix, floor),
         refresh_interval=refresh_interval,
         scorer=scorer,
-        text_share=text_share,
+        text=text_share,
         name=name,
     )
     if str(out) == "-":
@@ -89,22 +87,22 @@ def derive(
         return
     path = save_policy(policy, out or traced.path / f"{policy.name}.yaml")
     show(layer_rows(policy, profile.layers), form)
-    found = policy.provenance
-    if found is not None:
+    origin = policy.provenance
+    if origin is not None:
         note(
-            f"prompt KV on the {found.samples} traced samples, as shares of dense: "
-            f"live {found.measured_budget:.4g}, read {found.measured_read_budget:.4g} a step"
+            f"prompt KV on the {origin.samples} traced samples, as shares of dense: "
+            f"live {origin.measured_budget:.4g}, read {origin.measured_read_budget:.4g} a step"
         )
     finished([path], f"avlprof run --policy {path} --model {traced.meta.model} --explain")
 
 
 def _numbers(pairs: list[str]) -> dict[str, float]:
     """Knobs by name; `UserError` for what is not NAME=NUMBER."""
-    found = {}
+    numbers = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
-            found[name] = float(value)
+            numbers[name] = float(value)
         except ValueError:
             raise UserError(f"--option must be NAME=NUMBER, got '{pair}'") from None
-    return found
+    return numbers

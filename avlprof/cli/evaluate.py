@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli._options import model_options, task_options
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -19,37 +19,34 @@ from avlprof.cli._output import (
     show,
     size,
 )
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Evaluation
     from avlprof.policy import Policy
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer()
 
 
-_DATASET = "Hugging Face datasets"
-
-
-@app.command()
-def evaluate(
+@app.command("evaluate")
+@model_options
+@task_options
+def evaluate_policies(
+    spec: ModelSpec,
+    source: TaskSpec,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             "--policy", help="Policy file or shipped name; repeat to compare. By default all shipped."
         ),
     ] = None,
-    model: given.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many samples; by default as the task says.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Which split of the task.")] = "held-out",
-    metric: Annotated[str | None, typer.Option("--metric", help="By default the task's.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples generated at a time.")] = 16,
-    max_new_tokens: given.MaxNewTokensOption = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Add uniform and random at equal bytes.")
     ] = True,
@@ -63,56 +60,36 @@ def evaluate(
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default evaluations/<model>-<task>-<split>."),
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", help="Such as prompt=question,answers=label.", rich_help_panel=_DATASET),
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option("--dataset-split", help="Split to draw from.", rich_help_panel=_DATASET)
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option("--dataset-config", help="Configuration.", rich_help_panel=_DATASET)
-    ] = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Accuracy, fidelity, KV bytes and speed of policies beside the dense model.
 
     Answers are kept in the output folder, so the same command resumes.
     """
-    from avlprof.evaluation import AnswerStore
-    from avlprof.evaluation.evaluate import evaluate as compare
+    from avlprof.evaluation import AnswerStore, EvaluationSettings
+    from avlprof.evaluation.evaluate import evaluate
     from avlprof.models import load_model
-    from avlprof.tasks import load_task
 
-    chosen = _policies(policy)
-    source = load_task(
-        task,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        columns=columns,
-        split=dataset_split,
-        config=dataset_config,
+    policies = _policies(policy)
+    settings = EvaluationSettings(
+        split=split,
+        samples=samples,
+        batch_size=batch_size,
+        baselines=baselines,
+        fidelity=fidelity,
+        latency=latency,
     )
-    source.samples(split, samples)
-    folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{model}-{source.name}-{split}")
+    task = source.load()
+    task.samples(split, samples)
+    folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
     store = AnswerStore(folder / "parts")
-    loaded = load_model(
-        model, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
-    with progress("evaluate", unit="steps") as report:
-        found = compare(
-            loaded, source, chosen, split=split, samples=samples, batch_size=batch_size,
-            fidelity=fidelity, latency=latency, baselines=baselines, store=store, progress=report,
-        )  # fmt: skip
-    wrote = _write(found, folder)
-    _print(found, form)
-    finished(
-        wrote, f"avlprof run --policy {policy[0] if policy else chosen[0].name} --image x.png --prompt '...'"
-    )
+    loaded = load_model(spec)
+    with bars() as watch:
+        evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
+    wrote = _write(evaluation, folder)
+    _print(evaluation, form)
+    name = policy[0] if policy else policies[0].name
+    finished(wrote, f"avlprof run --policy {name} --image x.png --prompt '...'")
 
 
 def _policies(names: list[str] | None) -> list[Policy]:
@@ -125,28 +102,29 @@ def _policies(names: list[str] | None) -> list[Policy]:
     return [policy for policy in map(find_policy, shipped()) if unsupported(policy) is None]
 
 
-def _write(found: Evaluation, folder: Path) -> list[Path]:
+def _write(evaluation: Evaluation, folder: Path) -> list[Path]:
     from avlprof.plots.pareto import pareto_front
     from avlprof.plots.save import save_figure
 
     wrote = [
-        found.to_parquet(folder / "answers.parquet"),
-        found.to_csv(folder / "summary.csv"),
-        found.to_json(folder / "summary.json"),
+        evaluation.to_parquet(folder / "answers.parquet"),
+        evaluation.to_csv(folder / "summary.csv"),
+        evaluation.to_json(folder / "summary.json"),
     ]
-    label = f"{str(found.meta['metric']).replace('_', ' ')} on {found.meta['task']} ({found.meta['split']})"
-    return [*wrote, save_figure(pareto_front(found.pareto(), score=label), folder / "pareto.png")]
+    meta = evaluation.meta
+    label = f"{str(meta['metric']).replace('_', ' ')} on {meta['task']} ({meta['split']})"
+    return [*wrote, save_figure(pareto_front(evaluation.pareto(), score=label), folder / "pareto.png")]
 
 
-def _print(found: Evaluation, form: Format) -> None:
-    summary = found.summary()
+def _print(evaluation: Evaluation, form: Format) -> None:
+    summary = evaluation.summary()
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
     ]
     if form is not Format.table:
         show(rows, form)
         return
-    meta = found.meta
+    meta = evaluation.meta
     title = (
         f"{meta['model']} on {meta['task']}, {meta['samples']} samples of {meta['split']}, {meta['metric']}"
     )
@@ -155,7 +133,8 @@ def _print(found: Evaluation, form: Format) -> None:
     drop = summary["detectable"].max()
     if not math.isnan(drop):
         note(f"in the least sure row a drop of {drop:.3f} would be seen 4 times out of 5")
-    buffered = next((timed for timed in found.latencies if timed.policy not in set(summary["policy"])), None)
+    policies = set(summary["policy"])
+    buffered = next((timed for timed in evaluation.latencies if timed.policy not in policies), None)
     if buffered is not None:
         note(
             f"{buffered.policy}: {buffered.first_token_ms:.1f} ms to the first token, "

@@ -110,8 +110,8 @@ def diff(first: PolicyArgument, second: PolicyArgument, form: FormatOption = For
         note(f"{first} and {second} act alike")
 
 
-@app.command()
-def resolve(
+@app.command("resolve")
+def resolve_policy(
     policy: PolicyArgument,
     run: Annotated[
         Path | None, typer.Option("--run", help="Run directory whose profile the allocator looks at.")
@@ -121,7 +121,7 @@ def resolve(
 ) -> None:
     """Work out the share of each layer that a policy leaves to an allocator."""
     from avlprof.allocators import Evidence
-    from avlprof.budgets.resolve import resolved
+    from avlprof.budgets.resolve import resolve
     from avlprof.cli._output import finished
     from avlprof.policy import dump_policy, find_policy, save_policy
 
@@ -134,7 +134,7 @@ def resolve(
         evidence = Evidence(layers=layers, tokens=0)
     else:
         raise UserError("give --run, or --layers for an allocator that looks at nothing else")
-    clear = resolved(found, evidence)
+    clear = resolve(found, evidence)
     if out is None:
         typer.echo(dump_policy(clear), nl=False)
     else:
@@ -162,7 +162,7 @@ def schema(
 def _runs(policy: Any) -> str:
     """`yes`, what it needs first, or what this version cannot run; `UserError` for an unknown scorer."""
     from avlprof.allocators import ALLOCATORS
-    from avlprof.budgets.resolve import resolved_blindly
+    from avlprof.budgets.resolve import resolve_by_depth
     from avlprof.runtime.support import unsupported
     from avlprof.scorers import make_scorer
 
@@ -173,7 +173,7 @@ def _runs(policy: Any) -> str:
     if policy.allocator is not None:
         ALLOCATORS.get(policy.allocator.name)
         try:
-            resolved_blindly(policy, 8)
+            resolve_by_depth(policy, 8)
         except UserError:
             return "with a profile"
     return "yes"

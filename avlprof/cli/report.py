@@ -10,7 +10,7 @@ import typer
 from avlprof.cli import _options as given
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import finished, size
-from avlprof.cli._progress import progress
+from avlprof.cli._progress import bars
 
 app = typer.Typer()
 
@@ -41,14 +41,14 @@ def report(
     from avlprof.run import Run
     from avlprof.tasks import load_task
 
-    shown = None if policy is None else find_policy(policy)
+    costed = None if policy is None else find_policy(policy)
     other = None if against is None else Run.open(against)
-    place = None if task is None else load_task(task)
+    source = None if task is None else load_task(task)
     traced = run_or_newest(run)
     for one in (traced, other):
         if one is not None:
-            with progress("analyze") as done:
-                one.profile(done)
+            with bars() as watch:
+                one.profile(watch)
     path = out or traced.path / "report.html"
-    write_report(traced, path, policy=shown, against=other, pictures=pictures, task=place)
+    write_report(traced, path, policy=costed, against=other, pictures=pictures, task=source)
     finished([f"{path} ({size(path.stat().st_size)})"], f"open {path.resolve().as_uri()} in a browser")

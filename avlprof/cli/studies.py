@@ -7,16 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as given
-from avlprof.cli._output import (
-    Format,
-    FormatOption,
-    cell,
-    note,
-    percent,
-    show,
-)
-from avlprof.cli._progress import phases
+from avlprof.cli import _options as options
+from avlprof.cli._output import Format, FormatOption, cell, note, percent, show
+from avlprof.cli._progress import bars
 
 app = typer.Typer(help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True)
 
@@ -56,39 +49,38 @@ def show_study(
     """Show the best trials of a study, and which parameters matter among all trials and in the winner."""
     from avlprof.tuning import read_study
     from avlprof.tuning.importance import importance_rows
-    from avlprof.tuning.reading import (
-        POLICY,
-        best_trials,
-        knob_sentences,
-        overview,
-        trial_rows,
-    )
+    from avlprof.tuning.reading import POLICY, best_trials, knob_sentences, overview, trial_rows
 
-    seen, begun = overview(study), read_study(study)
+    summary, begun = overview(study), read_study(study)
     rows = trial_rows(best_trials(begun, trials))
     if form is not Format.table:
         show(rows, form)
         return
-    meta = seen.meta
+    meta = summary.meta
     title = f"{study.resolve().name}: {meta.model} on {meta.task}, {percent(meta.budget)} of the prompt KV"
     if meta.read_budget is not None:
         title += f", {percent(meta.read_budget)} read per step"
     fixed = ("trial", "score", "live", "read", "samples")
     short = [{name: row[name] for name in fixed} | {"parameters": _joined(row, fixed)} for row in rows]
     show(short, form, title, {"live": percent, "read": percent})
-    note(f"{seen.done} of {cell(seen.wanted)} trials, {seen.state}; score: {meta.objective}, lower is better")
+    done = f"{summary.done} of {cell(summary.trials)} trials, {summary.state}"
+    note(f"{done}; score: {meta.objective}, lower is better")
     if important := importance_rows(study, begun):
-        show(important, form, f"what the score depends on, over the whole space (fANOVA, {seen.done} trials)")
+        show(
+            important,
+            form,
+            f"what the score depends on, over the whole space (fANOVA, {summary.done} trials)",
+        )
     for sentence in knob_sentences(study):
         note(f"winner with {sentence}")
-    if seen.winner is not None:
+    if summary.winner is not None:
         note(f"policy: {study / POLICY}")
     note(f"next: avlprof export {study} --trial N -o policy.yaml")
 
 
 def _joined(row: dict[str, Any], without: tuple[str, ...]) -> str:
-    given = {name: value for name, value in row.items() if name not in without and value is not None}
-    return ", ".join(f"{name} {cell(value)}" for name, value in given.items())
+    rest = {name: value for name, value in row.items() if name not in without and value is not None}
+    return ", ".join(f"{name} {cell(value)}" for name, value in rest.items())
 
 
 @app.command("join")
@@ -104,28 +96,24 @@ def join_study(
     task: Annotated[
         str | None, typer.Option("--task", "-t", help="The task, if it is elsewhere on this machine.")
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
+    device: options.DeviceOption = "auto",
+    device_map: options.DeviceMapOption = None,
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Work on a study that 'avlprof tune' began, on this machine or another, until its trials are done."""
-    from avlprof.models import load_model
+    from avlprof.models import ModelSpec, load_model
     from avlprof.tasks import load_task
-    from avlprof.tuning.study import find_place, place_meta
+    from avlprof.tuning.study import find_storage, stored_meta
     from avlprof.tuning.workers import join
 
-    place = find_place(study, storage)
-    meta = place_meta(place)
-    with phases() as report:
-        loaded = load_model(
-            model or meta.model,
-            device=device,
-            dtype=meta.dtype if dtype == "auto" else dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        join(loaded, load_task(task or meta.task), place, progress=report)
+    source = find_storage(study, storage)
+    meta = stored_meta(source)
+    own = meta.dtype if dtype == "auto" else dtype
+    spec = ModelSpec(model or meta.model, device, own, revision, trust_remote_code, device_map)
+    with bars() as watch:
+        join(load_model(spec), load_task(task or meta.task), source, watch=watch)
 
 
 @app.command("open")

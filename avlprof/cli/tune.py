@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._live import board
-from avlprof.cli._output import (
-    Format,
-    FormatOption,
-    finished,
-    note,
-)
+from avlprof.cli._output import Format, FormatOption, finished, note
+from avlprof.errors import UserError
+from avlprof.tuning.settings import BUDGET, Settings
+from avlprof.tuning.space import Space
+
+if TYPE_CHECKING:
+    from avlprof.tuning import Sweep, Tuned
 
 app = typer.Typer()
 
 _SEVERAL = "Several budgets"
-DEFAULT = 0.2
 
 
 @app.command()
 def tune(
-    model: given.ModelOption = "tiny",
+    model: options.ModelOption = "tiny",
     task: Annotated[
         str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
     ] = "shapes",
@@ -33,7 +33,7 @@ def tune(
         typer.Option(
             "--budget",
             "-b",
-            help="Prompt KV in memory after prefill, as a share of dense; 0.2 unless told.",
+            help=f"Prompt KV in memory after prefill, as a share of dense; {BUDGET:g} unless told.",
             show_default=False,
         ),
     ] = None,
@@ -52,18 +52,18 @@ def tune(
     read_budget: Annotated[
         float | None,
         typer.Option("--read-budget", help="Prompt KV read per step; tunes compute shares and K as well."),
-    ] = None,
+    ] = Settings.read_budget,
     objective: Annotated[
         str, typer.Option("--objective", help="What trials are scored by: fidelity, likelihood or accuracy.")
-    ] = "fidelity",
+    ] = Settings.objective,
     text: Annotated[
         str,
         typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
-    ] = "auto",
+    ] = Space.text,
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
-    ] = "tpe",
-    trials: Annotated[int, typer.Option("--trials", help="Trials of each study in all.")] = 50,
+    ] = Settings.sampler,
+    trials: Annotated[int, typer.Option("--trials", help="Trials of each study in all.")] = Settings.trials,
     refine: Annotated[
         int | None,
         typer.Option(
@@ -71,16 +71,18 @@ def tune(
             help="How many of the trials refine layer by layer; a third unless told.",
             show_default=False,
         ),
-    ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Samples a trial is scored on.")] = 64,
+    ] = Settings.refine,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", help="Samples a trial is scored on.")
+    ] = Settings.samples,
     proof_samples: Annotated[
         int, typer.Option("--proof-samples", help="Held-out samples of the proof.")
-    ] = 100,
+    ] = Settings.proof_samples,
     margin: Annotated[
         float,
         typer.Option("--margin", help="Loss of the metric that still counts as not inferior."),
-    ] = 0.02,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = 0,
+    ] = Settings.margin,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampler.")] = Settings.seed,
     run: Annotated[
         Path | None,
         typer.Option("--run", help="Traced run; by default the newest that fits, or one is made."),
@@ -88,10 +90,10 @@ def tune(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the study; by default below studies/.")
     ] = None,
-    max_new_tokens: given.MaxNewTokensOption = None,
+    max_new_tokens: options.MaxNewTokensOption = Settings.max_new_tokens,
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
-    ] = True,
+    ] = Settings.prune,
     workers: Annotated[
         int,
         typer.Option("--workers", help="Processes here that run trials.", rich_help_panel="Workers"),
@@ -102,63 +104,65 @@ def tune(
             "--storage", help="PostgreSQL URL for the trials, to share them.", rich_help_panel="Workers"
         ),
     ] = None,
-    device: given.DeviceOption = "auto",
-    dtype: given.DtypeOption = "auto",
-    revision: given.RevisionOption = None,
-    trust_remote_code: given.TrustOption = False,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustOption = False,
     form: FormatOption = Format.table,
 ) -> None:
     """Find the best policy at a budget of prompt KV, and compare it on held-out samples.
 
     The study is a folder; the same command resumes it.
     """
-    from avlprof.api import tune as search
-    from avlprof.cli import _tuned as shown
-    from avlprof.errors import UserError
-    from avlprof.tuning import Settings, Space
+    from avlprof.api import tune as verbs
+    from avlprof.models import ModelSpec
+    from avlprof.tuning import Workers
 
     if sum(value is not None for value in (budget, budgets, max_drop)) > 1:
         raise UserError("give one of --budget, --budgets and --max-drop")
-    share = DEFAULT if budget is None else budget
-    asked: dict[str, Any] = {
-        "read_budget": read_budget, "objective": objective, "sampler": sampler, "trials": trials,
-        "refine": refine, "samples": samples, "proof_samples": proof_samples, "margin": margin,
-        "seed": seed, "prune": prune, "max_new_tokens": max_new_tokens,
-    }  # fmt: skip
-    settings = Settings(budget=share, **asked)
-    other = "" if model == "tiny" else f" --model {model}"
-    with board() as live:
-        given_too: dict[str, Any] = {
-            "run": run, "out": out, "device": device, "dtype": dtype, "revision": revision,
-            "trust_remote_code": trust_remote_code, "space": Space(text=text), "told": live.tell,
-            "progress": live.progress, "on_trial": live.on_trial, "workers": workers, "storage": storage,
-        }  # fmt: skip
+    settings = Settings(
+        read_budget=read_budget, trials=trials, refine=refine, samples=samples,
+        proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
+        margin=margin, max_new_tokens=max_new_tokens, space=Space(text=text),
+    )  # fmt: skip
+    spec = ModelSpec(model, device, dtype, revision, trust_remote_code)
+    by = Workers(workers, storage)
+    with board() as watch:
         if budgets is not None:
-            swept = search.sweep(
-                model,
-                task,
-                given.parse_shares("--budgets", budgets),
-                settings,
-                on_budget=live.on_budget,
-                **given_too,
-            )
+            shares = options.parse_shares("--budgets", budgets)
+            swept = verbs.sweep(spec, task, shares, settings, run=run, out=out, workers=by, watch=watch)
         elif max_drop is not None:
-            least = search.smallest(model, task, max_drop, settings, on_budget=live.on_budget, **given_too)
+            least = verbs.smallest(spec, task, max_drop, settings, run=run, out=out, workers=by, watch=watch)
         else:
-            live.on_budget(share)
-            found = search.tune(model, task, budget=share, **asked, **given_too)
+            share = BUDGET if budget is None else budget
+            watch.budget(share)
+            tuned = verbs.tune(spec, task, share, settings, run=run, out=out, workers=by, watch=watch)
+    evaluate = "avlprof evaluate" + ("" if model == ModelSpec.name else f" --model {model}")
     if budgets is not None:
-        wrote = shown.draw_sweep(swept)
-        shown.print_sweep(swept, form)
-        policies = " ".join(f"--policy {one.folder / 'policy.yaml'}" for one in swept.studies)
-        finished([*wrote, swept.folder / "front.csv"], f"avlprof evaluate{other} {policies} --task {task}")
-        return
-    if max_drop is not None:
-        found = least.tuned
-    wrote = shown.draw(found)
-    shown.print_proof(found, form)
-    if max_drop is not None:
-        note(least.sentence())
-    policy = found.folder / "policy.yaml"
-    then = f"avlprof evaluate{other} --policy {policy} --task {task}"
-    finished([*wrote, found.folder / "proof.csv", policy], then)
+        _show_sweep(swept, form, evaluate, task)
+    elif max_drop is not None:
+        _show(least.tuned, form, evaluate, task, least.sentence())
+    else:
+        _show(tuned, form, evaluate, task)
+
+
+def _show(tuned: Tuned, form: Format, evaluate: str, task: str, sentence: str = "") -> None:
+    """The figures and the closing table of a study, a last sentence, and what to run next."""
+    from avlprof.cli import _tuned
+
+    wrote = _tuned.draw(tuned)
+    _tuned.print_proof(tuned, form)
+    if sentence:
+        note(sentence)
+    policy = tuned.folder / "policy.yaml"
+    finished([*wrote, tuned.folder / "proof.csv", policy], f"{evaluate} --policy {policy} --task {task}")
+
+
+def _show_sweep(swept: Sweep, form: Format, evaluate: str, task: str) -> None:
+    """The figures and the closing table of a sweep, and what to run next."""
+    from avlprof.cli import _tuned
+
+    wrote = _tuned.draw_sweep(swept)
+    _tuned.print_sweep(swept, form)
+    policies = " ".join(f"--policy {one.folder / 'policy.yaml'}" for one in swept.studies)
+    finished([*wrote, swept.folder / "front.csv"], f"{evaluate} {policies} --task {task}")

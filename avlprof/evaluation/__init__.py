@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from avlprof._lazy import exports
 
 if TYPE_CHECKING:
-    from avlprof.evaluation.answers import generate_answers
-    from avlprof.evaluation.compare import Comparison, Strongest, strongest
-    from avlprof.evaluation.evaluate import Evaluation
+    from avlprof.evaluation.answers import AnswerSettings, generate_answers
+    from avlprof.evaluation.compare import Comparison, ComparisonSettings, Strongest, strongest
+    from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings
     from avlprof.evaluation.intervals import (
         PairedDifference,
         detectable_drop,
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "AnswerSettings",
     "AnswerStore",
     "Comparison",
+    "ComparisonSettings",
     "Evaluation",
+    "EvaluationSettings",
     "Latency",
     "LineUp",
     "PairedDifference",
@@ -47,9 +50,12 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "Answer": "avlprof.evaluation.store",
+        "AnswerSettings": "avlprof.evaluation.answers",
         "AnswerStore": "avlprof.evaluation.store",
         "Comparison": "avlprof.evaluation.compare",
+        "ComparisonSettings": "avlprof.evaluation.compare",
         "Evaluation": "avlprof.evaluation.evaluate",
+        "EvaluationSettings": "avlprof.evaluation.evaluate",
         "Latency": "avlprof.evaluation.latency",
         "LineUp": "avlprof.evaluation.lineup",
         "PairedDifference": "avlprof.evaluation.intervals",

@@ -1,4 +1,4 @@
-"""What answers were generated with: the part of a result's `meta` that all results have."""
+"""Greedy answers to samples, with their bytes; which samples are answered, and how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.cache_utils import DynamicCache
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
+from avlprof.errors import UserError
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
 from avlprof.models import LoadedModel
@@ -26,26 +27,94 @@ from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.versions import versions
+from avlprof.watch import SILENT, Part, Watch
 
 
-def about(
-    loaded: LoadedModel, task: Task, split: str, samples: int, limit: int, batch_size: int
-) -> dict[str, Any]:
-    """Model, task, split, counts, versions and time; `limit` is the longest answer in tokens."""
-    return {
-        "model": loaded.source,
-        "revision": loaded.revision or "",
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
-        "task": task.name,
-        "metric": task.metric,
-        "split": split,
-        "samples": samples,
-        "max_new_tokens": limit,
-        "batch_size": batch_size,
-        "versions": versions(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How samples are answered and judged.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: samples generated at a time.
+        metric: what judges an answer (`avlprof.tasks`).
+        lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
+    """
+
+    max_new_tokens: int
+    batch_size: int = 16
+    metric: str = "exact_match"
+    lengths: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Which samples are answered, and how: what an evaluation and a comparison have in common.
+
+    Attributes:
+        split: which split of the task.
+        samples: how many of it, its first ones; None means what the task calls the split.
+        max_new_tokens: the longest answer; None is the task's.
+        batch_size: samples generated at a time.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+
+    split: str = "held-out"
+    samples: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more samples, got {self.batch_size}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+
+    def answering(self, loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> AnswerSettings:
+        """How these samples of a task are answered; batches need the lengths of their prompts."""
+        lengths = prompt_lengths(loaded, samples) if self.batch_size > 1 else None
+        limit = self.max_new_tokens or task.max_new_tokens
+        return AnswerSettings(limit, self.batch_size, task.metric, lengths)
+
+    def about(self, loaded: LoadedModel, task: Task, samples: int) -> dict[str, Any]:
+        """Model, task, split, counts, versions and time: the part of `meta` that all results have."""
+        return {
+            "model": loaded.source,
+            "revision": loaded.revision or "",
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": str(loaded.model.device),
+            "task": task.name,
+            "metric": task.metric,
+            "split": self.split,
+            "samples": samples,
+            "max_new_tokens": self.max_new_tokens or task.max_new_tokens,
+            "batch_size": self.batch_size,
+            "versions": versions(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+class Steps:
+    """Units of work that are done, and how many there are, of a job of several parts."""
+
+    def __init__(self, watch: Watch, name: str, total: int) -> None:
+        self.done, self.total = 0, total
+        self._watch, self._name = watch, name
+
+    def part(self) -> Watch:
+        """Who watches the part that comes next."""
+        return Part(self._watch, self._name, self.done, max(self.total, self.done))
+
+    def add(self, units: int) -> None:
+        """So many more are done."""
+        self.done += units
+
+    def advance(self, units: int) -> None:
+        """So many more are done, and whoever watches is told."""
+        self.add(units)
+        self._watch.phase(self._name, self.done, max(self.total, self.done))
 
 
 OnToken = Callable[[Any], None]
@@ -55,11 +124,11 @@ OnToken = Callable[[Any], None]
 class _Listener(StoppingCriteria):
     """Never stops anything; transformers calls it once a generated token."""
 
-    def __init__(self, told: Callable[[], None]) -> None:
-        self.told = told
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.told()
+        self._on_token()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -96,7 +165,7 @@ def generate_tokens(
     listeners = [_Listener(partial(on_token, cache))] if on_token else []
     ids: Tensor = loaded.model.generate(
         **encoding,
-        **given_cache(loaded.model, cache),
+        **with_cache(loaded.model, cache),
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         do_sample=False,
@@ -107,20 +176,16 @@ def generate_tokens(
 
 
 FLUSH_SECONDS = 10.0
-Progress = Callable[[int, int], None]
 
 
 def generate_answers(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     policy: Policy | None,
+    settings: AnswerSettings,
     *,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    metric: str = "exact_match",
-    lengths: Mapping[str, int] | None = None,
     store: AnswerStore | None = None,
-    progress: Progress | None = None,
+    watch: Watch = SILENT,
 ) -> list[Answer]:
     """A greedy answer to every sample, in their order; the stock model's when `policy` is None.
 
@@ -133,27 +198,25 @@ def generate_answers(
     one row.
 
     Args:
-        lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
-        progress: called with answers done and wanted.
+        settings: how long answers may be, how many are made at a time, and what judges them.
+        watch: its phase `answers` counts answers, those in `store` included.
 
     Raises:
         UserError: the policy does not fit, a picture cannot be read, or a sample has no answers.
     """
-    judge = load_metric(metric)
+    judge, limit = load_metric(settings.metric), settings.max_new_tokens
     model = model_key(loaded)
-    known = store.answers(model, policy, samples, max_new_tokens) if store else {}
+    known = store.answers(model, policy, samples, limit) if store else {}
     todo = [sample for sample in samples if sample.id not in known]
     flushed = time.monotonic()
-    if progress:
-        progress(len(known), len(samples))
+    watch.phase("answers", len(known), len(samples))
     try:
-        for batch in _batches(loaded, todo, batch_size, lengths):
-            for sample, answer in zip(batch, _answer(loaded, batch, policy, max_new_tokens), strict=True):
+        for batch in _batches(loaded, todo, settings):
+            for sample, answer in zip(batch, _answer(loaded, batch, policy, limit), strict=True):
                 known[sample.id] = answer
                 if store:
-                    store.add(model, sample, max_new_tokens, answer)
-            if progress:
-                progress(len(known), len(samples))
+                    store.add(model, sample, limit, answer)
+            watch.phase("answers", len(known), len(samples))
             if store and time.monotonic() - flushed > FLUSH_SECONDS:
                 store.flush()
                 flushed = time.monotonic()
@@ -172,10 +235,11 @@ def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, 
 
 
 def _batches(
-    loaded: LoadedModel, samples: Sequence[Sample], size: int, lengths: Mapping[str, int] | None
+    loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
 ) -> Iterator[Sequence[Sample]]:
+    size = settings.batch_size
     if size > 1 and len(samples) > size:
-        known = lengths or prompt_lengths(loaded, samples)
+        known = settings.lengths or prompt_lengths(loaded, samples)
         samples = sorted(samples, key=lambda sample: known[sample.id])
     for start in range(0, len(samples), size):
         yield samples[start : start + size]

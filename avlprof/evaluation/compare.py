@@ -14,15 +14,40 @@ import pandas as pd
 
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import about, generate_answers, prompt_lengths
+from avlprof.evaluation.answers import SampleSettings, Steps, generate_answers
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
-from avlprof.evaluation.lineup import LineUp, line_up, seeded
+from avlprof.evaluation.lineup import Entry, LineUp, line_up, seeded, shipped_baselines
 from avlprof.evaluation.store import AnswerStore
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, PromptShape
-from avlprof.tasks import Task
+from avlprof.tasks import Sample, Task
+from avlprof.watch import SILENT, Part, Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(SampleSettings):
+    """What a comparison stands on, beside which samples are answered and how.
+
+    Attributes:
+        select_split: picks the strongest baseline of a budget, with as many samples; None picks none.
+        baselines: hand-set policies to compare with; None means all that ship (but those of single
+            papers and models).
+        evidence: gives what a traced run knows, for policies with an allocator; asked only when needed.
+
+    Raises:
+        UserError: a number is below 1, or one split stands for both.
+    """
+
+    select_split: str | None = "search"
+    baselines: Sequence[Policy] | None = None
+    evidence: Callable[[], Evidence] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select_split == self.split:
+            raise UserError(f"select_split must differ from split '{self.split}', or be left out")
 
 
 @dataclass(frozen=True)
@@ -40,42 +65,42 @@ def strongest(
     loaded: LoadedModel,
     task: Task,
     candidates: Sequence[Policy],
+    settings: ComparisonSettings | None = None,
     *,
-    split: str = "search",
-    samples: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
     store: AnswerStore | None = None,
-    advanced: Callable[[int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> Strongest:
-    """Generate with every candidate on a split and pick the best by the task's metric.
+    """Generate with every candidate on the split of selection and pick the best by the task's metric.
 
     The score of the winner on the same split flatters it, since it was picked for it; compare on
     another split.
 
     Args:
-        candidates: policies at one budget; see `at_budget`.
+        candidates: policies at one budget; see `avlprof.budgets.scale_to`.
+        settings: which samples are answered, and how; see `ComparisonSettings.select_split`.
         store: answers found there are not generated again.
-        advanced: called with the number of answers that were just made or found.
+        watch: its phase `strongest` counts answers.
 
     Raises:
-        UserError: no candidate, or a policy does not fit the model.
+        UserError: no candidate, no split of selection, or a policy does not fit the model.
     """
+    settings = settings or ComparisonSettings()
     if not candidates:
         raise UserError("the strongest of no policy was asked for; give at least one baseline")
-    chosen = task.samples(split, samples)
-    lengths = prompt_lengths(loaded, chosen) if batch_size > 1 else None
+    if settings.select_split is None:
+        raise UserError("the strongest policy is picked on a split; give select_split")
+    samples = task.samples(settings.select_split, settings.samples)
+    answering = settings.answering(loaded, task, samples)
+    runs = [seeded(policy) for policy in candidates]
+    done, total = 0, len(samples) * sum(map(len, runs))
     means = []
-    for policy in candidates:
+    for seeds in runs:
         scores = []
-        for run in seeded(policy):
-            answers = generate_answers(
-                loaded, chosen, run, max_new_tokens=max_new_tokens or task.max_new_tokens,
-                batch_size=batch_size, metric=task.metric, lengths=lengths, store=store,
-            )  # fmt: skip
+        for run in seeds:
+            part = Part(watch, "strongest", done, total)
+            answers = generate_answers(loaded, samples, run, answering, store=store, watch=part)
             scores.append(np.mean([answer.score for answer in answers]))
-            if advanced:
-                advanced(len(chosen))
+            done += len(samples)
         means.append(float(np.mean(scores)))
     named = tuple((policy.name, mean) for policy, mean in zip(candidates, means, strict=True))
     return Strongest(candidates[int(np.argmax(means))], named)
@@ -199,93 +224,90 @@ class Comparison:
         return row
 
 
-Progress = Callable[[int, int], None]
-
-
 def compare(
     loaded: LoadedModel,
     task: Task,
     budgets: Sequence[float],
     *,
-    baselines: Sequence[Policy],
     given: Sequence[Policy] = (),
     tuned: Sequence[Policy] = (),
-    split: str = "held-out",
-    select_split: str | None = "search",
-    samples: int | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
-    evidence: Callable[[], Evidence] | None = None,
+    settings: ComparisonSettings | None = None,
     store: AnswerStore | None = None,
-    progress: Progress | None = None,
+    watch: Watch = SILENT,
 ) -> Comparison:
     """Generate and judge dense and every method at every budget; `docs/evaluation.md` has the terms.
 
     Budgets are counted on the prompts of the compared samples, so all methods of a budget hold
-    the same bytes to a token a layer. The strongest baseline of a budget is picked on
-    `select_split` with as many samples, and tested once on `split`.
+    the same bytes to a token a layer. The strongest baseline of a budget is picked on the split
+    of selection, and tested once on the other.
 
     Args:
         budgets: prompt KV live after prefill over dense, in [0, 1].
-        baselines, given, tuned: see `line_up`.
-        samples: how many of each split; None means what the task calls the split.
-        select_split: None picks no strongest baseline.
-        evidence: gives what a traced run knows, for policies with an allocator.
+        given: policies of your own, which are scaled to each budget (`avlprof.budgets.scale_to`).
+        tuned: policies that stand at the budget that they were tuned at, and at no other.
+        settings: which samples, which baselines; by default all held-out samples and all that ship.
         store: answers found there are not generated again.
-        progress: called with answers done and in all.
+        watch: its phase `compare` counts answers.
 
     Raises:
-        UserError: no budget, a split that is unknown or stands for both, or a sample without answers.
+        UserError: no budget, a split that is unknown, or a sample without answers.
     """
-    if not budgets or batch_size < 1:
-        raise UserError("compare needs at least one budget and a batch size of 1 or more")
-    if select_split == split:
-        raise UserError(f"select_split must differ from split '{split}', or be left out")
-    chosen = task.samples(split, samples)
-    check_samples(chosen)
-    limit = max_new_tokens or task.max_new_tokens
-    lengths = prompt_lengths(loaded, chosen) if batch_size > 1 else None
-    done, total = 0, len(chosen)
+    if not budgets:
+        raise UserError("compare needs at least one budget, such as 0.2")
+    settings = settings or ComparisonSettings()
+    samples = task.samples(settings.split, settings.samples)
+    check_samples(samples)
+    answering = settings.answering(loaded, task, samples)
+    steps = Steps(watch, "compare", len(samples))
 
-    def advanced(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, max(total, done))
-
-    def rows(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
-        answers = generate_answers(
-            loaded, chosen, run, max_new_tokens=limit, batch_size=batch_size, metric=task.metric,
-            lengths=lengths, store=store,
-        )  # fmt: skip
-        advanced(len(answers))
+    def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
+        answers = generate_answers(loaded, samples, run, answering, store=store, watch=steps.part())
+        steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
 
-    parts = [rows(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
-    shapes = [PromptShape(int(s), int(v), int(t)) for s, v, t in _shapes(parts[0])]
-    asked = tuple(sorted(set(budgets)))
-    found = line_up(
-        asked, shapes, loaded.adapter.layers, baselines=baselines, given=given, tuned=tuned, evidence=evidence
+    parts = [table(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
+    ascending = tuple(sorted(set(budgets)))
+    lineup = line_up(
+        ascending,
+        _shapes(parts[0]),
+        loaded.adapter.layers,
+        baselines=shipped_baselines(given) if settings.baselines is None else settings.baselines,
+        given=given,
+        tuned=tuned,
+        evidence=settings.evidence,
     )
-    candidates = {budget: found.at(budget, "baseline") for budget in asked} if select_split else {}
-    picked = sum(len(seeded(e.policy)) for rivals in candidates.values() for e in rivals)
-    total += len(chosen) * sum(len(seeded(e.policy)) for e in found.entries)
-    total += picked * len(task.samples(select_split, samples)) if select_split else 0
+    candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
+    selected = len(_selection(task, settings))
+    steps.total += len(samples) * _runs(lineup.entries) + selected * sum(map(_runs, candidates.values()))
     best: dict[float, str] = {}
-    for budget, rivals in candidates.items():
-        if rivals and select_split:
-            winner = strongest(
-                loaded, task, [e.policy for e in rivals], split=select_split, samples=samples,
-                max_new_tokens=limit, batch_size=batch_size, store=store, advanced=advanced,
-            )  # fmt: skip
+    for budget, entries in candidates.items():
+        if entries:
+            policies = [entry.policy for entry in entries]
+            winner = strongest(loaded, task, policies, settings, store=store, watch=steps.part())
+            steps.add(selected * _runs(entries))
             best[budget] = winner.policy.name
-    for entry in found.entries:
+    for entry in lineup.entries:
         who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [rows(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
-    meta = about(loaded, task, split, len(chosen), limit, batch_size)
-    meta |= {"select_split": select_split or "", "budgets": list(asked)}
-    return Comparison(meta, pd.concat(parts, ignore_index=True), found, best)
+        parts += [table(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
+    meta = settings.about(loaded, task, len(samples))
+    meta |= {"select_split": settings.select_split or "", "budgets": list(ascending)}
+    return Comparison(meta, pd.concat(parts, ignore_index=True), lineup, best)
 
 
-def _shapes(dense: pd.DataFrame) -> Any:
-    return dense[["system", "vision", "text"]].itertuples(index=False)
+def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
+    return task.samples(settings.select_split, settings.samples) if settings.select_split else ()
+
+
+def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:
+    """Who may be the strongest baseline of a budget."""
+    return lineup.at(budget, "baseline") if settings.select_split else ()
+
+
+def _runs(entries: Sequence[Entry]) -> int:
+    """How often a split is answered for these methods: once for each seed of each."""
+    return sum(len(seeded(entry.policy)) for entry in entries)
+
+
+def _shapes(dense: pd.DataFrame) -> list[PromptShape]:
+    rows = dense[["system", "vision", "text"]].itertuples(index=False)
+    return [PromptShape(int(system), int(vision), int(text)) for system, vision, text in rows]

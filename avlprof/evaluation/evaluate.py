@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import about, generate_answers, prompt_lengths
+from avlprof.evaluation.answers import AnswerSettings, SampleSettings, Steps, generate_answers
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
-from avlprof.evaluation.lineup import Contender, contenders, with_baselines
+from avlprof.evaluation.lineup import PolicyRow, policy_rows, with_baselines
 from avlprof.evaluation.store import Answer, AnswerStore
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
@@ -23,6 +23,7 @@ from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.forced.samples import fidelity as measure_fidelity
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task
+from avlprof.watch import SILENT, Watch
 
 COLUMNS = (
     *("policy", "family", "samples", "score", "low", "high"),
@@ -67,8 +68,8 @@ class Evaluation:
 
     def pareto(self) -> pd.DataFrame:
         """What the Pareto figure draws: `policy, family, score, low, high, live_share, read_share, n`."""
-        wanted = ["policy", "family", "score", "low", "high", "live_share", "read_share", "samples"]
-        return self.summary()[wanted].rename(columns={"samples": "n"})
+        columns = ["policy", "family", "score", "low", "high", "live_share", "read_share", "samples"]
+        return self.summary()[columns].rename(columns={"samples": "n"})
 
     def groups(self) -> pd.DataFrame:
         """Mean score by `policy` (rows, dense first) and kind of question (columns)."""
@@ -107,7 +108,7 @@ class Evaluation:
         own = self._by_sample(label)
         score = mean_interval(own["score"].to_numpy())
         paired = paired_difference(own["score"].to_numpy(), dense["score"].to_numpy())
-        shown = math.isfinite(paired.sd) and paired.sd > 0
+        differs = math.isfinite(paired.sd) and paired.sd > 0
         row = {
             "policy": label,
             "family": self.answers.loc[self.answers["policy"] == label, "family"].iloc[0],
@@ -119,7 +120,7 @@ class Evaluation:
             "difference_low": paired.difference.low,
             "difference_high": paired.difference.high,
             "p_value": paired.p_value,
-            "detectable": detectable_drop(score.samples, paired.sd) if shown else math.nan,
+            "detectable": detectable_drop(score.samples, paired.sd) if differs else math.nan,
             "kl": own["kl"].mean(),
             "agreement": own["agreement"].mean(),
             "live_share": own["live_bytes"].sum() / own["dense_bytes"].sum(),
@@ -133,18 +134,17 @@ class Evaluation:
         return row | self._times(label)
 
     def _times(self, label: str) -> dict[str, float]:
-        found = next((latency for latency in self.latencies if latency.policy == label), None)
-        if found is None:
+        latency = next((latency for latency in self.latencies if latency.policy == label), None)
+        if latency is None:
             return dict.fromkeys(("first_token_ms", "tokens_per_s", "peak_mb", "cache_mb"), math.nan)
         return {
-            "first_token_ms": found.first_token_ms,
-            "tokens_per_s": found.tokens_per_s,
-            "peak_mb": found.peak_bytes / 1e6 if found.peak_bytes is not None else math.nan,
-            "cache_mb": found.cache_bytes / 1e6,
+            "first_token_ms": latency.first_token_ms,
+            "tokens_per_s": latency.tokens_per_s,
+            "peak_mb": latency.peak_bytes / 1e6 if latency.peak_bytes is not None else math.nan,
+            "cache_mb": latency.cache_bytes / 1e6,
         }
 
 
-Progress = Callable[[int, int], None]
 LATENCY_SAMPLES = 2
 LATENCY_REPEATS = 3
 BUFFERED = "dense (preallocated)"
@@ -152,93 +152,74 @@ BUFFERED = "dense (preallocated)"
 `DynamicCache` copies itself at every token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(SampleSettings):
+    """What an evaluation generates and measures, beside which samples are answered and how.
+
+    Attributes:
+        baselines: add uniform and random at the live and read bytes of each policy.
+        fidelity: also measure KL and agreement by teacher forcing.
+        latency: also time 2 samples 3 times at batch 1; policies take turns.
+    """
+
+    baselines: bool = False
+    fidelity: bool = True
+    latency: bool = True
+
+    def units(self, rows: Sequence[PolicyRow], samples: int, baselines_to_come: bool = False) -> int:
+        """Work to do: answers, forced scores, timings; baselines to come count as four runs a policy."""
+        runs = sum(len(row.runs) for row in rows) + (4 * (len(rows) - 1) if baselines_to_come else 0)
+        timings = (len(rows) + 1) * min(LATENCY_SAMPLES, samples) * LATENCY_REPEATS
+        return runs * samples + (runs - 1) * samples * self.fidelity + timings * self.latency
+
+
 def evaluate(
     loaded: LoadedModel,
     task: Task,
     policies: Sequence[Policy],
+    settings: EvaluationSettings | None = None,
     *,
-    split: str = "held-out",
-    samples: int | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
-    fidelity: bool = True,
-    latency: bool = True,
-    baselines: bool = False,
     store: AnswerStore | None = None,
-    progress: Progress | None = None,
+    watch: Watch = SILENT,
 ) -> Evaluation:
     """Generate, judge and time the dense model and every policy on the same samples.
 
     Args:
-        samples: how many of the split, its first ones; None means what the task calls the split.
-        batch_size: of answers and fidelity; latency is always at batch 1.
-        fidelity: also measure KL and agreement by teacher forcing.
-        latency: also time 2 samples 3 times at batch 1; policies take turns.
-        baselines: add uniform and random at the live and read bytes of each policy.
+        settings: which samples, and what is measured; by default all held-out ones, without baselines.
         store: answers found there are not generated again.
-        progress: called with units of work done and in all (answers, forced scores, timings).
+        watch: its phase `evaluate` counts units of work (answers, forced scores, timings).
 
     Raises:
         UserError: a policy does not fit the model or its runtime, or the split is unknown.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be 1 or more samples, got {batch_size}")
-    chosen = task.samples(split, samples)
-    _check(loaded, policies, chosen)
-    limit = max_new_tokens or task.max_new_tokens
-    found = contenders(policies)
-    work = _Work(progress)
-    work.total = _units(found, len(chosen), fidelity, latency, baselines)
-    lengths = prompt_lengths(loaded, chosen) if batch_size > 1 else None
+    settings = settings or EvaluationSettings()
+    samples = task.samples(settings.split, settings.samples)
+    _check(loaded, policies, samples)
+    rows = policy_rows(policies)
+    steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
+    answering = settings.answering(loaded, task, samples)
 
-    def answers_of(run: Policy | None) -> list[Answer]:
-        def advanced(done: int, _: int, before: int = work.done) -> None:
-            work.at(before + done)
-
-        return generate_answers(
-            loaded, chosen, run, max_new_tokens=limit, batch_size=batch_size, metric=task.metric,
-            lengths=lengths, store=store, progress=advanced,
-        )  # fmt: skip
+    def answers_of(policy: Policy | None) -> list[Answer]:
+        answers = generate_answers(loaded, samples, policy, answering, store=store, watch=steps.part())
+        steps.add(len(answers))
+        return answers
 
     dense = answers_of(None)
-    if baselines:
+    if settings.baselines:
         shapes = [PromptShape(a.system, a.vision, a.text) for a in dense]
-        steps = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
-        found = with_baselines(found, shapes, loaded.adapter.layers, max(steps, 1))
-        work.total = _units(found, len(chosen), fidelity, latency, False)
-    rows = [_rows(found[0], 0, dense)]
-    for contender in found[1:]:
-        rows += [_rows(contender, seed, answers_of(run)) for seed, run in enumerate(contender.runs)]
-    table = pd.concat(rows, ignore_index=True).assign(kl=float("nan"), agreement=float("nan"))
-    if fidelity:
-        order = sorted(chosen, key=lambda sample: lengths[sample.id]) if lengths else chosen
-        table = _with_fidelity(table, loaded, order, found, limit, batch_size, work)
-    timed = _latencies(loaded, chosen, found, limit, work) if latency else ()
-    meta = about(loaded, task, split, len(chosen), limit, batch_size)
-    meta["policies"] = {c.label: [run.hash for run in c.runs if run] for c in found}
+        length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
+        rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
+        steps.total = settings.units(rows, len(samples))
+    tables = [_table(rows[0], 0, dense)]
+    for row in rows[1:]:
+        tables += [_table(row, seed, answers_of(policy)) for seed, policy in enumerate(row.runs)]
+    table = pd.concat(tables, ignore_index=True).assign(kl=float("nan"), agreement=float("nan"))
+    if settings.fidelity:
+        table = _with_fidelity(table, loaded, samples, rows, answering, steps)
+    timed = _latencies(loaded, samples, rows, answering, steps) if settings.latency else ()
+    meta = settings.about(loaded, task, len(samples))
+    meta["policies"] = {row.label: [policy.hash for policy in row.runs if policy] for row in rows}
     return Evaluation(meta, table, timed)
-
-
-class _Work:
-    """Units of work done and in all, told to a progress callback."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.done, self.total, self._progress = 0, 0, progress
-
-    def at(self, done: int) -> None:
-        self.done = done
-        if self._progress:
-            self._progress(done, max(self.total, done))
-
-    def add(self, units: int) -> None:
-        self.at(self.done + units)
-
-
-def _units(found: Sequence[Contender], samples: int, fidelity: bool, latency: bool, baselines: bool) -> int:
-    """Work to do; with baselines to come, four runs are expected for each policy."""
-    runs = sum(len(c.runs) for c in found) + (4 * (len(found) - 1) if baselines else 0)
-    timings = (len(found) + 1) * min(LATENCY_SAMPLES, samples) * LATENCY_REPEATS
-    return runs * samples + (runs - 1) * samples * fidelity + timings * latency
 
 
 def _check(loaded: LoadedModel, policies: Sequence[Policy], samples: Sequence[Sample]) -> None:
@@ -259,8 +240,8 @@ def check_samples(samples: Sequence[Sample]) -> None:
         raise UserError(f"sample '{unlabelled}' has no reference answers to be judged by; give it answers")
 
 
-def _rows(contender: Contender, seed: int, answers: Sequence[Answer]) -> pd.DataFrame:
-    named = {"policy": contender.label, "family": contender.family, "seed": seed}
+def _table(row: PolicyRow, seed: int, answers: Sequence[Answer]) -> pd.DataFrame:
+    named = {"policy": row.label, "family": row.family, "seed": seed}
     return pd.DataFrame([named | asdict(answer) for answer in answers])
 
 
@@ -268,20 +249,22 @@ def _with_fidelity(
     table: pd.DataFrame,
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    found: Sequence[Contender],
-    limit: int,
-    batch_size: int,
-    work: _Work,
+    rows: Sequence[PolicyRow],
+    answering: AnswerSettings,
+    steps: Steps,
 ) -> pd.DataFrame:
-    runs = [(c.label, seed, run) for c in found for seed, run in enumerate(c.runs) if run]
+    lengths = answering.lengths
+    order = sorted(samples, key=lambda sample: lengths[sample.id]) if lengths else samples
+    runs = [(row.label, seed, policy) for row in rows for seed, policy in enumerate(row.runs) if policy]
     scores = measure_fidelity(
         loaded,
-        samples,
-        [run for *_, run in runs],
-        max_new_tokens=limit,
-        batch_size=batch_size,
-        advanced=work.add,
+        order,
+        [policy for *_, policy in runs],
+        max_new_tokens=answering.max_new_tokens,
+        batch_size=answering.batch_size,
+        watch=steps.part(),
     )
+    steps.add(len(runs) * len(order))
     keys = ["policy", "seed", "sample"]
     measured = [
         {"policy": label, "seed": seed, "sample": score.sample, "kl": score.kl, "agreement": score.agreement}
@@ -290,23 +273,26 @@ def _with_fidelity(
     ]
     # the reference on its own answers, by definition
     measured += [
-        {"policy": found[0].label, "seed": 0, "sample": sample.id, "kl": 0.0, "agreement": 1.0}
-        for sample in samples
+        {"policy": rows[0].label, "seed": 0, "sample": sample.id, "kl": 0.0, "agreement": 1.0}
+        for sample in order
     ]
     return table.drop(columns=["kl", "agreement"]).merge(pd.DataFrame(measured), on=keys, how="left")
 
 
 def _latencies(
-    loaded: LoadedModel, samples: Sequence[Sample], found: Sequence[Contender], limit: int, work: _Work
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    rows: Sequence[PolicyRow],
+    answering: AnswerSettings,
+    steps: Steps,
 ) -> tuple[Latency, ...]:
-    timed: dict[str, Policy | None] = {contender.label: contender.runs[0] for contender in found}
-    return tuple(
-        measure_latency(
-            loaded,
-            samples[:LATENCY_SAMPLES],
-            timed | {BUFFERED: DENSE},
-            new_tokens=max(min(limit, 32), 2),
-            repeats=LATENCY_REPEATS,
-            advanced=work.add,
-        )
+    policies: dict[str, Policy | None] = {row.label: row.runs[0] for row in rows}
+    latencies = measure_latency(
+        loaded,
+        samples[:LATENCY_SAMPLES],
+        policies | {BUFFERED: DENSE},
+        new_tokens=max(min(answering.max_new_tokens, 32), 2),
+        repeats=LATENCY_REPEATS,
+        watch=steps.part(),
     )
+    return tuple(latencies)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from avlprof.policy import PromptShape
 from avlprof.runtime.buffers import BufferedLayer
-from avlprof.runtime.layer import AdaptiveLayer
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def footprints(cache: Any, rows: Sequence[PromptShape]) -> list[Footprint]:
             continue
         size = _bytes_per_token(layer.keys) + _bytes_per_token(layer.values)
         totals = [shape.total for shape in rows]
-        kept = layer.stored_prompt_tokens() if isinstance(layer, AdaptiveLayer) else totals
+        kept = layer.stored_prompt_tokens(rows) if isinstance(layer, BufferedLayer) else totals
         live = [bytes_ + size * count for bytes_, count in zip(live, kept, strict=True)]
         dense = [bytes_ + size * count for bytes_, count in zip(dense, totals, strict=True)]
         allocated += storage_bytes(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from avlprof.evaluation.footprint import cache_bytes
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
+from avlprof.watch import SILENT, Watch
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def measure_latency(
     *,
     new_tokens: int = 32,
     repeats: int = 3,
-    advanced: Callable[[int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> list[Latency]:
     """Time every policy on every sample `repeats` times; None stands for the stock model.
 
@@ -63,7 +64,7 @@ def measure_latency(
     elsewhere.
 
     Args:
-        advanced: called with 1 after each measurement.
+        watch: its phase `latency` counts measurements.
 
     Raises:
         UserError: no samples, fewer than 2 new tokens, or fewer than 1 repeat.
@@ -75,6 +76,7 @@ def measure_latency(
         )
     names = list(policies)
     times: dict[str, list[_Timed]] = {name: [] for name in names}
+    done, total = 0, len(samples) * repeats * len(names)
     for number, sample in enumerate(samples):
         encoding = loaded.adapter.encode_samples([sample])
         if number == 0:
@@ -84,8 +86,8 @@ def measure_latency(
             first = (number * repeats + turn) % len(names)
             for name in names[first:] + names[:first]:
                 times[name].append(_timed(loaded, encoding, policies[name], new_tokens))
-                if advanced:
-                    advanced(1)
+                done += 1
+                watch.phase("latency", done, total)
     return [_summary(name, times[name]) for name in names]
 
 

@@ -9,10 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from avlprof.allocators._base import Evidence
-from avlprof.budgets import meet_budget, meet_read_budget
-from avlprof.budgets.scale import OverBudgetError, at_budget
+from avlprof.budgets import OverBudgetError, ReadBudget, meet_budget, meet_read_budget, scale_to
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec, TextPolicy, live_share, read_share, sizes
+from avlprof.policy import (
+    DENSE,
+    Policy,
+    PromptShape,
+    ScorerSpec,
+    TextPolicy,
+    find_policy,
+    live_share,
+    read_share,
+    shipped,
+    sizes,
+)
 from avlprof.runtime.support import check_supported
 
 RANDOM_SEEDS = (0, 1, 2)
@@ -21,11 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One row of a comparison.
+class PolicyRow:
+    """One row of an evaluation.
 
     `runs` are what is generated for it: one policy, several seeds of a random one (averaged per
-    sample), or None, the stock model. `family` joins contenders of one kind in a figure.
+    sample), or None, the stock model. `family` joins rows of one kind in a figure.
     """
 
     label: str
@@ -33,46 +43,46 @@ class Contender:
     runs: tuple[Policy | None, ...]
 
 
-REFERENCE = Contender("dense", "dense", (None,))
+REFERENCE = PolicyRow("dense", "dense", (None,))
 
 
-def contenders(policies: Iterable[Policy]) -> list[Contender]:
+def policy_rows(policies: Iterable[Policy]) -> list[PolicyRow]:
     """The reference first, then each policy once; labels are made unique.
 
     A policy that ranks by `random` without a seed of its own runs with seeds 0, 1 and 2. A policy
     without any effect is the reference and gets no row of its own.
     """
-    found = [REFERENCE]
+    rows = [REFERENCE]
     hashes = {DENSE.hash}
     for policy in policies:
         if policy.hash not in hashes:
             hashes.add(policy.hash)
-            found.append(_contender(policy, policy.name, policy.name))
-    return _unique(found)
+            rows.append(_row(policy, policy.name, policy.name))
+    return _unique(rows)
 
 
 def with_baselines(
-    found: Sequence[Contender], prompts: Sequence[PromptShape], layers: int, answer_tokens: int
-) -> list[Contender]:
-    """Contenders and, behind them, `uniform` and `random` at equal live and read bytes.
+    rows: Sequence[PolicyRow], prompts: Sequence[PromptShape], layers: int, answer_tokens: int
+) -> list[PolicyRow]:
+    """The rows and, behind them, `uniform` and `random` at equal live and read bytes.
 
-    A baseline that does to these prompts what another contender does is left out.
+    A baseline that does to these prompts what another row does is left out.
     """
     shapes = set(prompts)
-    known = [_effect(contender, shapes, layers) for contender in found]
+    known = [_effect(row, shapes, layers) for row in rows]
     added = []
-    for contender in found:
-        policy = contender.runs[0]
+    for row in rows:
+        policy = row.runs[0]
         if policy is None:
             continue
         share = live_share(policy, prompts, layers)
         for baseline in equal_bytes(policy, prompts, layers, answer_tokens):
-            contender = _contender(baseline, f"{baseline.name} @ {share:.1%}", baseline.name)
-            effect = _effect(contender, shapes, layers)
+            other = _row(baseline, f"{baseline.name} @ {share:.1%}", baseline.name)
+            effect = _effect(other, shapes, layers)
             if effect not in known:
                 known.append(effect)
-                added.append(contender)
-    return _unique([*found, *added])
+                added.append(other)
+    return _unique([*rows, *added])
 
 
 def equal_bytes(
@@ -93,11 +103,10 @@ def equal_bytes(
         keep = meet_budget(flat, prompts, live_share(policy, prompts, layers), text)
         uniform = Policy(name="uniform", vision_keep=keep, scorer=scorer, heads=policy.heads, text=text)
         if not joint and policy.compute(layers) != policy.keep(layers):
-            reads = read_share(policy, prompts, layers, answer_tokens)
             every, refresh = policy.refresh_interval, policy.refresh
-            compute = meet_read_budget(
-                keep, prompts, every, reads, answer_tokens, text, flat, refresh=refresh
-            )
+            share = read_share(policy, prompts, layers, answer_tokens)
+            reads = ReadBudget(share, answer_tokens, every, refresh)
+            compute = meet_read_budget(keep, prompts, reads, text, flat)
             cored = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
             uniform = uniform.model_copy(update=cored)
     except UserError as error:
@@ -105,8 +114,9 @@ def equal_bytes(
         return []
     random = uniform.model_copy(update={"name": "random", "scorer": ScorerSpec(name="random")})
     ranked_at_random = policy.scorer.name == "random" and not joint
-    found = [] if _is_flat(policy, layers) and not ranked_at_random else [uniform]
-    return found if _is_flat(policy, layers) and ranked_at_random else [*found, random]
+    flat_already = _is_flat(policy, layers)
+    baselines = [] if flat_already and not ranked_at_random else [uniform]
+    return baselines if flat_already and ranked_at_random else [*baselines, random]
 
 
 def seeded(policy: Policy) -> tuple[Policy, ...]:
@@ -121,17 +131,17 @@ def seeded(policy: Policy) -> tuple[Policy, ...]:
     )
 
 
-def _contender(policy: Policy, label: str, family: str) -> Contender:
+def _row(policy: Policy, label: str, family: str) -> PolicyRow:
     runs = seeded(policy)
     if len(runs) == 1:
-        return Contender(label, family, runs)
+        return PolicyRow(label, family, runs)
     name, separator, rest = label.partition(" @ ")
-    return Contender(f"{name} x{len(runs)}{separator}{rest}", family, runs)
+    return PolicyRow(f"{name} x{len(runs)}{separator}{rest}", family, runs)
 
 
-def _effect(contender: Contender, shapes: Iterable[PromptShape], layers: int) -> object:
-    """What a contender does to these prompts; equal for ratios that mean the same tokens."""
-    policy = contender.runs[0]
+def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> object:
+    """What a row's policy does to these prompts; equal for ratios that mean the same tokens."""
+    policy = row.runs[0]
     if policy is None:
         return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
@@ -144,16 +154,16 @@ def _is_flat(policy: Policy, layers: int) -> bool:
     return policy.joint is None and len(set(policy.keep(layers))) == len(set(policy.compute(layers))) == 1
 
 
-def _unique(found: Sequence[Contender]) -> list[Contender]:
+def _unique(rows: Sequence[PolicyRow]) -> list[PolicyRow]:
     taken: set[str] = set()
     named = []
-    for contender in found:
-        label, number = contender.label, 1
+    for row in rows:
+        label, number = row.label, 1
         while label in taken:
             number += 1
-            label = f"{contender.label} ({number})"
+            label = f"{row.label} ({number})"
         taken.add(label)
-        named.append(replace(contender, label=label))
+        named.append(replace(row, label=label))
     return named
 
 
@@ -205,7 +215,7 @@ def line_up(
 ) -> LineUp:
     """All methods at all budgets.
 
-    Baselines and given policies are scaled to each budget (`at_budget`). A tuned policy stands at
+    Baselines and given policies are scaled to each budget (`scale_to`). A tuned policy stands at
     the budget that its provenance names, and at no other.
 
     Args:
@@ -230,7 +240,7 @@ def line_up(
                 left_out.append(LeftOut(policy.name, kind, budget, f"was tuned at {own:g}", math.nan))
                 continue
             try:
-                scaled = at_budget(policy, budget, prompts, layers, known)
+                scaled = scale_to(policy, budget, prompts, layers, known)
                 check_supported(scaled)
             except UserError as error:
                 floor = error.floor if isinstance(error, OverBudgetError) else math.nan
@@ -242,6 +252,13 @@ def line_up(
             f"nothing can be compared: {left_out[0].reason}" if left_out else "no policy is given"
         )
     return LineUp(tuple(entries), tuple(left_out))
+
+
+def shipped_baselines(policies: Iterable[Policy] = ()) -> list[Policy]:
+    """The baselines that ship, less those that share their name with one of `policies`."""
+    taken = {policy.name for policy in policies}
+    baselines = [find_policy(name) for name in shipped() if "/" not in name]  # others are of papers or models
+    return [policy for policy in baselines if policy.name not in taken]
 
 
 def _check_names(methods: Sequence[tuple[Kind, Policy]]) -> None:

@@ -30,15 +30,15 @@ def model_args(model: str, policy: str | Path = DENSE.name, **options: str | int
     Raises:
         UserError: the policy is unknown, or a value holds a comma, which would cut it in two.
     """
-    found = find_policy(str(policy))
-    given = {"pretrained": model, "policy": str(policy), "policy_hash": policy_hash(found), **options}
-    for name, value in given.items():
+    content = policy_hash(find_policy(str(policy)))
+    arguments = {"pretrained": model, "policy": str(policy), "policy_hash": content, **options}
+    for name, value in arguments.items():
         if "," in str(value):
             raise UserError(f"{name} must not hold a comma in model arguments, got '{value}'")
-    return ",".join(f"{name}={value}" for name, value in given.items())
+    return ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
-def checked_policy(name: str, given_hash: str | None) -> Policy:
+def checked_policy(name: str, claimed: str | None) -> Policy:
     """The policy of a name, if the hash in the model arguments is that of its content.
 
     Raises:
@@ -46,9 +46,9 @@ def checked_policy(name: str, given_hash: str | None) -> Policy:
     """
     policy = find_policy(name)
     right = policy_hash(policy)
-    if given_hash == right:
+    if claimed == right:
         return policy
-    lacks = "lacks its policy_hash" if given_hash is None else f"has changed: policy_hash is {given_hash}"
+    lacks = "lacks its policy_hash" if claimed is None else f"has changed: policy_hash is {claimed}"
     raise UserError(
         f"policy '{name}' {lacks}; lmms-eval finds cached answers by its model arguments alone, "
         f"so add policy_hash={right} to --model_args"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -15,11 +15,12 @@ from torch import Tensor
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import generate_tokens, running
 from avlprof.lmms import checked_policy
-from avlprof.models import LoadedModel, load_model
+from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.models.answers import answer_length, end_tokens
+from avlprof.models.spec import ModelOptions
 from avlprof.policy import DENSE
 from avlprof.runtime.support import check_supported
-from avlprof.tracing.trace import GivenAnswers
+from avlprof.tracing.trace import FixedAnswers
 
 DEFAULT_NEW_TOKENS = 1024
 PLACEHOLDER = "<image>"
@@ -33,9 +34,9 @@ class AVLProf(lmms):
         policy: a file, the name of a shipped policy, or `dense`.
         policy_hash: of the policy's content (`avlprof.lmms.model_args` writes it); required, since
             lmms-eval's cache knows answers by the model arguments alone.
-        device, dtype, revision, trust_remote_code: as in `avlprof.load_model`.
         batch_size: prompts generated at a time.
         max_batch_size: accepted because lmms-eval passes it; not used.
+        options: how to load the model, as in `avlprof.load_model`: device, dtype, revision, ...
 
     Raises:
         UserError: the hash is not the policy's, the policy does not fit, or several processes run.
@@ -48,25 +49,17 @@ class AVLProf(lmms):
         pretrained: str = "tiny",
         policy: str = "dense",
         policy_hash: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("the avlprof model of lmms-eval runs in one process; start it without a launcher")
         self.policy = checked_policy(str(policy), policy_hash)
         check_supported(self.policy)
-        loaded = load_model(
-            str(pretrained),
-            device=device or "auto",
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        options["device"] = options.get("device") or "auto"  # lmms-eval passes None
+        loaded = load_model(ModelSpec(str(pretrained), **options))
         self.policy.check_layers(loaded.adapter.layers)
         self._run = None if self.policy.hash == DENSE.hash else self.policy
         self._loaded: LoadedModel | None = loaded
@@ -91,17 +84,17 @@ class AVLProf(lmms):
         Raises:
             UserError: a request asks for sampling or beams, or holds something other than pictures.
         """
-        found: dict[int, GenerationResult] = {}
+        results: dict[int, GenerationResult] = {}
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for place, request in enumerate(requests):
-            groups.setdefault(_greedy(request.args[1]), []).append(place)
-        for (limit, until), places in groups.items():
-            places.sort(key=lambda place: len(requests[place].args[0]))
-            for start in range(0, len(places), self.batch_size):
-                batch = places[start : start + self.batch_size]
-                answers = self._answers([requests[place] for place in batch], limit, until)
-                found.update(zip(batch, answers, strict=True))
-        return [found[place] for place in range(len(requests))]
+        for index, request in enumerate(requests):
+            groups.setdefault(_greedy(request.args[1]), []).append(index)
+        for (limit, until), indices in groups.items():
+            indices.sort(key=lambda index: len(requests[index].args[0]))
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                answers = self._answers([requests[index] for index in batch], limit, until)
+                results.update(zip(batch, answers, strict=True))
+        return [results[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood of each continuation under the policy, and whether it is greedy.
@@ -158,8 +151,8 @@ class AVLProf(lmms):
         return -sum(forced.log_probabilities) / len(tokens), forced.greedy
 
     def _pictures(self, to_visual: Any, doc_id: int, task: str, split: str) -> list[Image.Image]:
-        found = to_visual(self.task_dict[task][split][doc_id]) if to_visual else []
-        pictures = [] if found is None else list(found)
+        visuals = to_visual(self.task_dict[task][split][doc_id]) if to_visual else []
+        pictures = [] if visuals is None else list(visuals)
         for picture in pictures:
             if not isinstance(picture, Image.Image):
                 kind = type(picture).__name__
@@ -167,7 +160,7 @@ class AVLProf(lmms):
         return [picture.convert("RGB") for picture in pictures]
 
 
-class _Noted(GivenAnswers):
+class _Noted(FixedAnswers):
     """Makes one row's generation take given tokens, and notes how likely each was."""
 
     def __init__(self, tokens: Sequence[int], prompt: int) -> None:
@@ -183,14 +176,14 @@ class _Noted(GivenAnswers):
         return forced
 
 
-def _greedy(asked: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+def _greedy(options: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     """Longest answer and stop texts of a request, which must be greedy."""
-    sampled = asked.get("do_sample") or (asked.get("temperature") or 0) > 0
-    if sampled or (asked.get("num_beams") or 1) > 1:
-        raise UserError(f"the avlprof model answers greedily, without sampling or beams; got {dict(asked)}")
-    until = asked.get("until") or ()
+    sampled = options.get("do_sample") or (options.get("temperature") or 0) > 0
+    if sampled or (options.get("num_beams") or 1) > 1:
+        raise UserError(f"the avlprof model answers greedily, without sampling or beams; got {dict(options)}")
+    until = options.get("until") or ()
     stops = (until,) if isinstance(until, str) else tuple(until)
-    return int(asked.get("max_new_tokens") or DEFAULT_NEW_TOKENS), stops
+    return int(options.get("max_new_tokens") or DEFAULT_NEW_TOKENS), stops
 
 
 def _text(context: str) -> str:

@@ -56,7 +56,7 @@ def coverage_info(frame: pd.DataFrame) -> CoverageInfo:
     """Share of vision attention held by the best share of vision tokens, from one token on.
 
     Args:
-        frame: `Profile.coverage_curve()`: `layer, query, share_kept, mean, low, high` (and `n`).
+        frame: `profile["coverage_curve"]`: `layer, query, share_kept, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
@@ -81,7 +81,7 @@ def coverage_curves(source: Profile | CoverageInfo) -> Figure:
     The share is on a log scale, since most layers need few tokens. The further above the dashed
     line (even attention) a layer is, the sparser it is.
     """
-    info = source if isinstance(source, CoverageInfo) else coverage_info(source.coverage_curve())
+    info = source if isinstance(source, CoverageInfo) else coverage_info(source["coverage_curve"])
     with theme():
         bands = len(info.panels[0].layers) <= LEGEND_LAYERS
         note = joined(info.note, "bands: 95% interval" if bands else "")

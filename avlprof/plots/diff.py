@@ -94,7 +94,7 @@ def run_names(here: Profile, other: Profile) -> tuple[str, str]:
     """Two profiles by what tells them apart: policy, task or model; else by their runs."""
     a, b = here.meta.settings, other.meta.settings
     pairs = [
-        ((a.policy or "dense").split()[0], (b.policy or "dense").split()[0]),
+        (a.policy or "dense", b.policy or "dense"),
         (a.task, b.task),
         (a.model, b.model),
         (here.meta.run, other.meta.run),

@@ -51,7 +51,7 @@ def drift_info(frame: pd.DataFrame) -> DriftInfo:
     """Overlap by layer and lag.
 
     Args:
-        frame: `Profile.drift()`: `layer, lag, mean, low, high` (and `n`).
+        frame: `profile["drift"]`: `layer, lag, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or no answer was long enough or had vision tokens.
@@ -82,7 +82,7 @@ def step_drift(source: Profile | DriftInfo, top_share: float | None = None) -> F
     """
     if not isinstance(source, DriftInfo):
         top_share = source.meta.settings.top_share
-        source = drift_info(source.drift())
+        source = drift_info(source["drift"])
     with theme():
         several, many = len(source.layers) > 1, len(source.layers) > THIN_LAYERS
         band = (

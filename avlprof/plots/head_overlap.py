@@ -25,7 +25,7 @@ def head_overlap_info(frame: pd.DataFrame, top_share: float | None = None) -> He
     with the layer's other heads.
 
     Args:
-        frame: `Profile.head_overlap()`: `layer_a, head_a, layer_b, head_b, query, mean, low, high`
+        frame: `profile["head_overlap"]`: `layer_a, head_a, layer_b, head_b, query, mean, low, high`
             (and `n`).
         top_share: size of the sets as a share of the vision tokens; it is also the overlap of
             random sets.
@@ -66,5 +66,5 @@ def head_overlap(source: Profile | HeadInfo) -> Figure:
         UserError: the run holds averages over heads only.
     """
     if not isinstance(source, HeadInfo):
-        source = head_overlap_info(source.head_overlap(), source.meta.settings.top_share)
+        source = head_overlap_info(source["head_overlap"], source.meta.settings.top_share)
     return draw_head_maps(source)

@@ -60,7 +60,7 @@ def head_info(frame: pd.DataFrame, statistics: tuple[str, ...] = SHARES) -> Head
     """Statistics head by head, of generated rows (of the last prompt row if none).
 
     Args:
-        frame: `Profile.heads()`: `layer, head, phase, query, statistic, mean, low, high` (and `n`).
+        frame: `profile["heads"]`: `layer, head, phase, query, statistic, mean, low, high` (and `n`).
         statistics: which of `vision`, `sink` and `entropy`, in this order.
 
     Raises:
@@ -90,7 +90,7 @@ def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) 
     Raises:
         UserError: the run holds averages over heads only.
     """
-    return draw_head_maps(source if isinstance(source, HeadInfo) else head_info(source.heads(), statistics))
+    return draw_head_maps(source if isinstance(source, HeadInfo) else head_info(source["heads"], statistics))
 
 
 def draw_head_maps(info: HeadInfo) -> Figure:

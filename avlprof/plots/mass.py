@@ -73,7 +73,7 @@ def mass_info(frame: pd.DataFrame, horizon: pd.DataFrame | None = None) -> MassI
     """Mean attention per layer and modality, for the last prompt row and the generated rows.
 
     Args:
-        frame: `Profile.mass()`: `layer, phase, query, modality, mean, low, high` (and `n`).
+        frame: `profile["mass"]`: `layer, phase, query, modality, mean, low, high` (and `n`).
         horizon: `Profile.horizon()`, to mark it.
 
     Raises:
@@ -112,7 +112,7 @@ def modality_mass(source: Profile | MassInfo) -> Figure:
 
     Whiskers are the 95% interval of vision's share; a dashed line is the horizon, with its interval.
     """
-    info = source if isinstance(source, MassInfo) else mass_info(source.mass(), source.horizon())
+    info = source if isinstance(source, MassInfo) else mass_info(source["mass"], source.horizon())
     with theme():
         known = any(np.isfinite(panel.low).any() for panel in info.panels)
         whiskers = "whiskers: 95% interval of vision" if known else ""

@@ -51,7 +51,7 @@ def overlap_info(frame: pd.DataFrame) -> OverlapInfo:
     """PPCI matrices of layers.
 
     Args:
-        frame: `Profile.overlap()`: `layer_a, layer_b, query, mean, low, high` (and `n`).
+        frame: `profile["overlap"]`: `layer_a, layer_b, query, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or no traced sample has vision tokens.
@@ -87,7 +87,7 @@ def layer_overlap(source: Profile | OverlapInfo, top_share: float | None = None)
     """
     if not isinstance(source, OverlapInfo):
         top_share = source.meta.settings.top_share
-        source = overlap_info(source.overlap())
+        source = overlap_info(source["overlap"])
     with theme():
         chance = "" if top_share is None else f"random sets would overlap by {top_share:.0%}"
         typical = (

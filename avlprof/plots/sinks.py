@@ -46,7 +46,7 @@ def sink_info(frame: pd.DataFrame) -> SinkInfo:
     """Attention on the first token of the prompt and on the first text tokens, by layer.
 
     Args:
-        frame: `Profile.sinks()`: `layer, phase, query, sink, mean, low, high` (and `n`).
+        frame: `profile["sinks"]`: `layer, phase, query, sink, mean, low, high` (and `n`).
 
     Raises:
         UserError: a column is missing, or neither the last prompt row nor decoding was traced.
@@ -77,7 +77,7 @@ def sink_mass(source: Profile | SinkInfo, text_sink: int | None = None) -> Figur
     """
     if not isinstance(source, SinkInfo):
         text_sink = source.meta.settings.text_sink
-        source = sink_info(source.sinks())
+        source = sink_info(source["sinks"])
     names = KINDS if text_sink is None else KINDS | {"text": f"First {text_sink}\ntext tokens"}
     with theme():
         note = joined(source.note, "bands: 95% interval")

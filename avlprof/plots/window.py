@@ -51,7 +51,7 @@ def window_info(frame: pd.DataFrame, level: float = 0.95) -> WindowInfo:
     """Cumulative text attention by distance, of generated rows (of the last prompt row if none).
 
     Args:
-        frame: `Profile.window_curve()`: `layer, phase, query, distance, mean, low, high` (and `n`).
+        frame: `profile["window_curve"]`: `layer, phase, query, distance, mean, low, high` (and `n`).
         level: share of the text attention that a window is to hold.
 
     Raises:
@@ -77,7 +77,7 @@ def window_info(frame: pd.DataFrame, level: float = 0.95) -> WindowInfo:
 
 def text_window(source: Profile | WindowInfo) -> Figure:
     """A line per layer: the share of text attention within a window, and where it reaches the level."""
-    info = source if isinstance(source, WindowInfo) else window_info(source.window_curve())
+    info = source if isinstance(source, WindowInfo) else window_info(source["window_curve"])
     with theme():
         bands = len(info.layers) <= LEGEND_LAYERS
         dots = f"dots: {info.level:.0%} held" + (", bands: 95% interval" if bands else "")

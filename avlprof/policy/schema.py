@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -45,6 +46,11 @@ class ScorerSpec(_Part):
 
     name: str = "last_query"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name and options as one string: equal specs have equal keys."""
+        return self.model_dump_json()
 
 
 class AllocatorSpec(_Part):
@@ -155,7 +161,7 @@ class Policy(_Part):
 
     A refresh step attends to all kept vision tokens (`full`), or reads their keys alone to pick the
     core anew and attends to that (`score_only`). With an `allocator`, `vision_keep` (or `joint.keep`)
-    is the mean over layers, and `avlprof.allocators.resolved` turns it into one share a layer.
+    is the mean over layers, and `avlprof.budgets.resolve` turns it into one share a layer.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -186,12 +192,26 @@ class Policy(_Part):
     def _valid(self) -> Policy:
         _check_ratio("vision_keep", self.vision_keep)
         _check_ratio("vision_compute", self.vision_compute)
+        self._check_pool()
+        self._check_lists()
+        self._check_allocator()
+        self._check_filter()
+        return self
+
+    def _check_pool(self) -> None:
         if (self.pool == "joint") != (self.joint is not None):
             raise ValueError("pool: joint needs the field joint, and only then")
-        if self.pool == "joint" and (
-            self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all
-        ):
+        if self.joint is None:
+            return
+        if self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all:
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
+        if self.joint.decoding == "evict" and self.scorer.name not in EVICTING:
+            raise ValueError(
+                f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
+                f"got {self.scorer.name}; use joint.decoding: grow"
+            )
+
+    def _check_lists(self) -> None:
         lengths = {
             name: len(value) for name, value in self._per_layer_fields().items() if isinstance(value, tuple)
         }
@@ -199,28 +219,28 @@ class Policy(_Part):
             listed = ", ".join(f"{name} has {n}" for name, n in lengths.items())
             raise ValueError(f"per-layer lists must have one length: {listed}")
         layers = next(iter(lengths.values()), 1)
-        keep = broadcast(self.vision_keep, layers)
-        for layer, (stored, computed) in enumerate(zip(keep, self.compute(layers), strict=True)):
+        for layer, (stored, computed) in enumerate(zip(self.keep(layers), self.compute(layers), strict=True)):
             if computed > stored + 1e-9:
                 raise ValueError(
                     f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
                 )
-        evicts = self.joint is not None and self.joint.decoding == "evict"
-        if evicts and self.scorer.name not in EVICTING:
-            raise ValueError(
-                f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
-                f"got {self.scorer.name}; use joint.decoding: grow"
-            )
-        if self.allocator is not None:
-            spread = self.joint.keep if self.joint else self.vision_keep
-            if isinstance(spread, tuple):
-                raise ValueError("allocator spreads one kept share over the layers; give no list beside it")
-        last = 0
-        for step in self.prefill_filter:
-            if step.after_layer <= last:
-                raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
-            last = step.after_layer
-        return self
+
+    def _check_allocator(self) -> None:
+        spread = self.joint.keep if self.joint else self.vision_keep
+        if self.allocator is not None and isinstance(spread, tuple):
+            raise ValueError("allocator spreads one kept share over the layers; give no list beside it")
+
+    def _check_filter(self) -> None:
+        layers = [0, *(step.after_layer for step in self.prefill_filter)]
+        if any(later <= before for before, later in pairwise(layers)):
+            raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
+
+    def _check_compute(self, layers: int) -> None:
+        for layer, (stored, computed) in enumerate(zip(self.keep(layers), self.compute(layers), strict=True)):
+            if computed > stored + 1e-9:
+                raise ValueError(
+                    f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
+                )
 
     def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
         return {
@@ -249,6 +269,26 @@ class Policy(_Part):
         """`vision_compute` of each layer; without one it is `vision_keep` (no core)."""
         return self.keep(layers) if self.vision_compute is None else broadcast(self.vision_compute, layers)
 
+    @property
+    def evicts_by(self) -> str | None:
+        """What decides which token goes while decoding; None: none goes.
+
+        `position`: the oldest behind the sinks. Else the kind of running score whose lowest goes:
+        `history`, `accumulated` or `last_query` (see `avlprof.attention.ranking`).
+        """
+        if self.joint is not None:
+            return self.scorer.name if self.joint.decoding == "evict" else None
+        return None if self.text.keeps_all else self.text.scorer
+
+    @property
+    def running(self) -> str | None:
+        """The kind of running score by which tokens go; None where age decides, or none goes."""
+        return None if self.evicts_by == "position" else self.evicts_by
+
+    def deleted(self, layer: int) -> float:
+        """Share of a layer's text that goes: the quantile of the history score."""
+        return 0.0 if self.text.keep is None else 1.0 - of_layer(self.text.keep, layer)
+
     def check_layers(self, layers: int) -> None:
         """`UserError` when the policy is written for another number of layers."""
         if self.layers is not None and self.layers != layers:
@@ -259,7 +299,7 @@ class Policy(_Part):
         if self.allocator is not None:
             raise UserError(
                 f"policy '{self.name}' leaves the share of each layer to allocator '{self.allocator.name}'; "
-                "resolve it for the model first (avlprof.allocators.resolved, or 'avlprof derive')"
+                "resolve it for the model first (avlprof.budgets.resolve, or 'avlprof policy resolve')"
             )
         for step in self.prefill_filter:
             if step.after_layer >= layers:
@@ -284,6 +324,11 @@ def broadcast(value: N | tuple[N, ...], layers: int) -> tuple[N, ...]:
             raise UserError(f"a per-layer list has {len(value)} entries, the model has {layers} layers")
         return value
     return (value,) * layers
+
+
+def of_layer(value: N | tuple[N, ...], layer: int) -> N:
+    """What a scalar or a per-layer list says of one layer."""
+    return value[layer] if isinstance(value, tuple) else value
 
 
 DENSE = Policy(name="dense", description="Everything stays and is attended to: the stock model.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avlprof.policy.schema import N, Policy, broadcast
+from avlprof.policy.schema import Policy, broadcast, of_layer
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,12 @@ def text_room(policy: Policy, seen: int, held: int, layer: int) -> tuple[int, in
     if policy.joint is not None:
         sink = min(policy.joint.sink, held)
         limit = max(held, sink + 1)
-        return limit, limit - sink if policy.scorer.name == "position" else policy.joint.newest(limit)
+        return limit, limit - sink if policy.evicts_by == "position" else policy.joint.newest(limit)
     text = policy.text
     if text.keep is not None:
-        limit = max(round(_at(text.keep, layer) * seen), text.minimum)
+        limit = max(round(of_layer(text.keep, layer) * seen), text.minimum)
         return limit, int(text.recent * limit + 1e-6) if text.scored else limit
     if text.window is None:
         return seen, seen
-    window = _at(text.window, layer)
-    return _at(text.sink, layer) + _at(text.heavy, layer) + window, window
-
-
-def _at(value: N | tuple[N, ...], layer: int) -> N:
-    return value[layer] if isinstance(value, tuple) else value
+    window = of_layer(text.window, layer)
+    return of_layer(text.sink, layer) + of_layer(text.heavy, layer) + window, window

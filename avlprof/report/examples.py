@@ -10,7 +10,7 @@ from avlprof.errors import UserError
 from avlprof.models.tiles import parse_tiles
 from avlprof.plots import vision_heatmap
 from avlprof.report.figures import Embedded, as_png
-from avlprof.report.source import TracedRun
+from avlprof.run import Run
 from avlprof.tasks import Task
 
 LONGEST = 600
@@ -28,7 +28,7 @@ class Example:
     figure: Embedded
 
 
-def examples(run: TracedRun, count: int, task: Task | None = None) -> tuple[tuple[Example, ...], str]:
+def examples(run: Run, count: int, task: Task | None = None) -> tuple[tuple[Example, ...], str]:
     """Heatmaps of `count` samples, of as many groups as there are, and a note on what is missing.
 
     A figure shows the attention of the last prompt row, a panel a layer.
@@ -41,28 +41,28 @@ def examples(run: TracedRun, count: int, task: Task | None = None) -> tuple[tupl
             (),
             "There is none: the places of these samples' vision tokens in their pictures are not known.",
         )
-    found: list[Example] = []
+    drawn: list[Example] = []
     reason = ""
     for row in _spread(rows, count):
         try:
-            found.append(_example(run, row, task))
+            drawn.append(_example(run, row, task))
         except UserError as error:
             reason = f"A picture is missing: {error}."
-    return tuple(found), reason
+    return tuple(drawn), reason
 
 
 def _spread(rows: list[dict[Hashable, Any]], count: int) -> list[dict[Hashable, Any]]:
     """The first sample of every group in turn, then the second ones, up to `count`."""
     turns: dict[str, int] = {}
     ranked = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         group = str(row["group"])
         turns[group] = turns.get(group, -1) + 1
-        ranked.append((turns[group], place))
-    return [rows[place] for _, place in sorted(ranked)[:count]]
+        ranked.append((turns[group], index))
+    return [rows[index] for _, index in sorted(ranked)[:count]]
 
 
-def _example(run: TracedRun, row: dict[Hashable, Any], task: Task | None) -> Example:
+def _example(run: Run, row: dict[Hashable, Any], task: Task | None) -> Example:
     sample = str(row["sample"])
     tiles = parse_tiles(row["tiles"])
     figure = vision_heatmap(run.pictures(sample, task), run.scores(sample, ["last"])["last"], tiles)

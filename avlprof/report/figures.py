@@ -60,7 +60,7 @@ def _shorter(svg: str) -> str:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Captioned:
     """A figure, what it shows (for those who cannot see it) and how to read it."""
 
     figure: Embedded
@@ -74,48 +74,60 @@ class Section:
 
     key: str
     title: str
-    shown: tuple[Shown, ...]
+    figures: tuple[Captioned, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class FigurePlan:
+    """A figure of a profile: what it is called, in a file's name and in words, and how to read it.
+
+    One that is `per_head` cannot be drawn of a run of head means; the page says so where `noted`.
+    """
+
+    file: str
     name: str
     draw: Callable[[Profile], Figure]
     caption: str
-    per_head: bool = False  # left out, without a note, of runs of head means
+    per_head: bool = False
+    noted: bool = True
 
 
-SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
+SECTIONS: tuple[tuple[str, str, tuple[FigurePlan, ...]], ...] = (
     (
         "looking",
         "Which layers look at the picture",
         (
-            _Plan(
+            FigurePlan(
+                "modality-mass",
                 "what each layer attends to",
                 plots.modality_mass,
                 "Each bar is one layer and adds up to 100% of its attention, mean over heads and samples. "
                 "Blue is the picture; its top edge carries the 95% interval. Layers with little blue are "
                 "the first candidates for fewer vision tokens.",
             ),
-            _Plan(
+            FigurePlan(
+                "vision-horizon",
                 "how deep vision is looked at",
                 plots.vision_horizon,
                 "Attention on vision by depth, on a log scale. A diamond on the dashed line marks the "
                 "horizon: from that layer on the picture gets less than 1% of the attention. This says where "
                 "it is no longer looked at; whether anything is lost without it, only an evaluation tells.",
             ),
-            _Plan(
+            FigurePlan(
+                "sinks",
                 "attention on first tokens",
                 plots.sink_mass,
                 "Attention that rests on the first tokens whatever they say (attention sinks, arXiv "
                 "2309.17453). Where a line is high, a policy that evicts these tokens disturbs the layer.",
             ),
-            _Plan(
+            FigurePlan(
+                "heads",
                 "layers by heads",
                 plots.head_maps,
                 "One cell a head: a row is a layer, a column a query head. Heads of one layer often share "
                 "nothing but a budget; bright cells on the left are those that look at the picture.",
+                per_head=True,
             ),
         ),
     ),
@@ -123,20 +135,23 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
         "tokens",
         "How many vision tokens a layer needs",
         (
-            _Plan(
+            FigurePlan(
+                "coverage-curves",
                 "coverage curves",
                 plots.coverage_curves,
                 "How much of a layer's vision attention its best vision tokens hold: read up from a share of "
                 "the tokens (log scale). Curves far above the dashed line are sparse. “One decoding step” is "
                 "what must be read, “all steps of an answer” what must be stored.",
             ),
-            _Plan(
+            FigurePlan(
+                "layer-overlap",
                 "overlap of layers",
                 plots.layer_overlap,
                 "The share of one layer's most attended vision tokens that are another layer's too. Near "
                 "the overlap of random sets, layers need sets of their own.",
             ),
-            _Plan(
+            FigurePlan(
+                "head-overlap",
                 "overlap of heads",
                 plots.head_overlap,
                 "The share of one head's most attended vision tokens that another head of its layer attends "
@@ -144,8 +159,10 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
                 "set for all of them (heads: shared in a policy) serves each badly; heads: kv_head gives "
                 "each KV head its own.",
                 per_head=True,
+                noted=False,
             ),
-            _Plan(
+            FigurePlan(
+                "step-drift",
                 "drift over steps",
                 plots.step_drift,
                 "The share of the most attended vision tokens that were so some decoding steps earlier. "
@@ -158,7 +175,8 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
         "text",
         "How far back text is needed",
         (
-            _Plan(
+            FigurePlan(
+                "text-window",
                 "text windows",
                 plots.text_window,
                 "The share of text attention within the newest tokens. Each dot is the smallest window that "
@@ -169,17 +187,24 @@ SECTIONS: tuple[tuple[str, str, tuple[_Plan, ...]], ...] = (
 )
 
 
+def plans_for(profile: Profile) -> Iterator[FigurePlan]:
+    """Every figure that may be drawn of a profile."""
+    for _, _, plans in SECTIONS:
+        yield from (plan for plan in plans if profile.meta.settings.per_head or not plan.per_head)
+
+
 def sections(profile: Profile) -> Iterator[Section]:
     """Every figure that the profile has data for, by question."""
+    fit = [plan.file for plan in plans_for(profile)]
     for key, title, plans in SECTIONS:
-        shown, notes = [], []
+        figures, notes = [], []
         for plan in plans:
-            if plan.per_head and not profile.meta.settings.per_head:
+            if plan.file not in fit and not plan.noted:
                 continue
             try:
                 figure = as_svg(plan.draw(profile))
             except UserError as error:
                 notes.append(f"No figure of {plan.name}: {error}.")
             else:
-                shown.append(Shown(figure, f"Figure: {plan.name}", plan.caption))
-        yield Section(key, title, tuple(shown), tuple(notes))
+                figures.append(Captioned(figure, f"Figure: {plan.name}", plan.caption))
+        yield Section(key, title, tuple(figures), tuple(notes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from avlprof.analysis import Profile
-from avlprof.budgets.resolve import resolved
+from avlprof.budgets.resolve import resolve
 from avlprof.plots import policy_layers
 from avlprof.policy import Policy, Provenance, Score, dump_policy, live_share, read_share
 from avlprof.report.figures import Embedded, as_svg
@@ -13,7 +13,7 @@ from avlprof.report.tables import percent
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoreRow:
     """A score of one policy on held-out samples."""
 
     name: str
@@ -31,7 +31,7 @@ class PolicyPart:
     facts: tuple[tuple[str, str], ...]
     figure: Embedded
     metric: str
-    scores: tuple[Judged, ...]
+    scores: tuple[ScoreRow, ...]
     proof: str
     yaml: str
     whole: str
@@ -44,50 +44,50 @@ def policy_part(policy: Policy, profile: Profile) -> PolicyPart:
         UserError: the policy is written for another number of layers, or its allocator needs evidence
             that the profile lacks.
     """
-    clear = resolved(policy, profile.evidence())
+    clear = resolve(policy, profile.evidence())
     clear.check_layers(profile.layers)
-    found = policy.provenance or Provenance()
+    origin = policy.provenance or Provenance()
     return PolicyPart(
         name=policy.name,
         description=policy.description,
-        facts=tuple(_facts(clear, profile, found)),
+        facts=tuple(_facts(clear, profile, origin)),
         figure=as_svg(policy_layers(clear, profile.layers)),
-        metric=found.metric,
-        scores=tuple(_judged(name, score) for name, score in found.scores.items()),
-        proof=_proof(found),
+        metric=origin.metric,
+        scores=tuple(_score_row(name, score) for name, score in origin.scores.items()),
+        proof=_proof(origin),
         yaml=dump_policy(policy.model_copy(update={"provenance": None})),
         whole=dump_policy(policy) if policy.provenance else "",
     )
 
 
-def _facts(policy: Policy, profile: Profile, found: Provenance) -> list[tuple[str, str]]:
+def _facts(policy: Policy, profile: Profile, origin: Provenance) -> list[tuple[str, str]]:
     prompts, layers, steps = profile.prompts(), profile.layers, profile.answer_tokens
     live, read = live_share(policy, prompts, layers), read_share(policy, prompts, layers, steps)
     settings = profile.meta.settings
-    here = "this run" if found.run_hash == profile.meta.run_hash else found.run
-    mine = (found.model, found.model_hash) == (settings.model, settings.model_hash)
-    model = f"{found.model}{'' if mine else ', not the model of this run'}" if found.model else ""
-    budget = [f"{percent(found.budget)} live"] if found.budget is not None else []
-    budget += [f"{percent(found.read_budget)} read"] if found.read_budget is not None else []
+    here = "this run" if origin.run_hash == profile.meta.run_hash else origin.run
+    mine = (origin.model, origin.model_hash) == (settings.model, settings.model_hash)
+    model = f"{origin.model}{'' if mine else ', not the model of this run'}" if origin.model else ""
+    budget = [f"{percent(origin.budget)} live"] if origin.budget is not None else []
+    budget += [f"{percent(origin.read_budget)} read"] if origin.read_budget is not None else []
     rows = [
         ("Live prompt KV", f"{percent(live)} of dense after prefill, on this run's {len(prompts):,} prompts"),
         ("Read prompt KV", f"{percent(read)} of dense per step, mean over {steps} decoding steps"),
         ("Asked for", " and ".join(budget)),
-        ("Made by", ", ".join(text for text in (found.made_by, found.created) if text)),
-        ("Made for", ", ".join(text for text in (model, found.task) if text)),
+        ("Made by", ", ".join(text for text in (origin.made_by, origin.created) if text)),
+        ("Made for", ", ".join(text for text in (model, origin.task) if text)),
         ("Made from", here),
         ("Source", policy.source),
-        ("Notes", found.notes),
+        ("Notes", origin.notes),
     ]
     return [(name, text) for name, text in rows if text]
 
 
-def _judged(name: str, score: Score) -> Judged:
-    return Judged(name, f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}", score.samples)
+def _score_row(name: str, score: Score) -> ScoreRow:
+    return ScoreRow(name, f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}", score.samples)
 
 
-def _proof(found: Provenance) -> str:
-    proof = found.proof
+def _proof(origin: Provenance) -> str:
+    proof = origin.proof
     if proof is None:
         return ""
     against = proof.differences.get(proof.strongest)

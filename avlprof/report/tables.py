@@ -53,9 +53,9 @@ def settings_rows(meta: RunMeta, samples: pd.DataFrame) -> list[tuple[str, str]]
     """What was traced and with what, as names and texts."""
     answers = "reference answers, forced" if meta.forced else "the model's own, greedy"
     limit = f", at most {meta.max_new_tokens} tokens" if meta.max_new_tokens else ""
-    rows = "every row" if meta.rows == "all" else f"all text rows and {meta.vision_rows} vision rows"
+    recorded = "every row" if meta.rows == "all" else f"all text rows and {meta.vision_rows} vision rows"
     heads = "of every head" if meta.per_head else "mean over heads"
-    found = [
+    rows = [
         ("Model", _joined(meta.model, meta.revision and f"revision {meta.revision}", meta.family)),
         (
             "Shape",
@@ -68,13 +68,13 @@ def settings_rows(meta: RunMeta, samples: pd.DataFrame) -> list[tuple[str, str]]
             _joined(_counts(samples, "vision"), _counts(samples, "text"), _counts(samples, "system")),
         ),
         ("Answers", f"{answers}{limit}; {_counts(samples, 'generated')}"),
-        ("Attention", f"under policy {meta.policy}" if meta.policy else "dense"),
-        ("Recorded", f"{rows} of each prompt, {heads}"),
+        ("Attention", f"under policy {meta.policy_label}" if meta.policy else "dense"),
+        ("Recorded", f"{recorded} of each prompt, {heads}"),
         ("Number format", f"{meta.dtype} on {meta.device}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(meta.versions.items()))),
         ("Traced", meta.created),
     ]
-    return [(name, text) for name, text in found if text]
+    return [(name, text) for name, text in rows if text]
 
 
 def traced_line(meta: RunMeta, samples: pd.DataFrame) -> str:

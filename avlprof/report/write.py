@@ -1,7 +1,8 @@
-"""The commands that repeat a run and its report."""
+"""The page: what was traced and found, and the commands that repeat it."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,38 +10,49 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import avlprof
 from avlprof.analysis import Profile, findings
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.plots import diff_info, layer_diff, run_names
 from avlprof.policy import Policy
 from avlprof.report.examples import examples
-from avlprof.report.figures import Shown, as_svg, sections
+from avlprof.report.figures import Captioned, as_svg, sections
 from avlprof.report.policies import policy_part
-from avlprof.report.source import TracedRun
 from avlprof.report.tables import layer_columns, settings_rows, traced_line
+from avlprof.run import NAME as PICTURE_TASK
+from avlprof.run import Run
 from avlprof.runs import RunMeta
 from avlprof.tasks import Task
+from avlprof.versions import __version__
+
+VISION_ROWS = RunMeta.model_fields["vision_rows"].default
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FINGERPRINT = re.compile(r"[0-9a-f]{12}")
 
 
 def trace_command(meta: RunMeta, samples: int, out: Path) -> str:
     """The `avlprof trace` that gives such a run; what has its default value is left out."""
     words = ["avlprof", "trace", "--model", meta.model]
-    if meta.task == "pictures":
+    words += ["--revision", meta.revision] if _is_of_hub(meta) else []
+    if meta.task == PICTURE_TASK:
         words += ["--image", "PICTURE", "--prompt", "PROMPT"]
     else:
         words += ["--task", meta.task, "--samples", str(samples)]
         words += ["--split", meta.split] if meta.split not in ("", "search") else []
     words += ["--max-new-tokens", str(meta.max_new_tokens)] if meta.max_new_tokens else []
     words += ["--forced"] if meta.forced else []
-    words += ["--policy", meta.policy.split()[0]] if meta.policy else []
+    words += ["--policy", meta.policy] if meta.policy else []
     words += ["--rows", meta.rows] if meta.rows != "default" else []
-    words += ["--vision-rows", str(meta.vision_rows)] if meta.vision_rows != 64 else []
+    words += ["--vision-rows", str(meta.vision_rows)] if meta.vision_rows != VISION_ROWS else []
     words += ["--per-head"] if meta.per_head else []
     words += ["--history", f"{meta.history:g}"] if meta.history is not None else []
     words += ["--dtype", meta.dtype, "--out", str(out)]
     return shlex.join(words)
+
+
+def _is_of_hub(meta: RunMeta) -> bool:
+    """Whether the revision is one of the hub; the embedded model has none, a folder a fingerprint."""
+    return bool(meta.revision and _HUB_ID.fullmatch(meta.model) and not _FINGERPRINT.fullmatch(meta.revision))
 
 
 def report_command(out: Path, policy: str, against: Path | None) -> str:
@@ -56,21 +68,21 @@ PICTURES = 3
 
 @dataclass(frozen=True)
 class Difference:
-    """This run less another: both by name, a figure, and what of it is sure."""
+    """This run less another: both by name, a figure, and in words what of it is sure."""
 
     here: str
     other: str
     run: str
-    shown: Shown
-    said: str
+    figure: Captioned
+    summary: str
 
 
 def write_report(
-    run: TracedRun,
+    run: Run,
     out: Path | str,
     *,
     policy: Policy | None = None,
-    against: TracedRun | None = None,
+    against: Run | None = None,
     pictures: int = PICTURES,
     task: Task | None = None,
     created: str | None = None,
@@ -96,10 +108,10 @@ def write_report(
 
 
 def report_html(
-    run: TracedRun,
+    run: Run,
     *,
     policy: Policy | None = None,
-    against: TracedRun | None = None,
+    against: Run | None = None,
     pictures: int = PICTURES,
     task: Task | None = None,
     created: str | None = None,
@@ -110,7 +122,7 @@ def report_html(
     profile, meta = run.profile(), run.meta
     part = None if policy is None else policy_part(policy, profile)
     difference = None if against is None else _difference(profile, against.profile())
-    shown, note = examples(run, pictures, task)
+    pictured, note = examples(run, pictures, task)
     samples = run.samples()
     named = "" if policy is None else f"{policy.name}.yaml"
     page = _template().get_template("report.html.j2")
@@ -125,7 +137,7 @@ def report_html(
         sections=list(sections(profile)),
         columns=layer_columns(profile),
         layers=profile.layers,
-        examples=shown,
+        examples=pictured,
         examples_note=note,
         policy=part,
         difference=difference,
@@ -133,10 +145,10 @@ def report_html(
             trace_command(meta, len(samples), run.path),
             report_command(run.path, named, None if against is None else against.path),
         ),
-        under=meta.policy,
-        own_pictures=meta.task == "pictures",
+        under=meta.policy_label,
+        own_pictures=meta.task == PICTURE_TASK,
         created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-        version=avlprof.__version__,
+        version=__version__,
     )
 
 
@@ -158,7 +170,7 @@ def _difference(here: Profile, other: Profile) -> Difference:
     sure = sum(int(panel.sure.sum()) for panel in info.panels)
     total = sum(len(panel.layers) for panel in info.panels)
     expected = round(total / 20)
-    said = (
+    summary = (
         f"Of the {total} differences shown, {sure} have an interval that excludes zero; without any true "
         f"difference about {expected} would. Compared: {info.how}."
     )
@@ -166,8 +178,8 @@ def _difference(here: Profile, other: Profile) -> Difference:
         "Each panel is one statistic, each dot a layer: this run less the other, with its 95% interval. "
         "Filled dots are differences whose interval excludes zero; the line at zero is no difference."
     )
-    shown = Shown(as_svg(layer_diff(info)), "Figure: differences by layer", caption)
-    return Difference(*names, other.meta.run, shown, said)
+    figure = Captioned(as_svg(layer_diff(info)), "Figure: differences by layer", caption)
+    return Difference(*names, other.meta.run, figure, summary)
 
 
 def _template() -> Environment:

@@ -109,7 +109,7 @@ class RunDirectory:
                     return {name: file.get_tensor(f"{index}.{name}") for name in names or own}
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error) from None
-        hint = "; trace with --per-head" if missing.endswith(HEADS) else ""
+        hint = "; trace with per_head" if missing.endswith(HEADS) else ""
         raise UserError(
             f"run {self.path} has no scores '{missing}' of sample '{sample}', it has {', '.join(own)}{hint}"
         )
@@ -118,7 +118,7 @@ class RunDirectory:
     def hash(self) -> str:
         """Hash of settings and traced sample ids."""
         ids = sorted(self._places)
-        text = self.meta.model_dump_json(exclude={"created"}) + json.dumps(ids)
+        text = self.meta.settings_json() + json.dumps(ids)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
@@ -202,8 +202,8 @@ class RunWriter:
 
     def _next_part(self) -> int:
         number = re.compile(rf"samples-{re.escape(self._prefix)}(\d{{5,}})\.parquet")
-        found = (number.fullmatch(path.name) for path in self.path.iterdir())
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        matches = (number.fullmatch(path.name) for path in self.path.iterdir())
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
 
     def _clear(self) -> None:
         self._samples: list[dict[str, Any]] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from avlprof.errors import UserError
 
@@ -14,6 +15,7 @@ DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 COVERAGES = (50, 80, 90, 95, 99)
 LAGS = (1, 2, 4, 8, 16, 32)
 TEXT_SINK = 4
+NAME_AND_HASH = re.compile(r"(.+) ([0-9a-f]{16})", re.DOTALL)
 HEADS = "_heads"  # behind the name of scores: of every query head, not their mean
 
 
@@ -23,7 +25,7 @@ class RunMeta(BaseModel):
     `distances` are the upper edges (exclusive, in text tokens) of the distance histogram, whose
     last bin is open; `top_share` is the share of vision tokens in the sets that overlaps compare.
     With `forced` the answers are the references, and `max_new_tokens` 0 leaves them whole.
-    `policy` is empty when the model ran densely, else name and hash.
+    `policy` and `policy_hash` are empty when the model ran densely, else the policy's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,7 @@ class RunMeta(BaseModel):
     per_head: bool = False
     history: float | None = None
     policy: str = ""
+    policy_hash: str = ""
     top_share: float = 0.1
     text_sink: int = TEXT_SINK
     coverages: tuple[int, ...] = COVERAGES
@@ -58,6 +61,26 @@ class RunMeta(BaseModel):
     lags: tuple[int, ...] = LAGS
     versions: dict[str, str] = {}
     created: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_fields(cls, data: Any) -> Any:
+        """Version 0.1.0 wrote name and hash of the policy into one text."""
+        if isinstance(data, dict) and "policy_hash" not in data:
+            match = NAME_AND_HASH.fullmatch(str(data.get("policy", "")))
+            if match:
+                return data | {"policy": match[1], "policy_hash": match[2]}
+        return data
+
+    @property
+    def policy_label(self) -> str:
+        """Name and hash of the policy for a reader; empty when the model ran densely."""
+        return f"{self.policy} {self.policy_hash}".strip()
+
+    def settings_json(self) -> str:
+        """What makes a run what it is, as the hash of its directory takes it; as version 0.1.0 wrote it."""
+        joined = self.model_copy(update={"policy": self.policy_label})
+        return joined.model_dump_json(exclude={"created", "policy_hash"})
 
     def differences(self, other: RunMeta) -> list[str]:
         """Fields in which another run's settings differ, as `field: ours, theirs`."""
@@ -88,14 +111,14 @@ def check_free(path: Path, meta: RunMeta) -> None:
     if (path / META).exists():
         different = read_meta(path).differences(meta)
         if different:
-            raise UserError(f"{path} holds another run ({'; '.join(different)}); choose another --out")
+            raise UserError(f"{path} holds another run ({'; '.join(different)}); choose another folder")
     elif path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, not a run directory; choose another --out")
+        raise UserError(f"{path} is a file, not a run directory; choose another folder")
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         # another process may have begun the same run between the two looks
         if (path / META).exists():
             return check_free(path, meta)
-        raise UserError(f"{path} is not empty and not a run directory; choose another --out")
+        raise UserError(f"{path} is not empty and not a run directory; choose another folder")
 
 
 def settle_meta(path: Path, meta: RunMeta, writer: str = "") -> None:
@@ -127,4 +150,4 @@ def settle_meta(path: Path, meta: RunMeta, writer: str = "") -> None:
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """The sentence about a file of a run that is broken."""
-    return UserError(f"{path} cannot be read: {' '.join(str(error).split())}; trace into another --out")
+    return UserError(f"{path} cannot be read: {' '.join(str(error).split())}; trace into another folder")

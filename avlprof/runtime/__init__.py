@@ -12,7 +12,8 @@ from avlprof._lazy import exports
 
 if TYPE_CHECKING:
     from avlprof.runtime.apply import Runtime
-    from avlprof.runtime.cache import AVLCache, LayerUse
+    from avlprof.runtime.cache import AVLCache
+    from avlprof.runtime.step import LayerUse
 
 __all__ = ["AVLCache", "LayerUse", "Runtime"]
 
@@ -20,7 +21,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "AVLCache": "avlprof.runtime.cache",
-        "LayerUse": "avlprof.runtime.cache",
+        "LayerUse": "avlprof.runtime.step",
         "Runtime": "avlprof.runtime.apply",
     },
 )

@@ -17,11 +17,11 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
-from avlprof.budgets.resolve import resolved_blindly
+from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
+from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable
-from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
@@ -46,64 +46,64 @@ class Runtime:
         """Whether a cache acts under this runtime's policy."""
         if not isinstance(cache, AVLCache):
             return False
-        return (
-            cache.policy is self.policy or cache.policy == self.policy
-        )  # comparing takes as long as a layer
+        same = cache.policy is self.policy  # asked first: comparing takes as long as a layer
+        return same or cache.policy == self.policy
 
     def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """One layer's attention: stock at prompts and in dense layers, packed over the view else."""
         self.cache = cache
-        given = forward.step == 0 or forward.new > 1
-        seen = forward.modality.shape[1]
+        is_turn = forward.step == 0 or forward.new > 1
         if call.layer == 0:
-            self.short.begin()
-            if given:
-                turn = forward.modality[:, seen - forward.new :]
-                cache.begin(as_joint(turn) if self.policy.joint else turn)
-        layer = cache.layers[call.layer]
-        if given:
+            self._begin(forward, cache, is_turn)
+        layer = cache.governed(call.layer)
+        if is_turn:
             return self._turn(forward, cache, layer, call)
-        if not isinstance(layer, AdaptiveLayer):
+        step = None if layer is None else layer.step_for(call.query, call.scaling, call.softcap)
+        if layer is None or step is None:
             return call.stock(), call
-        layer.before_step(call.query, call.scaling, call.softcap)
-        positions, mask = layer.attended()
-        if not layer.weighing:
-            out = packed_attention(call.query, call.key, call.value, call.scaling, mask, call.softcap)
-            return out, call._replace(mask=None, positions=positions, valid=mask)
-        weights = step_weights(call.query, call.key, call.scaling, mask, call.softcap)
+        view = call._replace(mask=None, positions=step.positions, valid=step.mask)
+        if not step.weighing:
+            return packed_attention(
+                call.query, call.key, call.value, call.scaling, step.mask, call.softcap
+            ), view
+        weights = step_weights(call.query, call.key, call.scaling, step.mask, call.softcap)
         out = weighted_values(weights, call.value)
-        after = partial(layer.after_step, weights)
-        return out, call._replace(mask=None, positions=positions, valid=mask, after=after)
+        return out, view._replace(after=partial(layer.after, step, weights))
+
+    def _begin(self, forward: Forward, cache: AVLCache, is_turn: bool) -> None:
+        """A forward pass reaches the first layer."""
+        self.short.begin()
+        if is_turn:
+            new = forward.modality[:, forward.modality.shape[1] - forward.new :]
+            cache.begin(as_joint(new) if self.policy.joint else new)
 
     def _turn(
-        self, forward: Forward, cache: AVLCache, layer: Any, call: AttentionCall
+        self, forward: Forward, cache: AVLCache, layer: BufferedLayer | None, call: AttentionCall
     ) -> tuple[Tensor, AttentionCall]:
         """One layer's attention over a prompt or a further turn, whose tokens then compete to stay."""
         seen, new = forward.modality.shape[1], forward.new
-        own = self.short.columns
+        columns = self.short.columns
         modality = forward.modality[:, seen - new :]
         positions = torch.arange(seen - new, seen, device=modality.device)[None, None]
         positions = positions.expand(len(modality), -1, -1)
-        if own is not None:
+        if columns is not None:
             modality = self.short.modality(modality)
-            positions = positions.gather(-1, own[:, None])
-        if not isinstance(layer, AdaptiveLayer):
+            positions = positions.gather(-1, columns[:, None])
+        pool = as_joint(modality) if self.policy.joint else modality
+        turn = None if layer is None else layer.turn_for(call, pool, positions)
+        if layer is None or turn is None:
             if call.layer + 1 in self.short.steps:
                 self.short.choose(Prefill.of(call, modality), self.policy, cache.turn, call.layer)
             return call.stock(), call
-        pool = as_joint(modality) if self.policy.joint else modality
-        turn = layer.taken(call, pool, positions)
-        shown = call
-        if turn.held or own is not None:
-            held = layer.positions[..., : turn.held] if layer.positions is not None else positions[..., :0]
+        view = call
+        if turn.past or columns is not None:
             mask = turn.visible(call.query.shape[1])
-            places = torch.cat([held, positions.expand(-1, held.shape[1], -1)], dim=-1)
-            shown = call._replace(mask=mask, positions=places)
-        out = shown.stock()
+            view = call._replace(mask=mask, positions=turn.all_positions(positions))
+        out = view.stock()
         if call.layer + 1 in self.short.steps:
             self.short.choose(turn, self.policy, cache.turn, call.layer)
         layer.compact(turn, call, positions, cache.row_plans(call.layer), (seen - new, seen))
-        return out, shown
+        return out, view
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def apply(
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
     text_config = model.config.get_text_config(decoder=True)
-    policy = resolved_blindly(policy, text_config.num_hidden_layers)
+    policy = resolve_by_depth(policy, text_config.num_hidden_layers)
     runtime = Runtime(policy, text_config, captured=captured is not None)
     check_supported(policy)
     cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs

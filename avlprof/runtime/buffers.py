@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
+from avlprof.attention.call import AttentionCall
 from avlprof.errors import UserError
-from avlprof.runtime.layout import Slot, take
+from avlprof.policy import PromptShape
+from avlprof.runtime.layout import RowPlan, Slot, take
+from avlprof.runtime.step import LayerUse, Step
+
+if TYPE_CHECKING:
+    from avlprof.runtime.turns import TurnPrefill
 
 RESERVE = 32  # tokens allocated beyond what is stored
 
@@ -30,7 +37,8 @@ def grown(buffer: Tensor, capacity: int) -> Tensor:
 class BufferedLayer(CacheLayerMixin):
     """What the dense and the adaptive layer share: buffers, logical length, row operations.
 
-    `keys` and `values` are `[B, Hkv, capacity, D]`; `seen` counts logical positions.
+    `keys` and `values` are `[B, Hkv, capacity, D]`; `seen` counts logical positions. What a runtime
+    asks of a layer is answered here as by one that keeps everything.
     """
 
     is_sliding = False
@@ -84,6 +92,54 @@ class BufferedLayer(CacheLayerMixin):
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
 
+    def turn_for(self, call: AttentionCall, modality: Tensor, positions: Tensor) -> TurnPrefill | None:
+        """The prompt or further turn that `update` was handed; None: nothing competes, attend as stock does.
+
+        `modality [B, q]` and the logical `positions [B, 1, q]` are those of the new tokens.
+        """
+        return None
+
+    def compact(
+        self,
+        turn: TurnPrefill,
+        call: AttentionCall,
+        positions: Tensor,
+        plans: list[RowPlan],
+        span: tuple[int, int],
+    ) -> None:
+        """Let the tokens of a turn compete, and free those that go; here all stay."""
+
+    def step_for(self, query: Tensor, scaling: float, softcap: float | None) -> Step | None:
+        """The decoding step that `update` began, of `query [B, H, 1, D]`; None: attend as stock does."""
+        return None
+
+    def after(self, step: Step, weights: Tensor) -> None:
+        """What a step's `weights [B, H, n]` change, once all observers have seen it; here nothing."""
+
+    def stored_prompt_tokens(self, rows: Sequence[PromptShape]) -> list[int]:
+        """Prompt tokens of each row in memory, of prompts `rows`; a mean over KV heads rounded down."""
+        return [shape.total for shape in rows]
+
+    def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
+        """Measured use of this layer, number `layer`.
+
+        Args:
+            rows: token counts of the prompts, all turns together.
+            length: padded tokens of the prompts.
+        """
+        size, prompt = self.bytes_per_token(), sum(shape.total for shape in rows)
+        steps = self.seen - length
+        return LayerUse(
+            layer=layer,
+            prompt=prompt * size,
+            live=(prompt + steps * len(rows)) * size,
+            allocated=self.allocated_bytes(),
+            dense_prompt=prompt * size,
+            read=float(prompt * size),
+            refreshes=0,
+            steps=steps,
+        )
+
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind keys and values."""
         tensors = [t for t in (self.keys, self.values) if t is not None]
@@ -129,13 +185,15 @@ class SlotLayer(BufferedLayer):
 
     positions: Tensor | None = None
 
-    def fill(self, key: Tensor, value: Tensor, places: Tensor, order: Tensor, room: int) -> None:
+    def fill(self, key: Tensor, value: Tensor, positions: Tensor, order: Tensor, room: int) -> None:
         """New buffers of the tokens `order [B, G, n]` of `key` and `value`, and `room` more slots.
 
-        `places [B, G, N]` are the logical positions of all tokens.
+        `positions [B, G, N]` are the logical positions of all tokens.
         """
+        # here eviction frees memory: nothing else refers to the buffers that these replace, nor, once
+        # the layer's forward is over, to `key` and `value`
         self.keys, self.values = (_buffer(states, order, room) for states in (key, value))
-        self.positions = pad(places.gather(-1, order), (0, room), value=-1)
+        self.positions = pad(positions.gather(-1, order), (0, room), value=-1)
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,11 +224,11 @@ class SlotLayer(BufferedLayer):
             return
         keys.scatter_(2, slot[..., None].expand(key.shape), key)
         values.scatter_(2, slot[..., None].expand(value.shape), value)
-        places = slot.expand(-1, positions.shape[1], -1)
+        slots = slot.expand(-1, positions.shape[1], -1)
         if isinstance(position, int):
-            positions.scatter_(2, places, position)
+            positions.scatter_(2, slots, position)
         else:
-            positions.scatter_(2, places, position.expand(places.shape))
+            positions.scatter_(2, slots, position.expand(slots.shape))
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,28 +13,9 @@ from avlprof.policy import Policy, PromptShape, broadcast, sizes
 from avlprof.runtime.buffers import BufferedLayer, DenseLayer
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan
+from avlprof.runtime.step import LayerUse
 from avlprof.runtime.text_part import TextRule
 from avlprof.scorers import make_scorer
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """Measured use of one layer, summed over the rows of the batch.
-
-    Bytes are of keys and values over all KV heads; `prompt` is what is left of the prompt,
-    `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what the stock
-    cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
-    to per decoding step. The prompt is that of all turns.
-    """
-
-    layer: int
-    prompt: int
-    live: int
-    allocated: int
-    dense_prompt: int
-    read: float
-    refreshes: int
-    steps: int
 
 
 class AVLCache(Cache):
@@ -51,7 +31,7 @@ class AVLCache(Cache):
         self.rows: list[PromptShape] = []
         self.turn: list[PromptShape] = []
         self.captured: Any = None  # what `runtime.captured` has captured of its steps
-        self._given = 0
+        self._length = 0
         stock = stock_layers(text_config)
         policy.check_layers(len(stock))
         super().__init__(
@@ -63,42 +43,22 @@ class AVLCache(Cache):
         count = len(self.layers)
         return [row_plan(self.policy, shape, layer, count) for shape in self.turn]
 
+    def governed(self, layer: int) -> BufferedLayer | None:
+        """A layer that the policy governs; None where it attends by a sliding window."""
+        own = self.layers[layer]
+        return own if isinstance(own, BufferedLayer) else None
+
     def use(self) -> list[LayerUse]:
         """Measured use of every layer that the policy governs."""
-        found = []
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, BufferedLayer) or not self.rows:
-                continue
-            size = layer.bytes_per_token()
-            dense = sum(shape.total for shape in self.rows)
-            if isinstance(layer, AdaptiveLayer):
-                heads = layer.keys.shape[1] if layer.keys is not None else 1
-                prompt = sum(layer.prompt_slots()) * size // heads
-                live, reads = sum(layer.stored_tokens()), layer.reads
-                read, refreshes = layer.prompt_reads() / max(reads.steps, 1), reads.refreshes
-                steps = reads.steps
-            else:
-                steps = layer.seen - self._given
-                prompt, live = dense * size, dense + steps * len(self.rows)
-                read, refreshes = float(dense), 0
-            found.append(
-                LayerUse(
-                    layer=index,
-                    prompt=prompt,
-                    live=live * size,
-                    allocated=layer.allocated_bytes(),
-                    dense_prompt=dense * size,
-                    read=read * size,
-                    refreshes=refreshes,
-                    steps=steps,
-                )
-            )
-        return found
+        if not self.rows:
+            return []
+        layers = ((index, self.governed(index)) for index in range(len(self.layers)))
+        return [layer.use(index, self.rows, self._length) for index, layer in layers if layer is not None]
 
     def begin(self, modality: Tensor) -> None:
         """Note a prompt or a further turn: token counts of every row, and its padded length, of `[B, N]`."""
         self.turn = prompt_shapes(modality)
-        self._given += modality.shape[1]
+        self._length += modality.shape[1]
         before = self.rows or [PromptShape(0, 0, 0)] * len(self.turn)
         self.rows = [
             PromptShape(a.system + b.system, a.vision + b.vision, a.text + b.text)

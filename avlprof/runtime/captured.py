@@ -1,7 +1,7 @@
 """Decoding steps that are captured once and replayed: what is left of a step is its operators.
 
 With stock transformers a small step is bound by Python and by launches, not by what it reads. Here
-the first step of each kind, ordinary or refresh, is captured (see `recording`); later ones fill in
+the first step of each kind, ordinary or refresh, is captured (see `graph`); later ones fill in
 token, positions and slots, and replay it. Counts of tokens stay on the host, as in other steps:
 layers `advance` before a replay, and their shapes are fixed for some steps ahead.
 """
@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.runtime.cache import AVLCache
+from avlprof.runtime.cache import AVLCache, is_sliding
 from avlprof.runtime.graph import Replay, capture
 from avlprof.runtime.layer import AdaptiveLayer
-from avlprof.runtime.text_part import TextRule
 
 
 @dataclass
@@ -60,9 +59,9 @@ class CapturedSteps:
             if inputs[name] is not None and inputs[name].shape[1] > 1:  # of all tokens, for their positions
                 del inputs[name]
         more = any(value for name, value in inputs.items() if name.startswith("output_"))
-        asked = more or inputs.get("return_dict") is False
+        unlike = more or inputs.get("return_dict") is False  # a replay gives logits and cache alone
         # beams give every step new buffers, so what is fresh has to last for a step before it is captured
-        if self._session.observers or asked or known.fresh:
+        if self._session.observers or unlike or known.fresh:
             known.fresh = False
             return self._forward(**inputs)
         return self._replayed(known, layers, cache, inputs)
@@ -100,36 +99,42 @@ class CapturedSteps:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in inputs.items() if name not in tensors}
         kind = (
-            any(layer.refreshing for layer in layers),
+            any(layer.step is not None and layer.step.refreshing for layer in layers),
             tuple((name, tuple(value.shape)) for name, value in tensors.items()),
             tuple((name, repr(value)) for name, value in others.items() if value is not cache),
         )
         for name, value in tensors.items():
-            held = known.inputs.get(name)
-            if held is None or held.shape != value.shape:
+            fixed = known.inputs.get(name)
+            if fixed is None or fixed.shape != value.shape:
                 known.inputs[name] = value.clone()
                 known.steps.clear()
             else:
-                held.copy_(value)
+                fixed.copy_(value)
         if kind in known.steps:
-            replay, shown = known.steps[kind]
+            replay, output = known.steps[kind]
             logits = replay()
         else:
-            shown = None
+            output, logits, replay = self._capture(known, tensors, others)
+            known.steps[kind] = replay, output
+        return output(logits=logits.clone(), **{self._session.cache_name: cache})
 
-            def step() -> Tensor:
-                nonlocal shown
-                shown = self._forward(**others, **{name: known.inputs[name] for name in tensors})
-                logits: Tensor = shown.logits
-                return logits
+    def _capture(
+        self, known: _Captured, tensors: dict[str, Tensor], others: dict[str, Any]
+    ) -> tuple[type, Tensor, Replay]:
+        """Capture a step on the fixed inputs: the class of its output, its logits, and its replay."""
+        output: Any = None
 
-            try:
-                logits, replay = capture(step, known.slots.device)
-            except RuntimeError as error:
-                raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
-            shown = type(shown)
-            known.steps[kind] = replay, shown
-        return shown(logits=logits.clone(), **{self._session.cache_name: cache})
+        def step() -> Tensor:
+            nonlocal output
+            output = self._forward(**others, **{name: known.inputs[name] for name in tensors})
+            logits: Tensor = output.logits
+            return logits
+
+        try:
+            logits, replay = capture(step, known.slots.device)
+        except RuntimeError as error:
+            raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
+        return type(output), logits, replay
 
 
 @contextlib.contextmanager
@@ -159,12 +164,12 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache, ah
         raise UserError(
             f"captured must be the number of steps that one capture serves, at least 1, got {ahead}"
         )
-    if TextRule(policy, 0, len(cache.layers)).running is not None:
+    if policy.running is not None:
         raise UserError(
             f"policy '{policy.name}' evicts by score while decoding, which cannot be captured; "
             "leave captured out"
         )
-    if any(not isinstance(layer, AdaptiveLayer) for layer in cache.layers):
+    if any(is_sliding(layer) for layer in cache.layers):
         raise UserError("layers with a sliding window cannot be captured; leave captured out")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UserError("a model on several devices cannot be captured; leave captured out")

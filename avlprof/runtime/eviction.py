@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import best
+from avlprof.attention.ranking import best, best_slots
 from avlprof.attention.weights import group_mean
 from avlprof.runtime.layout import (
     CORE,
     PADDING,
     STORED,
+    SYSTEM,
     TEXT,
     RowPlan,
     exchange,
@@ -23,7 +24,7 @@ from avlprof.runtime.layout import (
     swaps,
 )
 from avlprof.runtime.text_part import TextPart
-from avlprof.runtime.turns import Turn, text_scores
+from avlprof.runtime.turns import TurnPrefill, text_scores
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ class CoreSlots:
         """
         scores = group_mean(weights, groups)
         start = self.vision.shape[-1] - scores.shape[-1]
-        # positive floats are ordered as their bits are, so score and position fit into one key
-        keys = (scores.view(torch.int32).long() << 32) - positions[:, :groups, start:]
-        keys = keys.masked_fill(~self.vision[..., start:], torch.iinfo(torch.int64).min)
-        top = keys.topk(self.size, dim=-1, sorted=not self.even).indices + start
-        chosen = torch.arange(self.size, device=top.device) < self.counts
-        found = torch.zeros_like(self.vision).repeat(1, groups, 1)
-        return found.scatter_(-1, top, chosen.expand_as(top))
+        chosen = best_slots(
+            scores,
+            self.vision[..., start:],
+            self.counts,
+            positions[:, :groups, start:],
+            self.size,
+            self.even,
+        )
+        return pad(chosen, (start, 0)) if start else chosen
 
     def exchange(self, new: Tensor, buffers: tuple[Tensor, ...], fixed: bool) -> None:
         """Make `new [B, groups, n]` the core: exchange slots of all buffers.
@@ -84,70 +87,92 @@ class CoreSlots:
             exchange(buffer, first, second)
 
 
-def vision_classes(
-    turn: Turn, scores: Tensor, old: Tensor, places: Tensor, kept: list[int], cores: list[int]
-) -> Tensor:
-    """STORED, CORE or else PADDING for each held and new token, `[B, G, n + N]`.
+@dataclass(frozen=True)
+class Candidates:
+    """What competes for a layer's slots at a prompt or turn: its `n` held slots, then `N` new tokens.
+
+    `turn` are the new tokens, `classes [B, 1, n]` those of the held slots, whose text begins at slot
+    `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads.
+    """
+
+    turn: TurnPrefill
+    classes: Tensor
+    positions: Tensor
+    left: int
+
+    @property
+    def system(self) -> Tensor:
+        """bool `[B, 1, n + N]`: system text, which all stays."""
+        new = (self.turn.modality == Modality.SYSTEM)[:, None]
+        return torch.cat([self.classes == SYSTEM, new], dim=-1)
+
+
+def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:
+    """STORED, CORE or else PADDING for each candidate, `[B, G, n + N]`.
 
     What is held stays; of the new vision tokens the best stay, and the core is picked among all.
 
     Args:
-        turn: the new tokens.
         scores: `[B, G, N]` of the new tokens.
-        old: `[B, 1, n]` classes of the held slots.
-        places: `[B, G, n + N]` logical positions.
         kept: new vision tokens that each row keeps.
         cores: each row's core after the turn.
     """
-    groups, device = scores.shape[1], scores.device
+    turn, old, groups, device = candidates.turn, candidates.classes, scores.shape[1], scores.device
     vision = (turn.modality == Modality.VISION)[:, None].expand_as(scores)
     new = best(scores, vision, per_row(kept, device)[:, 0, 0])
     was = ((old == STORED) | (old == CORE)).expand(-1, groups, -1)
     stays = torch.cat([was, new], dim=-1)
-    if turn.held:
+    if turn.past:
         scores = group_mean(turn.all_weights(turn.last_row[:, None])[:, :, 0], groups)
-    core = best(scores, stays, per_row(cores, device)[:, 0, 0], places)
+    core = best(scores, stays, per_row(cores, device)[:, 0, 0], candidates.positions[:, :groups])
     return torch.where(core, CORE, torch.where(stays, STORED, PADDING))
 
 
 def text_choice(
-    turn: Turn, scores: Tensor, old: Tensor, places: Tensor, part: TextPart, plans: list[RowPlan], left: int
-) -> tuple[Tensor, list[int], Tensor | None]:
-    """Which tokens stay as text, bool `[B, G, n + N]`; how many in each row; the running scores of all.
+    candidates: Candidates, scores: Tensor, part: TextPart, plans: list[RowPlan], counts: list[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Which tokens stay as text, bool `[B, G, n + N]`, and the running scores of all, if there are any.
 
     Args:
-        turn: the new tokens.
         scores: `[B, G, N]` of the new tokens by the policy's scorer, for a joint pool.
-        old: `[B, 1, n]` classes of the held slots, whose text begins at `left`.
-        places: `[B, G, n + N]` logical positions.
-        part: the text part before the turn; it counts the turn's tokens.
+        part: the text part, the turn's tokens counted.
         plans: what each row keeps of the new tokens.
+        counts: text tokens that each row holds after the turn.
     """
-    rule, groups, joint = part.rule, scores.shape[1], part.rule.policy.joint
-    new = (turn.modality == Modality.TEXT)[:, None]
-    was = (old == TEXT).expand(-1, groups, -1)
-    candidates = torch.cat([was, new.expand(-1, groups, -1)], dim=-1)
-    running = None
-    if rule.running is not None and (joint is None or turn.held):
-        held = None
-        if part.scores is not None:
-            held = pad(part.scores[..., : turn.held - left], (left, 0))
-        running = text_scores(turn, rule, candidates[:, :1], held, groups)
-    own = [plan.text for plan in plans]
-    counts = part.extend(new.sum(dim=(1, 2)).tolist(), own)
-    if joint is not None and joint.decoding == "grow":
-        sinks = [0 if turn.held else plan.sink for plan in plans]
+    turn, rule, groups = candidates.turn, part.rule, scores.shape[1]
+    new = (turn.modality == Modality.TEXT)[:, None].expand(-1, groups, -1)
+    was = (candidates.classes == TEXT).expand(-1, groups, -1)
+    text, positions = torch.cat([was, new], dim=-1), candidates.positions[:, :groups]
+    joint = rule.policy.joint
+    if joint is not None and not rule.evicts:
+        # a pool that grows: what it holds stays, and the new tokens compete among themselves
+        own = [plan.text for plan in plans]
+        sinks = [0 if turn.past else plan.sink for plan in plans]
         newest = [min(joint.newest(n), n - s) for n, s in zip(own, sinks, strict=True)]
-        chosen = choose(scores, candidates[..., turn.held :], places[..., turn.held :], own, sinks, newest)
-        return torch.cat([was, chosen], dim=-1), counts, None
+        return torch.cat(
+            [was, choose(scores, new, positions[..., turn.past :], own, sinks, newest)], -1
+        ), None
+    # any other part: held and new tokens compete together, as they will at every step
+    running = _running(candidates, scores, part, text)
     ranked = running
-    if joint is not None and not turn.held:
-        ranked, running = scores, scores if rule.running else None
     if ranked is None:
-        ranked = places.float()
+        ranked = scores if joint is not None and not turn.past else positions.float()
     sinks = [min(rule.sink(pool), n) for pool, n in zip(part.pools, counts, strict=True)]
     newest = [min(n, c - s) for (_, n), c, s in zip(part.rooms(), counts, sinks, strict=True)]
-    return choose(ranked, candidates, places, counts, sinks, newest), counts, running
+    return choose(ranked, text, positions, counts, sinks, newest), running
+
+
+def _running(candidates: Candidates, scores: Tensor, part: TextPart, text: Tensor) -> Tensor | None:
+    """Running scores `[B, G, n + N]` after the turn; None where age decides."""
+    turn, rule = candidates.turn, part.rule
+    if rule.running is None:
+        return None
+    if rule.policy.joint is not None and not turn.past:
+        return scores  # a pool's first prompt: its scorer gives what later rows add to
+    before = None
+    if part.scores is not None:
+        before = pad(part.scores[..., : turn.past - candidates.left], (candidates.left, 0))
+    return text_scores(turn, rule, text[:, :1], before, scores.shape[1])
 
 
 def choose(
@@ -163,19 +188,19 @@ def choose(
     `scores`, `candidates` (bool) and `positions` are `[B, G, n]`; so is the answer.
     """
     device = scores.device
-    placed = positions.masked_fill(~candidates, torch.iinfo(positions.dtype).max)
-    rank = placed.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    ordered = positions.masked_fill(~candidates, torch.iinfo(positions.dtype).max)
+    age = ordered.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
     total = candidates.sum(dim=-1, keepdim=True)
-    safe = (rank < per_row(sinks, device)) | (rank >= total - per_row(newest, device))
+    safe = (age < per_row(sinks, device)) | (age >= total - per_row(newest, device))
     ranked = scores.masked_fill(safe & candidates, float("inf"))
     return best(ranked, candidates, per_row(counts, device)[:, 0, 0], positions)
 
 
-def merged(held: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[RowPlan]:
-    """Plans after a turn that adds `new` to what is `held` (nothing at first), with `texts` text tokens."""
-    if not held:
+def merged(before: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[RowPlan]:
+    """Plans after a turn that adds `new` to those `before` it (none at first), with `texts` text tokens."""
+    if not before:
         return [replace(plan, text=text) for plan, text in zip(new, texts, strict=True)]
     return [
         RowPlan(a.system + b.system, a.vision + b.vision, a.core + b.core, text, a.sink, b.limit)
-        for a, b, text in zip(held, new, texts, strict=True)
+        for a, b, text in zip(before, new, texts, strict=True)
     ]

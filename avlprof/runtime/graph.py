@@ -56,19 +56,19 @@ def _cuda_graph(function: Callable[[], Tensor], device: torch.device) -> tuple[T
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = function()
+        output = function()
 
     def replay() -> Tensor:
         graph.replay()
-        return found
+        return output
 
     return replay(), replay
 
 
 def _recorded(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
     with Recording() as recording:
-        found = function()
-    return found, recording.finished(found)
+        output = function()
+    return output, recording.finished(output)
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,37 +78,37 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
-        self._given: dict[str, Tensor] = {}
-        self._made: list[Any] = []  # kept, so that no identity is given twice
+        self._inputs: dict[str, Tensor] = {}
+        self._alive: list[Any] = []  # kept, so that no identity is given twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse(func, args)
         called = self._graph.call_function(func, *tree_map_only(Tensor, self._node, (args, kwargs)))
-        found = func(*args, **kwargs)
-        self._made.append(found)
-        for index, part in enumerate((found,) if isinstance(found, Tensor) else found):
+        output = func(*args, **kwargs)
+        self._alive.append(output)
+        for index, part in enumerate((output,) if isinstance(output, Tensor) else output):
             if isinstance(part, Tensor) and id(part) not in self._nodes:  # one changed in place is known
-                one = part is found
+                one = part is output
                 self._nodes[id(part)] = (
                     called if one else self._graph.call_function(operator.getitem, (called, index))
                 )
-        return found
+        return output
 
     def finished(self, result: Tensor) -> Replay:
         """All that was written down, as a function that returns what `result` was."""
         self._graph.output(self._node(result))
         self._graph.eliminate_dead_code()
-        module: Any = fx.GraphModule(self._given, self._graph)
+        module: Any = fx.GraphModule(self._inputs, self._graph)
         replay: Replay = module.forward
         return replay
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) not in self._nodes:
-            name = f"given_{len(self._given)}"
-            self._given[name] = tensor
+            name = f"input_{len(self._inputs)}"
+            self._inputs[name] = tensor
             self._nodes[id(tensor)] = self._graph.get_attr(name)
-            self._made.append(tensor)
+            self._alive.append(tensor)
         return self._nodes[id(tensor)]
 
 
@@ -116,9 +116,9 @@ def _refuse(func: Any, args: Any) -> None:
     name = str(func).removeprefix("aten.")
     masks = name.startswith("index") and any(
         isinstance(index, Tensor) and index.dtype == torch.bool
-        for places in args
-        if isinstance(places, list | tuple)
-        for index in places
+        for indices in args
+        if isinstance(indices, list | tuple)
+        for index in indices
     )
-    if masks or any(name.startswith(asked) for asked in _ASK_THE_HOST):
+    if masks or any(name.startswith(waits) for waits in _ASK_THE_HOST):
         raise RuntimeError(f"{name} makes Python wait for a value, so it cannot be replayed")

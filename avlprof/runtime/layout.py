@@ -76,8 +76,8 @@ def slot_classes(
 
 def left_order(classes: Tensor, positions: Tensor, length: int) -> Tensor:
     """Columns `[B, G, length]` of the left part: classes ascending, and positions inside a class."""
-    placed = classes.masked_fill(classes == TEXT, PADDING)
-    order = _by_position(placed, positions)
+    classes = classes.masked_fill(classes == TEXT, PADDING)
+    order = _by_position(classes, positions)
     return order[..., order.shape[-1] - length :]
 
 
@@ -103,8 +103,8 @@ def swaps(old: Tensor, new: Tensor, most: int) -> tuple[Tensor, Tensor]:
     counts = leaving.sum(dim=-1, keepdim=True)
     first = (~leaving).long().argsort(dim=-1, stable=True)[..., :most]
     second = (~entering).long().argsort(dim=-1, stable=True)[..., :most]
-    place = torch.arange(most, device=old.device).expand_as(first).minimum(counts - 1).clamp(min=0)
-    first, second = first.gather(-1, place), second.gather(-1, place)
+    pair = torch.arange(most, device=old.device).expand_as(first).minimum(counts - 1).clamp(min=0)
+    first, second = first.gather(-1, pair), second.gather(-1, pair)
     return first, torch.where(counts > 0, second, first)
 
 
@@ -114,8 +114,8 @@ def exchange(buffer: Tensor, first: Tensor, second: Tensor) -> None:
     `G` is 1 (the same slots in every head) or `H`. A pair may repeat, or name one slot twice.
     """
     a, b = _spread(first, buffer), _spread(second, buffer)
-    held_a, held_b = buffer.gather(2, a), buffer.gather(2, b)
-    buffer.scatter_(2, a, held_b).scatter_(2, b, held_a)
+    at_a, at_b = buffer.gather(2, a), buffer.gather(2, b)
+    buffer.scatter_(2, a, at_b).scatter_(2, b, at_a)
 
 
 def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> None:
@@ -136,7 +136,7 @@ def exchange_counted(buffers: tuple[Tensor, ...], old: Tensor, new: Tensor) -> N
             moves[heads] = pairs.flatten().numpy(), pairs.flip(-1).flatten().numpy()
         slots = _as_items(buffer)
         for at in range(0, len(moves[heads][0]), _BLOCK):
-            target, source = (places[at : at + _BLOCK] for places in moves[heads])
+            target, source = (part[at : at + _BLOCK] for part in moves[heads])
             slots[target] = np.take(slots, source, mode="clip")
 
 

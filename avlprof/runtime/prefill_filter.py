@@ -76,8 +76,8 @@ class ShortPrefill:
                 args = (states, *args[1:])
             else:
                 kwargs = kwargs | {"hidden_states": states}
-        places = {"position_embeddings": (-3, -2), "position_ids": (-2, -1), "attention_mask": (-4, -2)}
-        short = {name: _at(kwargs[name], self.columns, *at) for name, at in places.items() if name in kwargs}
+        dims = {"position_embeddings": (-3, -2), "position_ids": (-2, -1), "attention_mask": (-4, -2)}
+        short = {name: _at(kwargs[name], self.columns, *at) for name, at in dims.items() if name in kwargs}
         return args, kwargs | short
 
     @contextlib.contextmanager

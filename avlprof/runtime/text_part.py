@@ -25,19 +25,13 @@ class TextRule:
 
     @cached_property
     def running(self) -> str | None:
-        """The kind of running score that evicts (see `attention.running`); None when age does, or nothing."""
-        joint = self.policy.joint
-        if joint is None:
-            return self.policy.text.scorer if self.policy.text.scored else None
-        by_age = self.policy.scorer.name == "position" or joint.decoding == "grow"
-        return None if by_age else self.policy.scorer.name
+        """`Policy.running`, which every step asks for."""
+        return self.policy.running
 
     @cached_property
     def evicts(self) -> bool:
         """Whether a token can be evicted while decoding."""
-        if self.policy.joint is not None:
-            return self.policy.joint.decoding == "evict"
-        return not self.policy.text.keeps_all
+        return self.policy.evicts_by is not None
 
     @cached_property
     def grows(self) -> bool:
@@ -53,9 +47,8 @@ class TextRule:
 
     @cached_property
     def deleted(self) -> float:
-        """Share of text that goes: the quantile of the history score."""
-        keep = self.policy.text.keep
-        return 0.0 if keep is None else 1.0 - broadcast(keep, self.layers)[self.layer]
+        """`Policy.deleted` of this layer."""
+        return self.policy.deleted(self.layer)
 
     def sink(self, pool: int) -> int:
         """First tokens that are never evicted."""
@@ -72,7 +65,8 @@ class TextPart:
     """Counts, ages and scores of a layer's text slots; the layer owns the buffers.
 
     Lists have one entry a row. All heads of a row hold the same number of tokens. `scores`
-    `[B, G, capacity]` and `given [B, G]`, the number of prompt tokens held, live on the device.
+    `[B, G, capacity]` and `prompt_tokens [B, G]`, the number of prompt tokens in memory, live on the device;
+    `prompt_read` sums the latter up over rows and steps. Where age decides, `prompt` holds the number.
     """
 
     def __init__(self, rule: TextRule) -> None:
@@ -83,8 +77,8 @@ class TextPart:
         self.prompt: list[int] = []
         self._ages: list[deque[int]] = []
         self.scores: Tensor | None = None
-        self.given: Tensor | None = None
-        self.given_read: Tensor | None = None
+        self.prompt_tokens: Tensor | None = None
+        self.prompt_read: Tensor | None = None
 
     def lay(
         self, counts: list[int], positions: Tensor, spans: list[tuple[int, int]], scores: Tensor | None
@@ -94,13 +88,13 @@ class TextPart:
         present = torch.arange(positions.shape[-1], device=positions.device) < per_row(
             counts, positions.device
         )
-        given = (within(positions, spans) & present).sum(dim=-1)
+        left = (within(positions, spans) & present).sum(dim=-1)
         if self.rule.running is not None:
-            self.given = given
-            if self.given_read is None:
-                self.given_read = torch.zeros((), dtype=torch.float64, device=given.device)
+            self.prompt_tokens = left
+            if self.prompt_read is None:
+                self.prompt_read = torch.zeros((), dtype=torch.float64, device=left.device)
             return
-        self.prompt = given[:, 0].tolist()
+        self.prompt = left[:, 0].tolist()
         self._ages = [
             deque(range(min(self.rule.sink(pool), n), n)) for pool, n in zip(self.pools, counts, strict=True)
         ]
@@ -150,23 +144,27 @@ class TextPart:
     ) -> None:
         """Score the slots by a decoding row, and evict the worst where there is one too many.
 
-        The newest token moves into the slot of the one that goes.
+        The newest token moves into the slot of the one that goes, so shapes are fixed, and all that
+        depends on scores stays on the device.
 
         Args:
             weights: `[B, G, n]` attention of the step to the text slots.
             buffers: the text's keys and values, `[B, H, n, D]`, and logical positions, `[B, G, n]`.
             spans: positions of prompt tokens, from and to.
         """
-        assert self.scores is not None and self.given is not None and self.rule.running is not None
+        assert self.scores is not None and self.prompt_tokens is not None and self.rule.running is not None
         device, width, positions = weights.device, weights.shape[-1], buffers[2]
         slot = torch.arange(width, device=device)
         counts = per_row(self.counts, device)
         present, last = slot < counts, counts - 1
-        held = self.scores[..., :width]
+        # 1 score: what this row gives adds to what earlier rows gave
+        sums = self.scores[..., :width]
         scores = step_scores(
-            self.rule.running, held, weights, present.expand_as(weights), (slot == last), self.rule.deleted
+            self.rule.running, sums, weights, present.expand_as(weights), (slot == last), self.rule.deleted
         )
-        held.copy_(scores.masked_fill(~present, 0.0))
+        sums.copy_(scores.masked_fill(~present, 0.0))
+        # 2 choose: the lowest score that is neither a sink nor among the newest; of equals the newest goes.
+        # Sinks are the first slots: `text_order` lays them out there, and no move ever targets them
         rooms = self.rooms()
         full = [count > limit for count, (limit, _) in zip(self.counts, rooms, strict=True)]
         if not any(full):
@@ -182,32 +180,34 @@ class TextPart:
         going = per_row([int(over) for over in full], device) > 0
         victim = torch.where(going, victim, last)
         gone = positions.gather(-1, victim)
-        self.given -= (within(gone, spans) & going)[..., 0].long()
+        self.prompt_tokens -= (within(gone, spans) & going)[..., 0].long()
+        # 3 lay out: the newest token takes the victim's slot; a row that keeps all moves it onto itself
         source = last.expand_as(victim)
-        for buffer in (*buffers, held):
+        for buffer in (*buffers, sums):
             move(buffer, source, victim)
+        # 4 free: the last slot counts no more, and the next token takes it
         self.counts = [count - over for count, over in zip(self.counts, full, strict=True)]
 
     def count_read(self) -> float:
         """Prompt tokens of this step's text, over rows; what the device knows is added up there."""
-        if self.given is None or self.given_read is None:
+        if self.prompt_tokens is None or self.prompt_read is None:
             return float(sum(self.prompt))
-        self.given_read += self.given.double().mean(dim=1).sum()
+        self.prompt_read += self.prompt_tokens.double().mean(dim=1).sum()
         return 0.0
 
     def prompt_slots(self, heads: int) -> list[int]:
         """Prompt tokens of each row in memory, summed over `heads` KV heads."""
-        if self.given is None:
+        if self.prompt_tokens is None:
             return [count * heads for count in self.prompt]
-        return (self.given.sum(dim=1) * (heads // self.given.shape[1])).tolist()
+        return (self.prompt_tokens.sum(dim=1) * (heads // self.prompt_tokens.shape[1])).tolist()
 
     def select_rows(self, rows: list[int], index: Tensor) -> None:
         """Replace the batch by its rows `rows`, the same in `index`."""
         for name in ("counts", "seen", "pools", "prompt"):
-            held = getattr(self, name)
-            setattr(self, name, [held[row] for row in rows] if held else held)
+            values = getattr(self, name)
+            setattr(self, name, [values[row] for row in rows] if values else values)
         self._ages = [deque(self._ages[row]) for row in rows] if self._ages else []
-        for name in ("scores", "given"):
+        for name in ("scores", "prompt_tokens"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index))

@@ -50,7 +50,7 @@ class Prefill:
         )
 
     @property
-    def held(self) -> int:
+    def past(self) -> int:
         """Tokens of earlier turns whose keys come before these; 0 for a prompt."""
         return 0
 
@@ -72,9 +72,9 @@ class Prefill:
             positions `[B, R]`, and bool `[B, 1, R, 1]`, False where a prompt has fewer.
         """
         text = self.modality == Modality.TEXT
-        asked = torch.where(text.any(dim=1, keepdim=True), text, self.valid)
-        rows = asked.long().argsort(dim=1, stable=True)[:, -most:]
-        return rows, asked.gather(1, rows)[:, None, :, None]
+        eligible = torch.where(text.any(dim=1, keepdim=True), text, self.valid)
+        rows = eligible.long().argsort(dim=1, stable=True)[:, -most:]
+        return rows, eligible.gather(1, rows)[:, None, :, None]
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""

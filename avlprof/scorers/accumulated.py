@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avlprof.attention.column_sums import column_sums
+from avlprof.attention.column_sums import Seen, column_sums
 from avlprof.scorers._base import Prefill, Scorer
 
 
@@ -21,16 +21,14 @@ class Accumulated(Scorer):
     block: int = 0
 
     def score(self, prefill: Prefill) -> Tensor:
-        if prefill.held:
+        if prefill.past:
             return self._turn(prefill)
         return column_sums(
             prefill.query,
             prefill.key,
             prefill.scaling,
+            Seen(valid=prefill.valid, causal=prefill.causal, mask=prefill.mask),
             counted=prefill.valid,
-            valid=prefill.valid,
-            causal=prefill.causal,
-            mask=prefill.mask,
             softcap=prefill.softcap,
             block=self.block or None,
         )

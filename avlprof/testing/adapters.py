@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
 from avlprof.models.tiles import Layout
@@ -57,7 +57,7 @@ class FamilyConformance:
         inputs = self.case.inputs(2, seed=3)
         cache = DynamicCache(config=self.case.model.config)
         with torch.no_grad():
-            self.case.model(**inputs, **given_cache(self.case.model, cache))
+            self.case.model(**inputs, **with_cache(self.case.model, cache))
         rows, tokens = inputs["input_ids"].shape
         adapter = self.adapter
         assert len(cache.layers) == adapter.layers

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from avlprof.allocators import Allocator, Evidence
-from avlprof.budgets import fit_keep, meet_budget, meet_read_budget, vision_share
+from avlprof.budgets import ReadBudget, fit_keep, meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, live_share, read_share, tokens
 
@@ -198,6 +198,6 @@ class AllocatorConformance:
             floor = read_share(coreless, prompts, layers, steps)
             assert floor >= least - 1e-12
             budget = (floor + most) / 2
-            compute = meet_read_budget(keep, prompts, interval, budget, steps, shares=shares)
+            compute = meet_read_budget(keep, prompts, ReadBudget(budget, steps, interval), shares=shares)
             policy = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=interval)
             assert budget - slack < read_share(policy, prompts, layers, steps) <= budget

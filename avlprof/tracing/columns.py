@@ -13,7 +13,7 @@ from avlprof.tracing import statistics
 from avlprof.tracing.options import RecordOptions
 
 
-class Places:
+class TokenColumns:
     """The columns of one row that hold tokens; bool `real [n]`, on the host, marks them."""
 
     def __init__(self, real: Tensor) -> None:
@@ -30,7 +30,7 @@ class Places:
         if self._run is not None and self._run.stop == self._total and bool(real.all()):
             self._run = slice(self._run.start, self._total + len(real))
         else:
-            self._index = self._places()
+            self._index = self._columns()
             self._index = torch.cat([self._index, real.nonzero()[:, 0] + self._total])
             self._run = None
         self._total += len(real)
@@ -43,7 +43,7 @@ class Places:
             self._there[device] = self._index.to(device, non_blocking=True)
         return self._there[device]
 
-    def _places(self) -> Tensor:
+    def _columns(self) -> Tensor:
         return self._index if self._run is None else torch.arange(self._run.start, self._run.stop)
 
 
@@ -51,7 +51,7 @@ class Places:
 class Columns:
     """The keys of one sample, in order and without padding.
 
-    `codes [N]` are `Modality` codes and stay in host memory, so that places and counts can be
+    `codes [N]` are `Modality` codes and stay in host memory, so that positions and counts can be
     read without waiting for a device; what rows are measured with lies on `device`.
     """
 
@@ -85,11 +85,11 @@ class Columns:
         )
 
     def bins(self, rows: Tensor) -> Tensor:
-        """`statistics.distance_bins` of the rows at these places, which lie on the host."""
+        """`statistics.distance_bins` of the rows at these positions, which lie on the host."""
         count = len(self.text)
         first = min(self.options.text_sink, count)
-        found = statistics.distance_bins(self.order[rows], self.options.distances, first, count)
-        return found.to(self.device, non_blocking=True)
+        bins = statistics.distance_bins(self.order[rows], self.options.distances, first, count)
+        return bins.to(self.device, non_blocking=True)
 
     @cached_property
     def vision(self) -> Selection:
@@ -110,25 +110,25 @@ class Columns:
 class Selection:
     """Some columns, ascending: a slice where they have no gap, which is a view instead of a copy."""
 
-    places: Tensor  # on the host
+    positions: Tensor  # on the host
     index: Tensor | slice
 
     @classmethod
     def of(cls, chosen: Tensor, device: torch.device) -> Selection:
         """The columns that bool `chosen [N]`, on the host, marks."""
-        places = chosen.nonzero()[:, 0]
-        if len(places) and int(places[-1] - places[0]) == len(places) - 1:
-            return cls(places, slice(int(places[0]), int(places[-1]) + 1))
-        return cls(places, places.to(device, non_blocking=True))
+        positions = chosen.nonzero()[:, 0]
+        if len(positions) and int(positions[-1] - positions[0]) == len(positions) - 1:
+            return cls(positions, slice(int(positions[0]), int(positions[-1]) + 1))
+        return cls(positions, positions.to(device, non_blocking=True))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def of_first(self, values: Tensor) -> Tensor:
         """The chosen columns of `values [..., n]`, which holds the first n columns alone."""
         if isinstance(self.index, slice):
             return values[..., self.index]
-        count = int(torch.searchsorted(self.places, values.shape[-1]))
+        count = int(torch.searchsorted(self.positions, values.shape[-1]))
         return values[..., self.index[:count]]
 
 

@@ -28,7 +28,7 @@ class RecordOptions:
     coverage. Statistics are averaged over query heads unless `per_head`, which also keeps the
     scores of single tokens head by head, beside their mean. With `history`, the kept share of
     text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
-    `block` and `held` bound memory and change no result.
+    `block` and `step_logits` bound memory and change no result.
 
     Raises:
         UserError: a value is out of its range.
@@ -45,7 +45,7 @@ class RecordOptions:
     distances: tuple[int, ...] = DISTANCES
     lags: tuple[int, ...] = LAGS
     block: int | None = None  # weights of a prompt that exist at a time; None: what suits the device
-    held: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
+    step_logits: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
@@ -133,7 +133,8 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         split=settings.split_of(task),
         max_new_tokens=settings.answer_limit(task),
         forced=settings.forced,
-        policy="" if named is None else f"{named.name} {named.hash}".strip(),
+        policy="" if named is None else named.name,
+        policy_hash="" if named is None else named.hash,
         rows=options.rows,
         vision_rows=options.vision_rows,
         coverage_rows=options.coverage_rows,

@@ -26,7 +26,7 @@ MOST_ROWS = 256  # of a block: longer ones would form many weights that no row m
 class Block:
     """Rows of a prompt that are measured together.
 
-    `rows [R]` ascend; `bins` is theirs as in `Columns`, `order` their place among the text tokens.
+    `rows [R]` ascend; `bins` is theirs as in `Columns`, `order` their number among the text tokens.
     `kinds [K, R]` is 1 where a row is of a kind; `covered [C]` indexes the rows that are measured
     for coverage and `covered_kinds [K, C]` tells their kinds; `received [3, R]` is 1 where a row
     counts for each of `RECEIVED`; `is_text` indexes the text rows. `later [R, last - first]` is
@@ -48,7 +48,7 @@ class Block:
     is_text: Tensor
 
 
-class RowPlan:
+class MeasuredRows:
     """The rows of a prompt that are measured: once each, also where a row is of two kinds."""
 
     def __init__(self, columns: Columns) -> None:
@@ -58,21 +58,21 @@ class RowPlan:
         if options.rows != "all":
             rows["vision"] = _spread(rows["vision"], options.vision_rows)
         rows["last"] = torch.tensor([columns.count - 1])
-        self._places = {kind: places for kind, places in rows.items() if len(places)}
-        self.rows = torch.tensor(sorted({row for places in self._places.values() for row in places.tolist()}))
+        self._by_kind = {kind: own for kind, own in rows.items() if len(own)}
+        self.rows = torch.tensor(sorted({row for own in self._by_kind.values() for row in own.tolist()}))
 
     @property
     def kinds(self) -> dict[str, int]:
         """How many rows of each kind are measured; kinds without any are left out."""
-        return {kind: len(places) for kind, places in self._places.items()}
+        return {kind: len(rows) for kind, rows in self._by_kind.items()}
 
     @cached_property
     def _marks(self) -> tuple[Tensor, Tensor, Tensor]:
         """bool `[K, R]` kinds and covered rows of each kind, and `[3, R]` received."""
-        places = self._places
-        kinds = torch.stack([torch.isin(self.rows, p) for p in places.values()])
-        sparse = [_spread(p, self.options.coverage_rows) for p in places.values()]
-        covered = torch.stack([torch.isin(self.rows, p) for p in sparse])
+        by_kind = self._by_kind.values()
+        kinds = torch.stack([torch.isin(self.rows, rows) for rows in by_kind])
+        sparse = [_spread(rows, self.options.coverage_rows) for rows in by_kind]
+        covered = torch.stack([torch.isin(self.rows, rows) for rows in sparse])
         text = self.columns.codes[self.rows] == Modality.TEXT
         last = self.rows == self.columns.count - 1
         every = torch.full_like(last, self.options.rows == "all")
@@ -158,7 +158,7 @@ class PromptAttention:
 
 
 @dataclass
-class PromptFound:
+class PromptSums:
     """Sums over the rows: `received` fp32 `[H, 3, V]`, what each vision token got from `RECEIVED`;
     `history` fp64 `[H, T]`, where it was asked for. Without `per_head` H is 1, the mean over heads."""
 
@@ -167,7 +167,7 @@ class PromptFound:
     history: Tensor | None
 
 
-def measure_prompt(attention: PromptAttention, plan: RowPlan) -> PromptFound:
+def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums:
     """Measure the rows of a plan in one pass.
 
     Weights exist for some rows of some KV groups at a time, and for the keys that these rows may
@@ -179,26 +179,26 @@ def measure_prompt(attention: PromptAttention, plan: RowPlan) -> PromptFound:
     budget = plan.options.block or (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK)
     kept = heads if plan.options.per_head else 1
     shape = (kept, len(RECEIVED), len(plan.columns.vision))
-    found = PromptFound(Sums(plan.kinds), torch.zeros(shape, dtype=torch.float32, device=device), None)
+    total = PromptSums(Sums(plan.kinds), torch.zeros(shape, dtype=torch.float32, device=device), None)
     if plan.options.history is not None:
-        found.history = torch.zeros(kept, len(plan.columns.text), dtype=torch.float64, device=device)
+        total.history = torch.zeros(kept, len(plan.columns.text), dtype=torch.float64, device=device)
     for block in plan.blocks(min(max(budget // (length * size), 1), MOST_ROWS)):
         seen = block.last + 1 if attention.mask is None and attention.causal else length
         together = max(budget // (len(block.rows) * seen * size), 1)
         for start in range(0, groups, together):
-            _measure(found, attention, plan, block, seen, slice(start, min(start + together, groups)))
+            _measure(total, attention, plan, block, seen, slice(start, min(start + together, groups)))
     if not plan.options.per_head:
-        found.received /= heads
-        if found.history is not None:
-            found.history /= heads
-    return found
+        total.received /= heads
+        if total.history is not None:
+            total.history /= heads
+    return total
 
 
 def _measure(
-    found: PromptFound, attention: PromptAttention, plan: RowPlan, block: Block, seen: int, groups: slice
+    total: PromptSums, attention: PromptAttention, plan: MeasuredRows, block: Block, seen: int, groups: slice
 ) -> None:
     """Add one block of rows and one slice of KV groups."""
-    total, size = len(attention.query), len(attention.query) // len(attention.key)
+    every, size = len(attention.query), len(attention.query) // len(attention.key)
     heads = slice(groups.start * size, groups.stop * size)
     options, columns = plan.options, plan.columns
     logits = head_logits(
@@ -219,21 +219,21 @@ def _measure(
     if blind is not None:
         weights.masked_fill_(blind[:, None], 0.0)
         values.masked_fill_(blind[:, None], 0.0)
-    found.sums.add(values, block.kinds, heads, total)
-    visible = len(columns.vision) and (attention.mask is not None or seen > columns.vision.places[0])
+    total.sums.add(values, block.kinds, heads, every)
+    visible = len(columns.vision) and (attention.mask is not None or seen > columns.vision.positions[0])
     if visible and len(block.covered):
         vision = columns.vision.of_first(weights[:, block.covered])
         counts = statistics.coverage(statistics.descending(vision), columns.shares)
-        found.sums.add_coverage(counts, block.covered_kinds, heads, total)
+        total.sums.add_coverage(counts, block.covered_kinds, heads, every)
     where = heads if options.per_head else slice(0, 1)
     if block.is_received:
         gained = columns.vision.of_first(_kept(block.received @ weights, options))
-        found.received[where, :, : gained.shape[-1]] += gained
-    if found.history is not None and options.history is not None and len(block.is_text):
+        total.received[where, :, : gained.shape[-1]] += gained
+    if total.history is not None and options.history is not None and len(block.is_text):
         rows = block.is_text
         scores = history(text[:, rows], block.order[rows], options.history, decoding=False)
         added = _kept(scores, options)
-        found.history[where, : added.shape[-1]] += added
+        total.history[where, : added.shape[-1]] += added
 
 
 def _kept(values: Tensor, options: RecordOptions) -> Tensor:

@@ -13,7 +13,7 @@ from avlprof.attention.modality import Modality
 from avlprof.runs.meta import HEADS
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.prompt import RECEIVED, PromptAttention, PromptFound, RowPlan, measure_prompt
+from avlprof.tracing.prompt import RECEIVED, MeasuredRows, PromptAttention, PromptSums, measure_prompt
 from avlprof.tracing.steps import LayerSteps
 
 LAST, INSTRUCTION, ALL = range(len(RECEIVED))
@@ -28,7 +28,7 @@ class RowRecord:
     Memory: the sums are small and do not grow. Decoding scores are 4 bytes x layers x vision
     tokens for each step, in host memory (32 layers, 2,880 tokens: 0.35 MiB a step), and with
     `per_head` as much for each head (of 32 heads 11 MiB a step); what is held back to be measured
-    together is bounded by `RecordOptions.held`.
+    together is bounded by `RecordOptions.step_logits`.
     """
 
     def __init__(self, modality: Tensor, layers: int, options: RecordOptions) -> None:
@@ -36,17 +36,17 @@ class RowRecord:
         self.options = options
         self.steps = 0
         self._grown = self.modality
-        self._prompt: list[PromptFound | None] = [None] * layers
+        self._prompt: list[PromptSums | None] = [None] * layers
         self._steps = [LayerSteps(options) for _ in range(layers)]
-        self._plans: dict[torch.device, RowPlan] = {}
+        self._plans: dict[torch.device, MeasuredRows] = {}
         self._columns: dict[torch.device, Columns] = {}
         self._devices: list[torch.device | None] = [None] * layers
 
     def add_prompt(self, layer: int, attention: PromptAttention) -> None:
-        """Measure the wanted rows of a layer that has attended to the prompt."""
+        """Measure the chosen rows of a layer that has attended to the prompt."""
         device = attention.key.device
         if device not in self._plans:
-            self._plans[device] = RowPlan(Columns(self.modality, device, self.options))
+            self._plans[device] = MeasuredRows(Columns(self.modality, device, self.options))
         self._prompt[layer] = measure_prompt(attention, self._plans[device])
 
     def grow(self, modality: Tensor) -> None:
@@ -103,10 +103,10 @@ class RowRecord:
             heads["all"] = received[:, :, ALL]
         if self.options.history is not None:
             heads["history"] = self._history(received.shape[1])
-        found = {name: values.mean(dim=-2) for name, values in heads.items()}
+        scores = {name: values.mean(dim=-2) for name, values in heads.items()}
         if self.options.per_head:
-            found |= {f"{name}{HEADS}": values for name, values in heads.items()}
-        return {name: np.ascontiguousarray(values.numpy()) for name, values in found.items()}
+            scores |= {f"{name}{HEADS}": values for name, values in heads.items()}
+        return {name: np.ascontiguousarray(values.numpy()) for name, values in scores.items()}
 
     def _received(self) -> Tensor:
         """fp32 `[L, H, 3, V]` of `RECEIVED`; 0 in layers that did not attend."""
@@ -119,11 +119,11 @@ class RowRecord:
         """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
         layers, heads, _, vision = shape
         steps = min(sum(len(part) for part in layer.scores) for layer in self._steps)
-        found = torch.empty(steps, layers, heads, vision, dtype=torch.float32)
+        scores = torch.empty(steps, layers, heads, vision, dtype=torch.float32)
         if steps:
-            for place, layer in enumerate(self._steps):
-                found[:, place] = torch.cat(layer.scores)[:steps]
-        return found
+            for index, layer in enumerate(self._steps):
+                scores[:, index] = torch.cat(layer.scores)[:steps]
+        return scores
 
     def _history(self, heads: int) -> Tensor:
         """fp32 `[L, H, T]`: the prompt's rows and the steps' together."""

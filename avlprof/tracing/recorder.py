@@ -1,10 +1,9 @@
-"""The rows of a batch, recorded apart: each as if it ran alone, and only as long as it answers."""
+"""The recorder: an observer that measures every row of a batch, each as if it ran alone."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,110 +13,67 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
-from avlprof.tracing.columns import UNSEEN, Places
+from avlprof.tracing.columns import UNSEEN, TokenColumns
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptAttention
 from avlprof.tracing.record import RowRecord
-
-
-class BatchRecorder:
-    """Observer that hands each row of one batch to a recorder of its own.
-
-    `generate` goes on feeding a row that has answered until the whole batch has; `stop` closes
-    its record. Use it for one prompt, with `avlprof.attention.session.switched`.
-    """
-
-    def __init__(self, rows: int, layers: int, options: RecordOptions) -> None:
-        self._recorders = [Recorder(layers, options) for _ in range(rows)]
-        self._live = [True] * rows
-
-    def stop(self, rows: Iterable[int]) -> None:
-        """Record nothing more of these rows."""
-        for row in rows:
-            self._live[row] = False
-
-    def records(self) -> list[RowRecord]:
-        """What was recorded of each row."""
-        for recorder in self._recorders:
-            recorder.settle()
-        return [recorder.records[0] for recorder in self._recorders]
-
-    def begin(self, forward: Forward) -> None:
-        """A forward pass starts."""
-        here = replace(forward, modality=forward.modality.cpu())  # one wait for a device, not one a row
-        for row in self._open():
-            self._recorders[row].begin(self._forward(here, row))
-
-    def attended(self, forward: Forward, call: AttentionCall) -> None:
-        """One layer has attended."""
-        for row in self._open():
-            self._recorders[row].attended(self._forward(forward, row), self._call(call, row))
-
-    def _open(self) -> list[int]:
-        return [row for row, live in enumerate(self._live) if live]
-
-    def _forward(self, forward: Forward, row: int) -> Forward:
-        if len(self._recorders) == 1:
-            return forward
-        return replace(forward, modality=forward.modality[row : row + 1])
-
-    def _call(self, call: AttentionCall, row: int) -> AttentionCall:
-        if len(self._recorders) == 1:
-            return call
-        return call._replace(
-            query=call.query[row : row + 1],
-            key=call.key[row : row + 1],
-            value=call.value[row : row + 1],
-            mask=_part(call.mask, row),
-            positions=_part(call.positions, row),
-            valid=_part(call.valid, row),
-        )
-
-
-def _part(tensor: Tensor | None, row: int) -> Tensor | None:
-    """A row of what may be given once for all rows, or not at all."""
-    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[row : row + 1]
 
 
 class Recorder:
     """Observer that fills one `RowRecord` per row of each batch that the model is run on.
 
     `records` holds those of all prompts so far, in order; the latest batch is being added to.
+    `generate` goes on feeding a row that has answered until the whole batch has; `stop` closes
+    its record.
     """
 
     def __init__(self, layers: int, options: RecordOptions) -> None:
         self.records: list[RowRecord] = []
         self._layers, self._options = layers, options
-        self._batch: list[tuple[RowRecord, Places]] = []
+        self._batch: list[tuple[RowRecord, TokenColumns]] = []
+        self._open: list[int] = []
+
+    def stop(self, rows: Iterable[int]) -> None:
+        """Record nothing more of these rows of the latest batch."""
+        closed = set(rows)
+        self._open = [row for row in self._open if row not in closed]
 
     def begin(self, forward: Forward) -> None:
-        """A forward pass starts: a prompt opens new records, a step extends the present ones."""
+        """A forward pass starts: a prompt opens new records, a step extends those that are open."""
         total = forward.modality.shape[1]
-        # the one wait for a device in a pass; places and counts are worked out on the host
+        # the one wait for a device in a pass; positions and counts are worked out on the host
         fresh = forward.modality[:, total - forward.new :].cpu()
         real = fresh != Modality.PAD
         if forward.step == 0:
             self.settle()
             self._batch = [
-                (RowRecord(codes[seen], self._layers, self._options), Places(seen))
+                (RowRecord(codes[seen], self._layers, self._options), TokenColumns(seen))
                 for codes, seen in zip(fresh, real, strict=True)
             ]
+            self._open = list(range(len(self._batch)))
             self.records.extend(record for record, _ in self._batch)
             return
-        for (record, places), codes, seen in zip(self._batch, fresh, real, strict=True):
-            record.grow(codes[seen])
-            places.grow(seen)
+        for row in self._open:
+            record, columns = self._batch[row]
+            record.grow(fresh[row][real[row]])
+            columns.grow(real[row])
 
     @torch.no_grad()
     def attended(self, forward: Forward, call: AttentionCall) -> None:
-        """One layer has attended: measure the wanted rows of every row of the batch."""
+        """One layer has attended: measure the chosen rows of every open row of the batch."""
+        if not self._open:
+            return
         if forward.step == 0:
-            for row, (record, places) in enumerate(self._batch):
-                record.add_prompt(call.layer, _prompt(call, row, places))
+            for row in self._open:
+                record, columns = self._batch[row]
+                record.add_prompt(call.layer, _prompt(call, row, columns))
         elif forward.new == 1:
-            logits = _step_logits(call, forward.modality.shape[1])
-            for row, (record, places) in enumerate(self._batch):
-                record.add_step(call.layer, logits[row][:, places.columns(logits.device)])
+            # a slice, which copies no keys: closed rows in between are measured in vain
+            rows = slice(self._open[0], self._open[-1] + 1)
+            logits = _step_logits(_rows(call, rows), forward.modality.shape[1])
+            for row in self._open:
+                record, columns = self._batch[row]
+                record.add_step(call.layer, logits[row - rows.start][:, columns.columns(logits.device)])
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -126,9 +82,25 @@ class Recorder:
             record.settle()
 
 
-def _prompt(call: AttentionCall, row: int, places: Places) -> PromptAttention:
+def _rows(call: AttentionCall, rows: slice) -> AttentionCall:
+    """Some rows of a batch, as views; what is one for all rows stays so."""
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+
+    return call._replace(
+        query=call.query[rows],
+        key=call.key[rows],
+        value=call.value[rows],
+        mask=part(call.mask),
+        positions=part(call.positions),
+        valid=part(call.valid),
+    )
+
+
+def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention:
     """What one row of the batch attended with, its padding left out."""
-    columns = places.columns(call.key.device)
+    columns = own.columns(call.key.device)
     mask = None
     if call.mask is not None:
         mask = call.mask[row if len(call.mask) > 1 else 0, 0][columns][:, columns]
@@ -153,15 +125,11 @@ def _step_logits(call: AttentionCall, length: int) -> Tensor:
         missing = length - logits.shape[-1]
         return torch.nn.functional.pad(logits, (missing, 0), value=UNSEEN) if missing > 0 else logits
     heads = logits.shape[1] // call.positions.shape[1]
-    places = call.positions.repeat_interleave(heads, dim=1).expand_as(logits)
+    columns = call.positions.repeat_interleave(heads, dim=1).expand_as(logits)
     # slots without a token go to a column of their own
-    places = (
-        torch.where(places < 0, length, places)
-        if seen is None
-        else places.masked_fill(~seen[:, :, 0], length)
-    )
+    empty = columns < 0 if seen is None else ~seen[:, :, 0]
     whole = logits.new_full((*logits.shape[:2], length + 1), UNSEEN)
-    return whole.scatter_(2, places, logits)[..., :length]
+    return whole.scatter_(2, columns.masked_fill(empty, length), logits)[..., :length]
 
 
 @contextlib.contextmanager

@@ -22,14 +22,14 @@ def history(text: Tensor, order: Tensor, kept: float, decoding: bool) -> Tensor:
 
     Args:
         text: `[H, R, T]` weights of text and generated rows on the text tokens, in their order.
-        order: int64 `[R]` place of each row among the text tokens.
+        order: int64 `[R]` number of each row among the text tokens.
         kept: share of text that the quantile is to keep.
 
     Returns:
         fp64 `[H, T]`.
     """
-    place = torch.arange(text.shape[-1], device=text.device)
-    older, own = place < order[:, None], place == order[:, None]
+    column = torch.arange(text.shape[-1], device=text.device)
+    older, own = column < order[:, None], column == order[:, None]
     below = quantile(text, (older | own if decoding else older).expand_as(text), 1.0 - kept)
     added = torch.where(older, text - below, 0.0) + torch.where(own, text, 0.0)
     return added.sum(dim=1, dtype=torch.float64)
@@ -66,9 +66,9 @@ def coverage(ordered: Tensor, shares: Tensor) -> Tensor:
     Returns:
         fp32 `[..., S]` token counts; NaN where a row gives vision no attention.
     """
-    held = ordered.cumsum(dim=-1, dtype=torch.float64)
-    total = held[..., -1:]
-    counts = torch.searchsorted(held, total * (shares - 1e-12)) + 1
+    sums = ordered.cumsum(dim=-1, dtype=torch.float64)
+    total = sums[..., -1:]
+    counts = torch.searchsorted(sums, total * (shares - 1e-12)) + 1
     return torch.where(total > 0, counts.float(), torch.nan)
 
 
@@ -105,8 +105,8 @@ def text_distances(text: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     """
     # a bin is a run of columns, so its mass is a difference of two cumulative sums
     sums = torch.nn.functional.pad(text.cumsum(dim=-1), (1, 0))
-    held = sums.gather(2, bins.clamp(max=text.shape[-1]).expand(len(text), -1, -1))
-    return held[..., -1:], held[..., :-1] - held[..., 1:]
+    bounds = sums.gather(2, bins.clamp(max=text.shape[-1]).expand(len(text), -1, -1))
+    return bounds[..., -1:], bounds[..., :-1] - bounds[..., 1:]
 
 
 def top_sets(scores: Tensor, share: float, ordered: Tensor | None = None) -> Tensor:
@@ -117,8 +117,8 @@ def top_sets(scores: Tensor, share: float, ordered: Tensor | None = None) -> Ten
     count = max(int(share * scores.shape[-1] + 1e-6), 1)
     least = (descending(scores) if ordered is None else ordered)[..., count - 1 : count]
     above, tied = scores > least, scores == least
-    wanted = count - above.sum(dim=-1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=-1) <= wanted))
+    missing = count - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= missing))
 
 
 def set_overlap(a: Tensor, b: Tensor) -> Tensor:

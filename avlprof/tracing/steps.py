@@ -11,7 +11,7 @@ from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.statistics import history
 from avlprof.tracing.sums import Sums
 
-HELD_STEPS = 32  # decoding steps measured at once, at most
+STEPS_AT_ONCE = 32  # decoding steps measured at once, at most
 
 
 class LayerSteps:
@@ -27,29 +27,30 @@ class LayerSteps:
         self.scores: list[Tensor] = []
         self.history: Tensor | None = None
         self._options = options
-        self._held: list[Tensor] = []
+        self._waiting: list[Tensor] = []
         self._tops: Tensor | None = None
 
     def hold(self, logits: Tensor) -> bool:
         """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure."""
-        self._held.append(logits)
-        return len(self._held) >= HELD_STEPS or len(self._held) * logits.numel() > self._options.held
+        self._waiting.append(logits)
+        count = len(self._waiting)
+        return count >= STEPS_AT_ONCE or count * logits.numel() > self._options.step_logits
 
     def measure(self, columns: Columns) -> None:
         """Measure the held steps at once, and let go of them; `columns` cover the newest."""
-        held, self._held = self._held, []
-        if not held:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
-        heads, length = held[-1].shape
-        logits = held[-1].new_full((heads, len(held), length), UNSEEN)
-        for step, seen in enumerate(held):
+        heads, length = waiting[-1].shape
+        logits = waiting[-1].new_full((heads, len(waiting), length), UNSEEN)
+        for step, seen in enumerate(waiting):
             logits[:, step, : seen.shape[1]] = seen
         weights = logits.softmax(dim=-1)
-        rows = torch.tensor([seen.shape[1] - 1 for seen in held])
+        rows = torch.tensor([seen.shape[1] - 1 for seen in waiting])
         values, text = row_values(logits, weights, columns, columns.bins(rows))
-        every = torch.ones(1, len(held), dtype=torch.float64, device=weights.device)
+        every = torch.ones(1, len(waiting), dtype=torch.float64, device=weights.device)
         whole = slice(0, heads)
-        self.sums.kinds["generated"] += len(held)
+        self.sums.kinds["generated"] += len(waiting)
         self.sums.add(values, every, whole, heads)
         if self._options.history is not None:
             order = columns.order[rows].to(weights.device)

@@ -36,10 +36,10 @@ class Sums:
         """Take values `[h, R, C]` of some of the `total` heads, and which kinds `[K, R]` the rows are."""
         self.values = _added(self.values, values.double(), kinds, heads, total)
 
-    def add_coverage(self, found: Tensor, kinds: Tensor, heads: slice, total: int) -> None:
+    def add_coverage(self, counts: Tensor, kinds: Tensor, heads: slice, total: int) -> None:
         """Take token counts `[h, R, levels]`, NaN where a row has none."""
-        seen = found == found
-        both = torch.cat([torch.where(seen, found, 0.0).double(), seen.double()], dim=-1)
+        seen = counts == counts
+        both = torch.cat([torch.where(seen, counts, 0.0).double(), seen.double()], dim=-1)
         self.coverage = _added(self.coverage, both, kinds, heads, total)
 
     def frame(self, options: RecordOptions) -> Iterator[dict[str, Any]]:
@@ -74,12 +74,12 @@ class Sums:
 
 
 def _added(sums: Tensor | None, values: Tensor, kinds: Tensor, heads: slice, total: int) -> Tensor:
-    found = kinds @ values
-    if sums is None and len(found) == total:
-        return found
+    added = kinds @ values
+    if sums is None and len(added) == total:
+        return added
     if sums is None:
-        sums = found.new_zeros((total, *found.shape[1:]))
-    sums[heads] += found
+        sums = added.new_zeros((total, *added.shape[1:]))
+    sums[heads] += added
     return sums
 
 
@@ -90,6 +90,6 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.full(sums.shape, np.nan)
-    np.divide(sums, counts, out=found, where=np.broadcast_to(counts > 0, sums.shape))
-    return found
+    ratios: NDArray[np.float64] = np.full(sums.shape, np.nan)
+    np.divide(sums, counts, out=ratios, where=np.broadcast_to(counts > 0, sums.shape))
+    return ratios

@@ -23,7 +23,7 @@ from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task
 from avlprof.tracing.options import RecordOptions, TraceSettings, run_meta
-from avlprof.tracing.recorder import BatchRecorder
+from avlprof.tracing.recorder import Recorder
 from avlprof.watch import SILENT, Watch
 
 
@@ -34,7 +34,7 @@ class AnswerEnds(StoppingCriteria):
     included; `most` bounds them row by row.
     """
 
-    def __init__(self, model: Any, recorder: BatchRecorder, rows: int, most: Sequence[int] | None) -> None:
+    def __init__(self, model: Any, recorder: Recorder, rows: int, most: Sequence[int] | None) -> None:
         ends = model.generation_config.eos_token_id
         self._is_end = EosTokenCriteria(ends) if ends is not None else None
         self._recorder, self._most = recorder, most
@@ -53,8 +53,8 @@ class AnswerEnds(StoppingCriteria):
         return goes_on
 
 
-class GivenAnswers(LogitsProcessor):
-    """Makes greedy decoding choose the tokens of given answers, row by row.
+class FixedAnswers(LogitsProcessor):
+    """Makes greedy decoding choose the tokens of known answers, row by row.
 
     `prompt` is the length of the (padded) prompts; a row whose answer is over gets its last
     token again.
@@ -66,8 +66,8 @@ class GivenAnswers(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores [rows, vocabulary]` with all but one token of each row ruled out."""
         step = input_ids.shape[1] - self._prompt
-        wanted = [answer[min(step, len(answer) - 1)] for answer in self._answers]
-        index = torch.tensor(wanted, device=scores.device)[:, None]
+        tokens = [answer[min(step, len(answer) - 1)] for answer in self._answers]
+        index = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter_(1, index, 0.0)
 
 
@@ -101,11 +101,11 @@ def trace_batch(
     chats = [sample.messages() for sample in samples]
     encoding = loaded.adapter.encode_chats(chats)
     prompt = encoding["input_ids"].shape[1]
-    recorder = BatchRecorder(len(samples), loaded.adapter.layers, options)
-    given = _references(loaded, samples, encoding["input_ids"], limit) if forced else None
-    lengths = None if given is None else [len(answer) for answer in given]
+    recorder = Recorder(loaded.adapter.layers, options)
+    references = _references(loaded, samples, encoding["input_ids"], limit) if forced else None
+    lengths = None if references is None else [len(answer) for answer in references]
     ends = AnswerEnds(loaded.model, recorder, len(samples), lengths)
-    chosen = LogitsProcessorList([] if given is None else [GivenAnswers(given, prompt)])
+    chosen = LogitsProcessorList([] if references is None else [FixedAnswers(references, prompt)])
     with switched(loaded.model, observers=(recorder,)), torch.inference_mode():
         ids = loaded.model.generate(
             **encoding,
@@ -115,13 +115,13 @@ def trace_batch(
             stopping_criteria=StoppingCriteriaList([ends]),
             logits_processor=chosen,
         )
-        records = recorder.records()
+        recorder.settle()
     answers = [ids[row, prompt : prompt + length] for row, length in enumerate(ends.lengths)]
     texts = loaded.adapter.decode(answers)
-    tables = [(record, record.frame(), record.scores()) for record in records]
+    tables = [(record, record.frame(), record.scores()) for record in recorder.records]
     seconds = (time.monotonic() - started) / len(samples)
     layouts = loaded.adapter.vision_layout(encoding, chats)
-    found = []
+    traced = []
     for sample, answer, text, tiles, (record, stats, scores) in zip(
         samples, answers, texts, layouts, tables, strict=True
     ):
@@ -140,8 +140,8 @@ def trace_batch(
             "tiles": dump_tiles(tiles),
             "seconds": seconds,
         }
-        found.append(Traced(row, [{"sample": sample.id, **line} for line in stats], scores))
-    return found
+        traced.append(Traced(row, [{"sample": sample.id, **line} for line in stats], scores))
+    return traced
 
 
 def _references(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor, limit: int) -> list[list[int]]:

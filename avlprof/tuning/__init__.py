@@ -12,13 +12,14 @@ from avlprof._lazy import exports
 
 if TYPE_CHECKING:
     from avlprof.tuning.candidate import Budget, Candidate
-    from avlprof.tuning.reading import export_policy
+    from avlprof.tuning.reading import Study, export_policy
     from avlprof.tuning.settings import Settings
     from avlprof.tuning.smallest import Smallest
     from avlprof.tuning.space import Space
     from avlprof.tuning.study import StudyMeta, read_meta, read_study
     from avlprof.tuning.sweep import Sweep
     from avlprof.tuning.tune import Tuned
+    from avlprof.tuning.workers import Workers
 
 __all__ = [
     "Budget",
@@ -26,9 +27,11 @@ __all__ = [
     "Settings",
     "Smallest",
     "Space",
+    "Study",
     "StudyMeta",
     "Sweep",
     "Tuned",
+    "Workers",
     "export_policy",
     "read_meta",
     "read_study",
@@ -42,9 +45,11 @@ __getattr__, __dir__ = exports(
         "Settings": "avlprof.tuning.settings",
         "Smallest": "avlprof.tuning.smallest",
         "Space": "avlprof.tuning.space",
+        "Study": "avlprof.tuning.reading",
         "StudyMeta": "avlprof.tuning.study",
         "Sweep": "avlprof.tuning.sweep",
         "Tuned": "avlprof.tuning.tune",
+        "Workers": "avlprof.tuning.workers",
         "export_policy": "avlprof.tuning.reading",
         "read_meta": "avlprof.tuning.study",
         "read_study": "avlprof.tuning.study",

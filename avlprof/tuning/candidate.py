@@ -1,4 +1,4 @@
-"""Spread what a policy reads per step over its layers, at a read budget."""
+"""A handful of scalars and the policy that they mean at a budget: what trials choose between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from avlprof.allocators import Evidence, make_allocator
-from avlprof.budgets import meet_budget, meet_read_budget, vision_share
+from avlprof.bisection import largest
+from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy, live_share
@@ -30,16 +31,8 @@ def spread_reads(
     Raises:
         UserError: system, text and refreshes alone read more; `Space.within` keeps such policies out.
     """
-    compute = meet_read_budget(
-        policy.keep(len(shares)),
-        prompts,
-        policy.refresh_interval,
-        read_budget,
-        answer_tokens,
-        policy.text,
-        shares,
-        refresh=policy.refresh,
-    )
+    reads = ReadBudget(read_budget, answer_tokens, policy.refresh_interval, policy.refresh)
+    compute = meet_read_budget(policy.keep(len(shares)), prompts, reads, policy.text, shares)
     return policy.model_copy(update={"vision_compute": compute})
 
 
@@ -134,7 +127,7 @@ class Candidate:
         return spread_reads(kept, follow, prompts, budget.read, budget.answer_tokens)
 
     def text(self, budget: Budget, layers: int) -> TextPolicy:
-        """What stays of text: as much as asked for and as the budgets afford.
+        """What stays of text: as much as `text_share` says and as the budgets afford.
 
         Raises:
             UserError: system and the newest token of text alone need more than a budget.
@@ -142,19 +135,18 @@ class Candidate:
         if self.text_share is None:
             return TextPolicy()
         refreshed = budget.refreshed(self.refresh_interval, self.refresh)
-        asked = max(round(self.text_share * budget.text_room), 1)
+        most = max(round(self.text_share * budget.text_room), 1)
         for sink in range(self.text_sink, -1, -1):
-            if asked + sink >= budget.text_room and budget.affords(TextPolicy(), layers, refreshed):
+            if most + sink >= budget.text_room and budget.affords(TextPolicy(), layers, refreshed):
                 return TextPolicy()
-            low, high = 0, asked + 1
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = budget.affords(TextPolicy(window=middle, sink=sink), layers, refreshed)
-                low, high = (middle, high) if fits else (low, middle)
-            if low:
-                return TextPolicy(window=low, sink=sink)
+
+            def fits(window: int, sink: int = sink) -> bool:
+                return budget.affords(TextPolicy(window=window, sink=sink), layers, refreshed)
+
+            if window := largest(fits, most):
+                return TextPolicy(window=window, sink=sink)
         raise UserError(
-            f"budget {budget.memory:g} is below what system and one token of text need; raise --budget"
+            f"budget {budget.memory:g} is below what system and one token of text need; raise the budget"
         )
 
     def params(self, budget: Budget) -> dict[str, Any]:
@@ -172,8 +164,8 @@ class Candidate:
 STARTS = "starts.json"
 
 
-def noted_starts(folder: Path, given: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The starts that the study in a folder was begun with; a new study notes those `given`.
+def noted_starts(folder: Path, starts: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The starts that the study in a folder was begun with; a new study notes these `starts`.
 
     A study that is resumed goes on with its own, whatever its neighbour has found since.
 
@@ -182,9 +174,9 @@ def noted_starts(folder: Path, given: Sequence[Candidate]) -> tuple[Candidate, .
     """
     path = folder / STARTS
     if not path.exists():
-        if given:
-            write_text(path, json.dumps([asdict(start) for start in given], indent=1) + "\n")
-        return tuple(given)
+        if starts:
+            write_text(path, json.dumps([asdict(start) for start in starts], indent=1) + "\n")
+        return tuple(starts)
     try:
         return tuple(Candidate(**start) for start in json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

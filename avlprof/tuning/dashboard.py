@@ -14,13 +14,9 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 
 from avlprof.errors import UserError
 from avlprof.tuning.importance import importance_rows
-from avlprof.tuning.reading import (
-    POLICY,
-    Overview,
-    knob_sentences,
-    overview,
-)
-from avlprof.tuning.study import find_place, quiet, read_study
+from avlprof.tuning.reading import POLICY, Overview, knob_sentences, overview
+from avlprof.tuning.storages._base import quiet
+from avlprof.tuning.study import find_storage, read_study
 
 ARTIFACTS = "artifacts"
 FIGURES = "figures"
@@ -51,20 +47,20 @@ def attach(folder: Path) -> optuna.Study:
 
 
 def note(
-    seen: Overview,
+    summary: Overview,
     knobs: list[str],
     pictures: list[tuple[str, str]],
     importances: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """What a study is about and what it found, as Markdown. `pictures` are titles and addresses."""
-    row = {name: value for name, value in seen.row().items() if value is not None}
+    row = {name: value for name, value in summary.row().items() if value is not None}
     lines = ["| | |", "|---|---|", *(f"| {name} | {_short(value)} |" for name, value in row.items()), ""]
-    if seen.winner is not None and seen.winner.provenance is not None:
-        scores = seen.winner.provenance.scores
-        lines += [f"## {seen.winner.provenance.metric} on held-out samples", ""]
+    if summary.winner is not None and summary.winner.provenance is not None:
+        scores = summary.winner.provenance.scores
+        lines += [f"## {summary.winner.provenance.metric} on held-out samples", ""]
         lines += ["| policy | mean | 95% interval |", "|---|---|---|"]
         lines += [f"| {who} | {s.mean:.3f} | {s.low:.3f} to {s.high:.3f} |" for who, s in scores.items()]
-        lines += ["", f"The winner is `{seen.folder / POLICY}`.", ""]
+        lines += ["", f"The winner is `{summary.folder / POLICY}`.", ""]
     if knobs:
         lines += ["## What its scalars are worth", "", *(f"- {sentence}" for sentence in knobs), ""]
     if importances:
@@ -88,13 +84,12 @@ def serve(folder: Path, host: str, port: int, ready: Callable[[str], None]) -> N
     """
     dashboard = _dashboard()
     study = attach(folder)
-    app = dashboard.wsgi(
-        find_place(folder).storage(), artifact_store=FileSystemArtifactStore(folder / ARTIFACTS)
-    )
+    artifacts = FileSystemArtifactStore(folder / ARTIFACTS)
+    app = dashboard.wsgi(find_storage(folder).backend(), artifact_store=artifacts)
     try:
         server = make_server(host, port, app, handler_class=_Silent)
     except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} of {host} cannot be taken ({error}); choose another --port") from None
+        raise UserError(f"port {port} of {host} cannot be taken ({error}); choose another port") from None
     with server, contextlib.suppress(KeyboardInterrupt):
         ready(f"http://{host}:{server.server_port}/dashboard/studies/{study._study_id}")
         server.serve_forever()
@@ -120,8 +115,8 @@ def _uploaded(study: optuna.Study, store: FileSystemArtifactStore, folder: Path,
     """The id of a figure among the study's artifacts, where it is put unless it is there."""
     written = path.read_bytes()
     for known in get_all_artifact_meta(study):
-        held = folder / ARTIFACTS / known.artifact_id
-        if known.filename == path.name and held.exists() and held.read_bytes() == written:
+        copy = folder / ARTIFACTS / known.artifact_id
+        if known.filename == path.name and copy.exists() and copy.read_bytes() == written:
             return str(known.artifact_id)
     return str(upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study))
 

@@ -1,53 +1,97 @@
-"""What allocators look at, the same for all workers of a study."""
+"""What allocators look at, the same for all workers of a study; and the probe that measures layers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.tuning.storages._base import Place
-from avlprof.tuning.storages.postgres import DatabasePlace
-from avlprof.tuning.study import open_study
+from avlprof.policy import Policy, ScorerSpec
+from avlprof.tuning.storages._base import EVIDENCE, StudyStorage
+from avlprof.watch import SILENT, Watch
 
-FILE = "evidence.json"
-ATTRIBUTE = "avlprof:evidence"
+if TYPE_CHECKING:
+    from avlprof.runtime.forced import ForcedSet
+
+LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
+SCORER = "instruction"
 
 
-def shared_evidence(place: Place, make: Callable[[], Evidence]) -> Evidence:
+def probe(forced: ForcedSet, layers: int, scorer: str, watch: Watch = SILENT) -> NDArray[np.float64]:
+    """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
+
+    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0.
+    """
+    damage = np.zeros((layers, len(LEVELS)))
+    below = [i for i, level in enumerate(LEVELS) if level < 1]
+    watch.phase("probe", 0, layers * len(below))
+    for layer in range(layers):
+        policies = [
+            Policy(
+                vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
+                scorer=ScorerSpec(name=scorer),
+            )
+            for i in below
+        ]
+        for i, scores in zip(below, forced.score_many(policies), strict=True):
+            damage[layer, i] = np.mean([score.kl for score in scores])
+        watch.phase("probe", (layer + 1) * len(below), layers * len(below))
+    return damage
+
+
+def probed(evidence: Evidence, forced: ForcedSet, path: Path, watch: Watch = SILENT) -> Evidence:
+    """Evidence with damage curves, which are measured once and kept in a JSON file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.exists():
+        measured = probe(forced, evidence.layers, SCORER, watch)
+        write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        damage, levels = np.array(note["damage"], dtype=float), np.array(note["levels"], dtype=float)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
+    if damage.shape != (evidence.layers, len(levels)):
+        raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
+    return replace(evidence, damage=damage, damage_levels=levels)
+
+
+def shared_evidence(storage: StudyStorage, make: Callable[[], Evidence]) -> Evidence:
     """The evidence of a study: made by whoever is first, once; the others wait for it.
 
     Machines round sums differently, so each worker's own measurement would turn the same
     parameters into slightly different policies; and with this a worker needs no traced run. A
     folder holds it as `evidence.json`, a database beside the study.
     """
-    if isinstance(place, DatabasePlace):
-        open_study(place)
-    with place.turn():
-        held = _read(place)
-        if held is None:
-            made = make()
-            _write(place, dump_evidence(made))
-            return made
-    return parse_evidence(held, str(place.folder))
+    with storage.locked():
+        note = storage.read_note(EVIDENCE)
+        if note is None:
+            evidence = make()
+            storage.write_note(EVIDENCE, dump_evidence(evidence))
+            return evidence
+    return parse_evidence(note, str(storage.folder))
 
 
-def read_evidence(place: Place) -> Evidence:
+def read_evidence(storage: StudyStorage) -> Evidence:
     """The evidence of a study that was begun.
 
     Raises:
         UserError: it was not begun, or its evidence cannot be read.
     """
-    held = _read(place) if place.exists() else None
-    if held is None:
-        raise UserError(f"study {place.folder} is not begun; begin it with 'avlprof tune'")
-    return parse_evidence(held, str(place.folder))
+    note = storage.read_note(EVIDENCE) if storage.exists() else None
+    if note is None:
+        raise UserError(f"study {storage.folder} is not begun; begin it with 'avlprof tune'")
+    return parse_evidence(note, str(storage.folder))
 
 
 def dump_evidence(evidence: Evidence) -> str:
@@ -55,36 +99,18 @@ def dump_evidence(evidence: Evidence) -> str:
     return json.dumps({name: _plain(value) for name, value in asdict(evidence).items()})
 
 
-def parse_evidence(text: str, where: str) -> Evidence:
+def parse_evidence(text: str, source: str) -> Evidence:
     """Evidence from what `dump_evidence` wrote.
 
     Raises:
-        UserError: the text is something else; the message names `where` it is from.
+        UserError: the text is something else; the message names its `source`.
     """
     try:
         return Evidence(**{name: _array(value) for name, value in json.loads(text).items()})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the evidence of study {where} cannot be read ({error}); begin a new study"
+            f"the evidence of study {source} cannot be read ({error}); begin a new study"
         ) from None
-
-
-def _read(place: Place) -> str | None:
-    if isinstance(place, DatabasePlace):
-        storage = place.storage()
-        number = storage.get_study_id_from_name(place.study_name)
-        held: str | None = storage.get_study_system_attrs(number).get(ATTRIBUTE)
-        return held
-    path = place.folder / FILE
-    return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def _write(place: Place, text: str) -> None:
-    if isinstance(place, DatabasePlace):
-        storage = place.storage()
-        storage.set_study_system_attr(storage.get_study_id_from_name(place.study_name), ATTRIBUTE, text)
-    else:
-        write_text(place.folder / FILE, text + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.evaluation.intervals import paired_difference
 from avlprof.tuning.candidate import Budget, Candidate
-from avlprof.tuning.study import quiet
+from avlprof.tuning.storages._base import quiet, trials_in
+from avlprof.watch import SILENT, Watch
 
 FILE = "importances.csv"
 LEAST = 20
@@ -45,16 +46,16 @@ def parameter_importances(study: optuna.Study) -> pd.DataFrame:
         to 1: what parameters explain only together is left out. Empty with fewer than 20 finished
         trials, or when all have the same score.
     """
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    done = trials_in(study, TrialState.COMPLETE)
     values = np.array([trial.value for trial in done], float)
     if len(done) < LEAST or not np.ptp(values):
         return pd.DataFrame(columns=list(COLUMNS))
-    found = _importances(done)
+    shares = _importances(done)
     rng = np.random.default_rng(0)
     picks = [rng.integers(len(done), size=len(done)) for _ in range(RESAMPLES)]
     again = pd.DataFrame([_importances([done[i] for i in pick]) for pick in picks if np.ptp(values[pick])])
     rows = []
-    for name, share in sorted(found.items(), key=lambda item: (-item[1], item[0])):
+    for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0])):
         low, high = np.percentile(again[name], (2.5, 97.5))
         rows.append((name, share, min(low, share), max(high, share), len(done)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -62,7 +63,7 @@ def parameter_importances(study: optuna.Study) -> pd.DataFrame:
 
 def noted_importances(folder: Path, study: optuna.Study) -> pd.DataFrame:
     """The importances that the proof noted, or new ones if trials came since or it is not done."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    done = trials_in(study, TrialState.COMPLETE)
     if (folder / FILE).exists():
         noted = pd.read_csv(folder / FILE)
         if len(noted) and noted["trials"].iloc[0] == len(done):
@@ -93,22 +94,16 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
             [create(value=t.value, params=t.params, distributions=t.distributions) for t in trials]
         )
     evaluator = FanovaImportanceEvaluator(n_trees=TREES, seed=0)
-    found = get_param_importances(apart, evaluator=evaluator)
-    return {name: float(value) for name, value in found.items()}
+    shares = get_param_importances(apart, evaluator=evaluator)
+    return {name: float(value) for name, value in shares.items()}
 
 
-PLAIN: Mapping[str, Any] = {
-    **{"allocator": "uniform", "mix": 1.0, "temperature": 1.0, "floor": 0.0, "midpoint": 0.5},
-    **{"scorer": "last_query", "heads": "shared", "refresh_interval": 0, "refresh": "full"},
-    **{"compute_temperature": 1.0, "text_share": 1.0, "text_sink": 0},
-}
+PLAIN: Mapping[str, Any] = asdict(Candidate(refresh_interval=0, text_share=1.0))
+"""What each knob is put back to: the plain candidate, its core never picked anew, all text kept."""
 
 
 def knob_effects(
-    winner: Candidate,
-    prepared: Prepared,
-    budget: Budget,
-    progress: Callable[[int, int], None] | None = None,
+    winner: Candidate, prepared: Prepared, budget: Budget, watch: Watch = SILENT
 ) -> pd.DataFrame:
     """How much worse the cheap score gets when one knob of the winner goes back to plain.
 
@@ -136,8 +131,7 @@ def knob_effects(
                 "high": gap.high,
             }
         )
-        if progress:
-            progress(done, len(turned))
+        watch.phase("knobs", done, len(turned))
     table = pd.DataFrame(rows, columns=["knob", "value", "plain", "change", "low", "high"])
     return table.sort_values("change", ascending=False, kind="stable", ignore_index=True)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import optuna
 
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
@@ -16,11 +15,14 @@ from avlprof.policy import Policy, dump_policy, live_share, read_share
 from avlprof.registry import unknown
 from avlprof.tuning.candidate import Budget
 
+if TYPE_CHECKING:
+    import optuna
+
 
 class Point(Protocol):
     """A point of a search space."""
 
-    def policy(self, evidence: Evidence, budget: Budget) -> Policy:
+    def policy(self, evidence: Evidence, budget: Budget, name: str = "tuned") -> Policy:
         """The policy that it stands for, at the budget."""
 
     def params(self, budget: Budget) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def check_objective(name: str) -> None:
         raise unknown("objective", name, OBJECTIVES)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Objective:
     """Scores trials; lower is better.
 
@@ -109,6 +111,6 @@ class Objective:
         mean = float(np.mean(seen))
         if not np.isfinite(mean):
             raise UserError(
-                f"trial {trial.number} has no finite {MEANING[self.kind]} ({mean}); try --dtype float32"
+                f"trial {trial.number} has no finite {MEANING[self.kind]} ({mean}); try dtype float32"
             )
         return mean

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +13,16 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Answer, AnswerStore, generate_answers
-from avlprof.files import write_text
+from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, ScorerSpec, live_share
+from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
-from avlprof.tuning.candidate import Budget, scorer_spec
-from avlprof.tuning.objective import OBJECTIVES, Scores
+from avlprof.tuning.candidate import Budget, Candidate, noted_starts, scorer_spec
+from avlprof.tuning.objective import OBJECTIVES, Objective, Scores
 from avlprof.tuning.settings import Settings
+from avlprof.tuning.space import Space
+from avlprof.watch import SILENT, Watch
 
 BATCH = 32
 
@@ -46,25 +46,22 @@ class Generated:
         lengths: Mapping[str, int],
         store: AnswerStore,
     ) -> None:
-        self._loaded, self._task, self._asked = loaded, task, samples
+        self._loaded, self._task, self._samples = loaded, task, samples
         self._limit, self._lengths, self._store = limit, lengths, store
 
     @property
     def samples(self) -> list[str]:
         """Ids, in the order of the scores."""
-        return [sample.id for sample in self._asked]
+        return [sample.id for sample in self._samples]
 
     def parts(self, policy: Policy | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
-        for start in range(0, len(self._asked), BATCH):
+        for start in range(0, len(self._samples), BATCH):
             yield generate_answers(
                 self._loaded,
-                self._asked[start : start + BATCH],
+                self._samples[start : start + BATCH],
                 policy,
-                max_new_tokens=self._limit,
-                batch_size=BATCH,
-                metric=self._task.metric,
-                lengths=self._lengths,
+                AnswerSettings(self._limit, BATCH, self._task.metric, self._lengths),
                 store=self._store,
             )
 
@@ -73,75 +70,28 @@ class Generated:
         return np.array([answer.score for part in self.parts(policy) for answer in part])
 
 
-LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
-SCORER = "instruction"
-
-
-def probe(
-    forced: ForcedSet, layers: int, scorer: str, progress: Callable[[int, int], None] | None = None
-) -> NDArray[np.float64]:
-    """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
-
-    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0.
-    """
-    damage = np.zeros((layers, len(LEVELS)))
-    if progress:
-        progress(0, layers * (len(LEVELS) - 1))
-    below = [i for i, level in enumerate(LEVELS) if level < 1]
-    for layer in range(layers):
-        policies = [
-            Policy(
-                vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
-                scorer=ScorerSpec(name=scorer),
-            )
-            for i in below
-        ]
-        for i, scores in zip(below, forced.score_many(policies), strict=True):
-            damage[layer, i] = np.mean([score.kl for score in scores])
-        if progress:
-            progress((layer + 1) * len(below), layers * len(below))
-    return damage
-
-
-def probed(
-    evidence: Evidence, forced: ForcedSet, path: Path, progress: Callable[[int, int], None] | None = None
-) -> Evidence:
-    """Evidence with damage curves, which are measured once and kept in a JSON file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not path.exists():
-        measured = probe(forced, evidence.layers, SCORER, progress)
-        write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        damage, levels = np.array(held["damage"], dtype=float), np.array(held["levels"], dtype=float)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
-    if damage.shape != (evidence.layers, len(levels)):
-        raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
-    return replace(evidence, damage=damage, damage_levels=levels)
-
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """A model and the samples to search on, with what the dense model said to them.
+    """A model and the samples to search on, with what the dense model said to them, and evidence.
 
-    Studies at several budgets share one, so that prompts are prefilled and answered once.
+    Studies at several budgets share one, so that prompts are prefilled and answered once. Whoever
+    begins a study makes one with the evidence of a traced run, whoever joins it with the study's own.
+
+    Attributes:
+        limit: the longest answer, in tokens.
+        kind: a name of `OBJECTIVES`.
+        run, run_hash: the traced run that the evidence is from; a worker that joins knows the hash.
     """
 
     loaded: LoadedModel
     task: Task
-    profile: Profile
     samples: Sequence[Sample]
     limit: int
-    forced: ForcedSet
     kind: str
+    forced: ForcedSet
     evidence: Evidence
+    run: str = ""
+    run_hash: str = ""
     _cheap: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
@@ -149,30 +99,41 @@ class Prepared:
         cls,
         loaded: LoadedModel,
         task: Task,
-        profile: Profile,
+        evidence: Evidence,
         settings: Settings,
-        scorers: Sequence[str] = (),
-        progress: Progress | None = None,
+        watch: Watch = SILENT,
     ) -> Prepared:
         """Answer the samples of the search split densely, and prefill their prompts.
 
-        Args:
-            scorers: scorers that will be used; another one costs a further run of the prompts.
-
         Raises:
-            UserError: no dense answer has a second token, or the profile is of another model.
+            UserError: no answer has a second token.
         """
-        check_same_model(loaded, profile)
-        samples = task.samples(settings.split, settings.samples)
-        limit = settings.answer_limit(task)
-        forced = forced_answers(loaded, samples, limit, settings.objective, scorers, progress)
+        samples, limit, kind = (
+            task.samples(settings.split, settings.samples),
+            settings.answer_limit(task),
+            settings.objective,
+        )
+        forced = ForcedSet.prepare(
+            loaded,
+            samples,
+            max_new_tokens=limit,
+            batch_size=BATCH,
+            answers="reference" if kind == "likelihood" else "dense",
+            # another scorer would cost a further run of the prompts
+            scorers=[scorer_spec(name) for name in settings.space.scorers],
+            watch=watch,
+        )
         if not forced.answer_tokens:
-            kind = "reference" if settings.objective == "likelihood" else "dense"
+            source = "reference" if kind == "likelihood" else "dense"
             raise UserError(
-                f"every {kind} answer ends at its first token, which no policy changes; "
+                f"every {source} answer ends at its first token, which no policy changes; "
                 "choose a task with longer answers"
             )
-        return cls(loaded, task, profile, samples, limit, forced, settings.objective, profile.evidence())
+        return cls(loaded, task, samples, limit, kind, forced, evidence)
+
+    def with_evidence(self, evidence: Evidence) -> Prepared:
+        """The same with other evidence."""
+        return replace(self, evidence=evidence)
 
     @property
     def layers(self) -> int:
@@ -184,16 +145,27 @@ class Prepared:
         """The smallest budget that holds system and all text."""
         return live_share(Policy(vision_keep=0.0), self.forced.shapes, self.layers)
 
-    def budget(self, settings: Settings) -> Budget:
+    def budget(self, memory: float, read: float | None) -> Budget:
         """The budget, counted on the prompts and answers that trials are scored on."""
         steps = max(round(self.forced.answer_tokens), 1)
-        return Budget(settings.budget, settings.read_budget, tuple(self.forced.shapes), steps)
+        return Budget(memory, read, tuple(self.forced.shapes), steps)
 
-    def probe(self, path: Path, progress: Progress | None = None) -> None:
-        """Add the damage of every layer to the evidence, from a file or measured once."""
-        if self.evidence.damage is None:
-            tell = progress or (lambda phase, done, total: None)
-            self.evidence = probed(self.evidence, self.forced, path, lambda d, t: tell("probe", d, t))
+    def objective(
+        self, folder: Path, space: Space, budget: Budget, starts: Sequence[Candidate] = ()
+    ) -> Objective:
+        """What trials of the study in a folder are scored by, and what they choose from.
+
+        A new study notes the `starts` that it takes over.
+
+        Raises:
+            UserError: the budget is infeasible, or no allocator has the evidence that it needs.
+        """
+        space = space.within(budget, self.layers).supported(self.evidence)
+        space = replace(space, more_starts=noted_starts(folder, starts))
+        scores: Scores = self.forced
+        if self.kind == "accuracy":
+            scores = self.generated(answer_store(folder))
+        return Objective(scores, self.evidence, budget, space, self.kind)
 
     def generated(self, store: AnswerStore) -> Generated:
         """Policies scored by real answers to the samples."""
@@ -212,16 +184,30 @@ class Prepared:
             [judge(text, sample.answers) for text, sample in zip(texts, self.samples, strict=True)]
         )
 
-    def scores(self, store: AnswerStore) -> Scores:
-        """What trials are scored by."""
-        return self.generated(store) if self.kind == "accuracy" else self.forced
-
     def cheap(self, policy: Policy) -> NDArray[np.float64]:
         """Forced score `[n]` of a policy, lower is better; KL to dense where trials generate."""
         if policy.hash not in self._cheap:
             value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
             self._cheap[policy.hash] = np.array([value(score) for score in self.forced.score(policy)])
         return self._cheap[policy.hash]
+
+
+def prepare(
+    loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, watch: Watch = SILENT
+) -> Prepared:
+    """What studies need, with the evidence of a traced run's profile.
+
+    Raises:
+        UserError: as `Prepared.make`, or the profile is of another model.
+    """
+    check_same_model(loaded, profile)
+    prepared = Prepared.make(loaded, task, profile.evidence(), settings, watch)
+    return replace(prepared, run=profile.meta.run, run_hash=profile.meta.run_hash)
+
+
+def answer_store(folder: Path) -> AnswerStore:
+    """Where a study keeps generated answers."""
+    return AnswerStore(folder / "answers")
 
 
 def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
@@ -232,28 +218,3 @@ def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
             f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
             f"not with {loaded.source} {loaded.revision}; trace this model first"
         )
-
-
-def forced_answers(
-    loaded: LoadedModel,
-    samples: Sequence[Sample],
-    limit: int,
-    objective: str,
-    scorers: Sequence[str],
-    progress: Progress | None,
-) -> ForcedSet:
-    """The samples with the answers that an objective is scored on, at most `limit` tokens each.
-
-    Args:
-        scorers: names of scorers that will be used; another one costs a further run of the prompts.
-    """
-    tell = progress or (lambda phase, done, total: None)
-    return ForcedSet.prepare(
-        loaded,
-        samples,
-        max_new_tokens=limit,
-        batch_size=BATCH,
-        answers="reference" if objective == "likelihood" else "dense",
-        scorers=[scorer_spec(name) for name in scorers],
-        progress=lambda d, t: tell("dense answers", d, t),
-    )

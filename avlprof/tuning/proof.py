@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-import avlprof
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
-from avlprof.evaluation.evaluate import evaluate
+from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.settings import Settings
-from avlprof.tuning.shortlist import PlayOff
-from avlprof.versions import versions
+from avlprof.tuning.shortlist import Shortlist
+from avlprof.versions import __version__, versions
+from avlprof.watch import SILENT, Part, Watch
 
 WORST_SD = 1.0
 """Standard deviation of a paired difference of scores in [0, 1] at its worst: half +1, half -1."""
@@ -76,10 +76,10 @@ def verdict(proof: Evaluation, winner: str, strongest: str, margin: float) -> Ve
     table = proof.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
     ours = table[winner].to_numpy()
     names = [name for name in proof.answers["policy"].unique() if name != winner]
-    found = {name: paired_difference(ours, table[name].to_numpy()) for name in names}
+    differences = {name: paired_difference(ours, table[name].to_numpy()) for name in names}
     # several seeds are one row, named after their number
     label = next(name for name in names if name == strongest or name.startswith(f"{strongest} x"))
-    return Verdict(winner, label, margin, found)
+    return Verdict(winner, label, margin, differences)
 
 
 def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLike, who: str) -> str:
@@ -94,11 +94,11 @@ def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLi
         if known
         else f"no search sample tells {who} apart, so this is the worst case"
     )
-    said = f"{samples} held-out samples can show a drop of {drop:.3f} (80% power, 5% two-sided; {source})"
+    sentence = f"{samples} held-out samples can show a drop of {drop:.3f} (80% power, 5% two-sided; {source})"
     needed = samples_needed(margin, sd)
     if needed > samples:
-        said += f"; to show that a tie is within {margin:g} takes about {needed:,}"
-    return said
+        sentence += f"; to show that a tie is within {margin:g} takes about {needed:,}"
+    return sentence
 
 
 def samples_needed(margin: float, sd: float, power: float = 0.8) -> int:
@@ -120,23 +120,24 @@ def prove(
     winner: Policy,
     others: Sequence[Policy],
     settings: Settings,
-    *,
-    store: AnswerStore | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    store: AnswerStore,
+    watch: Watch = SILENT,
 ) -> Evaluation:
     """Generate on held-out samples: dense, the winner, and its rivals; random with three seeds."""
     return evaluate(
         prepared.loaded,
         prepared.task,
         [winner, *others],
-        split=settings.proof_split,
-        samples=settings.proof_samples,
-        max_new_tokens=prepared.limit,
-        batch_size=32,
-        fidelity=False,
-        latency=False,
+        EvaluationSettings(
+            split=settings.proof_split,
+            samples=settings.proof_samples,
+            max_new_tokens=prepared.limit,
+            batch_size=32,
+            fidelity=False,
+            latency=False,
+        ),
         store=store,
-        progress=progress,
+        watch=Part(watch, "proof"),
     )
 
 
@@ -144,21 +145,21 @@ def with_provenance(
     prepared: Prepared,
     settings: Settings,
     budget: Budget,
-    played: PlayOff,
+    shortlist: Shortlist,
     proof: Evaluation,
-    found: Verdict,
+    verdict: Verdict,
     study: str,
 ) -> Policy:
     """The winner with where it comes from, how good it was measured to be, and the proof."""
-    loaded, task, profile = prepared.loaded, prepared.task, prepared.profile
-    winner, prompts = played.winner, list(budget.prompts)
+    loaded, task = prepared.loaded, prepared.task
+    winner, prompts = shortlist.winner, list(budget.prompts)
     policy, layers = winner.policy, prepared.layers
     return policy.model_copy(
         update={
             "description": f"Tuned for {loaded.name} on {task.name} "
-            f"at {settings.budget:.0%} of the dense prompt KV.",
+            f"at {budget.memory:.0%} of the dense prompt KV.",
             "provenance": Provenance(
-                made_by=f"avlprof tune {avlprof.__version__}",
+                made_by=f"avlprof tune {__version__}",
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 model=loaded.source,
                 model_revision=loaded.revision or "",
@@ -167,13 +168,13 @@ def with_provenance(
                 task=task.name,
                 samples=len(prompts),
                 seed=settings.seed,
-                run=profile.meta.run,
-                run_hash=profile.meta.run_hash,
+                run=prepared.run,
+                run_hash=prepared.run_hash,
                 study=study,
                 trial=winner.trial.number if winner.trial else None,
                 refined=winner.trial is not None and is_refined(winner.trial),
-                budget=settings.budget,
-                read_budget=settings.read_budget,
+                budget=budget.memory,
+                read_budget=budget.read,
                 measured_budget=round(live_share(policy, prompts, layers), 6),
                 measured_read_budget=round(read_share(policy, prompts, layers, budget.answer_tokens), 6),
                 answer_tokens=budget.answer_tokens,
@@ -183,22 +184,22 @@ def with_provenance(
                 policy_bytes=_mean(proof, policy.name, "live_bytes"),
                 objective=settings.objective,
                 sampler=settings.sampler,
-                proof=_proof(played, found, settings),
+                proof=_proof(shortlist, verdict, settings),
             ),
         }
     )
 
 
-def _proof(played: PlayOff, found: Verdict, settings: Settings) -> Proof:
-    correlation, policies = list(played.correlations().values())[-1]
+def _proof(shortlist: Shortlist, verdict: Verdict, settings: Settings) -> Proof:
+    correlation, policies = list(shortlist.correlations().values())[-1]
     return Proof(
         split=settings.proof_split,
-        samples=found.against_strongest.difference.samples,
-        strongest=found.strongest,
-        margin=found.margin,
-        non_inferior=found.non_inferior,
-        detectable=round(found.detectable, 6) if found.detectable is not None else None,
-        differences={name: _difference(paired) for name, paired in found.differences.items()},
+        samples=verdict.against_strongest.difference.samples,
+        strongest=verdict.strongest,
+        margin=verdict.margin,
+        non_inferior=verdict.non_inferior,
+        detectable=round(verdict.detectable, 6) if verdict.detectable is not None else None,
+        differences={name: _difference(paired) for name, paired in verdict.differences.items()},
         rank_correlation=None if math.isnan(correlation) else round(correlation, 4),
         rank_policies=policies,
     )

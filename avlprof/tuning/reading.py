@@ -1,4 +1,4 @@
-"""Looking at studies: where each is, and a trial's policy as a file."""
+"""Looking at studies: where each is, its trials, and a trial's policy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-import avlprof
 from avlprof.errors import UserError
 from avlprof.locks import is_locked
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
-from avlprof.tuning.study import StudyMeta, finalists, find_place, quiet, read_meta, read_study
-from avlprof.tuning.trials import WANTED
-from avlprof.versions import versions
+from avlprof.tuning.importance import noted_importances
+from avlprof.tuning.objective import MEANING
+from avlprof.tuning.storages._base import quiet, trials_in
+from avlprof.tuning.study import StudyMeta, finalists, find_storage, read_meta, read_study
+from avlprof.tuning.trials import TRIALS
+from avlprof.versions import __version__, versions
 
 POLICY = "policy.yaml"
 
@@ -27,16 +29,16 @@ class Overview:
     """A study: what it searches, how far it is and what it found.
 
     `best` is the lowest score of a trial that saw all samples, in units of the objective; `winner`
-    the proved policy. `state` is `new` (no trial yet), `running`, `stopped` (the same command goes
-    on), `unproved` (the trials are done, the proof is not), `proved` or `out of reach` (its database
-    cannot be read).
+    the proved policy. `done` of `trials` are finished. `state` is `new` (no trial yet), `running`,
+    `stopped` (the same command goes on), `unproved` (the trials are done, the proof is not),
+    `proved` or `out of reach` (its database cannot be read).
     """
 
     folder: Path
     meta: StudyMeta
     state: str
     done: int
-    wanted: int | None
+    trials: int | None
     best: float | None
     winner: Policy | None
 
@@ -51,12 +53,56 @@ class Overview:
             "budget": self.meta.budget,
             "read budget": self.meta.read_budget,
             "trials": self.done,
-            "wanted": self.wanted,
+            "wanted": self.trials,
             "objective": self.meta.objective,
             "best": self.best,
             "held-out": score.mean if score else None,
             "state": self.state,
         }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study in a folder, to look at while it runs or when it is done; nothing is written.
+
+    `meta` says what it searches. `avlprof.tune` makes studies and goes on with them.
+    """
+
+    folder: Path
+    meta: StudyMeta
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Study:
+        """The study of a folder; `UserError` when there is none."""
+        return cls(Path(folder), read_meta(Path(folder)))
+
+    def overview(self) -> Overview:
+        """How far it is and what it found: state, trials done and in all, best score, proved winner."""
+        return overview(self.folder)
+
+    def trials(self, best: int | None = None) -> pd.DataFrame:
+        """The trials that saw all samples, or the `best` so many, best first.
+
+        Returns:
+            One row a trial: `trial, score` (of the objective, lower is better), `live, read`
+            (shares of the dense prompt KV), `samples`, and a column a parameter.
+
+        Raises:
+            UserError: no trial was begun yet.
+        """
+        return pd.DataFrame(trial_rows(best_trials(self.optuna(), best)))
+
+    def importances(self) -> pd.DataFrame:
+        """What the score depends on over the whole space; see `parameter_importances`."""
+        return noted_importances(self.folder, self.optuna())
+
+    def export(self, trial: int | None = None, max_read: float | None = None) -> Policy:
+        """The proved winner, a trial's policy, or the best that reads little; see `export_policy`."""
+        return export_policy(self.folder, trial, max_read)
+
+    def optuna(self) -> optuna.Study:
+        """The study as Optuna's; `UserError` when no trial was begun yet."""
+        return read_study(self.folder)
 
 
 def studies_below(root: Path) -> list[Path]:
@@ -73,29 +119,29 @@ def overview(folder: Path) -> Overview:
     meta = read_meta(folder)
     winner = load_policy(folder / POLICY) if (folder / POLICY).exists() else None
     try:
-        place = find_place(folder)
-        begun = place.exists()
+        storage = find_storage(folder)
+        begun = storage.exists()
     except UserError:
         return Overview(folder, meta, "out of reach", 0, None, None, winner)
     at_it = is_locked(folder / ".lock")
     if not begun:
         return Overview(folder, meta, "running" if at_it else "new", 0, None, None, winner)
     study = read_study(folder)
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    wanted = study.user_attrs.get(WANTED)
+    done = len(trials_in(study, TrialState.COMPLETE))
+    trials = study.user_attrs.get(TRIALS)
     best = best_trials(study, 1)
     state = "stopped"
-    if at_it or place.busy(study):
+    if at_it or storage.busy(study):
         state = "running"
-    elif wanted is not None and len(done) >= wanted:
+    elif trials is not None and done >= trials:
         state = "unproved" if winner is None else "proved"
-    return Overview(folder, meta, state, len(done), wanted, best[0].value if best else None, winner)
+    return Overview(folder, meta, state, done, trials, best[0].value if best else None, winner)
 
 
-def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """The best trials that saw all samples, best first."""
+def best_trials(study: optuna.Study, count: int | None = None) -> list[FrozenTrial]:
+    """The best trials that saw all samples, or all such, best first."""
     with quiet():
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        done = trials_in(study, TrialState.COMPLETE)
     whole = [trial for trial in done if trial.user_attrs.get("complete")]
     return sorted(whole, key=lambda trial: (trial.value, trial.number))[:count]
 
@@ -142,46 +188,54 @@ def export_policy(folder: Path, trial: int | None = None, max_read: float | None
         UserError: no such study or trial, no trial reads so little, or both options are given.
     """
     if trial is not None and max_read is not None:
-        raise UserError("give --trial or --max-read, not both")
+        raise UserError("give a trial or max_read, not both")
     if max_read is not None and not 0.0 <= max_read <= 1.0:
         raise UserError(f"max_read must be in [0, 1], a share of the dense prompt KV, got {max_read}")
     meta = read_meta(folder)
-    if trial is None and max_read is None and (folder / "policy.yaml").exists():
-        return load_policy(folder / "policy.yaml")
+    if trial is None and max_read is None and (folder / POLICY).exists():
+        return load_policy(folder / POLICY)
     study = read_study(folder)
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trial is not None:
-        found = next((t for t in done if t.number == trial), None)
-        if found is None:
-            raise UserError(
-                f"study {folder} has no finished trial {trial}; the {len(done)} finished ones are below "
-                f"{1 + max((t.number for t in done), default=-1)}"
-            )
-        return _policy(found, meta, folder)
-    ranked = finalists(study, len(done))
-    if max_read is not None:
-        ranked = [t for t in ranked if t.user_attrs["read_share"] <= max_read]
-        if not ranked:
-            least = min(t.user_attrs["read_share"] for t in finalists(study, len(done)))
-            enough = math.ceil(least * 1000) / 1000
-            raise UserError(f"no trial of {folder} reads {max_read:g} or less; the least is {enough:g}")
-    return _policy(ranked[0], meta, folder)
+        return _policy(_finished(study, trial, folder), meta, folder)
+    return _policy(_reading_at_most(study, max_read, folder), meta, folder)
+
+
+def _finished(study: optuna.Study, number: int, folder: Path) -> FrozenTrial:
+    done = trials_in(study, TrialState.COMPLETE)
+    for trial in done:
+        if trial.number == number:
+            return trial
+    raise UserError(
+        f"study {folder} has no finished trial {number}; the {len(done)} finished ones are below "
+        f"{1 + max((t.number for t in done), default=-1)}"
+    )
+
+
+def _reading_at_most(study: optuna.Study, max_read: float | None, folder: Path) -> FrozenTrial:
+    """The best trial that saw all samples and reads so little."""
+    ranked = finalists(study, len(trials_in(study, TrialState.COMPLETE)))
+    low = [t for t in ranked if max_read is None or t.user_attrs["read_share"] <= max_read]
+    if not low:
+        least = min(t.user_attrs["read_share"] for t in ranked)
+        enough = math.ceil(least * 1000) / 1000
+        raise UserError(f"no trial of {folder} reads {max_read:g} or less; the least is {enough:g}")
+    return low[0]
 
 
 def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
     policy = parse_policy(trial.user_attrs["policy"], f"trial {trial.number} of {folder}")
-    name, scored = folder.resolve().name, trial.user_attrs["samples"]
+    name, samples = folder.resolve().name, trial.user_attrs["samples"]
     return policy.model_copy(
         update={
             "name": f"{name}-trial-{trial.number}",
             "provenance": Provenance(
-                made_by=f"avlprof export {avlprof.__version__}",
+                made_by=f"avlprof export {__version__}",
                 model=meta.model,
                 model_revision=meta.model_hash,
                 model_hash=meta.model_hash,
                 versions=versions(),
                 task=meta.task,
-                samples=scored,
+                samples=samples,
                 seed=meta.seed,
                 run_hash=meta.run_hash,
                 study=name,
@@ -190,8 +244,14 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
                 read_budget=meta.read_budget,
                 measured_budget=round(trial.user_attrs["live_share"], 6),
                 measured_read_budget=round(trial.user_attrs["read_share"], 6),
-                notes=f"KL to dense {trial.value:.4f} nat per token on {scored} of {meta.samples} samples of "
+                notes=f"{_score(trial, meta)} on {samples} of {meta.samples} samples of "
                 f"split '{meta.split}'; not proved on held-out samples",
             ),
         }
     )
+
+
+def _score(trial: FrozenTrial, meta: StudyMeta) -> str:
+    """A trial's score in words, as in `KL to dense 0.1234 nat per token`."""
+    meaning, _, unit = MEANING[meta.objective].partition(" (")
+    return f"{meaning} {trial.value:.4f} {unit.removesuffix(')')}".rstrip()

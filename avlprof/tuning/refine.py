@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from avlprof.policy import Policy, parse_policy
 from avlprof.tuning.candidate import Budget, spread_reads
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.settings import Settings
+from avlprof.tuning.study import find_storage
 from avlprof.tuning.trials import run_trials
+from avlprof.watch import SILENT, Watch
 
 REACH = 1.0
 """Largest factor on a layer's share is e to this, before all are scaled to the budget."""
@@ -89,13 +91,7 @@ SAMPLER = "gp"
 
 
 def refine(
-    folder: Path,
-    settings: Settings,
-    objective: Objective,
-    base: FrozenTrial,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    on_trial: Callable[[optuna.Study, FrozenTrial], None] | None = None,
+    folder: Path, settings: Settings, objective: Objective, base: FrozenTrial, watch: Watch = SILENT
 ) -> optuna.Study:
     """Move every layer's share around those of a trial's policy, `settings.refining` times; resumes.
 
@@ -105,16 +101,14 @@ def refine(
     trials (docs/tuning.md).
     """
     policy = parse_policy(base.user_attrs["policy"], f"trial {base.number}")
-    place = folder / FOLDER / policy.hash
-    place.mkdir(parents=True, exist_ok=True)
+    own_folder = folder / FOLDER / policy.hash
+    own_folder.mkdir(parents=True, exist_ok=True)
     space = LayerSpace(policy, objective.evidence.layers, objective.budget.read is not None)
     return run_trials(
-        place,
+        find_storage(own_folder),
         replace(settings, trials=settings.refining, refine=0, sampler=SAMPLER),
-        space,
         replace(objective, space=space),
-        progress=progress,
-        on_trial=on_trial,
+        watch=watch,
     )
 
 

@@ -1,12 +1,15 @@
-"""Who a tuned policy must beat: hand-set policies at its live and read bytes."""
+"""Who a tuned policy must beat: hand-set policies at its live and read bytes.
+
+`avlprof.evaluation.lineup` says what equal bytes are; here stand the rivals that only a search has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from avlprof.allocators import Evidence
-from avlprof.budgets import meet_budget
-from avlprof.budgets.scale import at_budget
+from avlprof.bisection import largest_share
+from avlprof.budgets import meet_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
 from avlprof.policy import (
@@ -44,12 +47,12 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     if budget.read is not None:
         named.append((STATIC, static_core(winner, budget, layers)))
     hashes = {winner.hash}
-    found = []
+    others = []
     for name, policy in named:
         if policy.hash not in hashes:
             hashes.add(policy.hash)
-            found.append(policy.model_copy(update={"name": name}))
-    return found
+            others.append(policy.model_copy(update={"name": name}))
+    return others
 
 
 def static_core(winner: Policy, budget: Budget, layers: int) -> Policy:
@@ -76,14 +79,13 @@ def shipped_rivals(
     live = live_share(winner, prompts, layers)
     reads = read_share(winner, prompts, layers, budget.answer_tokens)
     hashes = {winner.hash, *(policy.hash for policy in known)}
-    found, left_out = [], dict[str, str]()
+    others, left_out = [], dict[str, str]()
     for label, path in shipped().items():
         if path.parent.name != FOLDER or label in (UNIFORM, RANDOM):
             continue
         policy = load_policy(path)
-        what = unsupported(policy)
-        if what:
-            left_out[label] = f"the runtime cannot run {what}"
+        if missing := unsupported(policy):
+            left_out[label] = f"the runtime cannot run {missing}"
             continue
         try:
             scaled = _within(policy, live, reads, budget, evidence)
@@ -92,8 +94,8 @@ def shipped_rivals(
             continue
         if scaled.hash not in hashes:
             hashes.add(scaled.hash)
-            found.append(scaled.model_copy(update={"name": label}))
-    return found, left_out
+            others.append(scaled.model_copy(update={"name": label}))
+    return others, left_out
 
 
 def _within(policy: Policy, live: float, reads: float, budget: Budget, evidence: Evidence) -> Policy:
@@ -101,22 +103,16 @@ def _within(policy: Policy, live: float, reads: float, budget: Budget, evidence:
     prompts, layers = budget.prompts, evidence.layers
 
     def at(share: float) -> Policy:
-        return at_budget(policy, share, prompts, layers, evidence)
+        return scale_to(policy, share, prompts, layers, evidence)
 
-    def read(some: Policy) -> float:
-        return read_share(some, prompts, layers, budget.answer_tokens)
+    def fits(share: float) -> bool:
+        return read_share(at(share), prompts, layers, budget.answer_tokens) <= reads + _one_token(prompts)
 
-    full = at(live)
-    if budget.read is None or read(full) <= reads + _one_token(prompts):
-        return full
-    low, high = reads, live
-    least = at(low)
-    if read(least) > reads + _one_token(prompts):
+    if budget.read is None or fits(live):
+        return at(live)
+    if not fits(reads):
         raise UserError(f"policy '{policy.name}' reads more than {reads:.3g} of the dense prompt KV per step")
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if read(at(middle)) <= reads + _one_token(prompts) else (low, middle)
-    return at(low)
+    return at(largest_share(fits, reads, live, halvings=12))
 
 
 def _one_token(prompts: Sequence[PromptShape]) -> float:

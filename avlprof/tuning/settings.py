@@ -1,18 +1,21 @@
-"""Who proposes the next trial, by name."""
+"""What a search does and how hard it tries; who proposes its trials."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
-
-import optuna
-from optuna.exceptions import ExperimentalWarning
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from avlprof.errors import UserError
 from avlprof.registry import unknown
-from avlprof.tasks import Task
 from avlprof.tuning.objective import check_objective
+from avlprof.tuning.space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+    from avlprof.tasks import Task
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random")
 STARTUP = {"tpe": 10, "gp": 6, "cmaes": 10}
@@ -24,7 +27,7 @@ def check_sampler(name: str) -> None:
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
     if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
-        raise UserError("sampler 'cmaes' needs the package cmaes; pip install cmaes, or use --sampler tpe")
+        raise UserError("sampler 'cmaes' needs the package cmaes; pip install cmaes, or use sampler 'tpe'")
 
 
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -36,6 +39,9 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     Raises:
         UserError: as `check_sampler`.
     """
+    import optuna
+    from optuna.exceptions import ExperimentalWarning
+
     check_sampler(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -50,26 +56,44 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP[name])
 
 
+def check_budget(name: str, share: float) -> None:
+    """`UserError` unless a budget is a share of the dense prompt KV."""
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"{name} must be in [0, 1], a share of the dense prompt KV, got {share}")
+
+
+BUDGET = 0.2
+"""The memory budget where none is given: no setting, since a sweep has several."""
+
 _LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to tune and how hard to try.
+    """Everything about a search but its memory budget; defaults stand here alone.
 
-    `budget` and `read_budget` are shares of the dense prompt KV, in memory after prefill and read
-    per decoding step. `samples` are of the split that is searched on, `proof_samples` of the one
-    that the search never sees; `trials` counts all trials of the study, those of earlier calls
-    included, and `refine` how many of them refine the best scalars layer by layer (None: a third).
-    `objective` is what trials are scored by and `sampler` who proposes them. `margin` is
-    how much of the task's metric the winner may lose to the strongest baseline and still count as
-    not inferior. `max_new_tokens` is the longest answer, by default the task's.
+    Attributes:
+        read_budget: mean prompt KV read per decoding step over dense, in [0, 1]; with it, compute
+            shares and refresh interval are tuned as well.
+        trials: all trials of a study, those of earlier calls included.
+        refine: how many of them refine the best scalars layer by layer; None is a third.
+        samples: samples of `split` that a trial is scored on.
+        proof_samples: samples of `proof_split`, which the search never sees, of the final comparison.
+        finalists: best trials that are generated for real before the proof.
+        seed: of the sampler.
+        prune: stop clearly worse trials early.
+        objective: what trials are scored by: `fidelity` (KL to the dense model on its own answers),
+            `likelihood` (of the references) or `accuracy` (the task's metric on generated answers).
+        sampler: who proposes trials: `tpe`, `gp`, `cmaes` or `random`.
+        margin: loss of the task's metric that still counts as not inferior to the strongest rival.
+        split, proof_split: of the task; they must differ.
+        max_new_tokens: the longest answer; None is the task's.
+        space: what the search may choose from.
 
     Raises:
         UserError: a value is out of range or a name not known.
     """
 
-    budget: float = 0.2
     read_budget: float | None = None
     trials: int = 50
     refine: int | None = None
@@ -84,12 +108,11 @@ class Settings:
     split: str = "search"
     proof_split: str = "held-out"
     max_new_tokens: int | None = None
+    space: Space = field(default_factory=Space)
 
     def __post_init__(self) -> None:
-        for name in ("budget", "read_budget"):
-            share = getattr(self, name)
-            if share is not None and not 0.0 <= share <= 1.0:
-                raise UserError(f"{name} must be in [0, 1], a share of the dense prompt KV, got {share}")
+        if self.read_budget is not None:
+            check_budget("read_budget", self.read_budget)
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
@@ -104,6 +127,9 @@ class Settings:
         check_sampler(self.sampler)
         if not 0.0 < self.margin < 1.0:
             raise UserError(f"margin must be above 0 and below 1, in units of the metric, got {self.margin}")
+        self._check_answers()
+
+    def _check_answers(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 2:
             raise UserError(
                 f"max_new_tokens must be 2 or more, got {self.max_new_tokens}; "
@@ -128,4 +154,4 @@ class Settings:
             return ""
         enough = starts + 1 + self.refining if self.refine is not None else 3 * starts // 2 + 1
         what = "all starts are run" if scalar == starts else f"only {scalar} of {starts} starts are run"
-        return f"{what} and the sampler proposes nothing: --trials {enough} or more lets it"
+        return f"{what} and the sampler proposes nothing: {enough} trials or more let it"

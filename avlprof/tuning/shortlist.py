@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
 from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals
+from avlprof.watch import SILENT, Watch
 
 Array = NDArray[np.float64]
 FEW = 16
@@ -28,7 +29,7 @@ GENERATED_RIVALS = 3
 
 
 @dataclass(frozen=True)
-class Judged:
+class ShortlistEntry:
     """A policy on the search split: the task's metric and the cheap score, `[n]` each, one a sample.
 
     `coverage` is the share of the traced vision attention that the policy's kept tokens could hold
@@ -44,16 +45,16 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class PlayOff:
+class Shortlist:
     """Everyone who was generated on the search split; `winner` and `strongest` are among them.
 
     `strongest` is the hand-set rival with the best metric; `left_out` says of other rivals why
     they could not take part, or their cheap score where that was too far behind to be generated.
     """
 
-    judged: tuple[Judged, ...]
-    winner: Judged
-    strongest: Judged
+    entries: tuple[ShortlistEntry, ...]
+    winner: ShortlistEntry
+    strongest: ShortlistEntry
     dense: Array
     left_out: dict[str, str]
 
@@ -64,11 +65,13 @@ class PlayOff:
         equal, or less than three policies have the score.
         """
         scores = {
-            "coverage": [judged.coverage for judged in self.judged],
-            f"forced, {min(FEW, len(self.dense))} samples": [-j.cheap[:FEW].mean() for j in self.judged],
-            f"forced, {len(self.dense)} samples": [-j.cheap.mean() for j in self.judged],
+            "coverage": [entry.coverage for entry in self.entries],
+            f"forced, {min(FEW, len(self.dense))} samples": [
+                -entry.cheap[:FEW].mean() for entry in self.entries
+            ],
+            f"forced, {len(self.dense)} samples": [-entry.cheap.mean() for entry in self.entries],
         }
-        metric = np.array([judged.metric.mean() for judged in self.judged])
+        metric = np.array([entry.metric.mean() for entry in self.entries])
         return {name: rank_correlation(np.array(values), metric) for name, values in scores.items()}
 
     def write(self, path: Path, metric: str, split: str) -> None:
@@ -79,15 +82,15 @@ class PlayOff:
         }
         rows = [
             {
-                "policy": judged.name,
-                "trial": judged.trial.number if judged.trial else None,
-                metric: round(float(judged.metric.mean()), 6),
-                "forced": round(float(judged.cheap.mean()), 6),
-                "coverage": None if np.isnan(judged.coverage) else round(judged.coverage, 6),
+                "policy": entry.name,
+                "trial": entry.trial.number if entry.trial else None,
+                metric: round(float(entry.metric.mean()), 6),
+                "forced": round(float(entry.cheap.mean()), 6),
+                "coverage": None if np.isnan(entry.coverage) else round(entry.coverage, 6),
             }
-            for judged in self.judged
+            for entry in self.entries
         ]
-        found = {
+        record = {
             "metric": metric,
             "split": split,
             "samples": len(self.dense),
@@ -95,7 +98,7 @@ class PlayOff:
             "policies": rows,
             "left_out": self.left_out,
         }
-        write_text(path, json.dumps(found, indent=1) + "\n")
+        write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def rank_correlation(scores: Array, metric: Array) -> tuple[float, int]:
@@ -107,44 +110,42 @@ def rank_correlation(scores: Array, metric: Array) -> tuple[float, int]:
     return float(spearmanr(scores[known], metric[known]).statistic), count
 
 
-def play_off(
+def make_shortlist(
     prepared: Prepared,
     best: Sequence[FrozenTrial],
     budget: Budget,
     store: AnswerStore,
-    progress: Callable[[int, int], None],
-) -> PlayOff:
+    watch: Watch = SILENT,
+) -> Shortlist:
     """Generate with the finalists; the metric decides, then the cheap score. Then with their rivals.
 
     Rivals are set at the winner's bytes and ranked by the cheap score; the best few of them, and
     `uniform`, `random` and `static core` in any case, are generated to find the strongest.
     """
     answers = prepared.generated(store)
-    total = len(best) + 2 + GENERATED_RIVALS
-    progress(0, total * len(prepared.samples))
-    judged: list[Judged] = []
+    count, total = len(prepared.samples), len(best) + 2 + GENERATED_RIVALS
+    watch.phase("finalists", 0, total * count)
+    entries: list[ShortlistEntry] = []
 
-    def judge(name: str, policy: Policy, trial: FrozenTrial | None = None) -> Judged:
-        metric = answers.metric(policy)
-        found = Judged(
-            name, policy, metric, prepared.cheap(policy), coverage_of(policy, prepared.evidence), trial
-        )
-        judged.append(found)
-        progress(len(judged) * len(prepared.samples), total * len(prepared.samples))
-        return found
+    def add(name: str, policy: Policy, trial: FrozenTrial | None = None) -> ShortlistEntry:
+        metric, cheap = answers.metric(policy), prepared.cheap(policy)
+        entry = ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
+        entries.append(entry)
+        watch.phase("finalists", len(entries) * count, total * count)
+        return entry
 
-    finals = [judge(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
-    winner = min(finals, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
-    entries, left_out = _entries(prepared, winner.policy, budget)
-    if not entries:
-        raise UserError("no baseline can be set at the bytes of the winner; raise --budget")
-    total = len(finals) + len(entries)
-    rest = [judge(policy.name, policy) for policy in entries]
-    strongest = min(rest, key=lambda j: (-j.metric.mean(), j.cheap.mean()))
-    return PlayOff(tuple(judged), winner, strongest, prepared.dense_metric(store), left_out)
+    finals = [add(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
+    winner = min(finals, key=lambda entry: (-entry.metric.mean(), entry.cheap.mean()))
+    policies, left_out = _best_rivals(prepared, winner.policy, budget)
+    if not policies:
+        raise UserError("no baseline can be set at the bytes of the winner; raise the budget")
+    total = len(finals) + len(policies)
+    others = [add(policy.name, policy) for policy in policies]
+    strongest = min(others, key=lambda entry: (-entry.metric.mean(), entry.cheap.mean()))
+    return Shortlist(tuple(entries), winner, strongest, prepared.dense_metric(store), left_out)
 
 
-def _entries(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:
+def _best_rivals(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:
     """The rivals to generate with, the best by the cheap score first, and who is not among them."""
     always = rivals(winner, budget, prepared.layers)
     more, left_out = shipped_rivals(winner, budget, prepared.evidence, always)
@@ -154,14 +155,14 @@ def _entries(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[P
             ranked.append((float(prepared.cheap(policy).mean()), policy))
         except UserError as error:
             left_out[policy.name] = str(error)
-    ranked.sort(key=lambda entry: entry[0])
-    chosen = []
-    for place, (cheap, policy) in enumerate(ranked):
-        if place < GENERATED_RIVALS or policy.name in (UNIFORM, RANDOM, STATIC):
-            chosen.append(policy)
+    ranked.sort(key=lambda pair: pair[0])
+    policies = []
+    for rank, (cheap, policy) in enumerate(ranked):
+        if rank < GENERATED_RIVALS or policy.name in (UNIFORM, RANDOM, STATIC):
+            policies.append(policy)
         else:
             left_out[policy.name] = f"forced score {cheap:.4f}, not among the best {GENERATED_RIVALS}"
-    return chosen, left_out
+    return policies, left_out
 
 
 def name_of(trial: FrozenTrial) -> str:
@@ -174,5 +175,5 @@ def coverage_of(policy: Policy, evidence: Evidence) -> float:
     if policy.joint is not None or evidence.coverage is None:
         return float("nan")
     counts = [size.vision for size in sizes(policy, PromptShape(0, evidence.tokens, 0), evidence.layers)]
-    held = np.concatenate([np.zeros((evidence.layers, 1)), evidence.coverage], axis=1)
-    return float(np.mean([held[layer, count] for layer, count in enumerate(counts)]))
+    curves = np.concatenate([np.zeros((evidence.layers, 1)), evidence.coverage], axis=1)
+    return float(np.mean([curves[layer, count] for layer, count in enumerate(counts)]))

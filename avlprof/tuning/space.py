@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-
-from optuna import Trial
+from typing import TYPE_CHECKING, Any
 
 from avlprof.allocators import ALLOCATORS, Evidence
 from avlprof.budgets import vision_share
@@ -15,11 +15,14 @@ from avlprof.registry import unknown
 from avlprof.scorers import SCORERS, make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 
+if TYPE_CHECKING:
+    from optuna import Trial
+
 HEADS = ("shared", "kv_head")
 REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
-_ASIDE = ("warm", "reads")
+_ASIDE = ("more_starts", "reads")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Space:
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
-    needs more than the budgets. `warm` are further starts and `reads` says that reads are
-    limited, which `within` finds out; both are no part of what the space is.
+    needs more than the budgets. `more_starts` are taken over from a study at another budget and
+    `reads` says that reads are limited, which `within` finds out; both are no part of what the space is.
 
     Raises:
         UserError: a list is empty or names what is not known.
@@ -48,7 +51,7 @@ class Space:
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     refresh: tuple[str, ...] = REFRESH
     text: str = "auto"
-    warm: tuple[Candidate, ...] = ()
+    more_starts: tuple[Candidate, ...] = ()
     reads: bool = False
 
     def __post_init__(self) -> None:
@@ -61,16 +64,23 @@ class Space:
             spec = scorer_spec(name)
             make_scorer(spec)
             SCORERS.get(str(spec.options.get("of", spec.name)))
-        for kind, names, known in (
-            ("kind of heads", self.heads, HEADS),
-            ("kind of refresh", self.refresh, REFRESH),
-            ("text of the search space", (self.text,), TEXT),
-        ):
-            for name in names:
-                if name not in known:
-                    raise unknown(kind, name, known)
+        _check_names("kind of heads", self.heads, HEADS)
+        _check_names("kind of refresh", self.refresh, REFRESH)
+        _check_names("text of the search space", (self.text,), TEXT)
         if min(self.refreshes) < 0:
             raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
+
+    @classmethod
+    def of(cls, description: Mapping[str, Sequence[int | str]]) -> Space:
+        """The space that `described` told of; what it says beyond the fields of a space does not count."""
+        usual = cls()
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {
+            name: value[0] if isinstance(getattr(usual, name), str) else tuple(value)
+            for name, value in description.items()
+            if name in known
+        }
+        return cls(**values)
 
     def within(self, budget: Budget, layers: int) -> Space:
         """The part of the space in which every candidate can meet the budget.
@@ -92,16 +102,16 @@ class Space:
         Raises:
             UserError: no allocator is left; the message is that of the first.
         """
-        found, first = [], None
+        names, first = [], None
         for name in self.allocators:
             try:
                 ALLOCATORS.get(name)().shares(evidence, 0.5)
-                found.append(name)
+                names.append(name)
             except UserError as error:
                 first = first or error
-        if not found and first:
+        if not names and first:
             raise first
-        return replace(self, allocators=tuple(found))
+        return replace(self, allocators=tuple(names))
 
     def suggest(self, trial: Trial, budget: Budget) -> Candidate:
         """Ask a trial for a candidate."""
@@ -131,7 +141,7 @@ class Space:
         )
 
     def starts(self) -> list[Candidate]:
-        """The first trials: every allocator as it is, uniform first, then other scorers, then `warm`.
+        """The first trials: every allocator as it is, uniform first, then other scorers, then `more_starts`.
 
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
         a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
@@ -152,8 +162,8 @@ class Space:
             starts += [
                 replace(plain, allocator=allocators[0], scorer=s, refresh_interval=0) for s in self.scorers
             ]
-        warm = [self._in_reach(start) for start in self.warm if start.allocator in self.allocators]
-        return [*dict.fromkeys([*starts, *warm])]
+        starts += [self._in_reach(start) for start in self.more_starts if start.allocator in self.allocators]
+        return [*dict.fromkeys(starts)]
 
     def described(self) -> dict[str, tuple[int | str, ...]]:
         """The space as plain values, as a study notes it."""
@@ -181,9 +191,9 @@ class Space:
         return tuple(k for k in self.refreshes if budget.affords(least, layers, budget.refreshed(k, kind)))
 
     def _narrowed(self, budget: Budget, layers: int) -> Space:
-        found = self._refreshes(budget, layers)
-        if found:
-            return replace(self, refreshes=found, reads=True) if budget.read is not None else self
+        refreshes = self._refreshes(budget, layers)
+        if refreshes:
+            return replace(self, refreshes=refreshes, reads=True) if budget.read is not None else self
         least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
         vision_share(budget.prompts, layers, budget.memory, least)
         always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)
@@ -192,5 +202,11 @@ class Space:
         enough = math.ceil(min(always + s * (budget.memory - always) for s in shares) * 1000 - 1e-9) / 1000
         raise UserError(
             f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
-            "alone; raise --read-budget or lower --budget"
+            "alone; raise the read budget or lower the budget"
         )
+
+
+def _check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, known)

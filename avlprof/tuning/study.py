@@ -1,12 +1,11 @@
-"""What makes a study this one and no other; opening it, and its best trials."""
+"""What makes a study this one and no other; where its trials are, and the best of them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,20 +15,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.tuning.storages._base import Place
-from avlprof.tuning.storages.journal import FolderPlace
-from avlprof.tuning.storages.postgres import DatabasePlace
+from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
+from avlprof.tuning.storages.journal import FolderStorage
+from avlprof.tuning.storages.postgres import PostgresStorage
 
 if TYPE_CHECKING:
-    from avlprof.analysis import Profile
     from avlprof.models import LoadedModel
     from avlprof.tasks import Sample, Task
     from avlprof.tuning.settings import Settings
-    from avlprof.tuning.space import Space
 
 
-META = "study"
-NOTE = "storage.txt"
+ADDRESS = "storage.txt"
 
 
 class StudyMeta(BaseModel):
@@ -54,23 +50,34 @@ class StudyMeta(BaseModel):
     run_hash: str
     space: dict[str, tuple[int | str, ...]]
 
-    def differences(self, asked: StudyMeta) -> list[str]:
-        """Fields in which another study differs, in words."""
+    def differences(self, other: StudyMeta) -> list[str]:
+        """Fields in which another study differs, which is asked for, in words."""
         return [
-            f"{name}: {getattr(self, name)!r} here, {getattr(asked, name)!r} asked"
+            f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
             for name in type(self).model_fields
-            if getattr(self, name) != getattr(asked, name)
+            if getattr(self, name) != getattr(other, name)
         ]
 
 
 def read_meta(folder: Path) -> StudyMeta:
     """The study of a folder; `UserError` when there is none."""
+    return stored_meta(FolderStorage(folder))
+
+
+def stored_meta(storage: StudyStorage) -> StudyMeta:
+    """What the study of a storage is about, as the storage notes it.
+
+    Raises:
+        UserError: no study was begun there, or the note is something else.
+    """
+    text = storage.read_note(META)
+    if text is None:
+        raise UserError(storage.missing())
     try:
-        return StudyMeta.model_validate_json((folder / "study.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a study (no study.json); make one with 'avlprof tune'") from None
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / 'study.json'} cannot be read: {' '.join(str(error).split())}") from None
+        return StudyMeta.model_validate_json(text)
+    except ValidationError as error:
+        source = storage.address or storage.folder / "study.json"
+        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def check_folder(folder: Path, meta: StudyMeta) -> None:
@@ -78,106 +85,69 @@ def check_folder(folder: Path, meta: StudyMeta) -> None:
     if (folder / "study.json").exists():
         different = read_meta(folder).differences(meta)
         if different:
-            raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another --out")
+            raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another folder")
     elif folder.exists() and (
         not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
     ):
-        raise UserError(f"{folder} is not empty and not a study; choose another --out")
+        raise UserError(f"{folder} is not empty and not a study; choose another folder")
 
 
 def claim_folder(folder: Path, meta: StudyMeta) -> None:
     """Make the folder of a study, or check that the one there is the same study."""
     check_folder(folder, meta)
     if not (folder / "study.json").exists():
-        write_text(folder / "study.json", meta.model_dump_json(indent=2) + "\n")
+        FolderStorage(folder).write_note(META, meta.model_dump_json(indent=2))
 
 
-def find_place(folder: Path, storage: str | None = None) -> Place:
-    """Where the trials of a folder's study are: in the database asked for or noted, else its journal.
+def find_storage(folder: Path, url: str | None = None) -> StudyStorage:
+    """Where the trials of a folder's study are: in the database of a URL, or as noted, else its journal.
 
     Raises:
-        UserError: the folder's trials are elsewhere than asked for, or the URL is not PostgreSQL's.
+        UserError: the folder's trials are elsewhere than the URL says, or it is not PostgreSQL's.
     """
-    note = folder / NOTE
+    note = folder / ADDRESS
     noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
-    if storage is None:
-        return FolderPlace(folder) if noted is None else DatabasePlace(folder, noted)
-    place = DatabasePlace(folder, storage)
-    if noted is not None and noted != place.address:
+    if url is None:
+        return FolderStorage(folder) if noted is None else PostgresStorage(folder, noted)
+    storage = PostgresStorage(folder, url)
+    if noted is not None and noted != storage.address:
         raise UserError(
-            f"the trials of {folder} are in {noted}, not in {place.address}; choose another --out"
+            f"the trials of {folder} are in {noted}, not in {storage.address}; choose another folder"
         )
-    if noted is None and FolderPlace(folder).exists():
+    if noted is None and FolderStorage(folder).exists():
         raise UserError(
-            f"the trials of {folder} are in its journal; leave --storage out, or choose another --out"
+            f"the trials of {folder} are in its journal; leave the storage out, or choose another folder"
         )
-    return place
+    return storage
 
 
-def claim_study(place: Place, meta: StudyMeta) -> None:
-    """Make the study of a place, or check that the one there is the same study.
+def claim_study(storage: StudyStorage, meta: StudyMeta) -> None:
+    """Make the study of a storage, or check that the one there is the same study.
 
     A database is shared by all who know its address, so the study says there as well what it is
     about, and the folder notes the address, without its password.
 
     Raises:
-        UserError: the place holds another study, or one that avlprof did not make.
+        UserError: the storage holds another study, or one that avlprof did not make.
     """
-    check_folder(place.folder, meta)
-    if not isinstance(place, DatabasePlace):
-        claim_folder(place.folder, meta)
-        return
-    study = open_study(place)
-    with place.turn():
-        held = study.user_attrs.get(META)
-        if held is None:
-            if study.get_trials(deepcopy=False):
-                raise UserError(
-                    f"'{place.study_name}' is a study that avlprof did not make; choose another --out"
-                )
-            study.set_user_attr(META, meta.model_dump(mode="json"))
-        else:
-            different = StudyMeta.model_validate(held).differences(meta)
-            if different:
-                raise UserError(
-                    f"'{place.study_name}' is another study ({'; '.join(different)}); choose another --out"
-                )
-    claim_folder(place.folder, meta)
-    write_text(place.folder / NOTE, place.address + "\n")
-
-
-def place_meta(place: Place) -> StudyMeta:
-    """What the study of a place is about: as the database says, or the folder.
-
-    Raises:
-        UserError: no study was begun there.
-    """
-    if isinstance(place, DatabasePlace):
-        held = open_study(place).user_attrs.get(META) if place.exists() else None
-        if held is None:
-            raise UserError(
-                f"{place.address} has no study '{place.study_name}'; begin it with 'avlprof tune'"
-            )
-        return StudyMeta.model_validate(held)
-    return read_meta(place.folder)
+    check_folder(storage.folder, meta)
+    with storage.locked():
+        name = storage.study_name
+        if storage.read_note(META) is None:
+            if storage.exists() and storage.open().get_trials(deepcopy=False):
+                raise UserError(f"'{name}' is a study that avlprof did not make; choose another folder")
+            storage.write_note(META, meta.model_dump_json(indent=2))
+        elif different := stored_meta(storage).differences(meta):
+            raise UserError(f"'{name}' is another study ({'; '.join(different)}); choose another folder")
+    claim_folder(storage.folder, meta)
+    if storage.address is not None:
+        write_text(storage.folder / ADDRESS, storage.address + "\n")
 
 
 def sample_hash(samples: Sequence[Sample]) -> str:
     """A fingerprint of which samples are searched on, and what they ask."""
-    asked = json.dumps([[sample.id, sample.asked] for sample in samples])
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
-
-
-def open_study(place: Place, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
-    """The Optuna study of a place, made when it is not there yet; lower values are better."""
-    with quiet():
-        return optuna.create_study(
-            study_name=place.study_name,
-            storage=place.storage(),
-            pruner=pruner or optuna.pruners.NopPruner(),
-            direction="minimize",
-            load_if_exists=True,
-        )
+    questions = json.dumps([[sample.id, sample.asked] for sample in samples])
+    return hashlib.sha256(questions.encode()).hexdigest()[:16]
 
 
 def read_study(folder: Path) -> optuna.Study:
@@ -186,27 +156,15 @@ def read_study(folder: Path) -> optuna.Study:
     Raises:
         UserError: no trial was begun yet.
     """
-    place = find_place(folder)
+    storage = find_storage(folder)
     with quiet(), contextlib.suppress(KeyError):
-        if place.exists():
+        if storage.exists():
             return optuna.load_study(
-                study_name=place.study_name, storage=place.storage(), pruner=optuna.pruners.NopPruner()
+                study_name=storage.study_name,
+                storage=storage.backend(),
+                pruner=optuna.pruners.NopPruner(),
             )
     raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna's own log lines are shown from errors on, inside the context.
-
-    Its warnings would print the traceback of a trial that stopped; the exception itself goes on.
-    """
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def model_of(loaded: LoadedModel) -> dict[str, str]:
@@ -215,9 +173,9 @@ def model_of(loaded: LoadedModel) -> dict[str, str]:
 
 
 def study_meta(
-    loaded: LoadedModel, task: Task, profile: Profile, settings: Settings, space: Space
+    loaded: LoadedModel, task: Task, run_hash: str, budget: float, settings: Settings
 ) -> StudyMeta:
-    """What a study searches for."""
+    """What a study at a memory budget searches for, with the evidence of a traced run."""
     samples = task.samples(settings.split, settings.samples)
     return StudyMeta(
         **model_of(loaded),
@@ -227,13 +185,13 @@ def study_meta(
         sample_hash=sample_hash(samples),
         max_new_tokens=settings.answer_limit(task),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        budget=settings.budget,
+        budget=budget,
         read_budget=settings.read_budget,
         objective=settings.objective,
         sampler=settings.sampler,
         seed=settings.seed,
-        run_hash=profile.meta.run_hash,
-        space=space.described(),
+        run_hash=run_hash,
+        space=settings.space.described(),
     )
 
 
@@ -242,11 +200,11 @@ def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[Froz
     trials = [
         trial
         for each in (study, *more)
-        for trial in each.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for trial in trials_in(each, TrialState.COMPLETE)
         if trial.user_attrs.get("complete") and trial.value is not None
     ]
     if not trials:
-        raise UserError("the study has no finished trial; run 'avlprof tune' again with more --trials")
+        raise UserError("the study has no finished trial; tune again with more trials")
     best: dict[str, FrozenTrial] = {}
     for trial in sorted(trials, key=lambda t: (t.value, t.number)):
         best.setdefault(trial.user_attrs["policy"], trial)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,20 +14,11 @@ from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Candidate
-from avlprof.tuning.prepared import Prepared, Progress
-from avlprof.tuning.settings import Settings
-from avlprof.tuning.space import Space
-from avlprof.tuning.tune import (
-    OnTrial,
-    Search,
-    Told,
-    Tuned,
-    prove_winner,
-    search,
-)
-from avlprof.tuning.workers import Crew
-
-AtBudget = Callable[[float], None]
+from avlprof.tuning.prepared import prepare
+from avlprof.tuning.settings import Settings, check_budget
+from avlprof.tuning.tune import Search, Tuned, prove_winner, search
+from avlprof.tuning.workers import Workers
+from avlprof.watch import SILENT, Watch
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,8 @@ class Sweep:
         parts = []
         for number, tuned in enumerate(self.studies):
             rows = tuned.proof.summary()
-            asked = tuned.policy.provenance.budget if tuned.policy.provenance else None
-            rows.insert(0, "budget", asked)
+            budget = tuned.policy.provenance.budget if tuned.policy.provenance else None
+            rows.insert(0, "budget", budget)
             rows.loc[rows["policy"] == "dense", "budget"] = 1.0
             parts.append(rows if number == 0 else rows[rows["policy"] != "dense"])
         return pd.concat(parts, ignore_index=True)
@@ -67,12 +58,8 @@ def sweep(
     budgets: Sequence[float],
     settings: Settings | None = None,
     *,
-    space: Space | None = None,
-    progress: Progress | None = None,
-    on_trial: OnTrial | None = None,
-    on_budget: AtBudget | None = None,
-    told: Told | None = None,
-    crew: Crew | None = None,
+    workers: Workers | None = None,
+    watch: Watch = SILENT,
 ) -> Sweep:
     """Tune and prove at several memory budgets; the same call resumes.
 
@@ -80,41 +67,34 @@ def sweep(
     the one before as a start. Dense answers, prompts and the sensitivity probe are shared. A read
     budget in `settings` holds for all of them.
 
-    Args:
-        on_budget: called with each budget before its study.
-
     Raises:
         UserError: as `tune`, or no budget or one twice is given.
     """
-    settings, space = settings or Settings(), space or Space()
-    asked = sorted(budgets)
-    if not asked or len(set(asked)) < len(asked):
+    settings, rising = settings or Settings(), sorted(budgets)
+    if not rising or len(set(rising)) < len(rising):
         raise UserError(f"budgets must be different and at least one, got {list(budgets)}")
-    planned = [replace(settings, budget=budget) for budget in asked]
-    prepared = Prepared.make(loaded, task, profile, settings, space.scorers, progress)
-    for each in planned:
-        space.within(prepared.budget(each), prepared.layers)
+    for budget in rising:
+        check_budget("budget", budget)
+    prepared = prepare(loaded, task, profile, settings, watch)
+    for budget in rising:
+        settings.space.within(prepared.budget(budget, settings.read_budget), prepared.layers)
     folder.mkdir(parents=True, exist_ok=True)
-    done: list[Tuned] = []
+    studies: list[Tuned] = []
     before: Search | None = None
-    for each in planned:
-        if on_budget:
-            on_budget(each.budget)
-        found = search(
-            prepared,
-            folder / f"b{each.budget:g}",
-            each,
-            space,
-            warm=neighbour(before),
+    for budget in rising:
+        watch.budget(budget)
+        before = search(
+            before.prepared if before else prepared,
+            folder / f"b{budget:g}",
+            budget,
+            settings,
+            starts=neighbour(before),
             probe=folder / "probe.json",
-            progress=progress,
-            on_trial=on_trial,
-            told=told,
-            crew=crew,
+            workers=workers,
+            watch=watch,
         )
-        done.append(prove_winner(found, progress=progress, told=told))
-        before = found
-    swept = Sweep(folder, tuple(done))
+        studies.append(prove_winner(before, watch))
+    swept = Sweep(folder, tuple(studies))
     swept.write()
     return swept
 

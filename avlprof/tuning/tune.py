@@ -1,8 +1,8 @@
-"""Search for the best policy at a budget: probe, trials, finalists, proof."""
+"""Search for the best policy at a budget: probe, trials, shortlist, proof."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,38 +18,37 @@ from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, save_policy
 from avlprof.tasks import Task
-from avlprof.tuning.candidate import Budget, Candidate, noted_starts
-from avlprof.tuning.evidence import shared_evidence
+from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.tuning.evidence import probed, shared_evidence
 from avlprof.tuning.importance import FILE as IMPORTANCES
 from avlprof.tuning.importance import knob_effects, parameter_importances
 from avlprof.tuning.objective import Objective
-from avlprof.tuning.prepared import Prepared, Progress, check_same_model
+from avlprof.tuning.prepared import Prepared, answer_store, check_same_model, prepare
 from avlprof.tuning.proof import Verdict, power_sentence, prove, verdict, with_provenance
 from avlprof.tuning.refine import refine
 from avlprof.tuning.rivals import rivals
-from avlprof.tuning.settings import Settings
-from avlprof.tuning.shortlist import PlayOff, play_off
-from avlprof.tuning.space import Space
+from avlprof.tuning.settings import Settings, check_budget
+from avlprof.tuning.shortlist import Shortlist, make_shortlist
+from avlprof.tuning.storages._base import StudyStorage
 from avlprof.tuning.study import check_folder, claim_study, finalists, study_meta
-from avlprof.tuning.workers import Crew
-
-OnTrial = Callable[[optuna.Study, FrozenTrial], None]
-Told = Callable[[str], None]
+from avlprof.tuning.workers import Workers, run_workers
+from avlprof.watch import SILENT, Part, Watch
 
 
 @dataclass(frozen=True)
 class Tuned:
     """The outcome of a study: the winner with its provenance, where it is, and its proof.
 
-    `refined` is the study of the second stage, if there was one. `knobs` is what `knob_effects` gives,
-    `importances` what `parameter_importances` does.
+    `refined` is the study of the second stage, if there was one; `shortlist` who was generated on
+    the search split. `knobs` is what `knob_effects` gives, `importances` what
+    `parameter_importances` does.
     """
 
     policy: Policy
     folder: Path
     study: optuna.Study
     refined: optuna.Study | None
-    played: PlayOff
+    shortlist: Shortlist
     proof: Evaluation
     verdict: Verdict
     knobs: pd.DataFrame
@@ -61,7 +60,7 @@ class Tuned:
         A trial that was stopped early is `PRUNED`; `trial` counts over both stages.
         """
         studies = (self.study, self.refined) if self.refined else (self.study,)
-        trials = [t for study in studies for t in study.get_trials(deepcopy=False) if t.value is not None]
+        trials = [trial for study in studies for trial in _scored(study)]
         states = ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials]
         return pd.DataFrame(
             {"trial": range(len(trials)), "value": [t.value for t in trials], "state": states}
@@ -70,8 +69,7 @@ class Tuned:
     @property
     def second(self) -> int | None:
         """Where in `history` the second stage begins; None without one."""
-        scored = [trial for trial in self.study.get_trials(deepcopy=False) if trial.value is not None]
-        return len(scored) if self.refined else None
+        return len(_scored(self.study)) if self.refined else None
 
     def comparisons(self) -> list[str]:
         """The winner against each rival on the same held-out samples, in a sentence each."""
@@ -80,7 +78,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Search:
-    """A study whose trials are done: who was generated on the search split, and who won there.
+    """A study whose trials are done, and who was generated on the search split.
 
     `candidate` are the best scalars, before any refinement: a start for a neighbouring budget.
     """
@@ -91,7 +89,7 @@ class Search:
     folder: Path
     study: optuna.Study
     refined: optuna.Study | None
-    played: PlayOff
+    shortlist: Shortlist
     candidate: Candidate
 
 
@@ -100,13 +98,11 @@ def tune(
     task: Task,
     profile: Profile,
     folder: Path,
+    budget: float,
     settings: Settings | None = None,
     *,
-    space: Space | None = None,
-    progress: Progress | None = None,
-    on_trial: OnTrial | None = None,
-    told: Told | None = None,
-    crew: Crew | None = None,
+    workers: Workers | None = None,
+    watch: Watch = SILENT,
 ) -> Tuned:
     """Tune a policy for a model and task at fixed budgets, and prove it on held-out samples.
 
@@ -117,140 +113,129 @@ def tune(
     rival that was strongest on the search split, at equal bytes on samples that the search never saw.
 
     Args:
-        progress: called with the name of a phase, units done and units in all.
-        on_trial: called with study and trial after each trial.
-        told: called with sentences for the reader, such as what the proof will be able to show.
-        crew: who runs the trials and where they are kept; this process and a journal file by default.
+        budget: prompt KV live after prefill over dense, in [0, 1].
+        workers: who runs the trials and where they are kept; this process and a journal file by default.
 
     Raises:
         UserError: a budget is infeasible, the profile is of another model, no dense answer has
             a second token, or `folder` holds another study or is worked on by another process.
     """
-    settings, space = settings or Settings(), space or Space()
+    settings = settings or Settings()
+    check_budget("budget", budget)
     check_same_model(loaded, profile)
-    check_folder(folder, study_meta(loaded, task, profile, settings, space))
-    prepared = Prepared.make(loaded, task, profile, settings, space.scorers, progress)
-    found = search(
-        prepared, folder, settings, space, progress=progress, on_trial=on_trial, told=told, crew=crew
-    )
-    return prove_winner(found, progress=progress, told=told)
+    check_folder(folder, study_meta(loaded, task, profile.meta.run_hash, budget, settings))
+    prepared = prepare(loaded, task, profile, settings, watch)
+    return prove_winner(search(prepared, folder, budget, settings, workers=workers, watch=watch), watch)
 
 
 def search(
     prepared: Prepared,
     folder: Path,
+    memory: float,
     settings: Settings,
-    space: Space,
     *,
-    warm: Sequence[Candidate] = (),
+    starts: Sequence[Candidate] = (),
     probe: Path | None = None,
-    progress: Progress | None = None,
-    on_trial: OnTrial | None = None,
-    told: Told | None = None,
-    crew: Crew | None = None,
+    workers: Workers | None = None,
+    watch: Watch = SILENT,
 ) -> Search:
     """Run the trials of a study, and generate with the best and with their rivals; resumes.
 
     Args:
-        warm: further first trials, taken over from a study of another budget.
+        memory: the memory budget, in [0, 1].
+        starts: further first trials, taken over from a study of another budget.
         probe: file of the sensitivity probe, by default in the folder.
 
     Raises:
         UserError: as `tune`.
     """
-    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
-    meta = study_meta(prepared.loaded, prepared.task, prepared.profile, settings, space)
+    meta = study_meta(prepared.loaded, prepared.task, prepared.run_hash, memory, settings)
     check_folder(folder, meta)
-    budget = prepared.budget(settings)
-    space = space.within(budget, prepared.layers)
-    crew = crew or Crew()
-    place = crew.place(folder)
+    budget = prepared.budget(memory, settings.read_budget)
+    allocators = settings.space.within(budget, prepared.layers).allocators
+    workers = workers or Workers()
+    storage = workers.open(folder)
 
-    def evidence() -> Evidence:
-        if "sensitivity" in space.allocators:
-            prepared.probe(probe or folder / "probe.json", progress)
-        return prepared.evidence
+    def measured() -> Evidence:
+        if "sensitivity" not in allocators or prepared.evidence.damage is not None:
+            return prepared.evidence
+        return probed(prepared.evidence, prepared.forced, probe or folder / "probe.json", watch)
 
     lock = FolderLock(folder)
     try:
-        claim_study(place, meta)
-        prepared.evidence = shared_evidence(place, evidence)
-        space = replace(space.supported(prepared.evidence), warm=noted_starts(folder, warm))
-        store = AnswerStore(folder / "answers")
-        _say_power(prepared, settings, space, budget, store, say)
-        if missed := settings.missed(len(space.starts())):
-            say(missed)
-        scalar = settings.trials - settings.refining
-        objective = Objective(prepared.scores(store), prepared.evidence, budget, space, settings.objective)
-        study = crew.run(
-            place,
-            replace(settings, trials=scalar, refine=0),
-            space,
-            objective,
-            progress=lambda d, t: tell("trials", d, settings.trials),
-            on_trial=on_trial,
-        )
-        refined = None
-        if settings.refining:
-            refined = refine(
-                folder,
-                settings,
-                objective,
-                finalists(study, 1)[0],
-                progress=lambda d, t: tell("trials", scalar + d, settings.trials),
-                on_trial=on_trial,
-            )
+        claim_study(storage, meta)
+        prepared = prepared.with_evidence(shared_evidence(storage, measured))
+        objective = prepared.objective(folder, settings.space, budget, starts)
+        store = answer_store(folder)
+        _say_power(prepared, settings, objective, store, watch)
+        if missed := settings.missed(len(objective.space.starts())):
+            watch.say(missed)
+        study, refined = _run_stages(storage, settings, objective, workers, watch)
         best = finalists(study, settings.finalists, *([refined] if refined else []))
-        played = play_off(prepared, best, budget, store, lambda d, t: tell("finalists", d, t))
-        played.write(folder / "fidelity.json", prepared.task.metric, settings.split)
+        shortlist = make_shortlist(prepared, best, budget, store, watch)
+        shortlist.write(folder / "fidelity.json", prepared.task.metric, settings.split)
     finally:
         lock.release()
     start = Candidate.of(finalists(study, 1)[0].params)
-    return Search(prepared, settings, budget, folder, study, refined, played, start)
+    return Search(prepared, settings, budget, folder, study, refined, shortlist, start)
 
 
-def prove_winner(found: Search, *, progress: Progress | None = None, told: Told | None = None) -> Tuned:
+def _run_stages(
+    storage: StudyStorage, settings: Settings, objective: Objective, workers: Workers, watch: Watch
+) -> tuple[optuna.Study, optuna.Study | None]:
+    """The trials of scalars, by all workers, and those that refine the best of them, by this one."""
+    scalar = settings.trials - settings.refining
+    study = run_workers(
+        workers,
+        storage,
+        replace(settings, trials=scalar, refine=0),
+        objective,
+        Part(watch, "trials", total=settings.trials),
+    )
+    if not settings.refining:
+        return study, None
+    part = Part(watch, "trials", scalar, settings.trials)
+    return study, refine(storage.folder, settings, objective, finalists(study, 1)[0], part)
+
+
+def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
     """Generate on held-out samples with the winner and its rivals, and write policy and proof."""
-    tell, say = progress or (lambda phase, done, total: None), told or (lambda sentence: None)
-    prepared, settings, played = found.prepared, found.settings, found.played
-    for name, (rho, count) in played.correlations().items():
-        say(f"rank correlation of {name} with {prepared.task.metric}: {rho:+.2f} over {count} policies")
-    strongest = played.strongest
-    who = f"tuned - {strongest.name}"
-    say(power_sentence(settings.proof_samples, settings.margin, played.winner.metric, strongest.metric, who))
-    others = rivals(played.winner.policy, found.budget, prepared.layers)
+    prepared, settings, shortlist = done.prepared, done.settings, done.shortlist
+    for name, (rho, count) in shortlist.correlations().items():
+        watch.say(f"rank correlation of {name} with {prepared.task.metric}: {rho:+.2f} over {count} policies")
+    winner, strongest = shortlist.winner, shortlist.strongest
+    names = f"tuned - {strongest.name}"
+    watch.say(power_sentence(settings.proof_samples, settings.margin, winner.metric, strongest.metric, names))
+    others = rivals(winner.policy, done.budget, prepared.layers)
     if strongest.name not in {policy.name for policy in others}:
         others.append(strongest.policy)
-    lock = FolderLock(found.folder)
+    lock = FolderLock(done.folder)
     try:
-        proof = prove(
-            prepared,
-            played.winner.policy,
-            others,
-            settings,
-            store=AnswerStore(found.folder / "answers"),
-            progress=lambda d, t: tell("proof", d, t),
-        )
-        judged = verdict(proof, played.winner.policy.name, strongest.name, settings.margin)
-        name = found.folder.resolve().name
-        winner = with_provenance(prepared, settings, found.budget, played, proof, judged, name)
-        knobs = knob_effects(found.candidate, prepared, found.budget, lambda d, t: tell("knobs", d, t))
-        importances = parameter_importances(found.study)
+        proof = prove(prepared, winner.policy, others, settings, answer_store(done.folder), watch)
+        outcome = verdict(proof, winner.policy.name, strongest.name, settings.margin)
+        name = done.folder.resolve().name
+        policy = with_provenance(prepared, settings, done.budget, shortlist, proof, outcome, name)
+        knobs = knob_effects(done.candidate, prepared, done.budget, watch)
+        importances = parameter_importances(done.study)
         for table, file in ((knobs, "knobs.csv"), (importances, IMPORTANCES)):
-            with replacing(found.folder / file) as partial:
+            with replacing(done.folder / file) as partial:
                 table.to_csv(partial, index=False)
-        proof.to_parquet(found.folder / "proof.parquet")
-        proof.to_csv(found.folder / "proof.csv")
-        save_policy(winner, found.folder / "policy.yaml")
+        proof.to_parquet(done.folder / "proof.parquet")
+        proof.to_csv(done.folder / "proof.csv")
+        save_policy(policy, done.folder / "policy.yaml")
     finally:
         lock.release()
-    return Tuned(winner, found.folder, found.study, found.refined, played, proof, judged, knobs, importances)
+    return Tuned(policy, done.folder, done.study, done.refined, shortlist, proof, outcome, knobs, importances)
+
+
+def _scored(study: optuna.Study) -> list[FrozenTrial]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
 
 
 def _say_power(
-    prepared: Prepared, settings: Settings, space: Space, budget: Budget, store: AnswerStore, say: Told
+    prepared: Prepared, settings: Settings, objective: Objective, store: AnswerStore, watch: Watch
 ) -> None:
     """Before anything is searched: what the proof will be able to show, from a first look at uniform."""
-    uniform = space.starts()[0].policy(prepared.evidence, budget, "uniform")
+    uniform = objective.space.starts()[0].policy(prepared.evidence, objective.budget, "uniform")
     dense, plain = prepared.dense_metric(store), prepared.generated(store).metric(uniform)
-    say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))
+    watch.say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))

@@ -9,28 +9,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore
-from avlprof.models import LoadedModel
+from avlprof.models import LoadedModel, ModelSpec
 from avlprof.tasks import Task
-from avlprof.tuning.candidate import Budget, noted_starts
 from avlprof.tuning.evidence import read_evidence
-from avlprof.tuning.objective import Objective, Points, Scores
-from avlprof.tuning.prepared import Generated, Progress, forced_answers
+from avlprof.tuning.objective import Objective
+from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
-from avlprof.tuning.storages._base import Place, give_up, runs
-from avlprof.tuning.study import StudyMeta, claim_study, find_place, place_meta, sample_hash
-from avlprof.tuning.trials import asked_of, note_asked, run_trials
+from avlprof.tuning.storages._base import StudyStorage, give_up, runs, trials_in
+from avlprof.tuning.study import StudyMeta, claim_study, find_storage, stored_meta, study_meta
+from avlprof.tuning.trials import Check, note_goal, read_goal, run_trials
+from avlprof.watch import SILENT, Watch
 
 PARENT = "AVLPROF_PARENT"
 RESTARTS = 2
@@ -41,65 +40,170 @@ STOP_SECONDS = 10.0
 _PREFIX = "error: "
 
 
+@dataclass(frozen=True)
+class Workers:
+    """How many processes work on a study, this one included, and how the others find model and task.
+
+    Attributes:
+        count: processes on this machine.
+        storage: URL of a PostgreSQL database for the trials, to share them with other machines; by
+            default a journal in the study's folder.
+        model: what further processes load; `avlprof.tune` knows it where the model is given by name.
+        task: likewise the name of the task.
+
+    Raises:
+        UserError: less than one worker.
+    """
+
+    count: int = 1
+    storage: str | None = None
+    model: ModelSpec | None = None
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"workers must be 1 or more, got {self.count}")
+
+    def named(self, model: ModelSpec | None, task: str | None) -> Workers:
+        """The same, with the names by which this process found model and task, where none are set.
+
+        Raises:
+            UserError: several workers, and not both are known by name.
+        """
+        known = replace(self, model=self.model or model, task=self.task or task)
+        if self.count > 1 and (known.model is None or known.task is None):
+            raise UserError("several workers load model and task by themselves; give both by name")
+        return known
+
+    def open(self, folder: Path) -> StudyStorage:
+        """Where the trials of a study are."""
+        return find_storage(folder, self.storage)
+
+    def command(self, folder: Path) -> list[str]:
+        """What starts a further worker of a study on this machine."""
+        model, task = self.model or ModelSpec(), self.task or "shapes"
+        words = [sys.executable, "-m", "avlprof", "studies", "join", str(folder)]
+        return [*words, *model.words(), "--task", task]
+
+
+def run_workers(
+    workers: Workers,
+    storage: StudyStorage,
+    settings: Settings,
+    objective: Objective,
+    watch: Watch = SILENT,
+) -> optuna.Study:
+    """Run a study by several workers until all its trials are done; see `run_trials`."""
+    note_goal(storage, settings)
+    if workers.count == 1:
+        return run_trials(storage, settings, objective, watch=watch)
+    with WorkerProcesses(storage, workers.command(storage.folder), workers.count - 1) as others:
+        return run_trials(storage, settings, objective, shared=True, watch=watch, check=others.check)
+
+
+def join(loaded: LoadedModel, task: Task, storage: StudyStorage, *, watch: Watch = SILENT) -> optuna.Study:
+    """Work on a study until its trials are done; what is searched follows from the study itself.
+
+    Args:
+        loaded: the study's model; the same checkpoint and precision.
+        task: the study's task; the same samples.
+
+    Raises:
+        UserError: the study is not begun, or is one of another model or task.
+    """
+    meta = stored_meta(storage)
+    settings = _settings(meta, *read_goal(storage))
+    claim_study(storage, _meta_here(meta, loaded, task, settings))
+    prepared = Prepared.make(loaded, task, read_evidence(storage), settings, watch)
+    budget = prepared.budget(meta.budget, meta.read_budget)
+    objective = prepared.objective(storage.folder, settings.space, budget)
+    return run_trials(storage, settings, objective, shared=True, watch=watch, check=parent_check())
+
+
+def _settings(meta: StudyMeta, trials: int, prune: bool) -> Settings:
+    """The settings that a study was begun with, as far as its trials depend on them."""
+    return Settings(
+        read_budget=meta.read_budget,
+        trials=trials,
+        refine=0,
+        samples=meta.samples,
+        seed=meta.seed,
+        prune=prune,
+        objective=meta.objective,
+        sampler=meta.sampler,
+        split=meta.split,
+        max_new_tokens=meta.max_new_tokens,
+        space=Space.of(meta.space),
+    )
+
+
+def _meta_here(meta: StudyMeta, loaded: LoadedModel, task: Task, settings: Settings) -> StudyMeta:
+    """The study as this worker would search it; the model may be elsewhere on this machine."""
+    if loaded.source != meta.model and not loaded.revision:
+        raise UserError(f"{loaded.source} cannot be told to be {meta.model}, which the study is of")
+    here = study_meta(loaded, task, meta.run_hash, meta.budget, settings)
+    return here.model_copy(update={"model": meta.model, "space": meta.space})
+
+
 @dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
+class _Process:
+    popen: subprocess.Popen[bytes]
     errors: IO[bytes]
     deaths: int = 0
 
 
-class Workers:
+class WorkerProcesses:
     """Starts `count` processes that work on a study, watches them, and stops them on leaving.
 
-    `command` joins the study of `place` (it ends in `run_trials` with `shared`) and leaves when the
+    `command` joins the study of `storage` (it ends in `run_trials` with `shared`) and leaves when the
     study is done. A worker that was killed is replaced, and the trial that it ran is queued again;
     one that says why it cannot work, or is killed time and again before it finishes a trial, stops
     the study. Workers do not get the Ctrl-C of the terminal: the process that started them stops
     them, and they stop by themselves when it is gone.
 
     Raises:
-        UserError: from `watch`, with what the worker said.
+        UserError: from `check`, with what the worker said.
     """
 
-    def __init__(self, place: Place, command: Sequence[str], count: int) -> None:
-        self._place = place
+    def __init__(self, storage: StudyStorage, command: Sequence[str], count: int) -> None:
+        self._storage = storage
         self._command = list(command)
         self._count = count
-        self._environment = {**os.environ, **place.secrets(), PARENT: str(os.getpid())}
+        self._environment = {**os.environ, **storage.secrets(), PARENT: str(os.getpid())}
         if "OMP_NUM_THREADS" not in os.environ:
             self._environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (count + 1), 1))
-        self._workers: list[_Worker] = []
+        self._started: list[_Process] = []
 
     @property
     def processes(self) -> list[int]:
         """Ids of the processes that were started last."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.popen.pid for worker in self._started]
 
-    def __enter__(self) -> Workers:
-        self._workers = [self._start() for _ in range(self._count)]
+    def __enter__(self) -> WorkerProcesses:
+        self._started = [self._start() for _ in range(self._count)]
         return self
 
-    def watch(self, study: optuna.Study) -> None:
+    def check(self, study: optuna.Study) -> None:
         """Replace workers that died, and queue their trials again."""
-        for index, worker in enumerate(self._workers):
-            code = worker.process.poll()
+        for index, worker in enumerate(self._started):
+            code = worker.popen.poll()
             if not code:
                 continue
-            said = _last_line(worker.errors)
+            last_words = _last_line(worker.errors)
             if code == USER_ERROR:
-                raise UserError(f"a worker stopped: {said.removeprefix(_PREFIX)}")
-            self._give_up(study, worker.process.pid)
-            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            lived = any(runs(trial, worker.process.pid) for trial in done)
+                raise UserError(f"a worker stopped: {last_words.removeprefix(_PREFIX)}")
+            self._give_up(study, worker.popen.pid)
+            done = trials_in(study, TrialState.COMPLETE)
+            lived = any(runs(trial, worker.popen.pid) for trial in done)
             deaths = 1 if lived else worker.deaths + 1
             if deaths > RESTARTS:
                 raise UserError(
                     f"a worker died {deaths} times in a row without finishing a trial ({_cause(code)}"
-                    f"{': ' + said if said else ''}); the same command resumes, with fewer --workers "
-                    "it needs less memory"
+                    f"{': ' + last_words if last_words else ''}); the same command resumes, "
+                    "with fewer workers it needs less memory"
                 )
             worker.errors.close()
-            self._workers[index] = self._start(deaths)
+            self._started[index] = self._start(deaths)
 
     def __exit__(
         self,
@@ -109,16 +213,16 @@ class Workers:
     ) -> None:
         # a finished study gives them nothing more to do, an unfinished one queues their trials again
         until = time.monotonic() + STOP_SECONDS
-        for worker in self._workers:
-            worker.process.terminate()
-        for worker in self._workers:
+        for worker in self._started:
+            worker.popen.terminate()
+        for worker in self._started:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(until - time.monotonic(), 0))
-            worker.process.kill()
-            worker.process.wait()
+                worker.popen.wait(max(until - time.monotonic(), 0))
+            worker.popen.kill()
+            worker.popen.wait()
             worker.errors.close()
 
-    def _start(self, deaths: int = 0) -> _Worker:
+    def _start(self, deaths: int = 0) -> _Process:
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         process = subprocess.Popen(
             self._command,
@@ -128,26 +232,26 @@ class Workers:
             env=self._environment,
             start_new_session=True,
         )
-        return _Worker(process, errors, deaths)
+        return _Process(process, errors, deaths)
 
     def _give_up(self, study: optuna.Study, process: int) -> None:
-        with self._place.turn():
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        with self._storage.locked():
+            for trial in trials_in(study, TrialState.RUNNING):
                 if runs(trial, process):
                     give_up(study, trial)
 
 
-def watch_parent() -> Callable[[optuna.Study], None] | None:
-    """For a worker that `Workers` started: a `watch` that stops it when the starter is gone."""
+def parent_check() -> Check | None:
+    """For a worker that `WorkerProcesses` started: stops it when the starter is gone."""
     parent = os.environ.get(PARENT)
     if parent is None:
         return None
 
-    def watch(study: optuna.Study) -> None:
+    def check(study: optuna.Study) -> None:
         if os.getppid() != int(parent):
             raise UserError("the process that started this worker is gone; the same command resumes")
 
-    return watch
+    return check
 
 
 def _cause(code: int) -> str:
@@ -162,146 +266,3 @@ def _last_line(file: IO[bytes]) -> str:
     file.seek(max(file.tell() - 4000, 0))
     lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else ""
-
-
-def join(loaded: LoadedModel, task: Task, place: Place, *, progress: Progress | None = None) -> optuna.Study:
-    """Work on a study until its trials are done; what is searched follows from the study itself.
-
-    Args:
-        loaded: the study's model; the same checkpoint and precision.
-        task: the study's task; the same samples.
-
-    Raises:
-        UserError: the study is not begun, or is one of another model or task.
-    """
-    meta, trials, prune = place_meta(place), *asked_of(place)
-    samples = task.samples(meta.split, meta.samples)
-    claim_study(place, _asked(meta, loaded, task, sample_hash(samples)))
-    evidence = read_evidence(place)
-    tell = progress or (lambda phase, done, total: None)
-    space = _space(meta)
-    forced = forced_answers(loaded, samples, meta.max_new_tokens, meta.objective, space.scorers, progress)
-    steps = max(round(forced.answer_tokens), 1)
-    budget = Budget(meta.budget, meta.read_budget, tuple(forced.shapes), steps)
-    space = space.within(budget, evidence.layers).supported(evidence)
-    space = replace(space, warm=noted_starts(place.folder, ()))
-    scores: Scores = forced
-    if meta.objective == "accuracy":
-        lengths = {name: shape.total for name, shape in zip(forced.samples, forced.shapes, strict=True)}
-        store = AnswerStore(place.folder / "answers")
-        scores = Generated(loaded, task, samples, meta.max_new_tokens, lengths, store)
-    settings = Settings(
-        budget=meta.budget,
-        read_budget=meta.read_budget,
-        trials=trials,
-        refine=0,
-        samples=meta.samples,
-        seed=meta.seed,
-        prune=prune,
-        objective=meta.objective,
-        sampler=meta.sampler,
-        split=meta.split,
-        max_new_tokens=meta.max_new_tokens,
-    )
-    return run_trials(
-        place.folder,
-        settings,
-        space,
-        Objective(scores, evidence, budget, space, meta.objective),
-        progress=lambda d, t: tell("trials", d, t),
-        place=place,
-        shared=True,
-        watch=watch_parent(),
-    )
-
-
-def _asked(meta: StudyMeta, loaded: LoadedModel, task: Task, asked: str) -> StudyMeta:
-    """The study as this worker would search it."""
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    if loaded.source != meta.model and not loaded.revision:
-        raise UserError(f"{loaded.source} cannot be told to be {meta.model}, which the study is of")
-    return meta.model_copy(
-        update={
-            "model_hash": loaded.revision or "",
-            "task": task.name,
-            "sample_hash": asked,
-            "dtype": dtype,
-        }
-    )
-
-
-def _space(meta: StudyMeta) -> Space:
-    """The space that `Space.described` told of."""
-    usual = Space()
-    values: dict[str, Any] = {
-        name: held[0] if isinstance(getattr(usual, name), str) else held for name, held in meta.space.items()
-    }
-    known = {field.name for field in fields(Space)}
-    return Space(**{name: value for name, value in values.items() if name in known})
-
-
-@dataclass(frozen=True)
-class Crew:
-    """How many processes work on a study, this one included, and how the others find model and task.
-
-    `storage` is the URL of a PostgreSQL database for the trials, by default a journal in the
-    study's folder. The other fields are what this process loaded its model and task by.
-
-    Raises:
-        UserError: less than one worker.
-    """
-
-    workers: int = 1
-    storage: str | None = None
-    model: str = "tiny"
-    task: str = "shapes"
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"workers must be 1 or more, got {self.workers}")
-
-    def place(self, folder: Path) -> Place:
-        """Where the trials of a study are."""
-        return find_place(folder, self.storage)
-
-    def command(self, folder: Path) -> list[str]:
-        """What starts a further worker of a study on this machine."""
-        words = [sys.executable, "-m", "avlprof", "studies", "join", str(folder)]
-        words += ["--model", self.model, "--task", self.task, "--device", self.device, "--dtype", self.dtype]
-        words += ["--revision", self.revision] if self.revision else []
-        return words + (["--trust-remote-code"] if self.trust_remote_code else [])
-
-    def run(
-        self,
-        place: Place,
-        settings: Settings,
-        space: Points,
-        objective: Objective,
-        *,
-        progress: Callable[[int, int], None] | None = None,
-        on_trial: Callable[[optuna.Study, FrozenTrial], None] | None = None,
-    ) -> optuna.Study:
-        """Run a study until all its trials are done; see `run_trials`."""
-
-        def run(watch: Callable[[optuna.Study], None] | None) -> optuna.Study:
-            return run_trials(
-                place.folder,
-                settings,
-                space,
-                objective,
-                progress=progress,
-                on_trial=on_trial,
-                place=place,
-                shared=self.workers > 1,
-                watch=watch,
-            )
-
-        note_asked(place, settings)
-        if self.workers == 1:
-            return run(None)
-        with Workers(place, self.command(place.folder), self.workers - 1) as others:
-            return run(others.watch)

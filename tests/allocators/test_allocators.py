@@ -19,7 +19,7 @@ from avlprof.allocators.sparsity import Sparsity
 from avlprof.allocators.strength import Strength
 from avlprof.allocators.uniform import Uniform
 from avlprof.analysis.scan import STATISTICS, concentration
-from avlprof.budgets import fit_keep, meet_budget, meet_read_budget, vision_share
+from avlprof.budgets import ReadBudget, fit_keep, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import hand_out, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
@@ -378,7 +378,7 @@ def test_a_memory_budget_is_met_or_its_floor_named(
     layers = len(shares)
     least = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
     if least > budget:
-        with pytest.raises(UserError, match="what system and text alone need; raise --budget"):
+        with pytest.raises(UserError, match="what system and text alone need; raise the budget"):
             meet_budget(shares, prompts, budget, text, floor)
         return
     keep = meet_budget(shares, prompts, budget, text, floor)
@@ -427,11 +427,12 @@ def test_a_read_budget_is_met_or_its_floor_named(
         policy = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=interval, text=text)
         return read_share(policy, prompts, layers, steps)
 
+    reads = ReadBudget(budget, steps, interval)
     if used((0.0,) * layers) > budget:
-        with pytest.raises(UserError, match=r"read alone; raise --read-budget"):
-            meet_read_budget(keep, prompts, interval, budget, steps, text, shares)
+        with pytest.raises(UserError, match=r"read alone; raise the read budget"):
+            meet_read_budget(keep, prompts, reads, text, shares)
         return
-    compute = meet_read_budget(keep, prompts, interval, budget, steps, text, shares)
+    compute = meet_read_budget(keep, prompts, reads, text, shares)
     assert all(core <= kept for core, kept in zip(compute, keep, strict=True))
     assert used(compute) <= budget
     token = 1 / sum(prompt.total for prompt in prompts)
@@ -443,13 +444,13 @@ def test_the_error_names_a_budget_that_is_enough() -> None:
     with pytest.raises(UserError) as caught:
         meet_budget((1.0,) * 6, prompts, 0.03)
     assert str(caught.value) == (
-        "budget 0.03 is below 0.092, what system and text alone need; raise --budget or set a text window"
+        "budget 0.03 is below 0.092, what system and text alone need; raise the budget or set a text window"
     )
     assert meet_budget((1.0,) * 6, prompts, 0.092)
     with pytest.raises(UserError) as caught:
-        meet_read_budget((0.4,) * 6, prompts, 4, 0.03, 12)
+        meet_read_budget((0.4,) * 6, prompts, ReadBudget(0.03, 12, 4))
     named = float(str(caught.value).split("below ")[1].split(",")[0])
-    assert meet_read_budget((0.4,) * 6, prompts, 4, named, 12)
+    assert meet_read_budget((0.4,) * 6, prompts, ReadBudget(named, 12, 4))
 
 
 def test_a_text_window_makes_room_for_vision() -> None:

@@ -53,12 +53,12 @@ def test_a_run_of_head_averages_has_the_profile_of_its_heads(profile: Profile, t
     for name, table in profile.frames.items():
         if name not in ("heads", "head_overlap"):
             pd.testing.assert_frame_equal(averaged.frames[name], table, rtol=1e-5, atol=1e-8)
-    with pytest.raises(UserError, match="holds averages over heads only; trace with --per-head"):
-        averaged.heads()
+    with pytest.raises(UserError, match="holds averages over heads only; trace with per_head"):
+        averaged["heads"]
 
 
 def test_heads_are_counted_one_by_one(run: RunDirectory, profile: Profile) -> None:
-    stats, heads = run.stats(), profile.heads()
+    stats, heads = run.stats(), profile["heads"]
     levels, lags = len(run.meta.coverages), len(run.meta.lags)
     assert len(heads) == LAYERS * HEADS * (5 * (7 + levels) + lags)
     counts = dict(zip((f"s{i}" for i in range(len(VISION))), VISION, strict=True))
@@ -88,21 +88,21 @@ def test_sinks_are_means_of_the_rows(run: RunDirectory, profile: Profile) -> Non
     stats = run.stats()
     for column, sink in (("mass_sink", "first"), ("text_sink", "text")):
         ours = stats[(stats["layer"] == 1) & (stats["query"] == "text")]
-        row = one(profile.sinks(), layer=1, query="text", sink=sink)
+        row = one(profile["sinks"], layer=1, query="text", sink=sink)
         assert row["mean"] == pytest.approx(ours.groupby("sample")[column].mean().mean())
         assert row["low"] <= row["mean"] <= row["high"]
 
 
 def test_by_sample_has_the_means_of_the_other_frames(profile: Profile) -> None:
-    table = profile.by_sample()
+    table = profile["by_sample"]
     assert len(table) == LAYERS * len(VISION) * 5
     means = table.groupby(["layer", "phase", "query"]).mean(numeric_only=True)
     for name, frame, where in (
-        ("mass_vision", profile.mass(), {"modality": "vision"}),
-        ("coverage_80", profile.coverage(), {"level": 80}),
-        ("window_90", profile.window(), {"level": 90}),
-        ("entropy", profile.entropy(), {}),
-        ("text_sink", profile.sinks(), {"sink": "text"}),
+        ("mass_vision", profile["mass"], {"modality": "vision"}),
+        ("coverage_80", profile["coverage"], {"level": 80}),
+        ("window_90", profile["window"], {"level": 90}),
+        ("entropy", profile["entropy"], {}),
+        ("text_sink", profile["sinks"], {"sink": "text"}),
     ):
         for key, value in where.items():
             frame = frame[frame[key] == value]
@@ -142,7 +142,7 @@ def test_concentration_of_a_profile_leaves_out_what_was_not_recorded(
         scores = {i: run.scores(f"s{i}")["decode" if query == "step" else query] for i in of}
         values = [concentration(s if query == "step" else s[None])[2] for s in scores.values()]
         for index, statistic in enumerate(STATISTICS):
-            row = one(profile.concentration(), layer=2, query=query, statistic=statistic)
+            row = one(profile["concentration"], layer=2, query=query, statistic=statistic)
             assert row["mean"] == pytest.approx(np.mean([value[index] for value in values]))
             assert row["n"] == len(of)
 
@@ -259,8 +259,8 @@ def test_windows_are_the_smallest_edges_that_hold_their_share_of_real_rows() -> 
 
 
 def test_a_text_share_sets_the_window_of_every_layer(profile: Profile) -> None:
-    policy = profile.derive(budget=0.5, text_share=0.8)
-    curve = profile.window_curve().query("query == 'generated'")
+    policy = profile.derive(budget=0.5, text=0.8)
+    curve = profile["window_curve"].query("query == 'generated'")
     assert isinstance(policy.text.window, tuple)
     for layer, window in enumerate(policy.text.window):
         held = curve[curve["layer"] == layer].set_index("distance")["mean"]
@@ -270,19 +270,19 @@ def test_a_text_share_sets_the_window_of_every_layer(profile: Profile) -> None:
     assert policy.provenance is not None
     assert policy.provenance.measured_budget is not None
     assert policy.provenance.measured_budget <= 0.5
-    with pytest.raises(UserError, match=r"text_share must be in \[0, 1\], got 2"):
-        profile.derive(budget=0.5, text_share=2)
-    with pytest.raises(UserError, match="leave read_budget, text and text_share out"):
-        profile.derive(coverage=0.5, text_share=0.5)
-    with pytest.raises(UserError, match="give either text or text_share, got both"):
-        profile.derive(budget=0.5, text_share=0.5, text=policy.text)
+    with pytest.raises(UserError, match=r"text must be in \[0, 1\], got 2"):
+        profile.derive(budget=0.5, text=2)
+    with pytest.raises(UserError, match="leave read_budget and text out"):
+        profile.derive(coverage=0.5, text=0.5)
+    with pytest.raises(UserError, match="leave read_budget and text out"):
+        profile.derive(coverage=0.5, text=policy.text)
 
 
 # differences -----------------------------------------------------------------------------------
 
 
 def plain(profile: Profile, layer: int, query: str, statistic: str) -> dict[str, float]:
-    table = profile.by_sample()
+    table = profile["by_sample"]
     ours = table[(table["layer"] == layer) & (table["query"] == query)].set_index("sample")[statistic]
     return {str(sample): float(value) for sample, value in ours.items() if not np.isnan(value)}
 
@@ -351,9 +351,9 @@ def test_only_what_is_comparable_is_compared(profile: Profile, tmp_path: Path) -
 def with_vision(profile: Profile, mass: list[float]) -> Profile:
     """A profile whose layers give vision this share of attention in every row."""
     frames = dict(profile.frames)
-    rows = profile.by_sample()
+    rows = profile["by_sample"]
     rows["mass_vision"] = rows["layer"].map(dict(enumerate(mass)))
-    table = profile.mass()
+    table = profile["mass"]
     vision = table["modality"] == "vision"
     table.loc[vision, ["mean", "low", "high"]] = table["layer"].map(dict(enumerate(mass)))
     return replace(profile, frames=frames | {"by_sample": rows, "mass": table})
@@ -380,7 +380,7 @@ def test_findings_name_the_layers_that_look_and_the_horizon(profile: Profile) ->
 
 def test_findings_give_the_window_that_derive_would_set(profile: Profile) -> None:
     said = " ".join(findings(profile))
-    windows = profile.derive(budget=0.9, text_share=0.95).text.window
+    windows = profile.derive(budget=0.9, text=0.95).text.window
     assert isinstance(windows, tuple)
     assert f"lies on the newest {min(windows)}" in said
     assert str(max(windows)) in said
@@ -412,7 +412,7 @@ def test_every_table_is_printed(run: RunDirectory, profile: Profile) -> None:
         result = invoke("analyze", run.path, "--what", what, "--no-figures", "--format", "json")
         assert result.exit_code == 0, result.output
         rows = json.loads(result.stdout)
-        table = getattr(profile, what)()
+        table = profile[what]
         assert len(rows) == len(table)
         assert list(rows[0]) == list(table.columns)
     assert "none" in invoke("analyze", run.path, "--what", "horizon").stdout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avlprof.allocators import ALLOCATORS
-from avlprof.analysis import Profile, derive
+from avlprof.analysis import Profile, Spread
 from avlprof.errors import UserError
 from avlprof.policy import (
     Policy,
@@ -38,7 +38,7 @@ FROM_A_PROFILE = [name for name in ALLOCATORS.names() if name != "sensitivity"]
 @pytest.mark.parametrize("allocator", FROM_A_PROFILE)
 @pytest.mark.parametrize("budget", [0.3, 0.5, 1.0])
 def test_a_budget_is_met(profile: Profile, allocator: str, budget: float) -> None:
-    policy = derive(profile, budget=budget, allocator=allocator, mix=1.0)
+    policy = profile.derive(budget=budget, allocator=Spread(allocator, mix=1.0))
     prompts = profile.prompts()
     used = live_share(policy, prompts, LAYERS)
     assert budget - a_token_a_layer(prompts) < used <= budget
@@ -50,7 +50,9 @@ def test_a_budget_is_met(profile: Profile, allocator: str, budget: float) -> Non
 
 @pytest.mark.parametrize("allocator", FROM_A_PROFILE)
 def test_every_allocator_gives_compute_shares_at_a_read_budget(profile: Profile, allocator: str) -> None:
-    policy = derive(profile, budget=0.6, read_budget=0.45, allocator=allocator, mix=1.0, refresh_interval=4)
+    policy = profile.derive(
+        budget=0.6, read_budget=0.45, allocator=Spread(allocator, mix=1.0), refresh_interval=4
+    )
     prompts = profile.prompts()
     assert policy.vision_compute is not None
     read = read_share(policy, prompts, LAYERS, profile.answer_tokens)
@@ -61,24 +63,24 @@ def test_every_allocator_gives_compute_shares_at_a_read_budget(profile: Profile,
 
 def test_sensitivity_is_left_to_tune(profile: Profile) -> None:
     with pytest.raises(UserError, match="needs a sensitivity probe, which 'avlprof tune' runs"):
-        derive(profile, budget=0.5, allocator="sensitivity")
+        profile.derive(budget=0.5, allocator="sensitivity")
 
 
 def test_knobs_reach_the_allocator(profile: Profile) -> None:
     def keep(**options: float) -> tuple[float, ...]:
-        policy = derive(profile, budget=0.5, allocator="sigmoid", allocator_options=options, mix=1.0)
+        policy = profile.derive(budget=0.5, allocator=Spread("sigmoid", options, mix=1.0))
         return policy.keep(LAYERS)
 
     flat, steep = keep(steepness=0.0), keep(midpoint=0.5, steepness=50.0)
     assert np.ptp(flat) <= 1 / 60 + 1e-6
     assert min(steep[:2]) > max(steep[2:])
     with pytest.raises(UserError, match="takes no options, got 'steepness'"):
-        derive(profile, budget=0.5, allocator="coverage", allocator_options={"steepness": 1.0})
+        profile.derive(budget=0.5, allocator=Spread("coverage", {"steepness": 1.0}))
 
 
 @pytest.mark.parametrize("interval", [None, 0, 3, 16])
 def test_both_budgets_are_met(profile: Profile, interval: int | None) -> None:
-    policy = derive(profile, budget=0.6, read_budget=0.45, refresh_interval=interval)
+    policy = profile.derive(budget=0.6, read_budget=0.45, refresh_interval=interval)
     prompts, steps = profile.prompts(), profile.answer_tokens
     assert live_share(policy, prompts, LAYERS) <= 0.6
     read = read_share(policy, prompts, LAYERS, steps)
@@ -89,7 +91,7 @@ def test_both_budgets_are_met(profile: Profile, interval: int | None) -> None:
 
 
 def test_a_read_budget_that_does_not_bind_leaves_no_core(profile: Profile) -> None:
-    policy = derive(profile, budget=0.5, read_budget=0.9)
+    policy = profile.derive(budget=0.5, read_budget=0.9)
     assert policy.vision_compute is None
     assert policy.refresh_interval == 0
 
@@ -98,18 +100,18 @@ def test_the_layer_that_needs_more_keeps_more(profile: Profile) -> None:
     evidence = profile.evidence("store")
     assert evidence.coverage is not None
     need = [int((row < 0.8).sum()) for row in evidence.coverage]
-    keep = derive(profile, budget=0.5, mix=1.0).keep(LAYERS)
+    keep = profile.derive(budget=0.5, allocator=Spread(mix=1.0)).keep(LAYERS)
     assert keep[int(np.argmax(need))] == max(keep)
     assert keep[int(np.argmin(need))] == min(keep)
-    mild = derive(profile, budget=0.5, mix=0.2).keep(LAYERS)
-    flat = derive(profile, budget=0.5, mix=0.0).keep(LAYERS)
+    mild = profile.derive(budget=0.5, allocator=Spread(mix=0.2)).keep(LAYERS)
+    flat = profile.derive(budget=0.5, allocator=Spread(mix=0.0)).keep(LAYERS)
     assert np.ptp(flat) <= 1 / 60 + 1e-6
     assert np.ptp(flat) <= np.ptp(mild) <= np.ptp(keep)
 
 
 def test_coverage_holds_its_share_of_vision_and_text(profile: Profile) -> None:
-    policy = derive(profile, coverage=0.9)
-    curves = profile.coverage_curve().pivot(index=["query", "layer"], columns="share_kept", values="mean")
+    policy = profile.derive(coverage=0.9)
+    curves = profile["coverage_curve"].pivot(index=["query", "layer"], columns="share_kept", values="mean")
 
     def held(query: str, layer: int, ratio: float) -> float:
         row = curves.loc[(query, layer)]
@@ -124,17 +126,17 @@ def test_coverage_holds_its_share_of_vision_and_text(profile: Profile) -> None:
         assert held("step", layer, core) >= 0.9 - 1e-9 or core == kept
         assert held("step", layer, core - 1 / 60) < 0.9
         assert isinstance(policy.text.window, tuple)
-        text = profile.window_curve().query("layer == @layer and query == 'generated'")
+        text = profile["window_curve"].query("layer == @layer and query == 'generated'")
         enough = text[text["mean"] >= 0.9]["distance"].min()
         assert policy.text.window[layer] == enough
     assert policy.text.sink == profile.meta.settings.text_sink
     assert policy.refresh_interval == 8, "overlaps are 0.65 on average at every lag, the longest is 8"
-    everything = derive(profile, coverage=1.0)
+    everything = profile.derive(coverage=1.0)
     assert everything.keep(LAYERS)[0] == 1.0
 
 
 def test_provenance_says_where_it_comes_from(profile: Profile) -> None:
-    policy = derive(profile, budget=0.5, read_budget=0.4, name="mine", scorer="accumulated")
+    policy = profile.derive(budget=0.5, read_budget=0.4, name="mine", scorer="accumulated")
     made = policy.provenance
     assert made is not None
     settings = profile.meta.settings
@@ -161,10 +163,10 @@ def test_survives_yaml(profile: Profile, options: dict[str, float]) -> None:
 
 def test_a_text_window_makes_a_small_budget_feasible(profile: Profile) -> None:
     with pytest.raises(UserError, match="what system and text alone need") as caught:
-        derive(profile, budget=0.15)
+        profile.derive(budget=0.15)
     enough = float(str(caught.value).split("below ")[1].split(",")[0])
-    assert derive(profile, budget=enough)
-    windowed = derive(profile, budget=0.15, text=TextPolicy(window=2))
+    assert profile.derive(budget=enough)
+    windowed = profile.derive(budget=0.15, text=TextPolicy(window=2))
     assert live_share(windowed, profile.prompts(), LAYERS) <= 0.15
 
 
@@ -173,21 +175,22 @@ def test_a_text_window_makes_a_small_budget_feasible(profile: Profile) -> None:
     [
         ({}, "give either budget or coverage to derive a policy, got neither"),
         ({"budget": 0.5, "coverage": 0.9}, "got both"),
-        ({"coverage": 0.9, "read_budget": 0.5}, "leave read_budget, text and text_share out"),
+        ({"coverage": 0.9, "read_budget": 0.5}, "leave read_budget and text out"),
         ({"coverage": 1.9}, r"coverage must be in \[0, 1\], got 1.9"),
         ({"budget": -0.1}, r"budget must be in \[0, 1\], got -0.1"),
         ({"budget": 0.5, "read_budget": 7}, r"read_budget must be in \[0, 1\], got 7"),
         ({"budget": 0.5, "read_budget": 0.01}, "read budget 0.01 is below"),
-        ({"budget": 0.5, "floor": 2}, r"floor must be in \[0, 1\], got 2"),
-        ({"budget": 0.5, "mix": -1}, r"mix must be in \[0, 1\], got -1"),
+        ({"budget": 0.5, "spread": {"floor": 2}}, r"floor must be in \[0, 1\], got 2"),
+        ({"budget": 0.5, "spread": {"mix": -1}}, r"mix must be in \[0, 1\], got -1"),
         ({"budget": 0.5, "refresh_interval": -2}, "refresh_interval must be 0 or more steps, got -2"),
         ({"budget": 0.5, "allocator": "coverge"}, "unknown allocator 'coverge'; did you mean coverage"),
         ({"budget": 0.5, "scorer": "last_quary"}, "unknown scorer 'last_quary'; did you mean last_query"),
     ],
 )
 def test_bad_options_are_one_sentence(profile: Profile, options: dict[str, object], problem: str) -> None:
+    spread = options.pop("spread", None)
     with pytest.raises(UserError, match=problem):
-        profile.derive(**options)
+        profile.derive(**options, **({"allocator": Spread(**spread)} if spread else {}))
 
 
 def test_a_run_without_pictures_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from avlprof.analysis import Profile, findings
 from avlprof.analysis.heads import head_overlap
-from avlprof.analysis.profile import FRAMES
+from avlprof.analysis.statistics import FRAMES
 from avlprof.cli._app import app
 from avlprof.errors import UserError
 from avlprof.runs import RunDirectory
@@ -70,7 +70,7 @@ def test_overlaps_are_those_of_sets() -> None:
 
 
 def test_the_frame_is_the_mean_over_samples(run: RunDirectory, profile: Profile) -> None:
-    table = profile.head_overlap().set_index(["layer_a", "head_a", "layer_b", "head_b", "query"])
+    table = profile["head_overlap"].set_index(["layer_a", "head_a", "layer_b", "head_b", "query"])
     assert table.index.is_unique
     scores = {name: run.scores(name) for name, count in zip(run.ids(), VISION, strict=True) if count}
     checked = 0
@@ -103,7 +103,7 @@ def test_the_frame_is_the_mean_over_samples(run: RunDirectory, profile: Profile)
 
 
 def test_a_finding_says_what_heads_share(run: RunDirectory, profile: Profile) -> None:
-    table = profile.head_overlap()
+    table = profile["head_overlap"]
     common, shared = [], []
     for row in table.itertuples():
         if row.query == "step" and row.layer_a == row.layer_b:
@@ -123,16 +123,16 @@ def test_other_frames_are_those_of_a_run_of_head_averages(profile: Profile, tmp_
     for name in set(FRAMES) - {"heads", "head_overlap"}:
         pd.testing.assert_frame_equal(averaged.frames[name], profile.frames[name], rtol=1e-5, atol=1e-8)
     assert averaged.frames["head_overlap"].empty
-    with pytest.raises(UserError, match="holds averages over heads only; trace with --per-head"):
-        averaged.head_overlap()
+    with pytest.raises(UserError, match="holds averages over heads only; trace with per_head"):
+        averaged["head_overlap"]
     loaded = Profile.load(averaged.save(tmp_path / "profile"))
-    assert list(loaded.frames["head_overlap"].columns) == list(profile.head_overlap().columns)
+    assert list(loaded.frames["head_overlap"].columns) == list(profile["head_overlap"].columns)
 
 
 def test_a_run_without_pictures_has_no_sets(tmp_path: Path) -> None:
     profile = Profile.from_run(write_run(tmp_path / "run", (0, 0), per_head=True))
-    assert profile.head_overlap().empty
-    heads = profile.heads()
+    assert profile["head_overlap"].empty
+    heads = profile["heads"]
     assert "vision" in set(heads["statistic"])
     assert not heads["statistic"].str.startswith("coverage").any()
 
@@ -143,4 +143,4 @@ def test_the_table_is_printed(run: RunDirectory) -> None:
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0] == "layer_a,head_a,layer_b,head_b,query,mean,low,high,n"
-    assert len(lines) == len(Profile.from_run(run).head_overlap()) + 1
+    assert len(lines) == len(Profile.from_run(run)["head_overlap"]) + 1

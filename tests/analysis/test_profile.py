@@ -11,13 +11,14 @@ import scipy.stats
 from avlprof.analysis import Profile
 from avlprof.analysis.coverage import as_shares, mass_curves, share_grid
 from avlprof.analysis.intervals import Moments, over_samples
-from avlprof.analysis.profile import FRAMES
 from avlprof.analysis.scan import layer_overlap
+from avlprof.analysis.statistics import FRAMES, PER_HEAD, VIEWS
 from avlprof.analysis.tables import refresh_from_drift
 from avlprof.errors import UserError
 from avlprof.policy import PromptShape
 from avlprof.runs import RunDirectory, RunWriter
 from tests.synthetic_run import LAYERS, MODALITIES, STEPS, settings, write_run
+from tests.watching import Counted
 
 VISION = (23, 40, 17, 40, 31)
 
@@ -85,7 +86,7 @@ def test_intervals_leave_out_what_was_not_observed() -> None:
 
 def test_one_sample_has_a_mean_and_no_interval(tmp_path: Path) -> None:
     profile = Profile.from_run(write_run(tmp_path / "one", (12,)))
-    row = profile.entropy().iloc[0]
+    row = profile["entropy"].iloc[0]
     assert np.isfinite(row["mean"])
     assert np.isnan(row["low"])
     assert np.isnan(row["high"])
@@ -93,7 +94,7 @@ def test_one_sample_has_a_mean_and_no_interval(tmp_path: Path) -> None:
 
 
 def test_mass_and_entropy_are_means_over_heads_then_samples(run: RunDirectory, profile: Profile) -> None:
-    mass, entropy = profile.mass(), profile.entropy()
+    mass, entropy = profile["mass"], profile["entropy"]
     for layer in range(LAYERS):
         for phase, query in (("prefill", "system"), ("prefill", "last"), ("decode", "generated")):
             place = {"layer": layer, "phase": phase, "query": query}
@@ -111,7 +112,7 @@ def test_coverage_is_a_share_of_each_samples_own_vision_tokens(run: RunDirectory
     for level in (50, 99):
         place = {"layer": 1, "phase": "decode", "query": "generated"}
         values = of_heads(run, f"coverage_{level}", **place)
-        row = one(profile.coverage(), level=level, **place)
+        row = one(profile["coverage"], level=level, **place)
         assert matches(row, [values[s] / counts[s] for s in values])
         assert row["tokens"] == pytest.approx(np.mean(list(values.values())))
 
@@ -128,7 +129,7 @@ def plain_curve(scores: list[float], share: float) -> float:
 
 
 def test_coverage_curves_over_ragged_samples(run: RunDirectory, profile: Profile) -> None:
-    curves = profile.coverage_curve()
+    curves = profile["coverage_curve"]
     assert not curves["mean"].isna().any()
     grid = sorted(curves["share_kept"].unique())
     assert len(grid) == 40
@@ -151,7 +152,7 @@ def test_coverage_curves_over_ragged_samples(run: RunDirectory, profile: Profile
 
 
 def test_curves_rise_to_one_and_steps_need_no_more_than_answers(profile: Profile) -> None:
-    curves = profile.coverage_curve()
+    curves = profile["coverage_curve"]
     table = curves.pivot(index=["query", "layer"], columns="share_kept", values="mean")
     assert (np.diff(table.to_numpy(), axis=1) >= -1e-12).all()
     assert np.allclose(table.to_numpy()[:, -1], 1)
@@ -188,7 +189,7 @@ def test_layer_overlap_counts_common_tokens() -> None:
 
 
 def test_overlap_of_layers_is_symmetric_and_whole_with_itself(run: RunDirectory, profile: Profile) -> None:
-    overlap = profile.overlap()
+    overlap = profile["overlap"]
     for query in ("last", "step"):
         table = overlap[overlap["query"] == query].pivot(index="layer_a", columns="layer_b", values="mean")
         assert np.allclose(table, table.T)
@@ -203,7 +204,7 @@ def test_overlap_of_layers_is_symmetric_and_whole_with_itself(run: RunDirectory,
 
 
 def test_drift_by_lag(run: RunDirectory, profile: Profile) -> None:
-    drift = profile.drift()
+    drift = profile["drift"]
     assert sorted(drift["lag"].unique()) == [1, 2, 4, 8]
     for lag in (1, 8):
         values = of_heads(run, f"overlap_{lag}", 2, "decode", "generated")
@@ -242,7 +243,7 @@ def test_windows_hold_their_share_of_text(run: RunDirectory, profile: Profile) -
     # text 6..8 and at most STEPS + 1 generated tokens: the histogram's bins end at 18
     longest = max(6 + i % 3 + STEPS - i + 1 for i in range(len(VISION)))
     edges = [1, 2, 4, 8, 16, longest]
-    window, curve = profile.window(), profile.window_curve()
+    window, curve = profile["window"], profile["window_curve"]
     assert sorted(curve["distance"].unique()) == edges
     for layer in (0, 2):
         for phase, query in (("decode", "generated"), ("prefill", "last")):
@@ -269,13 +270,13 @@ def test_prompts_and_answer_length(profile: Profile) -> None:
 
 def test_evidence_is_the_need_of_prompt_and_answer(profile: Profile) -> None:
     store, compute = profile.evidence("store"), profile.evidence("compute")
-    curves = profile.coverage_curve().pivot(index=["query", "layer"], columns="share_kept", values="mean")
+    curves = profile["coverage_curve"].pivot(index=["query", "layer"], columns="share_kept", values="mean")
     assert store.coverage is not None
     assert compute.coverage is not None
     assert store.tokens == 40
     assert np.allclose(store.coverage, np.minimum(curves.loc["last"], curves.loc["answer"]))
     assert np.allclose(compute.coverage, curves.loc["step"])
-    mass, spread = profile.mass().query("modality == 'vision'"), profile.concentration()
+    mass, spread = profile["mass"].query("modality == 'vision'"), profile["concentration"]
     for evidence, traced, scored in ((store, "text", "instruction"), (compute, "generated", "step")):
         assert evidence.vision_mass is not None
         assert np.allclose(evidence.vision_mass, mass[mass["query"] == traced]["mean"])
@@ -288,9 +289,9 @@ def test_per_layer_table(profile: Profile) -> None:
     table = profile.per_layer()
     assert list(table["layer"]) == list(range(LAYERS))
     assert not table.isna().any(axis=None)
-    assert table["coverage_90"][2] == one(profile.coverage(), layer=2, query="generated", level=90)["mean"]
-    assert table["overlap_8"][1] == one(profile.drift(), layer=1, lag=8)["mean"]
-    assert table["window_95"][0] == one(profile.window(), layer=0, query="generated", level=95)["mean"]
+    assert table["coverage_90"][2] == one(profile["coverage"], layer=2, query="generated", level=90)["mean"]
+    assert table["overlap_8"][1] == one(profile["drift"], layer=1, lag=8)["mean"]
+    assert table["window_95"][0] == one(profile["window"], layer=0, query="generated", level=95)["mean"]
 
 
 def test_a_run_without_decoding(tmp_path: Path) -> None:
@@ -299,8 +300,8 @@ def test_a_run_without_decoding(tmp_path: Path) -> None:
     assert table[["vision_decode", "overlap_8"]].isna().all(axis=None)
     assert not table[["vision_last", "coverage_90", "window_95", "entropy"]].isna().any(axis=None)
     assert profile.answer_tokens == 1
-    assert profile.drift().empty
-    assert set(profile.coverage_curve()["query"]) == {"last", "instruction"}
+    assert profile["drift"].empty
+    assert set(profile["coverage_curve"]["query"]) == {"last", "instruction"}
     store, compute = profile.evidence("store").coverage, profile.evidence("compute").coverage
     assert store is not None
     assert np.array_equal(store, compute)
@@ -311,18 +312,18 @@ def test_a_run_without_decoding(tmp_path: Path) -> None:
 
 def test_a_run_without_pictures(tmp_path: Path) -> None:
     profile = Profile.from_run(write_run(tmp_path / "run", (0, 0)))
-    assert profile.coverage_curve().empty
-    assert not profile.mass().empty
+    assert profile["coverage_curve"].empty
+    assert not profile["mass"].empty
     with pytest.raises(UserError, match="no vision tokens"):
         profile.evidence()
 
 
 def test_samples_without_pictures_do_not_count_in_shares(tmp_path: Path) -> None:
     profile = Profile.from_run(write_run(tmp_path / "run", (20, 0, 13, 0)))
-    assert (profile.coverage_curve()["n"] <= 2).all()
-    assert (profile.coverage()["n"] == 2).all()
-    assert not profile.coverage()["mean"].isna().any()
-    assert (profile.mass()["n"] == 4).all()
+    assert (profile["coverage_curve"]["n"] <= 2).all()
+    assert (profile["coverage"]["n"] == 2).all()
+    assert not profile["coverage"]["mean"].isna().any()
+    assert (profile["mass"]["n"] == 4).all()
 
 
 def test_saved_and_loaded_alike(profile: Profile, tmp_path: Path) -> None:
@@ -335,17 +336,31 @@ def test_saved_and_loaded_alike(profile: Profile, tmp_path: Path) -> None:
     assert not list(path.glob(".*partial"))
 
 
+def test_a_table_is_a_copy_and_an_unknown_name_has_neighbours(profile: Profile) -> None:
+    table = profile["drift"]
+    pd.testing.assert_frame_equal(table, profile.frames["drift"])
+    table["mean"] = 0.0
+    assert profile.frames["drift"]["mean"].any()
+    pd.testing.assert_frame_equal(profile["per_layer"], profile.per_layer())
+    pd.testing.assert_frame_equal(profile["horizon"], profile.horizon())
+    for name in VIEWS:
+        if name not in PER_HEAD:
+            assert len(profile[name]), name
+    with pytest.raises(UserError, match="unknown table 'drfit'; did you mean drift"):
+        profile["drfit"]
+
+
 def test_a_saved_profile_serves_until_the_run_grows(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", (12, 15, 18))
     first = Profile.of(run)
-    calls: list[tuple[int, int]] = []
-    Profile.of(RunDirectory(run.path), progress=lambda done, total: calls.append((done, total)))
-    assert not calls
+    watch = Counted()
+    Profile.of(RunDirectory(run.path), watch)
+    assert not watch.calls
     source = write_run(tmp_path / "other", (12, 15, 18, 21), parts=4)
     for file in source.path.glob("*-00003.*"):
         shutil.copy(file, run.path / file.name)
-    grown = Profile.of(RunDirectory(run.path), progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 4) for i in range(1, 5)]
+    grown = Profile.of(RunDirectory(run.path), watch)
+    assert watch.calls == [(i, 4) for i in range(1, 5)]
     assert grown.meta.samples == 4
     assert grown.meta.run_hash != first.meta.run_hash
     assert Profile.load(run.path / "profile").meta == grown.meta

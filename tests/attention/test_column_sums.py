@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from avlprof.attention.column_sums import column_sums
+from avlprof.attention.column_sums import Seen, column_sums
 from tests.helpers import Largest
 
 RUNNABLE = find_spec("triton") is not None and (
@@ -35,7 +35,9 @@ CASES = {
 }
 
 
-def given(heads, kv_heads, length, size, batch=1, pad=None, rows=None, newest=None, counted=False, **options):
+def random_case(
+    heads, kv_heads, length, size, batch=1, pad=None, rows=None, newest=None, counted=False, **options
+):
     """Arguments of `column_sums` with random queries and keys."""
     generator = torch.Generator().manual_seed(length + size)
     dtype, flipped = options.pop("dtype", torch.float32), options.pop("transposed", False)
@@ -54,6 +56,13 @@ def given(heads, kv_heads, length, size, batch=1, pad=None, rows=None, newest=No
     if counted:
         options["counted"] = torch.rand(batch, count, generator=generator) < 0.4
     return (query, key, size**-0.5), options
+
+
+def summed(arguments, options, block=None):
+    """`column_sums` of such arguments, those that say what rows see put together."""
+    seen = {name: options[name] for name in ("rows", "valid", "causal", "mask") if name in options}
+    others = {name: value for name, value in options.items() if name not in seen}
+    return column_sums(*arguments, Seen(**seen), block=block, **others)
 
 
 def written_out(
@@ -88,10 +97,10 @@ def written_out(
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_matrix(name):
-    arguments, options = given(**CASES[name])
+    arguments, options = random_case(**CASES[name])
     wanted = written_out(*arguments, **options)
     for block in (None, 1, 7):
-        found = column_sums(*arguments, block=block, **options)
+        found = summed(arguments, options, block)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=1e-5)
 
@@ -100,7 +109,7 @@ def test_equals_the_matrix(name):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_mask_says_all(padded, shared):
     """Windows and blocks that look both ways come as a mask; some rows see nothing."""
-    arguments, options = given(
+    arguments, options = random_case(
         heads=4, kv_heads=2, length=41, size=8, batch=2, pad=(0, 6) if padded else None
     )
     near = (torch.arange(41)[:, None] - torch.arange(41)).abs() <= 5
@@ -108,17 +117,17 @@ def test_a_mask_says_all(padded, shared):
     mask[1, 0, 20] = False
     options["mask"] = mask[:1] if shared else mask
     torch.testing.assert_close(
-        column_sums(*arguments, **options).double(), written_out(*arguments, **options), atol=2e-5, rtol=1e-5
+        summed(arguments, options).double(), written_out(*arguments, **options), atol=2e-5, rtol=1e-5
     )
 
 
 def test_memory_is_linear_in_the_keys():
     """No tensor of the pass comes near N x N."""
     length, heads = 700, 4
-    arguments, options = given(heads=heads, kv_heads=2, length=length, size=8)
+    arguments, options = random_case(heads=heads, kv_heads=2, length=length, size=8)
     largest = Largest()
     with largest:
-        sums = column_sums(*arguments, block=32, **options)
+        sums = summed(arguments, options, 32)
     assert sums.sum().item() == pytest.approx(heads * length, rel=1e-4)
     assert largest.elements < length**2 / 4
 
@@ -144,7 +153,7 @@ def test_the_kernel_in_the_interpreter():
 def test_the_kernel_equals_the_matrix(name):
     from avlprof.attention.triton_column_sums import triton_column_sums
 
-    arguments, options = given(**CASES[name])
+    arguments, options = random_case(**CASES[name])
     wanted = written_out(*arguments, **options)
     query, key, scaling = arguments
     count, length = query.shape[2], key.shape[2]

@@ -12,6 +12,7 @@ from avlprof.bench.decode import (
     ALL,
     ATTENTIONS,
     OURS,
+    DecodeBench,
     run_decode_bench,
 )
 from avlprof.bench.decode_cost import PACKED, REFRESH, STOCK
@@ -25,6 +26,7 @@ from avlprof.bench.shapes import (
 )
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, PromptShape, live_share
+from tests.watching import Counts
 
 SHAPE = decoder_shape("custom", hidden=64, intermediate=32, heads=4, kv_heads=2, layers=2, vocabulary=64)
 VISION, TEXT = 60, SHAPE.text_tokens
@@ -35,11 +37,8 @@ def costs():
     calls = []
     found = run_decode_bench(
         SHAPE,
-        batches=(3,),
-        visions=(VISION,),
-        budgets=(0.5, 0.2),
-        rounds=2,
-        progress=lambda *seen: calls.append(seen),
+        DecodeBench(batches=(3,), visions=(VISION,), budgets=(0.5, 0.2), rounds=2),
+        Counts(lambda *seen: calls.append(seen)),
     )
     assert calls[-1][0] == calls[-1][1] == len(calls)
     return {cost.method: cost for cost in found}
@@ -57,7 +56,7 @@ def test_every_way_is_there(costs):
 
 
 def test_captured_steps_stand_beside_the_others():
-    found = run_decode_bench(SHAPE, visions=(VISION,), rounds=2, attentions=False, captured=True)
+    found = run_decode_bench(SHAPE, DecodeBench(visions=(VISION,), rounds=2, attentions=False, captured=True))
     replayed = [cost for cost in found if cost.method.endswith(", captured")]
     under = [cost.method for cost in found if cost.method in (OURS, PACKED, "keep 0.2", "core 0.2")]
     assert [cost.method.removesuffix(", captured") for cost in replayed] == under
@@ -183,34 +182,36 @@ def test_the_clock_sees_what_a_refresh_does_after_attention():
     runner = Runner("core", model, inputs, 1, policy=core)
     runner.fill(PromptStates.of(model, inputs["input_ids"].shape[1]))
     layer = runner.cache.layers[0]
-    after, slept = layer.after_step, 0.05
+    after, slept = layer.after, 0.05
 
-    def slow(weights):
+    def slow(step, weights):
         time.sleep(slept)
-        after(weights)
+        after(step, weights)
 
-    layer.after_step = slow
+    layer.after = slow
     plain, refresh = runner.attention_steps(2)
     assert plain < slept <= refresh
 
 
 def test_what_does_not_fit_gets_a_row_with_a_note(monkeypatch):
     monkeypatch.setattr(decode, "free_bytes", lambda device: 10 << 20)
-    found = run_decode_bench(SHAPE, batches=(1, 512), visions=(VISION,), rounds=1, attentions=False)
+    found = run_decode_bench(
+        SHAPE, DecodeBench(batches=(1, 512), visions=(VISION,), rounds=1, attentions=False)
+    )
     assert [cost.batch for cost in found if cost.method == ALL] == [512]
     (left_out,) = (cost for cost in found if cost.method == ALL)
     assert "GiB are free" in left_out.note
     assert left_out.step_ms != left_out.step_ms
     assert len(found) == 8
     with pytest.raises(UserError, match="GiB are free; give fewer layers"):
-        run_decode_bench(SHAPE, batches=(512,), visions=(VISION,), rounds=1)
+        run_decode_bench(SHAPE, DecodeBench(batches=(512,), visions=(VISION,), rounds=1))
 
 
 @pytest.fixture(scope="module")
 def prefills():
     calls = []
     shape = decoder_shape("custom", hidden=64, intermediate=32, heads=4, kv_heads=2, layers=4, vocabulary=64)
-    found = run_prefill_bench(shape, (400,), rounds=1, progress=lambda *seen: calls.append(seen))
+    found = run_prefill_bench(shape, (400,), rounds=1, watch=Counts(lambda *seen: calls.append(seen)))
     assert calls[-1][0] == calls[-1][1] == len(calls)
     return {cost.method: cost for cost in found}
 
@@ -265,4 +266,4 @@ def test_the_clock_adds_up_what_it_wraps():
 def test_bad_numbers_are_refused():
     for options in ({"rounds": 0}, {"batches": (0,)}, {"budgets": (0.0,)}, {"visions": (0,)}):
         with pytest.raises(UserError, match="a decode bench needs"):
-            run_decode_bench(SHAPE, **options)
+            run_decode_bench(SHAPE, DecodeBench(**options))

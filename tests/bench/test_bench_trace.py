@@ -20,6 +20,7 @@ from avlprof.bench.shapes import (
 )
 from avlprof.bench.trace import METHODS, median_interval, run_trace_bench
 from avlprof.errors import UserError
+from tests.watching import Counted
 
 SMALL = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 60}
 
@@ -88,7 +89,7 @@ def test_bad_shapes_are_refused():
 
 def test_a_bench_of_every_method(monkeypatch):
     """One row a length and method; methods take turns; the clock is read around each."""
-    order, told = [], []
+    order, watch = [], Counted()
     real = trace._prefill
 
     def watched(method, *args):
@@ -96,7 +97,7 @@ def test_a_bench_of_every_method(monkeypatch):
         real(method, *args)
 
     monkeypatch.setattr(trace, "_prefill", watched)
-    costs = run_trace_bench(small(), [40, 64], rounds=3, progress=lambda *counts: told.append(counts))
+    costs = run_trace_bench(small(), [40, 64], rounds=3, watch=watch)
     assert [(c.tokens, c.method) for c in costs] == [(n, m) for n in (40, 64) for m in METHODS]
     assert {(c.shape, c.layers, c.device, c.dtype, c.rounds, c.note) for c in costs} == {
         ("tiny", 2, "cpu", "float32", 3, "")
@@ -110,7 +111,7 @@ def test_a_bench_of_every_method(monkeypatch):
     timed = order[8:20]
     assert [timed[i] for i in (0, 4, 8)] == [METHODS[1], METHODS[2], METHODS[3]], "rounds begin with another"
     assert all(set(timed[i : i + 4]) == set(METHODS) for i in (0, 4, 8))
-    assert told[-1] == (32, 32)
+    assert watch.calls[-1] == (32, 32)
 
 
 def test_ratios_are_of_one_round(monkeypatch):

@@ -10,6 +10,7 @@ from avlprof.bench.tune import (
     REFRESHES,
     SCORERS,
     SINGLE,
+    TuneBench,
     run_tune_bench,
     trial_policies,
 )
@@ -17,13 +18,14 @@ from avlprof.errors import UserError
 from avlprof.policy import PromptShape, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
+from tests.watching import Notes
 
 
 @pytest.fixture(scope="module")
 def bench(tiny):
     """The rows, and per call of a way the policies that it judged."""
     judged: dict[str, list[list[str]]] = {"alone": [], "together": [], "batches": [], SINGLE: []}
-    steps = []
+    notes = Notes()
     patch = pytest.MonkeyPatch()
     score, many, generate = ForcedSet.score, ForcedSet.score_many, tune._generate
 
@@ -45,17 +47,9 @@ def bench(tiny):
         patched.setattr(ForcedSet, "score", note_one)
         patched.setattr(ForcedSet, "score_many", note_many)
         patched.setattr(tune, "_generate", note_generated)
-        rows = run_tune_bench(
-            tiny,
-            load_task("shapes:count,read"),
-            3,
-            3,
-            batch=2,
-            together=2,
-            max_new_tokens=4,
-            progress=lambda done, total: steps.append((done, total)),
-        )
-    assert steps == [(n, 8) for n in range(1, 9)]
+        plan = TuneBench(3, 3, batch=2, together=2, max_new_tokens=4)
+        rows = run_tune_bench(tiny, load_task("shapes:count,read"), plan, notes)
+    assert notes.phases == [("bench tune", n, 8) for n in range(9)]
     return {row.method: row for row in rows}, judged
 
 
@@ -100,11 +94,11 @@ def test_trials_keep_the_budget_in_the_mean_and_differ():
 @pytest.mark.parametrize(
     "change", [{"samples": 0}, {"trials": 0}, {"batch": 0}, {"together": 0}, {"budget": 1.2}]
 )
-def test_what_cannot_be_timed_is_refused(tiny, change):
+def test_what_cannot_be_timed_is_refused(change):
     with pytest.raises(UserError, match="a tune bench needs samples, trials"):
-        run_tune_bench(tiny, load_task("shapes"), **({"samples": 2, "trials": 1} | change))
+        TuneBench(**({"samples": 2, "trials": 1} | change))
 
 
 def test_answers_of_one_token_are_refused(tiny):
     with pytest.raises(UserError, match="every dense answer ends at its first token"):
-        run_tune_bench(tiny, load_task("shapes"), 2, 1, max_new_tokens=1)
+        run_tune_bench(tiny, load_task("shapes"), TuneBench(2, 1, max_new_tokens=1))

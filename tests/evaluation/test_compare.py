@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import avlprof
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import meet_budget
-from avlprof.budgets.scale import OverBudgetError, at_budget
+from avlprof.budgets.scale import OverBudgetError, scale_to
 from avlprof.cli.compare import app
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore, Comparison, LineUp, generate_answers, line_up, strongest
+from avlprof.evaluation import (
+    AnswerSettings,
+    AnswerStore,
+    Comparison,
+    ComparisonSettings,
+    LineUp,
+    generate_answers,
+    line_up,
+    strongest,
+)
 from avlprof.evaluation.compare import compare
 from avlprof.evaluation.lineup import LeftOut
 from avlprof.plots.budgets import budgets_info, quality_by_budget
@@ -37,6 +48,7 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.tasks import Sample, Task, load_task
+from tests.watching import Counted
 
 LAYERS = 5
 BASELINES = sorted(name for name in shipped() if "/" not in name)
@@ -61,7 +73,7 @@ WINDOWED = SHAPED.model_copy(update={"name": "windowed", "text": TextPolicy(wind
 shapes = st.builds(PromptShape, st.integers(0, 9), st.integers(1, 60), st.integers(1, 12))
 
 
-# -- at_budget ------------------------------------------------------------------------------
+# -- scale_to ------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,10 +88,10 @@ def test_never_above_and_at_most_one_token_a_layer_below(
     floor = least(policy, prompts)
     if budget < floor:
         with pytest.raises(OverBudgetError) as refused:
-            at_budget(policy, budget, prompts, LAYERS)
+            scale_to(policy, budget, prompts, LAYERS)
         assert refused.value.floor == pytest.approx(floor)
         return
-    scaled = at_budget(policy, budget, prompts, LAYERS)
+    scaled = scale_to(policy, budget, prompts, LAYERS)
     used = live_share(scaled, prompts, LAYERS)
     assert used <= budget
     full = most(scaled, prompts)
@@ -106,7 +118,7 @@ def most(policy: Policy, prompts: list[PromptShape]) -> float:
 @pytest.mark.parametrize("budget", [0.25, 0.4, 0.7, 0.95])
 def test_a_plain_split_policy_is_refitted_as_the_allocators_do(budget: float) -> None:
     prompts = [PromptShape(4, 49, 8), PromptShape(4, 98, 11), PromptShape(2, 49, 6)]
-    scaled = at_budget(SHAPED, budget, prompts, LAYERS)
+    scaled = scale_to(SHAPED, budget, prompts, LAYERS)
     assert scaled.vision_keep == meet_budget(SHAPED.keep(LAYERS), prompts, budget)
     assert scaled.refresh_interval == SHAPED.refresh_interval
     for new, core, keep, compute in zip(
@@ -119,15 +131,15 @@ def test_a_plain_split_policy_is_refitted_as_the_allocators_do(budget: float) ->
 def test_policy_at_its_own_budget_is_left_alone() -> None:
     prompts = [PromptShape(4, 49, 8), PromptShape(4, 49, 11)]
     for policy in (SHAPED, POOL, STEPS):
-        once = at_budget(policy, 0.55, prompts, LAYERS)
-        assert at_budget(once, 0.55, prompts, LAYERS) == once
+        once = scale_to(policy, 0.55, prompts, LAYERS)
+        assert scale_to(once, 0.55, prompts, LAYERS) == once
         assert once.hash != policy.hash
         assert once.name == policy.name
 
 
 def test_filter_lets_through_what_later_layers_hold_and_earlier_layers_stay_whole() -> None:
     prompts = [PromptShape(4, 50, 6)]
-    scaled = at_budget(FASTV, 0.6, prompts, LAYERS)
+    scaled = scale_to(FASTV, 0.6, prompts, LAYERS)
     held = [size.vision for size in sizes(scaled, prompts[0], LAYERS)]
     assert held[:2] == [50, 50]
     behind = (0.6 * 60 - 10) * LAYERS - 100
@@ -135,11 +147,11 @@ def test_filter_lets_through_what_later_layers_hold_and_earlier_layers_stay_whol
     assert max(held[2:]) - min(held[2:]) <= 1
     assert int(scaled.prefill_filter[0].keep * 50 + 1e-6) == max(held[2:])
     with pytest.raises(OverBudgetError, match=r"budget 0\.4 is below 0\.5, the least that policy 'fastv'"):
-        at_budget(FASTV, 0.4, prompts, LAYERS)
+        scale_to(FASTV, 0.4, prompts, LAYERS)
 
 
 def test_steps_of_a_filter_stay_in_proportion() -> None:
-    scaled = at_budget(STEPS, 0.3, [PromptShape(0, 1000, 10)], LAYERS)
+    scaled = scale_to(STEPS, 0.3, [PromptShape(0, 1000, 10)], LAYERS)
     keep, (first, second) = scaled.keep(LAYERS), scaled.prefill_filter
     assert [round(share / keep[0], 2) for share in keep] == [1, 1, 1, 0.4, 0.4]
     assert first.keep == max(keep[1:])
@@ -149,7 +161,7 @@ def test_steps_of_a_filter_stay_in_proportion() -> None:
 def test_allocator_is_asked_again_at_the_budget() -> None:
     pyramid = find_policy("pyramidkv")
     prompts = [PromptShape(4, 200, 8)]
-    few, many = (at_budget(pyramid, budget, prompts, LAYERS) for budget in (0.1, 0.5))
+    few, many = (scale_to(pyramid, budget, prompts, LAYERS) for budget in (0.1, 0.5))
     for policy in (few, many):
         assert policy.allocator is None
         assert policy.joint is not None
@@ -158,22 +170,22 @@ def test_allocator_is_asked_again_at_the_budget() -> None:
         assert list(keep) == sorted(keep, reverse=True)
         assert keep[0] > keep[-1]
     with pytest.raises(UserError, match="needs the coverage curves of a profile"):
-        at_budget(find_policy("prefixkv"), 0.4, prompts, LAYERS)
+        scale_to(find_policy("prefixkv"), 0.4, prompts, LAYERS)
     held = np.arange(1, 201) / 200
     known = Evidence(
         layers=LAYERS, tokens=200, coverage=np.stack([held ** (0.2 + 0.2 * i) for i in range(LAYERS)])
     )
-    spread = at_budget(find_policy("prefixkv"), 0.4, prompts, LAYERS, known)
-    assert spread.vision_keep == at_budget(spread, 0.4, prompts, LAYERS).vision_keep
+    spread = scale_to(find_policy("prefixkv"), 0.4, prompts, LAYERS, known)
+    assert spread.vision_keep == scale_to(spread, 0.4, prompts, LAYERS).vision_keep
     assert len(set(spread.keep(LAYERS))) > 1
 
 
 @pytest.mark.parametrize("budget", [-0.1, 1.2])
 def test_budget_out_of_range_is_refused(budget: float) -> None:
     with pytest.raises(UserError, match=r"budget must be in \[0, 1\]"):
-        at_budget(SHAPED, budget, [PromptShape(1, 9, 1)], LAYERS)
+        scale_to(SHAPED, budget, [PromptShape(1, 9, 1)], LAYERS)
     with pytest.raises(UserError, match="written for 5 layers"):
-        at_budget(SHAPED, 0.5, [PromptShape(1, 9, 1)], LAYERS + 1)
+        scale_to(SHAPED, 0.5, [PromptShape(1, 9, 1)], LAYERS + 1)
 
 
 # -- line-up --------------------------------------------------------------------------------
@@ -243,11 +255,16 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def found(tiny, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    return compare(
-        tiny, task, (0.6, 0.3), baselines=[UNIFORM, RANDOM, FIRST], given=[MINE], samples=COUNT,
-        batch_size=4, max_new_tokens=LIMIT,
-        store=AnswerStore(tmp_path_factory.mktemp("store")),
-    )  # fmt: skip
+    settings = ComparisonSettings(
+        baselines=[UNIFORM, RANDOM, FIRST], samples=COUNT, batch_size=4, max_new_tokens=LIMIT
+    )
+    store, watch = AnswerStore(tmp_path_factory.mktemp("store")), Counted()
+    table = compare(tiny, task, (0.6, 0.3), given=[MINE], settings=settings, store=store, watch=watch)
+    done = [done for done, _ in watch.calls]
+    assert done == sorted(done)
+    runs = 1 + 2 * (1 + 3 + 1 + 1) + 2 * (1 + 3 + 1)  # dense, all methods, the candidates for the strongest
+    assert watch.calls[-1] == (runs * COUNT, runs * COUNT)
+    return table
 
 
 def test_table_has_what_generating_each_policy_gives(found: Comparison, tiny, task: Task) -> None:
@@ -278,7 +295,7 @@ def test_table_has_what_generating_each_policy_gives(found: Comparison, tiny, ta
 
 
 def answers(tiny, samples: list[Sample], policy: Policy | None):
-    return generate_answers(tiny, samples, policy, max_new_tokens=LIMIT, batch_size=4)
+    return generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 4))
 
 
 def test_all_methods_of_a_budget_hold_equal_bytes(found: Comparison) -> None:
@@ -306,7 +323,8 @@ def test_differences_are_to_the_named_method(found: Comparison) -> None:
 
 def test_strongest_is_the_best_mean_on_the_split_of_selection(found: Comparison, tiny, task: Task) -> None:
     candidates = [e.policy for e in found.lineup.at(0.6, "baseline")]
-    picked = strongest(tiny, task, candidates, samples=COUNT, max_new_tokens=LIMIT, batch_size=4)
+    settings = ComparisonSettings(samples=COUNT, max_new_tokens=LIMIT, batch_size=4)
+    picked = strongest(tiny, task, candidates, settings)
     assert picked.policy.name == found.strongest[0.6]
     by_name = dict(picked.scores)
     assert by_name[picked.policy.name] == max(by_name.values())
@@ -319,10 +337,10 @@ def test_strongest_is_the_best_mean_on_the_split_of_selection(found: Comparison,
 
 def test_comparison_resumes_from_its_answers(tiny, task: Task, tmp_path: Path, monkeypatch) -> None:
     def run() -> Comparison:
-        return compare(
-            tiny, task, (0.5,), baselines=[UNIFORM, RANDOM], samples=3, max_new_tokens=4,
-            select_split=None, store=AnswerStore(tmp_path),
-        )  # fmt: skip
+        settings = ComparisonSettings(
+            baselines=[UNIFORM, RANDOM], samples=3, max_new_tokens=4, select_split=None
+        )
+        return compare(tiny, task, (0.5,), settings=settings, store=AnswerStore(tmp_path))
 
     first = run()
     monkeypatch.setattr(tiny.model, "generate", lambda *_, **__: pytest.fail("generated again"))
@@ -341,9 +359,24 @@ def test_comparison_resumes_from_its_answers(tiny, task: Task, tmp_path: Path, m
     ],
 )
 def test_compare_names_what_is_wrong(change: dict, message: str, tiny, task: Task) -> None:
-    given = {"budgets": (0.5,), "baselines": [UNIFORM], "samples": 2} | change
+    budgets = change.pop("budgets", (0.5,))
     with pytest.raises(UserError, match=message):
-        compare(tiny, task, **given)
+        compare(
+            tiny,
+            task,
+            budgets,
+            settings=ComparisonSettings(**({"baselines": [UNIFORM], "samples": 2} | change)),
+        )
+
+
+def test_the_public_calls_need_no_settings(tiny) -> None:
+    """On a task of one sample: all baselines take part, or are listed with what they lack."""
+    one = replace(load_task("shapes:count", max_new_tokens=2), default_samples=1)
+    found = avlprof.compare(tiny, one, [0.5], given=[MINE])
+    assert {"dense", "mine", "uniform", "random"} <= set(found.summary()["method"])
+    assert set(found.summary()["method"]) | set(found.left_out()["method"]) == {"dense", "mine", *BASELINES}
+    assert "needs" in found.left_out().set_index("method").loc["prefixkv", "reason"]
+    assert list(avlprof.evaluate(tiny, one, [MINE]).summary()["policy"]) == ["dense", "mine"]
 
 
 def test_files_hold_table_policies_and_what_was_left_out(found: Comparison, tmp_path: Path) -> None:

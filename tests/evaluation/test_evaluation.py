@@ -18,6 +18,7 @@ from avlprof.attention.session import cache_of
 from avlprof.cli.evaluate import app
 from avlprof.errors import UserError
 from avlprof.evaluation import (
+    AnswerSettings,
     AnswerStore,
     detectable_drop,
     equal_bytes,
@@ -26,8 +27,8 @@ from avlprof.evaluation import (
     measure_latency,
     paired_difference,
 )
-from avlprof.evaluation.evaluate import COLUMNS, Evaluation, evaluate
-from avlprof.evaluation.lineup import contenders, with_baselines
+from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
+from avlprof.evaluation.lineup import policy_rows, with_baselines
 from avlprof.models.answers import answer_length
 from avlprof.policy import (
     DENSE,
@@ -41,6 +42,7 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.tasks import load_task
+from tests.watching import Counted
 
 LAYERED = Policy(
     name="layered", vision_keep=(0.6, 0.3, 0.2, 0.1, 0.4, 0.2), vision_compute=0.1, refresh_interval=4
@@ -143,8 +145,8 @@ def test_answer_ends_with_its_first_end_token():
 
 
 def test_answers_are_those_of_plain_generate_whatever_the_batch(tiny, samples):
-    stock = generate_answers(tiny, samples, None, max_new_tokens=LIMIT, batch_size=2)
-    keep_all = generate_answers(tiny, samples, DENSE, max_new_tokens=LIMIT, batch_size=3)
+    stock = generate_answers(tiny, samples, None, AnswerSettings(LIMIT, 2))
+    keep_all = generate_answers(tiny, samples, DENSE, AnswerSettings(LIMIT, 3))
     for sample, a, b in zip(samples, stock, keep_all, strict=True):
         inputs = tiny.adapter.encode([sample.prompt], [sample.open_images()])
         ids = tiny.model.generate(**inputs, max_new_tokens=LIMIT, do_sample=False)
@@ -159,7 +161,7 @@ def test_answers_are_those_of_plain_generate_whatever_the_batch(tiny, samples):
 @pytest.mark.parametrize("policy", [LAYERED, WINDOWED], ids=lambda policy: policy.name)
 def test_live_bytes_are_those_of_sizes_and_read_bytes_those_that_the_runtime_counts(tiny, samples, policy):
     token = tiny.adapter.kv_bytes_per_token_per_layer()
-    answers = generate_answers(tiny, samples, policy, max_new_tokens=LIMIT, batch_size=3)
+    answers = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 3))
     for sample, answer in zip(samples, answers, strict=True):
         shape = PromptShape(answer.system, answer.vision, answer.text)
         kept = sum(size.stored for size in sizes(policy, shape, tiny.adapter.layers))
@@ -175,7 +177,7 @@ def test_live_bytes_are_those_of_sizes_and_read_bytes_those_that_the_runtime_cou
 
 
 def test_stock_bytes_are_the_stock_cache_itself(tiny, samples):
-    answer = generate_answers(tiny, samples[:1], None, max_new_tokens=2, batch_size=1)[0]
+    answer = generate_answers(tiny, samples[:1], None, AnswerSettings(2, 1))[0]
     inputs = tiny.adapter.encode([samples[0].prompt], [samples[0].open_images()])
     with torch.inference_mode():
         cache = cache_of(tiny.model(**inputs, use_cache=True))
@@ -186,7 +188,7 @@ def test_stock_bytes_are_the_stock_cache_itself(tiny, samples):
 
 def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monkeypatch):
     first = generate_answers(
-        tiny, samples[:3], LAYERED, max_new_tokens=LIMIT, batch_size=2, store=AnswerStore(tmp_path)
+        tiny, samples[:3], LAYERED, AnswerSettings(LIMIT, 2), store=AnswerStore(tmp_path)
     )
     asked = []
     encode = type(tiny.adapter).encode_samples
@@ -196,17 +198,15 @@ def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monke
         return encode(self, samples)
 
     monkeypatch.setattr(type(tiny.adapter), "encode_samples", noted)
-    again = generate_answers(
-        tiny, samples, LAYERED, max_new_tokens=LIMIT, batch_size=2, store=AnswerStore(tmp_path)
-    )
+    again = generate_answers(tiny, samples, LAYERED, AnswerSettings(LIMIT, 2), store=AnswerStore(tmp_path))
     assert again[:3] == first
     assert sorted(asked) == sorted(sample.prompt for sample in samples[3:])
     asked.clear()
-    generate_answers(tiny, samples[:3], LAYERED, max_new_tokens=LIMIT + 1, store=AnswerStore(tmp_path))
-    generate_answers(tiny, samples[:3], None, max_new_tokens=LIMIT, store=AnswerStore(tmp_path))
+    generate_answers(tiny, samples[:3], LAYERED, AnswerSettings(LIMIT + 1), store=AnswerStore(tmp_path))
+    generate_answers(tiny, samples[:3], None, AnswerSettings(LIMIT), store=AnswerStore(tmp_path))
     assert len(asked) == 6
     f1 = generate_answers(
-        tiny, samples[:3], LAYERED, max_new_tokens=LIMIT, metric="token_f1", store=AnswerStore(tmp_path)
+        tiny, samples[:3], LAYERED, AnswerSettings(LIMIT, metric="token_f1"), store=AnswerStore(tmp_path)
     )
     assert len(asked) == 6
     assert [a.prediction for a in f1] == [a.prediction for a in first]
@@ -214,25 +214,18 @@ def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monke
 
 
 def test_answers_survive_an_interruption(tiny, samples, tmp_path):
-    def stop(done: int, wanted: int) -> None:
-        if done >= 2:
-            raise KeyboardInterrupt
+    class Stop(Counted):
+        def phase(self, name: str, done: int, total: int) -> None:
+            if done >= 2:
+                raise KeyboardInterrupt
 
+    one = AnswerSettings(2, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
-        generate_answers(
-            tiny, samples, None, max_new_tokens=2, batch_size=1, store=AnswerStore(tmp_path), progress=stop
-        )
-    counts = []
-    generate_answers(
-        tiny,
-        samples,
-        None,
-        max_new_tokens=2,
-        batch_size=1,
-        store=AnswerStore(tmp_path),
-        progress=lambda done, wanted: counts.append(done),
-    )
-    assert counts == [2, 3, 4, 5]
+        generate_answers(tiny, samples, None, one, store=AnswerStore(tmp_path), watch=Stop())
+    watch = Counted()
+    generate_answers(tiny, samples, None, one, store=AnswerStore(tmp_path), watch=watch)
+    assert watch.calls == [(done, 5) for done in (2, 3, 4, 5)]
+    assert watch.phases == ["answers"]
 
 
 def test_a_broken_part_is_named(tmp_path):
@@ -241,7 +234,7 @@ def test_a_broken_part_is_named(tmp_path):
         AnswerStore(tmp_path)
 
 
-# --- contenders ---
+# --- who is compared ---
 
 SHAPES = [PromptShape(3, 196, 12), PromptShape(3, 196, 20), PromptShape(3, 392, 7)]
 
@@ -270,27 +263,27 @@ def test_baselines_refresh_as_the_policy_does():
         assert read - 2 * token <= read_share(baseline, SHAPES, 6, 20) <= read + 1e-12
 
 
-def test_baselines_that_do_what_another_contender_does_are_left_out():
+def test_baselines_that_do_what_another_row_does_are_left_out():
     uniform, random = (
         Policy(name="u", vision_keep=0.2),
         Policy(name="r", vision_keep=0.2, scorer=ScorerSpec(name="random")),
     )
-    found = with_baselines(contenders([uniform, random]), SHAPES, 6, 20)
+    found = with_baselines(policy_rows([uniform, random]), SHAPES, 6, 20)
     assert [c.label for c in found] == ["dense", "u", "r x3"]
-    assert len(with_baselines(contenders([LAYERED]), SHAPES, 6, 20)) == 4
+    assert len(with_baselines(policy_rows([LAYERED]), SHAPES, 6, 20)) == 4
 
 
 def test_joint_pool_below_its_text_has_no_baselines():
     assert equal_bytes(Policy(pool="joint", joint=JointPool(keep=0.01)), SHAPES, 6, 20) == []
 
 
-def test_contenders_are_named_apart_and_dense_comes_once():
+def test_rows_are_named_apart_and_dense_comes_once():
     twins = [
         Policy(name="a", vision_keep=0.5),
         Policy(name="a", vision_keep=0.4),
         Policy(name="b", vision_keep=0.5),
     ]
-    found = contenders([DENSE, *twins, Policy(scorer=ScorerSpec(name="random"), vision_keep=0.1, name="r")])
+    found = policy_rows([DENSE, *twins, Policy(scorer=ScorerSpec(name="random"), vision_keep=0.1, name="r")])
     assert [c.label for c in found] == ["dense", "a", "a (2)", "r x3"]
     assert {run.scorer.options["seed"] for run in found[-1].runs} == {0, 1, 2}
 
@@ -299,14 +292,14 @@ def test_contenders_are_named_apart_and_dense_comes_once():
 
 
 def test_latencies_are_positive_and_every_policy_takes_the_same_turns(tiny, samples):
-    ticks = []
+    watch = Counted()
     found = measure_latency(
-        tiny, samples[:1], {"dense": None, "p": LAYERED}, new_tokens=4, repeats=2, advanced=ticks.append
+        tiny, samples[:1], {"dense": None, "p": LAYERED}, new_tokens=4, repeats=2, watch=watch
     )
     assert [latency.policy for latency in found] == ["dense", "p"]
     assert all(latency.first_token_ms > 0 and latency.tokens_per_s > 0 for latency in found)
     assert all(latency.measurements == 2 for latency in found)
-    assert sum(ticks) == 4
+    assert watch.calls == [(done, 4) for done in (1, 2, 3, 4)]
     shape = tiny.adapter.encode([samples[0].prompt], [samples[0].open_images()])["input_ids"].shape[1]
     token = tiny.adapter.kv_bytes_per_token_per_layer() * tiny.adapter.layers
     assert found[0].cache_bytes == (shape + 3) * token
@@ -316,19 +309,14 @@ def test_latencies_are_positive_and_every_policy_takes_the_same_turns(tiny, samp
 
 @pytest.fixture(scope="module")
 def evaluation(tiny, tmp_path_factory):
-    steps = []
+    watch = Counted()
     task = load_task("shapes:describe,count", max_new_tokens=5)
     random = Policy(name="random", vision_keep=0.1, scorer=ScorerSpec(name="random"))
-    found = evaluate(
-        tiny,
-        task,
-        [LAYERED, random],
-        samples=4,
-        batch_size=2,
-        progress=lambda done, total: steps.append((done, total)),
-    )
-    assert steps[-1][0] == steps[-1][1]
-    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    settings = EvaluationSettings(samples=4, batch_size=2)
+    found = evaluate(tiny, task, [LAYERED, random], settings, watch=watch)
+    assert watch.calls[-1][0] == watch.calls[-1][1]
+    assert [done for done, _ in watch.calls] == sorted(done for done, _ in watch.calls)
+    assert watch.phases == ["evaluate"]
     return found
 
 
@@ -412,14 +400,16 @@ def test_paired_difference_of_a_summary_is_by_sample():
     [
         ({"policies": [Policy(vision_keep=(0.5, 0.5))]}, "written for 2 layers, the model has 6"),
         ({"split": "nope"}, "unknown split"),
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more samples, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
         ({"policies": [Policy(scorer=ScorerSpec(name="nope"))]}, "unknown scorer"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny, options, message):
     task = load_task("shapes")
+    policies = options.pop("policies", [LAYERED])
     with pytest.raises(UserError, match=message):
-        evaluate(tiny, task, **({"policies": [LAYERED], "samples": 2} | options))
+        evaluate(tiny, task, policies, EvaluationSettings(**({"samples": 2} | options)))
 
 
 def test_command_writes_its_results_and_resumes(tmp_path):

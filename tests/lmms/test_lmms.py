@@ -14,9 +14,9 @@ import torch
 import yaml
 
 import avlprof
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.errors import UserError
-from avlprof.evaluation import generate_answers
+from avlprof.evaluation import AnswerSettings, generate_answers
 from avlprof.lmms import checked_policy, manifest, model_args, policy_hash
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, ScorerSpec, save_policy
@@ -151,7 +151,7 @@ def test_answers_are_those_of_the_project_s_own_evaluation(
     policy = CUT if name == "cut" else None
     path = str(save_policy(CUT, tmp_path / "cut.yaml")) if policy else "dense"
     results = harness("local_answers", model_args("tiny", path), batch_size=batch_size)
-    wanted = generate_answers(tiny, samples, policy, max_new_tokens=LIMIT, batch_size=batch_size)
+    wanted = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, batch_size))
     assert responses(results, "local_answers") == [answer.prediction for answer in wanted]
     matches = [a.prediction == s.answers[0] for a, s in zip(wanted, samples, strict=True)]
     measured = results["results"]["local_answers"]
@@ -180,12 +180,12 @@ def plain_loss(loaded: Any, sample: Sample, continuation: str) -> float:
     encoding = loaded.adapter.encode([sample.prompt], [sample.open_images()])
     with avlprof.apply(loaded.model, CUT) as runtime:
         cache = runtime.new_cache()
-        logits = loaded.model(**encoding, **given_cache(loaded.model, cache)).logits[0, -1]
+        logits = loaded.model(**encoding, **with_cache(loaded.model, cache)).logits[0, -1]
         total = 0.0
         for token in tokens:
             total -= float(logits.log_softmax(dim=-1)[token])
             logits = loaded.model(
-                input_ids=torch.tensor([[token]]), **given_cache(loaded.model, cache)
+                input_ids=torch.tensor([[token]]), **with_cache(loaded.model, cache)
             ).logits[0, -1]
     return total / len(tokens)
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import avlprof
 from avlprof.attention.modality import MODALITIES
-from avlprof.attention.session import given_cache, switched
+from avlprof.attention.session import switched, with_cache
 from avlprof.errors import UserError
 from avlprof.models import adapter_for
 from avlprof.models.aliases import ALIASES, is_tested
@@ -335,7 +335,7 @@ def test_sliding_layers_are_left_as_they_are(name):
     sliding = adapter_for(case.model).sliding_layers
     inputs = case.inputs(2, seed=4, pad=True, text=11)
     stock = DynamicCache(config=case.model.config.get_text_config())
-    case.model(**inputs, **given_cache(case.model, stock))
+    case.model(**inputs, **with_cache(case.model, stock))
     with avlprof.apply(case.model, Policy(vision_keep=0.3)) as runtime:
         case.model(**inputs, use_cache=True)
     governed = {use.layer for use in runtime.cache.use()}

@@ -307,7 +307,7 @@ def test_the_horizon_of_a_profile_counts_samples_with_vision_alone(tmp_path: Pat
     row = profile.horizon(0.3).set_index("query").loc["last"]
     assert ("none" if pd.isna(row["layer"]) else f"layer {row['layer']:.0f}") in said
     drawn = {line.get_label().split("\n")[0]: line.get_ydata() for line in figure.axes[0].lines}
-    table = profile.by_sample()
+    table = profile["by_sample"]
     for layer in range(profile.layers):
         own = table[(table["query"] == "last") & (table["layer"] == layer)]
         seen = [row.mass_vision for row in own.itertuples() if row.sample != "s1"]
@@ -387,7 +387,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
         return Profile.from_run(write_run(tmp_path / name, vision=(5, 4), **changes))
 
     plain = profile("a")
-    assert plots.run_names(profile("b", policy="tuned 0123"), plain) == ("tuned", "dense")
+    assert plots.run_names(profile("b", policy="tuned twice"), plain) == ("tuned twice", "dense")
     assert plots.run_names(plain, profile("c", task="other")) == ("noise", "other")
     assert plots.run_names(plain, profile("d", model="x" * 50))[1] == "x" * 27 + "…"
     assert plots.run_names(plain, profile("e"))[0] != ""

@@ -219,7 +219,7 @@ def test_the_same_input_is_the_same_file_but_for_its_date(
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     write_run(tmp_path, vision=(0, 0), decode=False, averaged=True, parts=1)
     page = Page(report_html(Run.open(tmp_path), created=DATE))
-    assert "holds averages over heads only; trace with --per-head" in page.text
+    assert "holds averages over heads only; trace with per_head" in page.text
     assert "overlap of heads" not in page.text
     assert "No figure of drift over steps" in page.text
     assert "No sample has vision tokens" in page.text
@@ -285,6 +285,31 @@ def test_the_printed_command_asks_for_the_same_run(changes: dict[str, object], t
     assert given["split"] == (meta.split or "search")
     assert (given["max_new_tokens"] or 0) == meta.max_new_tokens
     assert (given["samples"], given["out"]) == (12, tmp_path / "my run")
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "named"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "a" * 40, True),
+        ("llava-hf/llava-1.5-7b-hf", "main", True),
+        ("llava-hf/llava-1.5-7b-hf", "", False),
+        ("models/mine", "0123456789ab", False),  # a folder and the fingerprint of its files
+        ("tiny", "0123456789ab", False),
+    ],
+)
+def test_the_command_names_the_revision_of_a_model_of_the_hub(
+    model: str, revision: str, named: bool, tmp_path: Path
+) -> None:
+    words = shlex.split(trace_command(settings(model=model, revision=revision), 3, tmp_path))
+    assert ("--revision" in words) == named
+    if named:
+        assert words[words.index("--revision") + 1] == revision
+
+
+def test_the_command_names_a_policy_whose_name_has_a_space(tmp_path: Path) -> None:
+    meta = settings(policy="my own", policy_hash="0123456789abcdef")
+    words = shlex.split(trace_command(meta, 3, tmp_path))
+    assert words[words.index("--policy") + 1] == "my own"
 
 
 @pytest.mark.parametrize(

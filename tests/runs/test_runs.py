@@ -22,6 +22,7 @@ from avlprof.tasks import Sample, load_task
 from avlprof.tracing import RecordOptions, estimate_bytes, record, trace, trace_samples
 from avlprof.tracing.options import TraceSettings
 from tests.small_run import META, files, sample
+from tests.synthetic_run import settings, write_run
 from tests.watching import Counts
 
 
@@ -95,7 +96,7 @@ def test_a_run_larger_than_memory_is_read_by_part(tmp_path):
     assert np.array_equal(run.scores("b", ["last"])["last"], sample("b", 1)[2]["last"])
     with pytest.raises(UserError, match=r"has no scores 'extra' of sample 'b', it has .*last$"):
         run.scores("b", ["last", "extra"])
-    with pytest.raises(UserError, match=r"no scores 'last_heads' of sample 'b'.*trace with --per-head$"):
+    with pytest.raises(UserError, match=r"no scores 'last_heads' of sample 'b'.*trace with per_head$"):
         run.scores("b", ["last_heads"])
 
 
@@ -514,3 +515,23 @@ def test_kill_9_in_the_middle_then_the_same_again(tmp_path, tiny, task, monkeypa
     for name in wanted:
         for kind, scores in once.scores(name).items():
             np.testing.assert_allclose(run.scores(name)[kind], scores, atol=1e-6)
+
+
+def test_a_run_of_version_0_1_0_says_its_policy_in_one_text(tmp_path):
+    """Name and hash stood in one field; its hash, which profiles and policies note, stays what it was."""
+    old = write_run(tmp_path / "run", vision=(5, 4), created="2026-01-01", policy="a policy of mine")
+    meta = json.loads((old.path / "meta.json").read_text())
+    del meta["policy_hash"]
+    meta["policy"] = "a policy of mine 0123456789abcdef"
+    (old.path / "meta.json").write_text(json.dumps(meta))
+    run = RunDirectory(old.path)
+    assert (run.meta.policy, run.meta.policy_hash) == ("a policy of mine", "0123456789abcdef")
+    assert run.meta.policy_label == meta["policy"]
+    assert run.hash == "fa6fb21efdd06fa4"
+    assert RunDirectory(write_run(tmp_path / "dense", vision=(5, 4)).path).hash == "cccd0590f70a1441"
+    assert not run.meta.differences(
+        settings(policy="a policy of mine", policy_hash="0123456789abcdef", created="now")
+    )
+    assert run.meta.differences(settings(policy="a policy of mine", policy_hash="f" * 16)) == [
+        "policy_hash: '0123456789abcdef' here, 'ffffffffffffffff' asked"
+    ]

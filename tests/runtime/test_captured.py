@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import avlprof
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy
 from avlprof.runtime.graph import capture
@@ -109,10 +109,10 @@ def test_a_further_turn_is_captured_anew():
     for captured in (None, 5):
         with avlprof.apply(case.model, POLICIES["core and window"], captured=captured) as runtime:
             cache = runtime.new_cache()
-            said = generate(case.model, first, **given_cache(case.model, cache)).sequences
+            said = generate(case.model, first, **with_cache(case.model, cache)).sequences
             ids = torch.cat([said, second["input_ids"]], dim=1)
             going_on = dict(second, input_ids=ids, attention_mask=torch.ones_like(ids))
-            found.append(generate(case.model, going_on, **given_cache(case.model, cache)))
+            found.append(generate(case.model, going_on, **with_cache(case.model, cache)))
     assert torch.equal(found[0].sequences, found[1].sequences)
 
 
@@ -122,12 +122,12 @@ def test_a_loop_of_ones_own_needs_positions_only_where_they_have_axes(case):
     for captured in (None, 20):
         with avlprof.apply(case.model, POLICIES["window"], captured=captured) as runtime, torch.no_grad():
             cache = runtime.new_cache()
-            case.model(**inputs, **given_cache(case.model, cache))
+            case.model(**inputs, **with_cache(case.model, cache))
             if captured and case.model.config.get_text_config().rope_parameters.get("mrope_section"):
                 with pytest.raises(UserError, match="need position_ids"):
-                    case.model(input_ids=ids, **given_cache(case.model, cache))
+                    case.model(input_ids=ids, **with_cache(case.model, cache))
                 return
-            steps = [case.model(input_ids=ids, **given_cache(case.model, cache)).logits for _ in range(6)]
+            steps = [case.model(input_ids=ids, **with_cache(case.model, cache)).logits for _ in range(6)]
             found.append(torch.cat(steps))
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
 
@@ -136,7 +136,7 @@ def test_states_and_tuples_are_given_where_they_are_asked_for():
     case = random_llava()
     with avlprof.apply(case.model, DENSE, captured=20) as runtime, torch.no_grad():
         cache = runtime.new_cache()
-        given = given_cache(case.model, cache)
+        given = with_cache(case.model, cache)
         case.model(**case.inputs(), **given)
         ids = torch.full((1, 1), 7)
         steps = [case.model(input_ids=ids, **given) for _ in range(3)]

@@ -170,7 +170,7 @@ def test_views_of_prompts_share_their_memory(case):
     batch = ForcedBatch(case.model, inputs, answers)
     batch.score_many([POLICIES["evict"], near(POLICIES["evict"], 0.3)], "abcde")
     held = batch._prefixes
-    whole = {layer.key.untyped_storage().data_ptr() for layer in held._held[""].layers}
+    whole = {layer.key.untyped_storage().data_ptr() for layer in held._prompts[""].layers}
     views = {layer.key.untyped_storage().data_ptr() for view in held._views.values() for layer in view.layers}
     assert views == whole
     before = batch.nbytes

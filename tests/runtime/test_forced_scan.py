@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from avlprof.attention.modality import modality_map
+from avlprof.attention.ranking import ranks
 from avlprof.attention.session import switched
 from avlprof.policy import (
     JointPool,
@@ -21,9 +22,9 @@ from avlprof.policy import (
 from avlprof.runtime.forced import ForcedBatch
 from avlprof.runtime.forced import rows as forced_rows
 from avlprof.runtime.forced.attention import windows
-from avlprof.runtime.forced.prompt import Capture, left_aligned, places, text_weights
+from avlprof.runtime.forced.prompt import Capture, left_aligned, text_weights
 from avlprof.runtime.forced.rows import Plans
-from avlprof.runtime.forced.scan import Pool, running_kind
+from avlprof.runtime.forced.scan import Pool
 from avlprof.scorers import Prefill
 from avlprof.testing.families import families
 from avlprof.testing.models import random_llava, random_qwen2_5_vl
@@ -84,7 +85,7 @@ def drawn(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_random_policies_are_the_plain_oracle(case, seed):
     policy = drawn(seed)
-    assert running_kind(policy) is not None
+    assert policy.running is not None
     for other in range(seed, seed + 500, 100):
         inputs = case.inputs(1, seed=other, text=12)
         answer = answers_of([16], other)[0]
@@ -135,9 +136,9 @@ def test_every_family_agrees_with_its_runtime(name):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_places_put_the_lower_index_first_among_equals():
+def test_ranks_put_the_lower_index_first_among_equals():
     scores = torch.tensor([0.5, 0.9, 0.5, 0.1, 0.9])
-    assert places(scores).tolist() == [2, 0, 3, 4, 1]
+    assert ranks(scores).tolist() == [2, 0, 3, 4, 1]
 
 
 def test_left_aligned_tokens_keep_their_order():
@@ -240,7 +241,7 @@ def test_a_filter_leaves_later_layers_fewer_columns(case):
     inputs, answers = case.inputs(2, seed=5, pad=True, images_per_row=[1, 2]), answers_of((4, 3))
     batch = ForcedBatch(case.model, inputs, answers)
     batch.score(policy, "ab")
-    key, held = next((key, held) for key, held in batch._prefixes._held.items() if key)
+    key, held = next((key, held) for key, held in batch._prefixes._prompts.items() if key)
     assert key
     ids = inputs["input_ids"][batch._order]
     for index, layer in enumerate(held.layers):

@@ -13,12 +13,12 @@ import torch
 from transformers import LogitsProcessorList
 
 import avlprof
-from avlprof.bench.decode import run_decode_bench
+from avlprof.bench.decode import DecodeBench, run_decode_bench
 from avlprof.bench.shapes import decoder_shape
 from avlprof.policy import DENSE, Policy
 from avlprof.testing.models import cases, random_llava
 from avlprof.tracing import RecordOptions
-from avlprof.tracing.trace import GivenAnswers
+from avlprof.tracing.trace import FixedAnswers
 from tests.helpers import STEPS, generate
 from tests.policies import POLICIES, SCORED
 
@@ -53,7 +53,7 @@ def moved(inputs):
 def answered(model, inputs, policy, tokens=None, captured=None, steps=STEPS):
     """An answer's ids and logits under a policy; `tokens` are said whatever the logits are."""
     prompt = inputs["input_ids"].shape[1]
-    said = LogitsProcessorList([] if tokens is None else [GivenAnswers(tokens.tolist(), prompt)])
+    said = LogitsProcessorList([] if tokens is None else [FixedAnswers(tokens.tolist(), prompt)])
     with avlprof.apply(model, policy, captured=captured) if policy else contextlib.nullcontext():
         found = generate(model, inputs, steps, logits_processor=said)
     return found.sequences[:, prompt:], torch.stack(found.logits)
@@ -126,6 +126,6 @@ def test_the_recorder_gives_the_numbers_of_the_cpu(pair, rows):
 
 def test_the_decode_bench_runs_with_graphs():
     shape = decoder_shape("custom", hidden=256, intermediate=64, heads=4, kv_heads=2, layers=2, vocabulary=64)
-    found = run_decode_bench(shape, batches=(1, 4), visions=(300,), rounds=2, device=DEVICE)
+    found = run_decode_bench(shape, DecodeBench(batches=(1, 4), visions=(300,), rounds=2, device=DEVICE))
     assert {cost.method for cost in found} >= {"dense, packed, captured", "core 0.2, captured"}
     assert all(cost.step_ms > 0 for cost in found)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import avlprof
-from avlprof.attention.session import cache_of, given_cache, switched
+from avlprof.attention.session import cache_of, switched, with_cache
 from avlprof.attention.weights import packed_attention, row_weights, step_weights, weighted_values
 from avlprof.errors import UserError
 from avlprof.policy import (
@@ -100,18 +100,24 @@ def test_agrees_with_the_dense_oracle(case, name):
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_row_of_a_batch_is_the_row_alone(case, name):
     policy = POLICIES[name]
-    batch = case.inputs(batch=3, seed=2, pad=True, text=15, images_per_row=[1, 0, 2])
-    with avlprof.apply(case.model, policy):
-        together = generate(case.model, batch, suppress_tokens=list(case.vision_token_ids))
     oracle = Oracle(case.model, policy, case.vision_token_ids)
-    width = batch["input_ids"].shape[1]
-    for row in range(3):
-        single = one_row(case, batch, row)
-        answer = together.sequences[row, width:].tolist()
-        logits, trace = oracle.run(single, answer[:-1])
-        if trace.gap > NEAR_TIE:
-            ours = torch.stack([step[row] for step in together.logits])
-            torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+    left = {0, 1, 2}  # rows that no near-tie has kept from being compared
+    for seed in (2, 3, 5, 7):
+        batch = case.inputs(batch=3, seed=seed, pad=True, text=15, images_per_row=[1, 0, 2])
+        with avlprof.apply(case.model, policy):
+            together = generate(case.model, batch, suppress_tokens=list(case.vision_token_ids))
+        width = batch["input_ids"].shape[1]
+        for row in sorted(left):
+            single = one_row(case, batch, row)
+            answer = together.sequences[row, width:].tolist()
+            logits, trace = oracle.run(single, answer[:-1])
+            if trace.gap > NEAR_TIE:
+                ours = torch.stack([step[row] for step in together.logits])
+                torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+                left.remove(row)
+        if not left:
+            break
+    assert not left, "near-ties decide the sets of every seed"
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -199,7 +205,7 @@ def test_an_ordinary_step_copies_nothing():
             for _ in range(3):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
                 case.model(
-                    input_ids=torch.full((2, 1), 7), attention_mask=mask, **given_cache(case.model, cache)
+                    input_ids=torch.full((2, 1), 7), attention_mask=mask, **with_cache(case.model, cache)
                 )
         assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == buffers
         assert len(seen.calls) == 3 * len(cache.layers)
@@ -235,7 +241,7 @@ def test_streaming_keeps_sinks_and_the_newest():
         generate(case.model, inputs, steps=15)
     held = sizes(policy, PromptShape(0, 0, prompt), 3)[0].stored
     for layer in runtime.cache.layers:
-        positions, _ = layer.attended()
+        positions = layer.step.positions
         newest = range(prompt + 14 - (held - 2), prompt + 14)
         assert set(positions[0, 0].tolist()) == {0, 1, *newest}
 
@@ -288,7 +294,7 @@ def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
             cache = runtime.new_cache()
             for layer in cache.layers:
                 layer.fixed_shapes = fixed
-            out = generate(case.model, inputs, **given_cache(case.model, cache))
+            out = generate(case.model, inputs, **with_cache(case.model, cache))
         cores = [layer.vision_positions(row) for layer in cache.layers for row in range(3)]
         found.append((torch.stack(out.logits), [[set(r.tolist()) for r in core] for _, core in cores]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
@@ -419,7 +425,7 @@ def test_a_step_asks_the_device_nothing(name):
     with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
         inputs = case.inputs(batch=2, text=15)
         cache = runtime.new_cache()
-        case.model(**inputs, **given_cache(case.model, cache))
+        case.model(**inputs, **with_cache(case.model, cache))
         layer, (kv, size) = cache.layers[0], (2, 16)
         states = [torch.randn(2, kv, 1, size, generator=generator) for _ in range(2)]
         query = torch.randn(2, 4, 1, size, generator=generator)
@@ -428,9 +434,9 @@ def test_a_step_asks_the_device_nothing(name):
             with HostReads() as asked:
                 for _ in range(12):
                     keys, _ = layer.update(*states)
-                    layer.before_step(query, 0.25, None)
-                    if layer.weighing:
-                        layer.after_step(step_weights(query, keys, 0.25))
+                    step = layer.step_for(query, 0.25, None)
+                    if step.weighing:
+                        layer.after(step, step_weights(query, keys, 0.25))
             assert bool(asked.found) == (not fixed and policy.refresh_interval > 0)
 
 
@@ -443,8 +449,10 @@ def test_buffers_grow_geometrically():
             capacities, states = [], torch.ones(1, 2, 1, 16)
             for _ in range(400):
                 keys, _ = layer.update(states, states)
-                if layer.weighing:
-                    layer.after_step(step_weights(torch.ones(1, 4, 1, 16), keys, 0.25))
+                query = torch.ones(1, 4, 1, 16)
+                step = layer.step_for(query, 0.25, None)
+                if step.weighing:
+                    layer.after(step, step_weights(query, keys, 0.25))
                 capacities.append(layer.keys.shape[2])
             assert runtime.cache is cache
         grown = sorted(set(capacities))
@@ -560,7 +568,7 @@ def test_misuse_is_refused_in_a_sentence():
         cache = cache_of(case.model(**inputs, use_cache=True))
         embeddings = case.model.get_input_embeddings()(torch.full((1, 3), 7))
         with pytest.raises(UserError, match="input_ids of a turn"):
-            case.model(inputs_embeds=embeddings, **given_cache(case.model, cache))
+            case.model(inputs_embeds=embeddings, **with_cache(case.model, cache))
     with pytest.raises(UserError, match="did you mean last_query"):
         with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
             pass

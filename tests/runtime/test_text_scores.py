@@ -12,7 +12,7 @@ from avlprof.attention.ranking import (
     quantile,
     step_scores,
 )
-from avlprof.attention.session import cache_of, given_cache
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import random_llava
 from tests.oracle import Oracle
@@ -36,7 +36,7 @@ def stepwise(case, policy, inputs):
     """Greedy ids, logits, and after each forward the core and text sets of every layer."""
     with avlprof.apply(case.model, policy) as runtime:
         cache = runtime.new_cache()
-        out = case.model(**inputs, **given_cache(case.model, cache))
+        out = case.model(**inputs, **with_cache(case.model, cache))
         logits, ids, cores, texts = [], [], [], []
         for _ in range(STEPS + 1):
             cores.append([sets(layer.vision_positions(0)[1]) for layer in cache.layers])
@@ -45,7 +45,7 @@ def stepwise(case, policy, inputs):
             row = logits[-1].clone()
             row[list(case.vision_token_ids)] = -torch.inf
             ids.append(int(row.argmax()))
-            out = case.model(input_ids=torch.tensor([[ids[-1]]]), **given_cache(case.model, cache))
+            out = case.model(input_ids=torch.tensor([[ids[-1]]]), **with_cache(case.model, cache))
     return ids, torch.stack(logits), cores, texts, cache
 
 
@@ -151,7 +151,7 @@ def test_scored_text_is_counted_by_head():
                 input_ids=torch.full((2, 1), 9),
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
             )
     size = cache.layers[0].bytes_per_token()
     use = runtime.cache.use()

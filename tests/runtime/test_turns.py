@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import avlprof
-from avlprof.attention.session import given_cache
+from avlprof.attention.session import with_cache
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import VOCABULARY, cases, random_llava
@@ -75,7 +75,7 @@ def converse(case, policy, turns, answers):
                     **inputs,
                     attention_mask=mask[:, :end],
                     position_ids=places[..., at:end],
-                    **given_cache(case.model, cache),
+                    **with_cache(case.model, cache),
                 )
                 logits.append(out.logits[:, -1])
                 at = end
@@ -140,7 +140,7 @@ def test_keep_all_is_the_stock_cache_over_two_turns(case):
                     **inputs,
                     attention_mask=mask[:, :end],
                     position_ids=places[..., at:end],
-                    **given_cache(case.model, cache),
+                    **with_cache(case.model, cache),
                 )
             stock.append(out.logits[:, -1])
             at = end
@@ -188,7 +188,7 @@ def spoken(case, first, second, policy):
             cache = DynamicCache(config=case.model.config.get_text_config())
         else:
             cache = stack.enter_context(avlprof.apply(case.model, policy)).new_cache()
-        said = case.model.generate(**first, **given_cache(case.model, cache), **options).sequences
+        said = case.model.generate(**first, **with_cache(case.model, cache), **options).sequences
         ids = torch.cat([said, second["input_ids"]], dim=1)
         inputs = dict(second, input_ids=ids, attention_mask=torch.ones_like(ids))
         if "mm_token_type_ids" in second:
@@ -196,7 +196,7 @@ def spoken(case, first, second, policy):
             # transformers would ask for the grids of old pictures too, and then for their pixels
             answers = [said[:, first["input_ids"].shape[1] :], ids[:, :0]]
             inputs["position_ids"] = positions(case, [first, second], answers)
-        return case.model.generate(**inputs, **given_cache(case.model, cache), **options)
+        return case.model.generate(**inputs, **with_cache(case.model, cache), **options)
 
 
 def test_a_turn_of_text_alone_and_a_picture_that_comes_late():
@@ -223,9 +223,7 @@ def test_a_prompt_in_chunks_is_a_turn_a_chunk():
     inputs = case.inputs(text=12)
     with avlprof.apply(case.model, TURNS["window"]) as runtime:
         cache = runtime.new_cache()
-        case.model.generate(
-            **inputs, **given_cache(case.model, cache), prefill_chunk_size=8, max_new_tokens=1
-        )
+        case.model.generate(**inputs, **with_cache(case.model, cache), prefill_chunk_size=8, max_new_tokens=1)
     chunks = inputs["input_ids"].split(8, dim=1)
     assert len(chunks) > 3
     kept = sum(int(0.5 * int((chunk == 2).sum()) + 1e-6) for chunk in chunks)

@@ -17,7 +17,7 @@ from avlprof.attention.session import (
     NAMES,
     cache_argument,
     cache_of,
-    given_cache,
+    with_cache,
 )
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
@@ -107,13 +107,13 @@ def test_a_loop_of_ones_own(case, passed):
     wanted = greedy(case, inputs)
     with avlprof.apply(case.model, POLICY) as runtime:
         cache = runtime.new_cache() if passed else None
-        out = case.model(**inputs, **given_cache(case.model, cache))
+        out = case.model(**inputs, **with_cache(case.model, cache))
         cache = cache_of(out)
         assert isinstance(cache, avlprof.AVLCache)
         assert runtime.cache is cache
         answer = [out.logits[:, -1].argmax(dim=-1, keepdim=True)]
         while len(answer) < STEPS:
-            out = case.model(input_ids=answer[-1], **given_cache(case.model, cache))
+            out = case.model(input_ids=answer[-1], **with_cache(case.model, cache))
             answer.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
     assert torch.equal(torch.cat(answer, dim=1), wanted)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
@@ -147,7 +147,7 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with avlprof.apply(case.model, POLICY) as runtime:
         cache = runtime.new_cache()
-        out = case.model(**inputs, position_ids=positions, **given_cache(case.model, cache))
+        out = case.model(**inputs, position_ids=positions, **with_cache(case.model, cache))
         answer = [out.logits[:, -1].argmax(dim=-1, keepdim=True)]
         while len(answer) < STEPS:
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
@@ -155,7 +155,7 @@ def test_a_padded_batch_in_a_loop_of_ones_own():
                 input_ids=answer[-1],
                 attention_mask=mask,
                 position_ids=mask.sum(dim=1, keepdim=True) - 1,
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
             )
             answer.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
     assert torch.equal(torch.cat(answer, dim=1), wanted)

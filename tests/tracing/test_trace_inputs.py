@@ -347,7 +347,7 @@ def test_a_run_under_a_policy_holds_what_the_policy_attends_to(tiny, tmp_path):
         tiny, "shapes", 3, TraceSettings(policy=POLICY, max_new_tokens=12, batch_size=1), out=tmp_path
     )
     run = plan.run()
-    assert run.meta.policy == f"half {POLICY.hash}"
+    assert (run.meta.policy, run.meta.policy_hash) == ("half", POLICY.hash)
     for sample in plan.samples:
         encoding = tiny.adapter.encode([sample.prompt], [sample.open_images()])
         with apply(tiny.model, POLICY), record(tiny.model) as recorder:

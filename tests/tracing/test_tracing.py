@@ -20,7 +20,7 @@ from transformers import (
 import avlprof
 from avlprof.analysis.tables import head_mean
 from avlprof.attention.modality import MODALITIES
-from avlprof.attention.session import cache_of, given_cache
+from avlprof.attention.session import cache_of, with_cache
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
@@ -43,7 +43,7 @@ FEW = RecordOptions(
     distances=EDGES,
     lags=LAGS,
     block=2000,
-    held=1500,
+    step_logits=1500,
     per_head=True,
     history=0.6,
 )
@@ -545,8 +545,10 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
 def test_blocks_and_holding_back_change_nothing(case, per_head):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
     found = []
-    for block, held in ((1, 0), (700, 3000), (100_000, 1 << 20)):
-        options = RecordOptions(rows="all", block=block, held=held, lags=LAGS, history=0.4, per_head=per_head)
+    for block, most in ((1, 0), (700, 3000), (100_000, 1 << 20)):
+        options = RecordOptions(
+            rows="all", block=block, step_logits=most, lags=LAGS, history=0.4, per_head=per_head
+        )
         with record(case.model, options) as recorder:
             generate_words(case, inputs, 36)
         frames = [pd.DataFrame(r.frame()) for r in recorder.records]
@@ -596,7 +598,7 @@ def test_prompts_follow_one_another(case):
             case.model(
                 input_ids=ids,
                 attention_mask=mask.long(),
-                **given_cache(case.model, cache),
+                **with_cache(case.model, cache),
                 position_ids=place,
             )
     assert [r.steps for r in recorder.records] == [4, 6, 6]
@@ -617,7 +619,7 @@ def test_memory_stays_linear(monkeypatch, rows, per_head):
     inputs = case.inputs(2, pad=True, text=12, images_per_row=3)
     tokens, heads = inputs["input_ids"].shape[1], 4
     options = RecordOptions(
-        rows=rows, block=tokens * heads * 8, held=4096, lags=(1, 4), per_head=per_head, history=0.5
+        rows=rows, block=tokens * heads * 8, step_logits=4096, lags=(1, 4), per_head=per_head, history=0.5
     )
     largest, blocks = Largest(), []
 

@@ -13,7 +13,7 @@ import torch
 
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerStore, generate_answers
+from avlprof.evaluation import AnswerSettings, AnswerStore, generate_answers
 from avlprof.plots.knobs import knob_effects, knob_effects_info
 from avlprof.policy import Policy, PromptShape, parse_policy
 from avlprof.runtime.forced import ForcedScore, ForcedSet
@@ -26,8 +26,10 @@ from avlprof.tuning.objective import OBJECTIVES, Objective
 from avlprof.tuning.prepared import Generated, Prepared
 from avlprof.tuning.refine import LayerSpace, is_refined, refine
 from avlprof.tuning.settings import SAMPLERS, make_sampler
+from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.study import read_study
 from avlprof.tuning.trials import run_trials
+from tests.watching import Notes
 
 LAYERS = 4
 BUDGET = Budget(0.4, None, (PromptShape(2, 40, 6),), 5)
@@ -100,7 +102,7 @@ def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     study.optimize(Objective(made, evidence, budget, space, "accuracy"), n_trials=2)
     for trial in study.trials:
         policy = parse_policy(trial.user_attrs["policy"])
-        answers = generate_answers(tiny, few, policy, max_new_tokens=8, batch_size=1, metric=task.metric)
+        answers = generate_answers(tiny, few, policy, AnswerSettings(8, 1, task.metric))
         assert trial.value == pytest.approx(1 - np.mean([answer.score for answer in answers]))
         assert trial.user_attrs["complete"]
     assert made.metric(None).shape == (6,)
@@ -122,9 +124,8 @@ def test_every_sampler_is_seeded_and_stays_in_the_space(name, tmp_path):
 
     def run(folder, seed):
         folder.mkdir()
-        study = run_trials(
-            folder, Settings(trials=9, refine=0, sampler=name, seed=seed, prune=False), SPACE, objective()
-        )
+        settings = Settings(trials=9, refine=0, sampler=name, seed=seed, prune=False)
+        study = run_trials(FolderStorage(folder), settings, objective())
         return [(trial.params, trial.value) for trial in study.get_trials()]
 
     first = run(tmp_path / "a", 0)
@@ -147,17 +148,16 @@ def test_refinement_starts_from_the_winner_and_improves_on_it(tmp_path, read):
     settings = Settings(trials=18, refine=10, prune=False)
     tmp_path.joinpath("s").mkdir()
     first = run_trials(
-        tmp_path / "s", replace(settings, trials=8, refine=0), space, objective(space=space, budget=budget)
+        FolderStorage(tmp_path / "s"),
+        replace(settings, trials=8, refine=0),
+        objective(space=space, budget=budget),
     )
     base = min(first.get_trials(), key=lambda trial: trial.value)
-    told = []
-    second = refine(
-        tmp_path / "s", settings, objective(space=space, budget=budget), base,
-        progress=lambda *now: told.append(now),
-    )  # fmt: skip
+    notes = Notes()
+    second = refine(tmp_path / "s", settings, objective(space=space, budget=budget), base, notes)
     trials = second.get_trials()
     assert len(trials) == 10
-    assert told[-1] == (10, 10)
+    assert notes.phases[-1] == ("trials", 10, 10)
     assert all(is_refined(trial) for trial in trials)
     assert not any(is_refined(trial) for trial in first.get_trials())
     assert trials[0].user_attrs["policy"] == base.user_attrs["policy"]
@@ -166,9 +166,9 @@ def test_refinement_starts_from_the_winner_and_improves_on_it(tmp_path, read):
     same = refine(tmp_path / "s", settings, objective(scores=again, space=space, budget=budget), base)
     assert again.calls == 0
     assert [trial.value for trial in same.get_trials()] == [trial.value for trial in trials]
-    place = next((tmp_path / "s" / "refined").iterdir())
-    assert len(read_study(place).get_trials()) == 10
-    assert place.name == parse_policy(base.user_attrs["policy"]).hash
+    folder = next((tmp_path / "s" / "refined").iterdir())
+    assert len(read_study(folder).get_trials()) == 10
+    assert folder.name == parse_policy(base.user_attrs["policy"]).hash
 
 
 def test_layers_without_vision_can_come_back():
@@ -197,10 +197,10 @@ class Cheap:
 
 def test_knobs_are_put_back_one_at_a_time():
     winner = Candidate("pyramid", temperature=0.5, scorer="instruction")
-    told = []
-    table = measured_effects(winner, Cheap(), BUDGET, lambda *now: told.append(now)).set_index("knob")
+    notes = Notes()
+    table = measured_effects(winner, Cheap(), BUDGET, notes).set_index("knob")
     assert set(table.index) == {"allocator", "temperature", "scorer"}
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert notes.counts("knobs") == [(1, 3), (2, 3), (3, 3)]
     ours = Cheap().cheap(winner.policy(EVIDENCE, BUDGET)).mean()
     for name, row in table.iterrows():
         back = replace(winner, **{name: PLAIN[name]})
@@ -235,8 +235,7 @@ def test_the_figure_of_knobs_says_both_values():
 def test_dense_answers_are_judged_as_generated_ones(tiny, few, tmp_path):
     task = load_task("shapes:read,color")
     forced = ForcedSet.prepare(tiny, few, max_new_tokens=8)
-    profile, evidence = None, Evidence(layers=6, tokens=196)
-    made = Prepared(tiny, task, profile, few, 8, forced, "fidelity", evidence)
+    made = Prepared(tiny, task, few, 8, "fidelity", forced, Evidence(layers=6, tokens=196))
     wanted = made.generated(AnswerStore(tmp_path)).metric(None)
     np.testing.assert_array_equal(made.dense_metric(AnswerStore(tmp_path / "other")), wanted)
     assert not (tmp_path / "other").exists()

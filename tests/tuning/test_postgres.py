@@ -20,17 +20,17 @@ from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.tuning import StudyMeta, read_study
 from avlprof.tuning.evidence import shared_evidence
-from avlprof.tuning.storages.journal import FolderPlace
-from avlprof.tuning.storages.postgres import DatabasePlace, database_url
-from avlprof.tuning.study import claim_study, find_place, open_study
+from avlprof.tuning.storages.journal import FolderStorage
+from avlprof.tuning.storages.postgres import PostgresStorage, database_url
+from avlprof.tuning.study import claim_study, find_storage
 from tests.fake_study import (
     GRACE,
     Starts,
     check_complete,
     check_replacement,
     command,
-    place_of,
     stop_midway,
+    storage_of,
     work,
 )
 from tests.helpers import ROOT
@@ -123,7 +123,7 @@ def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
     """Nobody here watches them; another one hangs for longer than the grace, and comes back."""
     trials = 9
     workers = [subprocess.Popen(command(folder, trials, 0.6, server)) for _ in range(2)]
-    study = open_study(place_of(folder, server))
+    study = storage_of(folder, server).open()
     numbers = {
         stop_midway(study, workers[0].pid),
         stop_midway(study, workers[1].pid, signal.SIGSTOP),
@@ -137,7 +137,7 @@ def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
 
 
 def test_a_dead_worker_of_this_machine_is_replaced_at_once(server, folder):
-    check_replacement(place_of(folder, server))
+    check_replacement(storage_of(folder, server))
 
 
 def test_several_workers_never_run_one_too_many(server, folder):
@@ -155,16 +155,16 @@ def test_several_workers_never_run_one_too_many(server, folder):
     for thread in threads:
         thread.join(90)
     assert errors == []
-    study = open_study(place_of(folder, server))
+    study = storage_of(folder, server).open()
     assert check_complete(study, 15) == []
     assert len(study.trials) == 15
 
 
 def test_a_trial_without_any_sign_of_life_is_run_again(server, folder):
     """Its worker died between asking for it and the first heartbeat."""
-    place = place_of(folder, server)
-    study = open_study(place)
-    with place.turn():
+    storage = storage_of(folder, server)
+    study = storage.open()
+    with storage.locked():
         study.enqueue_trial(Starts().starts()[0].params(None))
         study.ask()
     done = work(folder, 7, 0.0, server)
@@ -172,10 +172,10 @@ def test_a_trial_without_any_sign_of_life_is_run_again(server, folder):
 
 
 def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
-    place = DatabasePlace(folder, server)
-    claim_study(place, meta())
-    claim_study(DatabasePlace(folder, server), meta())
-    elsewhere = DatabasePlace(tmp_path / "other machine" / folder.name, server)
+    storage = PostgresStorage(folder, server)
+    claim_study(storage, meta())
+    claim_study(PostgresStorage(folder, server), meta())
+    elsewhere = PostgresStorage(tmp_path / "other machine" / folder.name, server)
     for changed, said in (
         ({"budget": 0.4}, "budget: 0.2 here, 0.4 asked"),
         (
@@ -183,42 +183,42 @@ def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
             "model_hash: 'a' here, 'x' asked; task: 'shapes' here, 'docs' asked",
         ),
     ):
-        with pytest.raises(UserError, match=f"is another study .{said}.; choose another --out"):
+        with pytest.raises(UserError, match=f"is another study .{said}.; choose another folder"):
             claim_study(elsewhere, meta(**changed))
     claim_study(elsewhere, meta())
     assert read_study(elsewhere.folder).study_name == folder.name
 
 
 def test_a_foreign_study_is_refused(server, folder):
-    open_study(DatabasePlace(folder, server)).ask()
+    PostgresStorage(folder, server).open().ask()
     with pytest.raises(UserError, match="is a study that avlprof did not make"):
-        claim_study(DatabasePlace(folder, server), meta())
+        claim_study(PostgresStorage(folder, server), meta())
 
 
 def test_the_folder_remembers_the_database_and_not_its_password(server, folder):
     secret = server.replace("tester@", "tester:hush@")
-    claim_study(find_place(folder, secret), meta())
+    claim_study(find_storage(folder, secret), meta())
     assert all("hush" not in path.read_text() for path in folder.iterdir())
-    place = find_place(folder)
-    assert isinstance(place, DatabasePlace)
+    storage = find_storage(folder)
+    assert isinstance(storage, PostgresStorage)
     assert read_study(folder).get_trials() == []
     with pytest.raises(UserError, match=r"are in postgresql.*, not in postgresql.*/elsewhere; choose"):
-        find_place(folder, server.replace("/postgres", "/elsewhere"))
+        find_storage(folder, server.replace("/postgres", "/elsewhere"))
     work(folder, 3, 0.0, server)
     assert len(read_study(folder).trials) == 3
 
 
 def test_a_journal_does_not_move_into_a_database(server, tmp_path):
-    open_study(FolderPlace(tmp_path))
-    with pytest.raises(UserError, match="are in its journal; leave --storage out"):
-        find_place(tmp_path, server)
+    FolderStorage(tmp_path).open()
+    with pytest.raises(UserError, match="are in its journal; leave the storage out"):
+        find_storage(tmp_path, server)
 
 
 def test_workers_share_the_evidence_of_the_first(server, folder, tmp_path):
     rng = np.random.default_rng(0)
     mine = Evidence(2, 30, coverage=rng.random((2, 30)))
-    first = shared_evidence(DatabasePlace(folder, server), lambda: mine)
-    second = shared_evidence(DatabasePlace(tmp_path / "other" / folder.name, server), lambda: 1 / 0)
+    first = shared_evidence(PostgresStorage(folder, server), lambda: mine)
+    second = shared_evidence(PostgresStorage(tmp_path / "other" / folder.name, server), lambda: 1 / 0)
     assert first is mine
     np.testing.assert_array_equal(second.coverage, mine.coverage)
     assert (second.layers, second.tokens, second.damage) == (2, 30, None)
@@ -229,7 +229,7 @@ def test_workers_share_the_evidence_of_the_first(server, folder, tmp_path):
     [
         (
             "sqlite:///study.db",
-            "must be a PostgreSQL URL .* got one of sqlite; without --storage the journal",
+            "must be a PostgreSQL URL .* got one of sqlite; without one the journal",
         ),
         ("mysql://a:hush@b/c", "got one of mysql"),
         ("not a url", "storage must be a URL like postgresql://"),
@@ -237,16 +237,16 @@ def test_workers_share_the_evidence_of_the_first(server, folder, tmp_path):
 )
 def test_other_databases_are_refused(url, said, folder):
     with pytest.raises(UserError, match=said) as refused:
-        find_place(folder, url)
+        find_storage(folder, url)
     assert "hush" not in str(refused.value)
 
 
 def test_a_database_that_is_not_there_is_told_in_a_sentence(folder):
-    place = DatabasePlace(folder, "postgresql://tester:hush@127.0.0.1:1/none")
+    storage = PostgresStorage(folder, "postgresql://tester:hush@127.0.0.1:1/none")
     with pytest.raises(
         UserError, match=r"database postgresql\+psycopg://tester@127.0.0.1:1/none cannot be"
     ) as refused:
-        place.storage()
+        storage.backend()
     assert "hush" not in str(refused.value)
 
 

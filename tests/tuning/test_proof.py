@@ -20,12 +20,7 @@ from avlprof.tuning import Budget, Candidate, Space
 from avlprof.tuning.candidate import spread_reads
 from avlprof.tuning.proof import power_sentence, samples_needed, verdict
 from avlprof.tuning.rivals import rivals, shipped_rivals, static_core
-from avlprof.tuning.shortlist import (
-    Judged,
-    PlayOff,
-    coverage_of,
-    rank_correlation,
-)
+from avlprof.tuning.shortlist import Shortlist, ShortlistEntry, coverage_of, rank_correlation
 
 
 def evaluation(scores):
@@ -198,11 +193,11 @@ def test_coverage_of_a_policy_is_what_its_tokens_could_hold():
     assert np.isnan(coverage_of(joint, evidence))
 
 
-def test_the_play_off_is_written_down(tmp_path):
+def test_the_shortlist_is_written_down(tmp_path):
     policy = Policy(vision_keep=(0.5, 0.5))
     trial = SimpleNamespace(number=7)
-    judged = tuple(
-        Judged(
+    entries = tuple(
+        ShortlistEntry(
             name, policy, np.full(20, metric), np.full(20, kl), coverage, trial if name == "trial 7" else None
         )
         for name, metric, kl, coverage in (
@@ -210,8 +205,8 @@ def test_the_play_off_is_written_down(tmp_path):
             *(("random", 0.5, 0.5, 0.8), ("h2o", 0.6, 0.3, math.nan)),
         )
     )
-    played = PlayOff(judged, judged[0], judged[1], np.ones(20), {"fastv": "too far"})
-    played.write(tmp_path / "fidelity.json", "exact_match", "search")
+    shortlist = Shortlist(entries, entries[0], entries[1], np.ones(20), {"fastv": "too far"})
+    shortlist.write(tmp_path / "fidelity.json", "exact_match", "search")
     found = json.loads((tmp_path / "fidelity.json").read_text())
     assert found["rank_correlation"] == {
         "coverage": {"spearman": None, "policies": 3},

@@ -21,6 +21,7 @@ from avlprof.policy import (
 from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Settings, Space
 from avlprof.tuning.refine import Moved
+from avlprof.tuning.settings import check_budget
 from tests.search_space import ALLOCATORS, SPACE, probed_evidence
 
 
@@ -183,31 +184,29 @@ def test_too_few_trials_for_the_starts_are_told_with_what_is_enough(starts, refi
         said, scalar = settings.missed(starts), trials - settings.refining
         assert bool(said) == (scalar <= starts)
         if said:
-            enough = int(said.split("--trials ")[1].split()[0])
+            enough = int(said.split("proposes nothing: ")[1].split(" trials or more")[0])
             assert not Settings(trials=enough, refine=refine).missed(starts)
             assert Settings(trials=enough - 1, refine=refine).missed(starts)
 
 
-def test_warm_starts_are_brought_into_reach():
+def test_starts_of_another_budget_are_brought_into_reach():
     """What another budget's winner holds may not be on offer here."""
-    warm = (
+    more = (
         Candidate("pyramid", mix=0.3, scorer="value_norm", refresh_interval=3, text_share=0.5),
         Candidate("coverage"),
         Candidate("strength"),
     )
-    space = replace(SPACE, refreshes=(0, 4, 16), scorers=("last_query", "instruction"), warm=warm)
-    added = space.starts()[len(replace(space, warm=()).starts()) :]
+    space = replace(SPACE, refreshes=(0, 4, 16), scorers=("last_query", "instruction"), more_starts=more)
+    added = space.starts()[len(replace(space, more_starts=()).starts()) :]
     assert [(c.allocator, c.mix, c.scorer, c.refresh_interval, c.text_share) for c in added] == [
         ("pyramid", 0.3, "last_query", 4, None)
     ]
-    assert space.described() == replace(space, warm=()).described()
+    assert space.described() == replace(space, more_starts=()).described()
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"budget": 1.5}, r"budget must be in \[0, 1\].*got 1.5"),
-        ({"budget": float("nan")}, "budget must be in"),
         ({"read_budget": -0.1}, r"read_budget must be in \[0, 1\].*got -0.1"),
         ({"trials": 0}, "trials must be 1 or more, got 0"),
         ({"samples": 1}, "samples must be 2 or more, got 1"),
@@ -225,6 +224,18 @@ def test_warm_starts_are_brought_into_reach():
 def test_settings_refuse(values, said):
     with pytest.raises(UserError, match=said):
         Settings(**values)
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
+def test_a_budget_is_a_share(share):
+    with pytest.raises(UserError, match=rf"^budget must be in \[0, 1\].*got {share}"):
+        check_budget("budget", share)
+
+
+def test_a_space_comes_back_from_its_description():
+    for space in (Space(), SPACE, Space(("uniform",), refreshes=(0, 8), text="trade")):
+        assert Space.of(space.described()) == space
+    assert Space.of({"allocators": ("uniform",), "of a later version": (1,)}) == Space(("uniform",))
 
 
 @pytest.mark.parametrize(

@@ -16,23 +16,24 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from optuna.trial import create_trial
 from typer.testing import CliRunner
 
 import avlprof
 from avlprof.allocators import Evidence
 from avlprof.cli.studies import app
 from avlprof.errors import UserError
-from avlprof.policy import Policy, Provenance, Score, save_policy
+from avlprof.policy import Policy, Provenance, Score, dump_policy, load_policy, save_policy
 from avlprof.tasks import load_task
 from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.reading import overview, studies_below
-from avlprof.tuning.storages.journal import FolderPlace
-from avlprof.tuning.study import claim_folder, open_study
-from avlprof.tuning.trials import note_asked, run_trials
-from avlprof.tuning.workers import Crew, join
-from tests.fake_study import Sleepy, Starts
+from avlprof.tuning.storages.journal import FolderStorage
+from avlprof.tuning.study import claim_folder
+from avlprof.tuning.trials import note_goal, run_trials
+from avlprof.tuning.workers import Workers, join
+from tests.fake_study import Sleepy
 from tests.helpers import ROOT
 
 matplotlib.use("Agg")
@@ -62,7 +63,7 @@ class Noted(Sleepy):
 
 def run(folder, trials, **changed):
     claim_folder(folder, meta(**changed))
-    return run_trials(folder, Settings(trials=trials, prune=False), Starts(), Noted())
+    return run_trials(FolderStorage(folder), Settings(trials=trials, prune=False), Noted())
 
 
 def prove(folder):
@@ -83,7 +84,7 @@ def root(tmp_path_factory):
     prove(root / "done")
     run(root / "searched", 6)
     run(root / "sweep" / "half", 5, read_budget=0.1, task="docs")
-    open_study(FolderPlace(root / "sweep" / "half")).set_user_attr("trials", 40)
+    FolderStorage(root / "sweep" / "half").open().set_user_attr("trials", 40)
     claim_folder(root / "fresh", meta(budget=0.4))
     (root / "no study").mkdir()
     return root
@@ -121,10 +122,10 @@ def test_ls_without_studies_says_how_to_make_one(tmp_path):
 
 
 def test_a_study_at_work_is_running(root):
-    place = FolderPlace(root / "sweep" / "half")
-    with place.join(True):
-        assert overview(place.folder).state == "running"
-    assert overview(place.folder).state == "stopped"
+    storage = FolderStorage(root / "sweep" / "half")
+    with storage.join(True):
+        assert overview(storage.folder).state == "running"
+    assert overview(storage.folder).state == "stopped"
 
 
 def test_studies_are_found_at_any_depth(root):
@@ -149,6 +150,40 @@ def test_show_gives_the_best_whole_trials(root):
     assert "10 of 10 trials, proved" in table.stderr
     assert "scorer b instead of None: +0.5000 [+0.2500, +0.7500]" in table.stderr
     assert str(root / "done" / "policy.yaml") in table.stderr
+
+
+def test_a_study_is_opened_and_read(root):
+    study = avlprof.Study.open(root / "done")
+    assert (study.meta.model, study.overview().state, study.overview().done) == ("tiny", "proved", 10)
+    whole = sorted((t.value, t.number) for t in study.optuna().trials if t.user_attrs["complete"])
+    table = study.trials()
+    assert list(zip(table["score"], table["trial"], strict=True)) == whole
+    assert {"live", "read", "samples", "x", "kind"} <= set(table.columns)
+    assert study.trials(best=2).equals(table.head(2))
+    assert study.importances().empty
+    assert study.export() == load_policy(root / "done" / "policy.yaml")
+    with pytest.raises(UserError, match="has no trial yet"):
+        avlprof.Study.open(str(root / "fresh")).trials()
+    with pytest.raises(UserError, match="is not a study"):
+        avlprof.Study.open(root / "no study")
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("fidelity", "KL to dense 0.1250 nat per token on 4 of 4 samples"),
+        ("likelihood", "negative log-likelihood 0.1250 nat per token on 4 of 4 samples"),
+        ("accuracy", "1 - task metric 0.1250 on 4 of 4 samples"),
+    ],
+)
+def test_an_exported_trial_says_what_it_was_scored_by(tmp_path, objective, said):
+    claim_folder(tmp_path, meta(objective=objective))
+    study = FolderStorage(tmp_path).open()
+    policy = dump_policy(Policy(vision_keep=(0.5, 0.25)))
+    attributes = {"policy": policy, "complete": True, "samples": 4, "live_share": 0.2, "read_share": 0.1}
+    study.add_trial(create_trial(value=0.125, user_attrs=attributes))
+    notes = avlprof.Study.open(tmp_path).export(trial=0).provenance.notes
+    assert notes == f"{said} of split 'search'; not proved on held-out samples"
 
 
 def test_show_refuses_what_is_no_study(root):
@@ -238,7 +273,7 @@ def test_evidence_comes_back_bit_by_bit():
 
 
 def test_evidence_is_made_once_and_waited_for(tmp_path):
-    place, made, found = FolderPlace(tmp_path), [], []
+    storage, made, found = FolderStorage(tmp_path), [], []
 
     def make():
         time.sleep(0.05)
@@ -246,10 +281,10 @@ def test_evidence_is_made_once_and_waited_for(tmp_path):
         return Evidence(2, 9, coverage=made[-1])
 
     def ask():
-        found.append(shared_evidence(place, make))
+        found.append(shared_evidence(storage, make))
 
     with pytest.raises(UserError, match="is not begun; begin it with 'avlprof tune'"):
-        read_evidence(place)
+        read_evidence(storage)
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -258,11 +293,11 @@ def test_evidence_is_made_once_and_waited_for(tmp_path):
     assert len(made) == 1
     for evidence in found:
         np.testing.assert_array_equal(evidence.coverage, made[0])
-    open_study(place)
-    np.testing.assert_array_equal(read_evidence(place).coverage, made[0])
+    storage.open()
+    np.testing.assert_array_equal(read_evidence(storage).coverage, made[0])
     (tmp_path / "evidence.json").write_text("[1]")
     with pytest.raises(UserError, match="cannot be read"):
-        read_evidence(place)
+        read_evidence(storage)
 
 
 # --- joining ---
@@ -275,15 +310,15 @@ def tuned(tiny, tmp_path_factory):
     """A study of the embedded model by one process, without refinement."""
     root = tmp_path_factory.mktemp("tuned")
     traced = avlprof.trace(tiny, TASK, 2, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
-    settings = {"trials": 9, "refine": 0, "samples": SAMPLES, "proof_samples": 2, "max_new_tokens": LIMIT}
-    avlprof.tune(tiny, TASK, budget=BUDGET, run=traced, out=root / "study", **settings)
+    settings = Settings(trials=9, refine=0, samples=SAMPLES, proof_samples=2, max_new_tokens=LIMIT)
+    avlprof.tune(tiny, TASK, BUDGET, settings, run=traced, out=root / "study")
     return tiny, traced, root / "study"
 
 
 def begun(tuned, folder):
     """The same study, begun elsewhere and without any trial."""
     _, traced, study = tuned
-    place = FolderPlace(folder)
+    storage = FolderStorage(folder)
     claim_folder(folder, read_meta(study))
     damage = json.loads((study / "probe.json").read_text())
     evidence = replace(
@@ -291,9 +326,9 @@ def begun(tuned, folder):
         damage=np.array(damage["damage"]),
         damage_levels=np.array(damage["levels"]),
     )
-    shared_evidence(place, lambda: evidence)
-    note_asked(place, Settings(trials=9))
-    return place
+    shared_evidence(storage, lambda: evidence)
+    note_goal(storage, Settings(trials=9))
+    return storage
 
 
 def outcome(study):
@@ -310,14 +345,14 @@ def test_who_joins_searches_what_the_study_says(tuned, tmp_path):
 
 def test_another_task_or_a_study_not_begun_is_refused(tuned, tmp_path):
     loaded, _, study = tuned
-    place = begun(tuned, tmp_path / "here")
+    storage = begun(tuned, tmp_path / "here")
     with pytest.raises(UserError, match=f"task: '{TASK}' here, 'shapes:count' asked; sample_hash"):
-        join(loaded, load_task("shapes:count"), place)
+        join(loaded, load_task("shapes:count"), storage)
     with pytest.raises(UserError, match="is not a study"):
-        join(loaded, load_task(TASK), FolderPlace(tmp_path / "none"))
+        join(loaded, load_task(TASK), FolderStorage(tmp_path / "none"))
     claim_folder(tmp_path / "claimed", read_meta(study))
     with pytest.raises(UserError, match="is not begun; begin it with 'avlprof tune'"):
-        join(loaded, load_task(TASK), FolderPlace(tmp_path / "claimed"))
-    assert read_study(place.folder).trials == []
+        join(loaded, load_task(TASK), FolderStorage(tmp_path / "claimed"))
+    assert read_study(storage.folder).trials == []
     with pytest.raises(UserError, match=r"workers must be 1 or more, got 0"):
-        Crew(workers=0)
+        Workers(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,10 +24,11 @@ from avlprof.tuning import Candidate, Settings, Space
 from avlprof.tuning.candidate import STARTS, noted_starts
 from avlprof.tuning.smallest import smallest as smallest_verb
 from avlprof.tuning.study import read_study
+from tests.watching import Notes
 
 TASK, LIMIT = "shapes:read", 6
 SPACE = Space(("uniform", "pyramid"), ("last_query", "instruction"), ("shared",))
-SETTINGS = Settings(trials=7, refine=2, samples=4, proof_samples=4, max_new_tokens=LIMIT)
+SETTINGS = Settings(trials=7, refine=2, samples=4, proof_samples=4, max_new_tokens=LIMIT, space=SPACE)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def run(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(tiny, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep") / "front"
-    began = []
-    found = sweep(tiny, TASK, (0.4, 0.15), SETTINGS, space=SPACE, run=run, out=folder, on_budget=began.append)
-    return SimpleNamespace(found=found, folder=folder, began=began)
+    notes = Notes()
+    result = sweep(tiny, TASK, (0.4, 0.15), SETTINGS, run=run, out=folder, watch=notes)
+    return SimpleNamespace(result=result, folder=folder, began=notes.budgets)
 
 
 def test_budgets_run_upwards_and_each_starts_from_the_one_before(swept):
@@ -63,7 +65,7 @@ def test_the_front_holds_every_proof_and_dense_once(swept):
     front = pd.read_csv(swept.folder / "front.csv")
     assert (front["policy"] == "dense").sum() == 1
     assert sorted(front.loc[front["policy"] == "tuned", "budget"]) == [0.15, 0.4]
-    for tuned in swept.found.studies:
+    for tuned in swept.result.studies:
         budget = tuned.policy.provenance.budget
         own = front[front["budget"] == budget].set_index("policy")
         for name, score in tuned.policy.provenance.scores.items():
@@ -74,27 +76,24 @@ def test_the_front_holds_every_proof_and_dense_once(swept):
 
 def trials_below(folder):
     """Values of all trials, by the folder of their study."""
-    places = sorted(path.parent for path in folder.rglob("journal.log"))
-    return {place: [trial.value for trial in read_study(place).get_trials()] for place in places}
+    studies = sorted(path.parent for path in folder.rglob("journal.log"))
+    return {study: [trial.value for trial in read_study(study).get_trials()] for study in studies}
 
 
 def test_the_same_sweep_resumes_without_a_new_trial(swept, tiny, run):
     before = trials_below(swept.folder)
     assert [len(values) for values in before.values()] == [5, 2, 5, 2]
-    again = sweep(tiny, TASK, (0.15, 0.4), SETTINGS, space=SPACE, run=run, out=swept.folder)
+    again = sweep(tiny, TASK, (0.15, 0.4), SETTINGS, run=run, out=swept.folder)
     assert trials_below(swept.folder) == before
-    assert [one.policy.hash for one in again.studies] == [one.policy.hash for one in swept.found.studies]
+    assert [one.policy.hash for one in again.studies] == [one.policy.hash for one in swept.result.studies]
     with pytest.raises(UserError, match="sampler: 'tpe' here, 'random' asked"):
-        sweep(
-            tiny, TASK, (0.15,), Settings(**{**vars(SETTINGS), "sampler": "random"}), space=SPACE, run=run,
-            out=swept.folder,
-        )  # fmt: skip
+        sweep(tiny, TASK, (0.15,), replace(SETTINGS, sampler="random"), run=run, out=swept.folder)
 
 
 def test_sweeps_refuse_budgets_before_anything_runs(tiny, run, tmp_path):
     for budgets, said in (((), "at least one"), ((0.2, 0.2), "must be different"), ((0.4, 0.001), "below")):
         with pytest.raises(UserError, match=said):
-            sweep(tiny, TASK, budgets, SETTINGS, space=SPACE, run=run, out=tmp_path / "new")
+            sweep(tiny, TASK, budgets, SETTINGS, run=run, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert parse_shares("--budgets", "0.1,0.2") == [0.1, 0.2]
     with pytest.raises(UserError, match="--budgets must be shares"):
@@ -102,41 +101,42 @@ def test_sweeps_refuse_budgets_before_anything_runs(tiny, run, tmp_path):
 
 
 def test_the_front_is_drawn_with_tuned_first(swept):
-    info = budget_front_info(swept.found.front())
+    info = budget_front_info(swept.result.front())
     assert info.lines[0].name == "tuned"
     assert info.lines[0].live_share.tolist() == sorted(info.lines[0].live_share)
-    dense = swept.found.studies[0].policy.provenance.scores["dense"]
+    dense = swept.result.studies[0].policy.provenance.scores["dense"]
     assert info.dense[0] == pytest.approx(dense.mean, abs=1e-6)
     figure = budget_front(info, "F1")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[0] == "dense"
     assert set(labels[1:]) == {line.name for line in info.lines}
     with pytest.raises(UserError, match="front of budgets"):
-        budget_front_info(swept.found.front().drop(columns="live_bytes"))
+        budget_front_info(swept.result.front().drop(columns="live_bytes"))
 
 
 # --- the smallest budget ---
 
 
-def searched(drops, monkeypatch, tmp_path, max_drop, least=0.06):
+def searched(drops, monkeypatch, tmp_path, drop, least=0.06):
     """`smallest` with a search whose winners lose `drops(budget)`; what was tried and tested."""
     module = sys.modules["avlprof.tuning.smallest"]
     tested = []
 
-    def search(prepared, folder, settings, space, *, warm=(), **others):
-        loss = drops(settings.budget)
-        played = SimpleNamespace(dense=np.ones(4), winner=SimpleNamespace(metric=np.full(4, 1 - loss)))
-        return SimpleNamespace(played=played, candidate=Candidate(mix=settings.budget), settings=settings)
+    def search(prepared, folder, memory, settings, *, starts=(), **others):
+        loss = drops(memory)
+        shortlist = SimpleNamespace(dense=np.ones(4), winner=SimpleNamespace(metric=np.full(4, 1 - loss)))
+        candidate = Candidate(mix=memory)
+        return SimpleNamespace(shortlist=shortlist, candidate=candidate, memory=memory, prepared=prepared)
 
-    def prove_winner(found, **others):
-        tested.append(found.settings.budget)
-        gap = paired_difference(np.full(30, 1 - drops(found.settings.budget)), np.ones(30))
+    def prove_winner(done, watch):
+        tested.append(done.memory)
+        gap = paired_difference(np.full(30, 1 - drops(done.memory)), np.ones(30))
         return SimpleNamespace(verdict=SimpleNamespace(differences={"dense": gap}))
 
     monkeypatch.setattr(module, "search", search)
     monkeypatch.setattr(module, "prove_winner", prove_winner)
-    monkeypatch.setattr(module.Prepared, "make", lambda *given: SimpleNamespace(least=least))
-    found = smallest_verb(None, None, None, tmp_path / "drop", max_drop, Settings())
+    monkeypatch.setattr(module, "prepare", lambda *of: SimpleNamespace(least=least))
+    found = smallest_verb(None, None, None, tmp_path / "drop", drop, Settings())
     return found, tested
 
 
@@ -157,11 +157,11 @@ def test_a_drop_that_nothing_holds_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no budget up to 1 holds a drop of 0\.01 on the search split"):
         searched(lambda b: 0.2, monkeypatch, tmp_path, 0.01)
     for value in (-0.1, 1.0):
-        with pytest.raises(UserError, match=r"max_drop must be in \[0, 1\)"):
+        with pytest.raises(UserError, match=r"^drop must be in \[0, 1\)"):
             searched(lambda b: 0.0, monkeypatch, tmp_path, value)
 
 
-# --- warm starts and the board ---
+# --- starts of another budget, and the board ---
 
 
 def test_a_resumed_study_keeps_its_own_starts(tmp_path):
@@ -182,35 +182,35 @@ def trial(value, **params):
 def test_the_board_counts_this_process_only():
     """10 trials were there before; 6 more in 30 s are 12 a minute, and 4 are left."""
     now = [0.0]
-    shown = Board(tell=lambda line: None, clock=lambda: now[0])
-    shown.progress("trace", 1, 2)
-    assert shown.cells() == []
-    assert shown.early == "trace 1/2"
-    shown.on_budget(0.2)
-    shown.progress("trials", 10, 20)
+    live = Board(write=lambda line: None, clock=lambda: now[0])
+    live.phase("trace", 1, 2)
+    assert live.cells() == []
+    assert live.early == "trace 1/2"
+    live.budget(0.2)
+    live.phase("trials", 10, 20)
     now[0] = 30.0
-    shown.progress("trials", 16, 20)
-    shown.on_trial(None, trial(0.5))
-    shown.on_trial(None, trial(0.7))
-    (row,) = shown.cells()
+    live.phase("trials", 16, 20)
+    live.trial(None, trial(0.5))
+    live.trial(None, trial(0.7))
+    (row,) = live.cells()
     assert len(row) == len(HEADINGS)
     assert row == ["0.2", "0.5", "coverage, instruction, mix 0.25", "16/20", "12", "20 s", "trials 16/20"]
-    shown.progress("knobs", 3, 3)
-    assert shown.cells()[0][-1] == "proved"
-    shown.on_budget(0.4)
-    assert [cells[0] for cells in shown.cells()] == ["0.2", "0.4"]
+    live.phase("knobs", 3, 3)
+    assert live.cells()[0][-1] == "proved"
+    live.budget(0.4)
+    assert [cells[0] for cells in live.cells()] == ["0.2", "0.4"]
 
 
 def test_the_board_is_lines_in_a_log(capsys):
-    with board() as shown:
-        shown.on_budget(0.1)
-        shown.progress("trials", 0, 2)
-        shown.on_trial(None, trial(0.5))
-        shown.on_trial(None, trial(0.6))
-        shown.progress("trials", 2, 2)
-        shown.on_budget(0.2)
-        shown.progress("trials", 0, 2)
-        shown.on_trial(None, trial(0.4, allocator="pyramid"))
+    with board() as live:
+        live.budget(0.1)
+        live.phase("trials", 0, 2)
+        live.trial(None, trial(0.5))
+        live.trial(None, trial(0.6))
+        live.phase("trials", 2, 2)
+        live.budget(0.2)
+        live.phase("trials", 0, 2)
+        live.trial(None, trial(0.4, allocator="pyramid"))
     said = capsys.readouterr()
     assert said.out == ""
     assert "\x1b" not in said.err

@@ -19,13 +19,15 @@ from avlprof.policy import (
 )
 from avlprof.runtime.forced import ForcedScore
 from avlprof.tuning import Budget, Candidate, Settings, Space, read_study
+from avlprof.tuning.evidence import LEVELS, probed
 from avlprof.tuning.objective import Objective
-from avlprof.tuning.prepared import LEVELS, probed
 from avlprof.tuning.rivals import rivals
-from avlprof.tuning.storages.journal import JOURNAL
+from avlprof.tuning.storages.journal import JOURNAL, FolderStorage
 from avlprof.tuning.study import finalists
 from avlprof.tuning.trials import run_trials
+from avlprof.watch import SILENT, Watch
 from tests.search_space import ALLOCATORS, SPACE, outcome, probed_evidence
+from tests.watching import Notes
 
 
 class Killed(BaseException):
@@ -57,13 +59,13 @@ class FakeForced:
         return [self.score(policy) for policy in policies]
 
 
-def searched(folder, trials, forced=None, space=None, seed=0, on_trial=None, read=None):
+def searched(folder, trials, forced=None, space=None, seed=0, watch=SILENT, read=None):
     folder.mkdir(exist_ok=True)
     evidence = probed_evidence(3, 30, 5)
     budget = Budget(0.5, read, (PromptShape(1, 30, 5),), 6)
     space = (space or SPACE).within(budget, 3)
     objective = Objective(forced or FakeForced(), evidence, budget, space)
-    return run_trials(folder, Settings(trials=trials, seed=seed), space, objective, on_trial=on_trial)
+    return run_trials(FolderStorage(folder), Settings(trials=trials, seed=seed), objective, watch=watch)
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +125,13 @@ def test_a_torn_journal_and_a_stale_lock_are_mended(tmp_path, whole):
 
 
 def test_progress_counts_finished_trials(tmp_path):
-    told, seen = [], []
+    notes = Notes()
     evidence, budget = probed_evidence(3, 30, 5), Budget(0.5, None, (PromptShape(1, 30, 5),), 6)
     for trials in (2, 4):
         objective = Objective(FakeForced(), evidence, budget, SPACE)
-        run_trials(
-            tmp_path,
-            Settings(trials=trials),
-            SPACE,
-            objective,
-            progress=lambda *now: told.append(now),
-            on_trial=lambda study, trial: seen.append(trial.number),
-        )
-    assert told == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
-    assert seen == [0, 1, 2, 3]
+        run_trials(FolderStorage(tmp_path), Settings(trials=trials), objective, watch=notes)
+    assert notes.phases == [("trials", *now) for now in ((0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4))]
+    assert notes.trials == [0, 1, 2, 3]
 
 
 def test_reads_are_tuned_with_a_read_budget(tmp_path):
@@ -167,10 +162,11 @@ def test_pruned_trials_are_never_finalists(tmp_path):
         def prune(self, study, trial):
             return trial.number >= 2
 
-    def first_three(study, trial):
-        study.pruner = StopsAll()
+    class FirstThree(Watch):
+        def trial(self, study, trial):
+            study.pruner = StopsAll()
 
-    study = searched(tmp_path, 6, Pessimist(), on_trial=first_three)
+    study = searched(tmp_path, 6, Pessimist(), watch=FirstThree())
     cut = [trial for trial in study.get_trials() if not trial.user_attrs["complete"]]
     assert [trial.number for trial in cut] == [2, 3, 4, 5]
     assert all(trial.state == TrialState.COMPLETE and trial.user_attrs["samples"] == 2 for trial in cut)
@@ -204,12 +200,12 @@ def test_the_probe_is_measured_once_and_whole(tmp_path):
     with pytest.raises(Killed):
         probed(evidence, FakeForced(error=Killed(), at=11), path)
     assert list(tmp_path.iterdir()) == []
-    told = []
+    notes = Notes()
     forced = FakeForced()
-    found = probed(evidence, forced, path, lambda *now: told.append(now))
+    found = probed(evidence, forced, path, notes)
     assert forced.asked == 2 * 3 * (len(LEVELS) - 1)
-    assert told[0] == (0, 12)
-    assert told[-1] == (12, 12)
+    assert notes.phases[0] == ("probe", 0, 12)
+    assert notes.phases[-1] == ("probe", 12, 12)
     for layer, column in itertools.product(range(3), range(len(LEVELS) - 1)):
         keep = tuple(LEVELS[column] if other == layer else 1.0 for other in range(3))
         scores = FakeForced().score(Policy(vision_keep=keep, scorer=ScorerSpec(name="instruction")))

@@ -24,7 +24,7 @@ from avlprof.api.tune import tune as tune_verb
 from avlprof.cli import main
 from avlprof.cli._app import app
 from avlprof.errors import UserError
-from avlprof.evaluation import generate_answers
+from avlprof.evaluation import AnswerSettings, generate_answers
 from avlprof.locks import FolderLock
 from avlprof.policy import (
     dump_policy,
@@ -39,7 +39,9 @@ from avlprof.tasks import load_task
 from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Space, export_policy, read_meta, read_study
 from avlprof.tuning.study import finalists
+from avlprof.watch import SILENT
 from tests.search_space import outcome
+from tests.watching import Notes
 
 TASK, SAMPLES, LIMIT = "shapes:read", 6, 6
 BUDGET, READ = 0.4, 0.35
@@ -55,33 +57,24 @@ class Study(NamedTuple):
     phases: list[str]
 
 
-def options(study_or_run, out):
-    """Arguments of the study under test."""
-    return {
-        "budget": BUDGET,
-        "read_budget": READ,
-        "trials": 15,
-        "refine": 0,
-        "samples": SAMPLES,
-        "proof_samples": 4,
-        "max_new_tokens": LIMIT,
-        "run": study_or_run,
-        "out": out,
-    }
+SETTINGS = Settings(
+    read_budget=READ, trials=15, refine=0, samples=SAMPLES, proof_samples=4, max_new_tokens=LIMIT
+)
+
+
+def tuned(tiny, run, out, budget=BUDGET, task=TASK, watch=SILENT, **changes):
+    """The study under test, with some settings changed."""
+    return tune_verb(tiny, task, budget, replace(SETTINGS, **changes), run=run, out=out, watch=watch)
 
 
 @pytest.fixture(scope="module")
 def study(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("tuning")
     run = avlprof.trace(tiny, TASK, 3, TraceSettings(max_new_tokens=LIMIT), out=root / "run")
-    phases = []
-    tuned = tune_verb(
-        tiny,
-        TASK,
-        **options(run, root / "study"),
-        progress=lambda phase, done, total: phases.append(phase) if done == total else None,
-    )
-    return Study(run, root / "study", tuned, phases)
+    notes = Notes()
+    result = tuned(tiny, run, root / "study", watch=notes)
+    phases = [name for name, done, total in notes.phases if done == total]
+    return Study(run, root / "study", result, phases)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +105,7 @@ def test_the_metric_decides_among_the_finalists(study, tiny):
     scores = []
     for trial in best:
         policy = parse_policy(trial.user_attrs["policy"])
-        answers = generate_answers(
-            tiny, samples, policy, max_new_tokens=LIMIT, batch_size=32, metric=task.metric
-        )
+        answers = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 32, task.metric))
         scores.append(np.mean([answer.score for answer in answers]))
     assert study.tuned.policy.provenance.trial == best[int(np.argmax(scores))].number
 
@@ -142,10 +133,10 @@ def test_the_winner_is_proved_on_held_out_samples(study):
 
 
 def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
-    again = tune_verb(tiny, TASK, **options(study.run, tmp_path / "again") | {"trials": 3})
+    again = tuned(tiny, study.run, tmp_path / "again", trials=3)
     first = outcome(study.tuned.study)[:3]
     assert outcome(again.study) == first
-    more = tune_verb(tiny, TASK, **options(study.run, tmp_path / "again"))
+    more = tuned(tiny, study.run, tmp_path / "again")
     assert outcome(more.study) == outcome(study.tuned.study)
     assert more.policy.hash == study.tuned.policy.hash
     assert len(more.study.get_trials()) == 15
@@ -167,9 +158,8 @@ def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
 )
 def test_another_study_in_the_folder_is_refused(study, tiny, changes, said):
     before = (study.folder / "study.json").read_text()
-    arguments = {"task": TASK} | options(study.run, study.folder) | changes
     with pytest.raises(UserError) as refusal:
-        tune_verb(tiny, **arguments)
+        tuned(tiny, study.run, study.folder, **changes)
     assert said in str(refusal.value)
     assert str(study.folder) in str(refusal.value)
     assert (study.folder / "study.json").read_text() == before
@@ -178,29 +168,29 @@ def test_another_study_in_the_folder_is_refused(study, tiny, changes, said):
 def test_another_model_is_refused(study, tiny, tmp_path):
     other = replace(tiny, revision="0123")
     with pytest.raises(UserError, match=r"was traced on tiny .*, the model here is tiny 0123"):
-        tune_verb(other, TASK, **options(study.run, tmp_path / "new"))
+        tuned(other, study.run, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     said = (
-        rf"{study.folder} holds another study \(model_hash: '\w+' here, '0123' asked\); choose another --out"
+        rf"{study.folder} holds another study \(model_hash: '\w+' here, '0123' asked\); choose another folder"
     )
     with pytest.raises(UserError, match=said):
-        tune_verb(other, TASK, **options(None, study.folder))
+        tuned(other, None, study.folder)
 
 
 def test_what_is_no_study_is_left_alone(study, tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not empty and not a study"):
-        tune_verb(tiny, TASK, **options(study.run, tmp_path))
+        tuned(tiny, study.run, tmp_path)
     with pytest.raises(UserError, match="is not empty and not a study"):
-        tune_verb(tiny, TASK, **options(study.run, tmp_path / "thesis.tex"))
+        tuned(tiny, study.run, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_infeasible_budget_makes_no_folder(study, tiny, tmp_path):
     with pytest.raises(UserError, match=r"^budget 0\.01 is below 0\.\d+, what system and text alone need"):
-        tune_verb(tiny, TASK, **options(study.run, tmp_path / "new") | {"budget": 0.01})
+        tuned(tiny, study.run, tmp_path / "new", budget=0.01)
     with pytest.raises(UserError, match=r"^read budget 0\.01 is below 0\.\d+"):
-        tune_verb(tiny, TASK, **options(study.run, tmp_path / "new") | {"read_budget": 0.01})
+        tuned(tiny, study.run, tmp_path / "new", read_budget=0.01)
     assert not (tmp_path / "new").exists()
 
 
@@ -208,16 +198,19 @@ def test_a_folder_that_is_worked_on_is_left_alone(study, tiny):
     lock = FolderLock(study.folder)
     try:
         with pytest.raises(UserError, match="another process is writing to"):
-            tune_verb(tiny, TASK, **options(study.run, study.folder))
+            tuned(tiny, study.run, study.folder)
     finally:
         lock.release()
 
 
 def test_study_names():
-    settings = Settings(budget=0.25, read_budget=0.2, seed=3)
+    settings = Settings(read_budget=0.2, seed=3)
     model, task = SimpleNamespace(name="org/some model"), SimpleNamespace(name="a:b,c")
-    assert study_name(model, task, settings) == "some-model-a-b-c-b0.25-r0.2-s3"
-    assert study_name(SimpleNamespace(name="tiny"), load_task("shapes"), Settings()) == "tiny-shapes-b0.2"
+    assert study_name(model, task, settings, "b0.25") == "some-model-a-b-c-b0.25-r0.2-s3"
+    assert (
+        study_name(SimpleNamespace(name="tiny"), load_task("shapes"), Settings(), "b0.2")
+        == "tiny-shapes-b0.2"
+    )
 
 
 # --- the command line ---
@@ -267,10 +260,8 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
     """The process dies with two samples of its fourth trial reported; then the same command."""
     folder = tmp_path / "killed"
     arguments = command(study, folder, "--format", "json")
-    status, said = (
-        killed(arguments, 3 * SAMPLES + 2, tmp_path / "said.txt"),
-        (tmp_path / "said.txt").read_text(),
-    )
+    status = killed(arguments, 3 * SAMPLES + 2, tmp_path / "said.txt")
+    said = (tmp_path / "said.txt").read_text()
     assert status == -signal.SIGKILL, said
     states = [trial.state.name for trial in read_study(folder).get_trials()]
     assert states == ["COMPLETE"] * 3 + ["RUNNING"]
@@ -318,7 +309,7 @@ def test_tune_refuses(arguments, said, tmp_path):
 
 def test_tune_refuses_a_folder_of_another_study(study):
     said = refused(*command(study, study.folder, "--seed", 9))
-    assert said == f"{study.folder} holds another study (seed: 0 here, 9 asked); choose another --out"
+    assert said == f"{study.folder} holds another study (seed: 0 here, 9 asked); choose another folder"
 
 
 # --- export ---

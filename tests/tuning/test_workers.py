@@ -15,12 +15,12 @@ from optuna.trial import TrialState
 from avlprof.errors import UserError
 from avlprof.tuning import Settings
 from avlprof.tuning.storages._base import give_up, retry
-from avlprof.tuning.storages.journal import JOURNAL, FolderPlace, journal, mend
-from avlprof.tuning.study import open_study
+from avlprof.tuning.storages.journal import JOURNAL, FolderStorage, journal, mend
 from avlprof.tuning.trials import run_trials
-from avlprof.tuning.workers import Workers
+from avlprof.tuning.workers import WorkerProcesses
 from tests.fake_study import Sleepy, Starts, check_complete, check_replacement, command, stop_midway, work
 from tests.helpers import ROOT
+from tests.watching import Notes
 
 
 class Killed(BaseException):
@@ -47,15 +47,15 @@ def gone(process):
 def test_kill_9_of_one_of_three_loses_and_repeats_no_trial(tmp_path):
     trials, killed = 12, []
 
-    def watch(study):
+    def check(study):
         if not killed:
             first, second = workers.processes
             killed.append((first, stop_midway(study, first)))
             stop_midway(study, second, signal.SIGCONT)
-        workers.watch(study)
+        workers.check(study)
 
-    with Workers(FolderPlace(tmp_path), command(tmp_path, trials, 0.4), 2) as workers:
-        study = work(tmp_path, trials, 0.1, watch=watch)
+    with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, trials, 0.4), 2) as workers:
+        study = work(tmp_path, trials, 0.1, check=check)
         assert killed[0][0] not in workers.processes
     lost = check_complete(study, trials)
     assert [trial.number for trial in lost] == [killed[0][1]]
@@ -67,11 +67,11 @@ def test_kill_9_of_one_of_three_loses_and_repeats_no_trial(tmp_path):
 
 @pytest.mark.parametrize("trials", [1, 3, 9, 30])
 def test_several_workers_never_run_one_too_many(tmp_path, trials):
-    told, errors = [], []
+    notes, errors = Notes(), []
 
     def run():
         try:
-            work(tmp_path, trials, progress=lambda *now: told.append(now))
+            work(tmp_path, trials, watch=notes)
         except BaseException as error:
             errors.append(error)
 
@@ -81,22 +81,22 @@ def test_several_workers_never_run_one_too_many(tmp_path, trials):
     for thread in threads:
         thread.join(60)
     assert errors == []
-    study = open_study(FolderPlace(tmp_path))
+    study = FolderStorage(tmp_path).open()
     assert len(study.trials) == trials
-    assert told.count((trials, trials)) == 4
+    assert notes.counts("trials").count((trials, trials)) == 4
     if trials >= 6:
         assert check_complete(study, trials) == []
 
 
 @pytest.mark.parametrize("moment", ["asked", "begun", "scored"])
 def test_a_trial_of_a_dead_worker_is_run_again_whenever_it_died(tmp_path, moment):
-    place = FolderPlace(tmp_path)
-    study = open_study(place)
-    with place.join(True) as me, place.turn():
+    storage = FolderStorage(tmp_path)
+    study = storage.open()
+    with storage.join(True) as me, storage.locked():
         study.enqueue_trial(Starts().starts()[0].params(None))
         trial = study.ask()
         if moment != "asked":
-            place.begin(trial, me)
+            storage.begin(trial, me)
         if moment == "scored":
             trial.suggest_float("x", 0.0, 1.0)
             trial.report(1.0, 0)
@@ -106,20 +106,20 @@ def test_a_trial_of_a_dead_worker_is_run_again_whenever_it_died(tmp_path, moment
 
 
 def test_a_trial_of_a_live_worker_is_left_alone(tmp_path):
-    place = FolderPlace(tmp_path)
-    study = open_study(place)
-    with place.join(True) as me:
-        with place.turn():
+    storage = FolderStorage(tmp_path)
+    study = storage.open()
+    with storage.join(True) as me:
+        with storage.locked():
             trial = study.ask()
-            place.begin(trial, me)
-        assert place.busy(study)
-        assert place.lost(study) == []
-    assert not place.busy(study)
-    assert [lost.number for lost in place.lost(study)] == [0]
+            storage.begin(trial, me)
+        assert storage.busy(study)
+        assert storage.lost(study) == []
+    assert not storage.busy(study)
+    assert [lost.number for lost in storage.lost(study)] == [0]
 
 
 def test_a_trial_is_queued_again_once(tmp_path):
-    study = open_study(FolderPlace(tmp_path))
+    study = FolderStorage(tmp_path).open()
     for attempt in range(3):
         trial = study.ask()
         x = trial.suggest_float("x", 0.0, 1.0)
@@ -135,8 +135,8 @@ def test_a_trial_is_queued_again_once(tmp_path):
 
 def test_who_was_taken_for_dead_does_not_count(tmp_path):
     """Its trial is given up and run again by another; then it comes back with a score."""
-    place = FolderPlace(tmp_path)
-    other = open_study(place)
+    storage = FolderStorage(tmp_path)
+    other = storage.open()
 
     class Slow(Sleepy):
         def __call__(self, trial):
@@ -146,7 +146,7 @@ def test_who_was_taken_for_dead_does_not_count(tmp_path):
             return value
 
     settings = Settings(trials=7, prune=False)
-    study = run_trials(tmp_path, settings, Starts(), Slow(), place=place)
+    study = run_trials(storage, settings, Slow())
     lost = check_complete(study, 7)
     assert [trial.number for trial in lost] == [2]
     assert lost[0].value is None
@@ -158,7 +158,7 @@ def test_an_error_of_the_score_is_not_mistaken_for_that(tmp_path):
             raise ValueError("no such layer")
 
     with pytest.raises(ValueError, match="no such layer"):
-        run_trials(tmp_path, Settings(trials=3), Starts(), Wrong())
+        run_trials(FolderStorage(tmp_path), Settings(trials=3), Wrong())
 
 
 def test_ctrl_c_stops_all_workers_and_the_study_goes_on(tmp_path):
@@ -167,8 +167,8 @@ def test_ctrl_c_stops_all_workers_and_the_study_goes_on(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        with Workers(FolderPlace(tmp_path), command(tmp_path, 40, 1.0), 1) as workers:
-            work(tmp_path, 40, 0.1, watch=interrupt)
+        with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, 40, 1.0), 1) as workers:
+            work(tmp_path, 40, 0.1, check=interrupt)
     assert gone(workers.processes[0])
     lost = check_complete(work(tmp_path, 40), 40)
     assert len(lost) == 1
@@ -183,15 +183,15 @@ def test_ctrl_c_in_a_trial_keeps_its_parameters(tmp_path):
             return value
 
     with pytest.raises(KeyboardInterrupt):
-        run_trials(tmp_path, Settings(trials=12), Starts(), Interrupted(), shared=True)
+        run_trials(FolderStorage(tmp_path), Settings(trials=12), Interrupted(), shared=True)
     assert [trial.number for trial in check_complete(work(tmp_path, 12), 12)] == [9]
 
 
 def test_workers_leave_when_their_starter_is_killed(tmp_path):
     starter = os.fork()
     if not starter:
-        with Workers(FolderPlace(tmp_path), command(tmp_path, 30, 0.5), 1) as workers:
-            work(tmp_path, 2, watch=workers.watch)
+        with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, 30, 0.5), 1) as workers:
+            work(tmp_path, 2, check=workers.check)
             (tmp_path / "pid").write_text(str(workers.processes[0]))
             time.sleep(100)
         os._exit(0)
@@ -200,7 +200,7 @@ def test_workers_leave_when_their_starter_is_killed(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
     worker = int((tmp_path / "pid").read_text())
-    study = open_study(FolderPlace(tmp_path))
+    study = FolderStorage(tmp_path).open()
     stop_midway(study, worker, signal.SIGCONT)
     os.kill(starter, signal.SIGKILL)
     os.waitpid(starter, 0)
@@ -210,7 +210,7 @@ def test_workers_leave_when_their_starter_is_killed(tmp_path):
 
 
 def test_a_dead_worker_is_replaced_and_its_trial_queued_again(tmp_path):
-    check_replacement(FolderPlace(tmp_path))
+    check_replacement(FolderStorage(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_a_dead_worker_is_replaced_and_its_trial_queued_again(tmp_path):
 )
 def test_workers_that_cannot_work_end_the_study_with_an_error(tmp_path, program, said):
     with pytest.raises(UserError, match=said):
-        with Workers(FolderPlace(tmp_path), [sys.executable, "-c", program], 2) as workers:
-            work(tmp_path, 10_000, 0.05, watch=workers.watch)
+        with WorkerProcesses(FolderStorage(tmp_path), [sys.executable, "-c", program], 2) as workers:
+            work(tmp_path, 10_000, 0.05, check=workers.check)
     assert all(gone(process) for process in workers.processes)
 
 
 def test_a_torn_line_is_cut_off_before_the_next_one_is_written(tmp_path):
     path = tmp_path / JOURNAL
-    first, second = (open_study(FolderPlace(tmp_path)) for _ in range(2))
+    first, second = (FolderStorage(tmp_path).open() for _ in range(2))
     first.ask()
     whole = path.read_bytes()
     with path.open("ab") as file:
@@ -239,7 +239,7 @@ def test_a_torn_line_is_cut_off_before_the_next_one_is_written(tmp_path):
     second.ask()
     assert path.read_bytes().startswith(whole)
     assert b"xxx" not in path.read_bytes()
-    assert len(first.trials) == len(open_study(FolderPlace(tmp_path)).trials) == 2
+    assert len(first.trials) == len(FolderStorage(tmp_path).open().trials) == 2
 
 
 @pytest.mark.parametrize("text", [b"", b"a", b"a\n", b"a\nb", b"\n", b"a\n" + b"b" * 65536, b"c" * 70000])
@@ -279,14 +279,14 @@ def test_pruning_pairs_samples_across_workers(tmp_path):
             return sum(seen) / len(seen)
 
     def run():
-        run_trials(tmp_path, Settings(trials=24), Starts(), Sampled(), shared=True)
+        run_trials(FolderStorage(tmp_path), Settings(trials=24), Sampled(), shared=True)
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    done = open_study(FolderPlace(tmp_path)).get_trials()
+    done = FolderStorage(tmp_path).open().get_trials()
     assert [trial.state for trial in done] == [TrialState.COMPLETE] * 24
     cut = [trial for trial in done if not trial.user_attrs["complete"]]
     best = min((trial for trial in done if trial.user_attrs["complete"]), key=lambda t: t.value)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from avlprof.evaluation.answers import generate_answers
+from avlprof.evaluation.answers import AnswerSettings, generate_answers
 from avlprof.models import LoadedModel, load_model
 from avlprof.policy import Policy, ScorerSpec
 from avlprof.tasks import Sample, load_task
@@ -27,7 +27,7 @@ def by_group(
     loaded: LoadedModel, samples: Sequence[Sample], policy: Policy | None, metric: str
 ) -> dict[str, float]:
     """Mean score of each question type, in the order of first appearance."""
-    answers = generate_answers(loaded, samples, policy, max_new_tokens=72, batch_size=32, metric=metric)
+    answers = generate_answers(loaded, samples, policy, AnswerSettings(72, 32, metric))
     groups = dict.fromkeys(sample.group for sample in samples)
     return {g: float(np.mean([a.score for a in answers if a.group == g])) for g in groups}
 

@@ -20,11 +20,11 @@ from avlprof.attention.modality import Modality
 from avlprof.errors import UserError
 from avlprof.policy import Policy
 from avlprof.runtime.cache import is_sliding, stock_layers
-from avlprof.runtime.forced.packing import Packed
+from avlprof.runtime.forced.packing import PackedRows
 from avlprof.runtime.forced.prompt import ForcedCache, Prompts
 from avlprof.runtime.forced.rows import AnswerRows, Plans
-from avlprof.runtime.forced.scan import attend_in_order, running_kind
-from avlprof.runtime.forced.sets import VisionSets, always_shown, chosen_prompt, with_prompt
+from avlprof.runtime.forced.scan import attend_in_order
+from avlprof.runtime.forced.sets import VisionSets, always_visible, chosen_prompt, with_prompt
 
 Visible = Callable[[range], Tensor]
 
@@ -48,7 +48,7 @@ class GroupAttention:
     ) -> None:
         self.policies, self.prompts, self.plans, self.length = policies, prompts, plans, length
         self.windows = windows
-        self._shown: dict[tuple[int, int], Tensor] = {}
+        self._always: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Output `[B * P, T, H, D]` of every answer row over what its policy lets it see."""
@@ -58,34 +58,35 @@ class GroupAttention:
         if window is not None:
             return _attended(rows, self._by_window(rows, window))
         groups = prompt.key.shape[1] if policy.heads == "kv_head" else 1
-        if running_kind(policy) is not None:
+        if policy.running is not None:
             return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
         return _attended(rows, self._governed(rows, call.layer, groups))
 
     def _governed(self, rows: AnswerRows, layer: int, groups: int) -> Visible:
-        joint = self.policies[0].joint
-        shown = self._always(layer)
-        if joint is not None and joint.decoding == "evict":
-            return lambda block: shown[:, None, :, block.start : block.stop]
+        policy = self.policies[0]
+        always = self._visible_always(layer)
+        if policy.joint is not None and policy.evicts_by is not None:
+            return lambda block: always[:, None, :, block.start : block.stop]
         kept, core = chosen_prompt(self.plans, self.prompts, layer, groups)
-        sets = VisionSets(rows, self.plans, kept, core, shown, layer)
-        return lambda block: with_prompt(shown[:, :, block.start : block.stop], sets.seen(block))
+        sets = VisionSets(rows, self.plans, kept, core, always, layer)
+        return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block))
 
-    def _always(self, layer: int) -> Tensor:
-        modality, joint = self.prompts.layers[layer].modality, self.policies[0].joint
+    def _visible_always(self, layer: int) -> Tensor:
+        modality, policy = self.prompts.layers[layer].modality, self.policies[0]
         key = (self.plans.room_key(layer), id(modality))
-        if key not in self._shown:
-            grows = joint is not None and joint.decoding == "grow"
-            self._shown[key] = always_shown(modality, self.plans.room(layer), joint is not None, grows)
-        return self._shown[key]
+        if key not in self._always:
+            joint = policy.joint is not None
+            grows = joint and policy.evicts_by is None
+            self._always[key] = always_visible(modality, self.plans.room(layer), joint, grows)
+        return self._always[key]
 
     def _by_window(self, rows: AnswerRows, window: int) -> Visible:
         """A row sees the `window` newest tokens, itself included, padding not."""
         prompt = rows.prompt
         answer = torch.arange(self.length, self.length + rows.steps, device=prompt.columns.device)
         real = torch.nn.functional.pad(prompt.modality != Modality.PAD, (0, rows.steps), value=True)
-        held = torch.cat([prompt.columns, answer.expand(len(prompt.columns), -1)], dim=1)[:, None]
-        age = answer[None, :, None] - held
+        columns = torch.cat([prompt.columns, answer.expand(len(prompt.columns), -1)], dim=1)[:, None]
+        age = answer[None, :, None] - columns
         visible = ((age >= 0) & (age < window) & real[:, None])[:, None, None]
         return lambda block: visible[:, :, :, block.start : block.stop]
 
@@ -93,7 +94,7 @@ class GroupAttention:
 class ForcedRuntime:
     """Attention of packed answers: each group is laid out in rows, attends, and is packed again."""
 
-    def __init__(self, packed: Packed, groups: Sequence[GroupAttention]) -> None:
+    def __init__(self, packed: PackedRows, groups: Sequence[GroupAttention]) -> None:
         self.packed, self.groups = packed, groups
 
     def new_cache(self) -> ForcedCache:
@@ -106,13 +107,13 @@ class ForcedRuntime:
 
     def attend(self, forward: Forward, cache: object, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """Output `[1, R, H, D]` of all packed rows."""
-        found = call.query.new_empty((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
-        for group, place, real in zip(self.groups, self.packed.places, self.packed.real, strict=True):
+        out = call.query.new_empty((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
+        for group, index, real in zip(self.groups, self.packed.indices, self.packed.real, strict=True):
             rows = {
-                name: getattr(call, name)[0][:, place].transpose(0, 1) for name in ("query", "key", "value")
+                name: getattr(call, name)[0][:, index].transpose(0, 1) for name in ("query", "key", "value")
             }
-            found[0, place[real]] = group.attend(call._replace(mask=None, **rows))[real]
-        return found, call
+            out[0, index[real]] = group.attend(call._replace(mask=None, **rows))[real]
+        return out, call
 
 
 def windows(text_config: Any) -> list[int | None]:
@@ -128,9 +129,9 @@ def windows(text_config: Any) -> list[int | None]:
 
 
 def _attended(rows: AnswerRows, visible: Visible) -> Tensor:
-    found = []
+    outputs = []
     for block in rows.blocks(range(rows.steps)):
         logits = rows.logits(block)
         logits.masked_fill_(~visible(block).unsqueeze(3), float("-inf"))
-        found.append(rows.mixed(logits.softmax(dim=-1)))
-    return rows.joined(found)
+        outputs.append(rows.mixed(logits.softmax(dim=-1)))
+    return rows.joined(outputs)

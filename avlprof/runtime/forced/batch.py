@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import given_cache, switched
+from avlprof.attention.session import switched, with_cache
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced.packing import (
     AnswerGroup,
-    Packed,
+    PackedRows,
     answer_groups,
     parts,
     policy_groups,
@@ -88,15 +88,15 @@ class ForcedBatch:
     def logits(self, policy: Policy) -> Tensor:
         """Logits `[B, T, V]` of the steps behind each answer token; zeros behind an answer's end."""
         check_supported(policy)
-        made = torch.zeros(len(self.steps), max([*self.steps, 1]), self._head.vocabulary)
-        made = made.to(self._order.device)
+        logits = torch.zeros(len(self.steps), max([*self.steps, 1]), self._head.vocabulary)
+        logits = logits.to(self._order.device)
         with switched(self.model):
             self._prefixes.prepare([policy])
             for groups in self._passes:
-                found = self._head.logits(self._hidden([policy], groups)[0])
+                rows = self._head.logits(self._hidden([policy], groups)[0])
                 steps = torch.cat([group.real.nonzero()[:, 1] for group in groups])
-                made[self._owners(groups), steps] = found
-        return made
+                logits[self._owners(groups), steps] = rows
+        return logits
 
     def score(self, policy: Policy, samples: Sequence[str]) -> list[ForcedScore]:
         """Compare a policy with dense on every row; `samples` are the rows' ids."""
@@ -119,17 +119,16 @@ class ForcedBatch:
                         ours = self._hidden([policies[i] for i in part], groups)
                         close = closeness(self._head, self._dense_hidden(number), ours, targets)
                         sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
-        rows = sums.permute(1, 2, 0).tolist()
+        by_policy = sums.permute(1, 2, 0).tolist()
         return [
-            [ForcedScore.mean(*row) for row in zip(samples, self.lengths, found, strict=True)]
-            for found in rows
+            [ForcedScore.mean(*row) for row in zip(samples, self.lengths, by_row, strict=True)]
+            for by_row in by_policy
         ]
 
     def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
         """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""
-        packed = Packed.of(groups, len(policies))
-        made = [self._attention(policies, group) for group in groups]
-        runtime = ForcedRuntime(packed, made)
+        packed = PackedRows.of(groups, len(policies))
+        runtime = ForcedRuntime(packed, [self._attention(policies, group) for group in groups])
         cache = runtime.new_cache()
         positions = [self._prefixes.positions(group.rows, group.real.shape[1]) for group in groups]
         with switched(self.model, runtime=runtime) as session, self._head.watched(short=True) as seen:
@@ -137,7 +136,7 @@ class ForcedBatch:
             self.model(
                 input_ids=packed.packed([group.tokens for group in groups])[None],
                 position_ids=packed.packed(positions).unsqueeze(-2),
-                **given_cache(self.model, cache),
+                **with_cache(self.model, cache),
             )
         assert seen.rows is not None
         return seen.rows[0][packed.order]

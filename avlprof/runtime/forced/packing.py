@@ -36,31 +36,31 @@ class AnswerGroup:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """Where the rows of groups lie in one sequence of `R * P` tokens.
 
-    `places` has `[b * P, T]` a group, the place of each token (any where it is padding) with the P
-    policies of a row side by side, and `real` which are no padding. `order [P, R]` is the place of every
+    `indices` has `[b * P, T]` a group, the index of each token (any where it is padding) with the P
+    policies of a row side by side, and `real` which are no padding. `order [P, R]` is the index of every
     token of every policy, group by group and row by row.
     """
 
-    places: list[Tensor]
+    indices: list[Tensor]
     real: list[Tensor]
     order: Tensor
     policies: int
 
     @classmethod
-    def of(cls, groups: Sequence[AnswerGroup], policies: int) -> Packed:
+    def of(cls, groups: Sequence[AnswerGroup], policies: int) -> PackedRows:
         """Lay out groups for a number of policies."""
-        places, reals, order, begin = [], [], [], 0
+        indices, reals, order, begin = [], [], [], 0
         for group in groups:
             real = spread(group.real, policies)
-            place = (begin - 1 + real.flatten().cumsum(0)).view_as(real).masked_fill(~real, begin)
+            index = (begin - 1 + real.flatten().cumsum(0)).view_as(real).masked_fill(~real, begin)
             begin += int(group.real.sum()) * policies
-            places.append(place)
+            indices.append(index)
             reals.append(real)
-            order.append(place.view(-1, policies, place.shape[1]).transpose(0, 1)[:, group.real])
-        return cls(places, reals, torch.cat(order, dim=1), policies)
+            order.append(index.view(-1, policies, index.shape[1]).transpose(0, 1)[:, group.real])
+        return cls(indices, reals, torch.cat(order, dim=1), policies)
 
     def packed(self, values: Sequence[Tensor]) -> Tensor:
         """One sequence `[..., R * P]` of values `[..., b, T]` a group, repeated for each policy."""
@@ -119,10 +119,10 @@ def runs(things: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[list[
 
 def policy_groups(policies: Sequence[Policy]) -> list[list[int]]:
     """Indices of policies that differ in their shares of vision (or of a joint pool) and scorer alone."""
-    found: dict[Hashable, list[int]] = {}
+    kinds: dict[Hashable, list[int]] = {}
     for index, policy in enumerate(policies):
-        found.setdefault(_kind(policy), []).append(index)
-    return list(found.values())
+        kinds.setdefault(_kind(policy), []).append(index)
+    return list(kinds.values())
 
 
 def parts(indices: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -138,7 +138,7 @@ def prefix_key(policy: Policy) -> str:
     if not policy.prefill_filter:
         return ""
     steps = "/".join(f"{step.after_layer}:{step.keep!r}" for step in policy.prefill_filter)
-    return f"{steps}/{policy.scorer.model_dump_json()}"
+    return f"{steps}/{policy.scorer.key}"
 
 
 def keeps_all_vision(policy: Policy) -> bool:
@@ -147,23 +147,23 @@ def keeps_all_vision(policy: Policy) -> bool:
     return all(min(s if isinstance(s, tuple) else (s,)) >= 1.0 for s in shares if s is not None)
 
 
-def wanted_scorers(policies: Sequence[Policy]) -> list[ScorerSpec]:
+def scorers_of(policies: Sequence[Policy]) -> list[ScorerSpec]:
     """Scorers of policies that share a pass; none when all keep all vision tokens, or all go by age."""
     if not any(_ranks(policy) for policy in policies):
         return []
-    return list({policy.scorer.model_dump_json(): policy.scorer for policy in policies}.values())
+    return list({policy.scorer.key: policy.scorer for policy in policies}.values())
 
 
 def _ranks(policy: Policy) -> bool:
     if policy.joint is not None:
-        return policy.joint.decoding == "grow" or policy.scorer.name != "position"
+        return policy.evicts_by != "position"
     return not keeps_all_vision(policy)
 
 
 def _kind(policy: Policy) -> Hashable:
     joint = policy.joint.model_dump_json(exclude={"keep"}) if policy.joint else ""
-    evicts_by = policy.scorer.name if policy.joint is not None else ""
+    ranks_by = policy.scorer.name if policy.joint is not None else ""
     refreshes = policy.vision_compute is not None and policy.refresh_interval > 0
     refresh = (policy.refresh_interval, policy.refresh) if refreshes else ()
     text = policy.text.model_dump_json()
-    return (text, joint, evicts_by, refresh, policy.heads, prefix_key(policy))
+    return (text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))

@@ -14,11 +14,11 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.session import switched
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cache import stock_layers
-from avlprof.runtime.forced.packing import prefix_key, wanted_scorers
+from avlprof.runtime.forced.packing import prefix_key, scorers_of
 from avlprof.runtime.forced.prompt import Capture, ForcedCache, Prompts
 from avlprof.runtime.forced.score import Head
 from avlprof.runtime.prefill_filter import ShortPrefill
-from avlprof.runtime.turns import Turn
+from avlprof.runtime.turns import TurnPrefill
 
 
 @dataclass
@@ -51,7 +51,7 @@ class FilteredPrefill:
         if self.short.columns is not None:
             columns, modality = self.short.columns, self.short.modality(modality)
         none = columns[:, None, :0]
-        turn = Turn.taken(call, modality, columns[:, None], none, none.bool())
+        turn = TurnPrefill.behind(call, modality, columns[:, None], none, none.bool())
         if self.short.columns is not None:
             call = call._replace(mask=turn.visible(call.query.shape[1]))
         self.capture.keep(call, turn, columns)
@@ -86,17 +86,17 @@ class Prefixes:
         self.model, self.inputs, self.mask, self.shapes = model, inputs, mask, shapes
         self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
-        self._held: dict[str, Prompts] = {}
+        self._prompts: dict[str, Prompts] = {}
         self._views: dict[tuple[str, int, int], Prompts] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(held.nbytes for held in self._held.values())
+        return sum(prompts.nbytes for prompts in self._prompts.values())
 
     def drop(self) -> None:
         """Let all prompts go; they run again when needed."""
-        self._held.clear()
+        self._prompts.clear()
         self._views.clear()
 
     def keep(self, capture: Capture, policy: Policy) -> None:
@@ -104,22 +104,22 @@ class Prefixes:
         key = prefix_key(policy)
         self._deltas = _deltas(self.model)
         if capture.layers:
-            self._held[key] = capture.prompts().reordered(self.order)
+            self._prompts[key] = capture.prompts().reordered(self.order)
         else:
-            self._held[key] = self._held[key].with_scores(capture.scores, capture.text, self.order)
+            self._prompts[key] = self._prompts[key].with_scores(capture.scores, capture.text, self.order)
         self._views = {name: view for name, view in self._views.items() if name[0] != key}
 
     def prepare(self, policies: Sequence[Policy]) -> None:
         """Run the prompts unless all that the policies need is there; they share a prefill filter."""
-        held = self._held.get(prefix_key(policies[0]))
-        specs = wanted_scorers(policies)
+        prompts = self._prompts.get(prefix_key(policies[0]))
+        specs = scorers_of(policies)
         text = any(policy.text.scored for policy in policies)
-        if held is None:
+        if prompts is None:
             more = [spec for spec in self.scorers if spec not in specs]
             self._run(Capture([*specs, *more], text), policies[0])
             return
-        missing = [spec for spec in specs if spec.model_dump_json() not in held.scores]
-        lacks_text = text and not held.text
+        missing = [spec for spec in specs if spec.key not in prompts.scores]
+        lacks_text = text and not prompts.text
         if missing or lacks_text:
             self._run(Capture(missing, lacks_text, keep_kv=False), policies[0])
 
@@ -128,12 +128,12 @@ class Prefixes:
         key = prefix_key(policy)
         name = (key, rows.start, rows.stop)
         if name not in self._views:
-            self._views[name] = self._held[key].rows(rows)
+            self._views[name] = self._prompts[key].rows(rows)
         return self._views[name]
 
     def last(self, policy: Policy) -> Tensor:
         """Last hidden states `[B, D]` of the prompts' last rows, in the order."""
-        return self._held[prefix_key(policy)].last
+        return self._prompts[prefix_key(policy)].last
 
     def positions(self, rows: slice, steps: int) -> Tensor:
         """Positions of the answers' tokens, `[b, T]`, or `[3, b, T]` for multi-axis RoPE."""
@@ -144,14 +144,14 @@ class Prefixes:
         return (text + self._deltas.to(text.device).view(-1, 1)[self.order][rows])[None].expand(3, -1, -1)
 
     def _run(self, capture: Capture, policy: Policy) -> None:
-        observed = () if policy.prefill_filter else (capture,)
+        observers = () if policy.prefill_filter else (capture,)
         with ExitStack() as stack:
             runtime = None
             if policy.prefill_filter:
                 layers = len(stock_layers(self.model.config.get_text_config(decoder=True)))
                 runtime = FilteredPrefill(policy, self.shapes, capture, layers)
                 stack.enter_context(runtime.short.hooked(self.model, policy))
-            stack.enter_context(switched(self.model, observers=observed, runtime=runtime))
+            stack.enter_context(switched(self.model, observers=observers, runtime=runtime))
             stack.enter_context(capture.reading_last(self.head, short=True))
             self.model(**self.inputs, position_ids=self._prompt_positions(), use_cache=runtime is not None)
         self.keep(capture, policy)
@@ -165,5 +165,5 @@ class Prefixes:
 
 def _deltas(model: PreTrainedModel) -> Tensor | None:
     """Offset of answer positions that multi-axis RoPE models remember of the latest prompt."""
-    found: Tensor | None = getattr(getattr(model, "model", None), "rope_deltas", None)
-    return found
+    deltas: Tensor | None = getattr(getattr(model, "model", None), "rope_deltas", None)
+    return deltas

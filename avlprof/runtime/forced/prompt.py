@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.modality import Modality
+from avlprof.attention.ranking import ranks
 from avlprof.attention.weights import group_mean
 from avlprof.policy import ScorerSpec
 from avlprof.runtime.buffers import BufferedLayer
@@ -48,7 +49,7 @@ class PromptLayer:
     """One layer's KV of a batch of prompts.
 
     `key` and `value` are `[B, Hkv, N, D]`, `modality [B, N]` holds `Modality` codes and `columns
-    [B, N]` the places in the padded prompt: behind a prefill filter a layer has fewer of them.
+    [B, N]` the columns of the padded prompt: behind a prefill filter a layer has fewer of them.
     """
 
     key: Tensor
@@ -99,18 +100,18 @@ class Prompts:
 
     def group_scores(self, spec: ScorerSpec, groups: int, layer: int) -> Tensor:
         """Scores `[B, G, N]` of a layer's tokens: means over the query heads of `groups` groups."""
-        return group_mean(self.scores[spec.model_dump_json()][layer], groups)
+        return group_mean(self.scores[spec.key][layer], groups)
 
     def vision_ranks(self, spec: ScorerSpec, groups: int, layer: int) -> Tensor:
-        """Place `[B, G, N]` of every vision token by a scorer, best 0; other tokens come behind.
+        """Rank `[B, G, N]` of every vision token by a scorer, best 0; other tokens come behind.
 
         Ties go to the lower position.
         """
-        key = (spec.model_dump_json(), groups, layer)
+        key = (spec.key, groups, layer)
         if key not in self._ranks:
             scores = self.group_scores(spec, groups, layer)
             vision = (self.layers[layer].modality == Modality.VISION)[:, None]
-            self._ranks[key] = places(scores.masked_fill(~vision, float("-inf")))
+            self._ranks[key] = ranks(scores.masked_fill(~vision, float("-inf")))
         return self._ranks[key]
 
     def _mapped(self, pick: Callable[[Tensor], Tensor], trim: bool) -> Prompts:
@@ -126,11 +127,11 @@ class Prompts:
             key, value = pick(layer.key)[:, :, first:], pick(layer.value)[:, :, first:]
             layers.append(PromptLayer(key, value, modality, pick(layer.columns)[:, first:]))
         starts = [picked[id(layer.modality)][1] for layer in self.layers]
-        scores = {
-            name: [pick(s)[..., start:] for s, start in zip(held, starts, strict=True)]
-            for name, held in self.scores.items()
+        picked_scores = {
+            name: [pick(s)[..., start:] for s, start in zip(scores, starts, strict=True)]
+            for name, scores in self.scores.items()
         }
-        return Prompts(layers, pick(self.last), scores, [pick(t) for t in self.text])
+        return Prompts(layers, pick(self.last), picked_scores, [pick(t) for t in self.text])
 
 
 def _ordered(tensor: Tensor, order: Tensor) -> Tensor:
@@ -144,9 +145,9 @@ class Capture:
     """
 
     def __init__(self, scorers: list[ScorerSpec], text: bool = False, keep_kv: bool = True) -> None:
-        self.scorers = {spec.model_dump_json(): make_scorer(spec) for spec in scorers}
+        self.scorers = {spec.key: make_scorer(spec) for spec in scorers}
         self.scores: dict[str, list[Tensor]] = {name: [] for name in self.scorers}
-        self.wants_text, self.keep_kv = text, keep_kv
+        self.with_text, self.keep_kv = text, keep_kv
         self.layers: list[PromptLayer] = []
         self.text: list[Tensor] = []
         self.last: Tensor | None = None
@@ -162,7 +163,7 @@ class Capture:
             self.keep(call, Prefill.of(call, modality), columns)
 
     def keep(self, call: AttentionCall, prefill: Prefill, columns: Tensor) -> None:
-        """Keep one layer; layers come in order. `columns [B, N]` are places in the padded prompt."""
+        """Keep one layer; layers come in order. `columns [B, N]` are those of the padded prompt."""
         if self.keep_kv:
             before = self.layers[-1] if self.layers else None
             same = before is not None and torch.equal(before.columns, columns)
@@ -170,7 +171,7 @@ class Capture:
             self.layers.append(PromptLayer(call.key, call.value, modality, columns))
         for name, scorer in self.scorers.items():
             self.scores[name].append(scorer.score(prefill))
-        if self.wants_text:
+        if self.with_text:
             self.text.append(text_weights(prefill))
 
     @contextmanager
@@ -191,15 +192,15 @@ def text_weights(prefill: Prefill) -> Tensor:
     text = prefill.modality == Modality.TEXT
     order, real = left_aligned(text)
     groups = prefill.key.shape[1]
-    found = []
+    blocks = []
     for start in range(0, order.shape[1], _TEXT_ROWS):
         rows = order[:, start : start + _TEXT_ROWS]
         weights = group_mean(prefill.weights(rows), groups)
         index = order[:, None, None].expand(-1, groups, rows.shape[1], -1)
-        found.append(weights.gather(-1, index) * real[:, None, start : start + _TEXT_ROWS, None])
-    if not found:
+        blocks.append(weights.gather(-1, index) * real[:, None, start : start + _TEXT_ROWS, None])
+    if not blocks:
         return prefill.key.new_zeros((order.shape[0], groups, 0, 0), dtype=torch.float32)
-    return torch.cat(found, dim=2) * real[:, None, None]
+    return torch.cat(blocks, dim=2) * real[:, None, None]
 
 
 def left_aligned(marked: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,10 +209,3 @@ def left_aligned(marked: Tensor) -> tuple[Tensor, Tensor]:
     most = int(counts.max())
     order = (~marked).long().argsort(dim=1, stable=True)[:, :most]
     return order, torch.arange(most, device=marked.device) < counts
-
-
-def places(scores: Tensor) -> Tensor:
-    """Place of every entry in its row `[..., n]`, best 0; ties go to the lower index. int64."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, rank)

@@ -27,7 +27,7 @@ class TextRoom:
 
 
 class Plans:
-    """Counts of `P` policies that differ in their shares alone (see `groups`).
+    """Counts of `P` policies that differ in their shares alone (see `packing`).
 
     The text part of a split pool is the same for all of them, so its P is 1.
     """
@@ -42,8 +42,8 @@ class Plans:
     ) -> None:
         self.policies, self.shapes, self.layers, self.steps = policies, shapes, layers, steps
         self._device = device
-        known = {shape: [_table(policy, shape, layers) for policy in policies] for shape in set(shapes)}
-        counts = torch.tensor([known[shape] for shape in shapes], device=device)
+        tables = {shape: [_table(policy, shape, layers) for policy in policies] for shape in set(shapes)}
+        counts = torch.tensor([tables[shape] for shape in shapes], device=device)
         self._kept, self._core, self._text_kept = counts.permute(3, 2, 0, 1)
         self._rooms: dict[int, TextRoom] = {}
 
@@ -67,11 +67,6 @@ class Plans:
         listed = [*text, *(p.joint.keep for p in self.policies if p.joint)]
         return layer if any(isinstance(value, tuple) for value in listed) else 0
 
-    def deleted(self, layer: int) -> float:
-        """Share of the text that goes: the quantile of A-VL's history."""
-        keep = self.policies[0].text.keep
-        return 0.0 if keep is None else 1.0 - broadcast(keep, self.layers)[layer]
-
     def _text(self, layer: int) -> TextRoom:
         policy = self.policies[0]
         first, last = min(s.text for s in self.shapes), max(s.text for s in self.shapes) + self.steps
@@ -83,18 +78,18 @@ class Plans:
         return TextRoom(sinks, rooms[..., 0], rooms[..., 1])
 
     def _pool(self, layer: int) -> TextRoom:
-        held = self._text_kept[layer]
+        pools = self._text_kept[layer]
         sink, limit, newest = [], [], []
-        for row in held.tolist():
+        for row in pools.tolist():
             for policy, count in zip(self.policies, row, strict=True):
                 assert policy.joint is not None
                 most, safe = text_room(policy, 0, count, layer)
                 sink.append(min(policy.joint.sink, count))
                 limit.append([count] + [most] * self.steps)
                 newest.append([policy.joint.newest(count)] + [safe] * self.steps)
-        shape = (*held.shape, self.steps + 1)
-        made = [torch.tensor(values, device=self._device) for values in (sink, limit, newest)]
-        return TextRoom(made[0].view(held.shape), made[1].view(shape), made[2].view(shape))
+        shape = (*pools.shape, self.steps + 1)
+        tensors = [torch.tensor(values, device=self._device) for values in (sink, limit, newest)]
+        return TextRoom(tensors[0].view(pools.shape), tensors[1].view(shape), tensors[2].view(shape))
 
 
 def _table(policy: Policy, shape: PromptShape, layers: int) -> list[tuple[int, int, int]]:

@@ -8,8 +8,8 @@ or on a reference, whose likelihood then says how well a policy answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,7 @@ from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.forced.score import ForcedScore, Head
 from avlprof.tasks import Sample
-
-if TYPE_CHECKING:
-    from avlprof.runtime.forced import ForcedScore
-
+from avlprof.watch import SILENT, Watch
 
 Answers = Literal["dense", "reference"]
 
@@ -59,7 +56,7 @@ class ForcedSet:
         answers: Answers = "dense",
         scorers: Sequence[ScorerSpec] = (),
         memory: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        watch: Watch = SILENT,
     ) -> ForcedSet:
         """Answer every sample densely and greedily, or take its first reference as the answer.
 
@@ -69,14 +66,14 @@ class ForcedSet:
             scorers: scorers of policies that will be scored; each one that is not named here costs
                 another run of the prompts.
             memory: bytes of prefilled prompts that may stay.
+            watch: its phase `dense answers` counts samples.
 
         Raises:
             UserError: a picture cannot be read, or a sample has no reference.
         """
-        found = cls([sample.id for sample in samples], [], [], memory)
+        forced = cls([sample.id for sample in samples], [], [], memory)
         head = Head(loaded.model)
-        if progress:
-            progress(0, len(samples))
+        watch.phase("dense answers", 0, len(samples))
         for start in range(0, len(samples), batch_size):
             rows = list(range(start, min(start + batch_size, len(samples))))
             part = [samples[i] for i in rows]
@@ -84,18 +81,17 @@ class ForcedSet:
             capture = None
             if answers == "reference":
                 lasts = inputs["input_ids"][:, -1].tolist()
-                told = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
-                texts = [answer[:max_new_tokens] for answer in told]
+                whole = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
+                tokens = [answer[:max_new_tokens] for answer in whole]
             else:
                 capture = Capture(list(scorers))
-                texts = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
-            found.answers += texts
-            batch = ForcedBatch(loaded.model, inputs, texts, scorers=scorers, head=head, captured=capture)
-            found._batches.append((rows, batch))
-            found._make_room(len(found._batches) - 1)
-            if progress:
-                progress(rows[-1] + 1, len(samples))
-        return found
+                tokens = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
+            forced.answers += tokens
+            batch = ForcedBatch(loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture)
+            forced._batches.append((rows, batch))
+            forced._make_room(len(forced._batches) - 1)
+            watch.phase("dense answers", rows[-1] + 1, len(samples))
+        return forced
 
     @property
     def shapes(self) -> list[PromptShape]:
@@ -130,11 +126,11 @@ class ForcedSet:
 
     def score_many(self, policies: Sequence[Policy]) -> list[list[ForcedScore]]:
         """Scores `[policy][sample]` of several policies, which share passes where they can."""
-        found: list[list[ForcedScore]] = [[] for _ in policies]
+        scores: list[list[ForcedScore]] = [[] for _ in policies]
         for part in self.parts_many(policies):
-            for scores, more in zip(found, part, strict=True):
-                scores.extend(more)
-        return found
+            for own, more in zip(scores, part, strict=True):
+                own.extend(more)
+        return scores
 
     def _make_room(self, number: int) -> None:
         """Drop the prompts of a batch where all that is held is too much: the first ones stay."""
@@ -160,18 +156,17 @@ def fidelity(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    advanced: Callable[[int], None] | None = None,
+    watch: Watch = SILENT,
 ) -> list[list[ForcedScore]]:
     """Teacher-forced scores, `[policy][sample]`, in the order of the arguments.
 
     One batch of prompts is held at a time, so memory does not grow with the number of samples.
 
     Args:
-        advanced: called with the number of (policy, sample) pairs that were just scored.
+        watch: its phase `fidelity` counts scores, of one policy on one sample each.
     """
-    from avlprof.runtime.forced import ForcedSet
-
-    found: list[list[ForcedScore]] = [[] for _ in policies]
+    scores: list[list[ForcedScore]] = [[] for _ in policies]
+    total = len(policies) * len(samples)
     for start in range(0, len(samples) if policies else 0, batch_size):
         chunk = samples[start : start + batch_size]
         forced = ForcedSet.prepare(
@@ -181,8 +176,8 @@ def fidelity(
             batch_size=batch_size,
             scorers=[policy.scorer for policy in policies],
         )
-        for scores, more in zip(found, forced.score_many(policies), strict=True):
-            scores.extend(more)
-            if advanced:
-                advanced(len(chunk))
-    return found
+        done = start * len(policies)
+        for number, (own, more) in enumerate(zip(scores, forced.score_many(policies), strict=True), 1):
+            own.extend(more)
+            watch.phase("fidelity", done + number * len(chunk), total)
+    return scores

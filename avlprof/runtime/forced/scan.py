@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import prompt_scores, step_scores
-from avlprof.policy import Policy
-from avlprof.runtime.forced.prompt import Prompts, left_aligned, places
+from avlprof.attention.ranking import prompt_scores, ranks, step_scores
+from avlprof.runtime.forced.prompt import Prompts, left_aligned
 from avlprof.runtime.forced.rows import AnswerRows, Plans
 from avlprof.runtime.forced.sets import chosen_prompt, head_mean
-
-
-def running_kind(policy: Policy) -> str | None:
-    """The running score by which a policy evicts while decoding; None where no scan is needed."""
-    if policy.joint is None:
-        return policy.text.scorer if policy.text.scored else None
-    if policy.joint.decoding == "grow" or policy.scorer.name == "position":
-        return None
-    return policy.scorer.name
 
 
 class Pool:
@@ -32,9 +22,8 @@ class Pool:
     def __init__(self, plans: Plans, prompts: Prompts, layer: int, groups: int) -> None:
         modality = prompts.layers[layer].modality
         policy = plans.policies[0]
-        kind = running_kind(policy)
-        assert kind is not None
-        self._kind, self._deleted, self._room = kind, plans.deleted(layer), plans.room(layer)
+        assert policy.running is not None
+        self._kind, self._deleted, self._room = policy.running, policy.deleted(layer), plans.room(layer)
         if policy.joint is None:
             competes, alive, scores = self._text(modality, prompts.text[layer], len(plans.policies))
         else:
@@ -62,11 +51,11 @@ class Pool:
         newest = torch.zeros_like(self._alive)
         newest[..., self._first + step] = True
         self._scores = step_scores(self._kind, self._scores, row, self._alive, newest, self._deleted)
-        held = self._alive.cumsum(dim=-1)
-        count = held[..., -1:]
+        rank = self._alive.cumsum(dim=-1)
+        count = rank[..., -1:]
         room = self._room
-        safe = (held <= room.sink[:, None, :, None]) | (
-            count - held < room.newest[:, None, :, step + 1, None]
+        safe = (rank <= room.sink[:, None, :, None]) | (
+            count - rank < room.newest[:, None, :, step + 1, None]
         )
         loose = self._scores.masked_fill(safe | ~self._alive, float("inf"))
         worst = loose.shape[-1] - 1 - loose.flip(-1).argmin(dim=-1, keepdim=True)
@@ -83,7 +72,7 @@ class Pool:
         room = self._room
         safe = (index < room.sink[:, :, None]) | (index >= count - room.newest[:, :, :1])
         ranked = scores.masked_fill(safe, float("inf")).masked_fill(index >= count, float("-inf"))
-        alive = (places(ranked) < room.limit[:, :, :1]) & (index < count)
+        alive = (ranks(ranked) < room.limit[:, :, :1]) & (index < count)
         shape = (-1, -1, policies, -1)
         return competes, alive.unsqueeze(2).expand(shape), scores.unsqueeze(2).expand(shape)
 
@@ -119,13 +108,13 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
 
     def picked(weights: Tensor) -> Tensor:
         ranked = head_mean(weights, kept.shape[1]).masked_fill(~kept, float("-inf"))
-        return places(ranked) < cores[:, None, :, None]
+        return ranks(ranked) < cores[:, None, :, None]
 
-    found = []
+    outputs = []
     for block in rows.blocks(range(rows.steps)):
         logits = rows.logits(block)
-        for place, step in enumerate(block):
-            row = logits[..., place, :]
+        for index, step in enumerate(block):
+            row = logits[..., index, :]
             pool.join(step)
             refresh = every > 0 and (step + 1) % every == 0
             if refresh and policy.refresh == "score_only":
@@ -134,6 +123,6 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
             if refresh:
                 core = picked(weights)
             pool.attended(step, weights)
-            logits[..., place, :] = weights
-        found.append(rows.mixed(logits))
-    return rows.joined(found)
+            logits[..., index, :] = weights
+        outputs.append(rows.mixed(logits))
+    return rows.joined(outputs)

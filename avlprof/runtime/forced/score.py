@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass
-class Seen:
+class HeadInput:
     """What went into the head: of the first pass its last rows, of the latest pass everything.
 
     `first [B, D]`, `rows [B, T, D]`.
@@ -52,9 +52,9 @@ class Head:
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
     @contextmanager
-    def watched(self, short: bool = False) -> Iterator[Seen]:
+    def watched(self, short: bool = False) -> Iterator[HeadInput]:
         """Note what the head is given; `short` spares the model all logits but one a row."""
-        seen = Seen()
+        seen = HeadInput()
 
         def before(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             seen.rows = args[0]
@@ -72,7 +72,7 @@ class Head:
             for hook in hooks:
                 hook.remove()
 
-    def _note(self, seen: Seen, logits: Tensor) -> None:
+    def _note(self, seen: HeadInput, logits: Tensor) -> None:
         if self._form is None and seen.rows is not None:
             self._form = self._fitting(seen.rows[:, -1], logits[:, -1])
         if self._form == "whole":
@@ -82,14 +82,14 @@ class Head:
 
     def _fitting(self, hidden: Tensor, logits: Tensor) -> str:
         """The form that comes nearest to the model's logits, if it is near enough for their precision."""
-        wanted = logits.float()
+        theirs = logits.float()
         allowed = 1e-3 if logits.dtype == torch.float32 else 2e-2
         errors = {
-            form: float((self._formed(hidden, form).float() - wanted).abs().max())
+            form: float((self._formed(hidden, form).float() - theirs).abs().max())
             for form in ("plain", "capped", "scaled")
         }
         best = min(errors, key=lambda form: errors[form])
-        return best if errors[best] <= allowed * float(wanted.abs().max()) else "whole"
+        return best if errors[best] <= allowed * float(theirs.abs().max()) else "whole"
 
     def _formed(self, hidden: Tensor, form: str) -> Tensor:
         logits: Tensor = self.module.forward(hidden)  # not its hooks, ours among them
@@ -136,14 +136,14 @@ def closeness(head: Head, dense: Tensor, ours: Tensor, targets: Tensor) -> Tenso
         ours: `[P, R, D]`, those of P policies at the same tokens.
         targets: `[R]` the token that follows each of them.
     """
-    found = dense.new_zeros((3, *ours.shape[:2]), dtype=torch.float32)
+    sums = dense.new_zeros((3, *ours.shape[:2]), dtype=torch.float32)
     size = max(_LOGITS // (head.vocabulary * (ours.shape[0] + 1)), 1)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
-        wanted = head.logits(dense[part]).log_softmax(dim=-1)
-        given = head.logits(ours[:, part]).log_softmax(dim=-1)
+        reference = head.logits(dense[part]).log_softmax(dim=-1)
+        policy = head.logits(ours[:, part]).log_softmax(dim=-1)
         index = targets[part].expand(ours.shape[0], -1)[..., None]
-        found[0, :, part] = (wanted.exp() * (wanted - given)).sum(dim=-1)
-        found[1, :, part] = (given.argmax(dim=-1) == wanted.argmax(dim=-1)).float()
-        found[2, :, part] = given.gather(-1, index)[..., 0]
-    return found
+        sums[0, :, part] = (reference.exp() * (reference - policy)).sum(dim=-1)
+        sums[1, :, part] = (policy.argmax(dim=-1) == reference.argmax(dim=-1)).float()
+        sums[2, :, part] = policy.gather(-1, index)[..., 0]
+    return sums

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.runtime.forced.packing import wanted_scorers
-from avlprof.runtime.forced.prompt import Prompts, places
+from avlprof.attention.ranking import ranks
+from avlprof.runtime.forced.packing import scorers_of
+from avlprof.runtime.forced.prompt import Prompts
 from avlprof.runtime.forced.rows import AnswerRows, Plans, TextRoom
 
 
@@ -16,12 +17,12 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
 
     In a split pool they are vision tokens; in a joint one any, and both are the same.
     """
-    if not wanted_scorers(plans.policies):
+    if not scorers_of(plans.policies):
         vision = (prompts.layers[layer].modality == Modality.VISION)[:, None, None]
         return vision, vision
     counts, cores = plans.vision(layer)
-    ranks = _pool_ranks if plans.policies[0].joint is not None else _vision_ranks
-    rank = ranks(plans, prompts, layer, groups)
+    ranked = _pool_ranks if plans.policies[0].joint is not None else _vision_ranks
+    rank = ranked(plans, prompts, layer, groups)
     kept = rank < counts[:, None, :, None]
     return kept, rank < cores[:, None, :, None]
 
@@ -33,7 +34,7 @@ class VisionSets:
     """
 
     def __init__(
-        self, rows: AnswerRows, plans: Plans, kept: Tensor, core: Tensor, shown: Tensor, layer: int
+        self, rows: AnswerRows, plans: Plans, kept: Tensor, core: Tensor, always: Tensor, layer: int
     ) -> None:
         policy = plans.policies[0]
         self._every = policy.refresh_interval
@@ -43,11 +44,11 @@ class VisionSets:
         if not self._every or self._every > rows.steps or bool((counts == cores).all()):
             self._every = 0
             return
-        found = [self._sets]
+        sets = [self._sets]
         if self._every > 1 or not self._full:
             refreshes = range(self._every - 1, rows.steps, self._every)
-            found += [_refreshed(rows, kept, cores, shown, block) for block in rows.blocks(refreshes)]
-        self._sets = torch.cat([*found, kept[:, :, :, None]], dim=3)
+            sets += [_refreshed(rows, kept, cores, always, block) for block in rows.blocks(refreshes)]
+        self._sets = torch.cat([*sets, kept[:, :, :, None]], dim=3)
 
     def seen(self, block: range) -> Tensor:
         """bool `[B, G, P, R or 1, N]` of the rows of a block."""
@@ -60,20 +61,20 @@ class VisionSets:
         return self._sets.index_select(3, index)
 
 
-def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, shown: Tensor, block: range) -> Tensor:
+def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, always: Tensor, block: range) -> Tensor:
     """Core `[B, G, P, R, N]` that each refresh row of a block picks among the kept tokens."""
     logits = rows.logits(block)
-    seen = with_prompt(shown[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
+    seen = with_prompt(always[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
     weights = logits.masked_fill_(~seen.unsqueeze(3), float("-inf")).softmax(dim=-1)
     scores = head_mean(weights[..., : rows.length], kept.shape[1])
-    rank = places(scores.masked_fill(~kept[:, :, :, None], float("-inf")))
+    rank = ranks(scores.masked_fill(~kept[:, :, :, None], float("-inf")))
     return rank < cores[:, None, :, None, None]
 
 
-def with_prompt(shown: Tensor, chosen: Tensor) -> Tensor:
+def with_prompt(always: Tensor, chosen: Tensor) -> Tensor:
     """Add prompt tokens `[B, G, P, R, N]` to what rows `[B, P, R, N + T]` see anyway."""
-    extra = shown.shape[-1] - chosen.shape[-1]
-    return shown[:, None] | torch.nn.functional.pad(chosen, (0, extra))
+    extra = always.shape[-1] - chosen.shape[-1]
+    return always[:, None] | torch.nn.functional.pad(chosen, (0, extra))
 
 
 def head_mean(weights: Tensor, groups: int) -> Tensor:
@@ -83,7 +84,7 @@ def head_mean(weights: Tensor, groups: int) -> Tensor:
     return weights.mean(dim=3)
 
 
-def always_shown(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> Tensor:
+def always_visible(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> Tensor:
     """bool `[B, P, T, N + T]`: system, the text that stays by its age, and the answer so far.
 
     Text and generated tokens are numbered together; a row sees the first `sink` and the newest
@@ -95,8 +96,8 @@ def always_shown(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> 
     count = text.sum(dim=1, keepdim=True)
     now = (count + torch.arange(steps, device=device))[:, None, :, None]
     index = torch.cat([text.long().cumsum(dim=1) - 1, now[:, 0, :, 0]], dim=1)[:, None, None]
-    shown_text = text & (not grows)
-    is_text = torch.cat([shown_text, torch.ones_like(now[:, 0, :, 0], dtype=torch.bool)], dim=1)[
+    prompt_text = text & (not grows)
+    is_text = torch.cat([prompt_text, torch.ones_like(now[:, 0, :, 0], dtype=torch.bool)], dim=1)[
         :, None, None
     ]
     sink = room.sink[:, :, None, None]
@@ -112,14 +113,14 @@ def always_shown(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> 
 
 def _vision_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:
     specs = [policy.scorer for policy in plans.policies]
-    ranks = [prompts.vision_ranks(spec, groups, layer) for spec in specs]
+    by_policy = [prompts.vision_ranks(spec, groups, layer) for spec in specs]
     if all(spec == specs[0] for spec in specs):
-        return ranks[0][:, :, None]
-    return torch.stack(ranks, dim=2)
+        return by_policy[0][:, :, None]
+    return torch.stack(by_policy, dim=2)
 
 
 def _pool_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:
-    """Places `[B, G, P, N]` in a joint pool: the first and the newest tokens come before all others."""
+    """Ranks `[B, G, P, N]` in a joint pool: the first and the newest tokens come before all others."""
     valid = prompts.layers[layer].modality != Modality.PAD
     index = valid.long().cumsum(dim=1) - 1
     room = plans.room(layer)
@@ -127,4 +128,4 @@ def _pool_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tens
     safe = (index[:, None] < room.sink[..., None]) | (after[:, None] <= room.newest[..., :1])
     scores = torch.stack([prompts.group_scores(p.scorer, groups, layer) for p in plans.policies], dim=2)
     ranked = scores.masked_fill(safe[:, None], float("inf"))
-    return places(ranked.masked_fill(~valid[:, None, None], float("-inf")))
+    return ranks(ranked.masked_fill(~valid[:, None, None], float("-inf")))

@@ -14,8 +14,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.errors import UserError
+from avlprof.files import write_text
 from avlprof.locks import HAS_LOCKS, is_locked, locked
-from avlprof.tuning.storages._base import WORKER, Place, worker_name
+from avlprof.tuning.storages._base import META, WORKER, StudyStorage, trials_in, worker_name
 
 JOURNAL = "journal.log"
 BLOCK = 65536
@@ -36,21 +37,21 @@ class _MendingLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = path.with_name(f".{path.name}.lock")
-        self._held: Any = None
+        self._locks: Any = None
 
     def acquire(self) -> bool:
-        self._held = contextlib.ExitStack()
+        self._locks = contextlib.ExitStack()
         if HAS_LOCKS:
-            self._held.enter_context(locked(self._lock))
+            self._locks.enter_context(locked(self._lock))
         else:
             lock = JournalFileOpenLock(str(self._path))
             lock.acquire()
-            self._held.callback(lock.release)
+            self._locks.callback(lock.release)
         mend(self._path)
         return True
 
     def release(self) -> None:
-        self._held.close()
+        self._locks.close()
 
 
 def mend(path: Path) -> None:
@@ -63,15 +64,15 @@ def mend(path: Path) -> None:
         while end:
             start = max(end - BLOCK, 0)
             file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                file.truncate(start + found + 1)
+            last = file.read(end - start).rfind(b"\n")
+            if last >= 0:
+                file.truncate(start + last + 1)
                 return
             end = start
         file.truncate(0)
 
 
-class FolderPlace(Place):
+class FolderStorage(StudyStorage):
     """A journal file in the study's folder, for processes of one machine.
 
     Every worker holds the lock of a file of its own, `.worker-<name>`, until it ends in whatever
@@ -83,27 +84,43 @@ class FolderPlace(Place):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def storage(self) -> BaseStorage:
+    def backend(self) -> BaseStorage:
         return JournalStorage(journal(self.folder / JOURNAL))
 
     def exists(self) -> bool:
         return (self.folder / JOURNAL).exists()
 
-    def turn(self) -> contextlib.AbstractContextManager[None]:
+    def missing(self) -> str:
+        return f"{self.folder} is not a study (no {META}.json); make one with 'avlprof tune'"
+
+    def read_note(self, name: str) -> str | None:
+        path = self._note(name)
+        try:
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    def write_note(self, name: str, text: str) -> None:
+        write_text(self._note(name), text + "\n")
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         return locked(self.folder / ".turn")
 
     @contextlib.contextmanager
     def join(self, shared: bool) -> Iterator[str]:
         name = worker_name()
         own = self._presence(name)
-        with contextlib.ExitStack() as held:
-            with self.turn():
-                held.enter_context(locked(own))
-            held.callback(own.unlink, missing_ok=True)
+        with contextlib.ExitStack() as locks:
+            with self.locked():
+                locks.enter_context(locked(own))
+            locks.callback(own.unlink, missing_ok=True)
             if shared and not is_locked(own):
                 raise UserError(
                     f"{self.folder} is on a file system without file locks, which several workers need; "
-                    "use one worker, or a database (--storage)"
+                    "use one worker, or a database as storage"
                 )
             yield name
 
@@ -114,7 +131,8 @@ class FolderPlace(Place):
         for path in self.folder.glob(self._presence("*").name):
             if not is_locked(path):
                 path.unlink(missing_ok=True)
-        return [trial for trial in _running(study) if not self._is_alive(trial.user_attrs.get(WORKER))]
+        running = trials_in(study, TrialState.RUNNING)
+        return [trial for trial in running if not self._is_alive(trial.user_attrs.get(WORKER))]
 
     def busy(self, study: optuna.Study) -> bool:
         return any(is_locked(path) for path in self.folder.glob(self._presence("*").name))
@@ -125,7 +143,5 @@ class FolderPlace(Place):
     def _presence(self, worker: str) -> Path:
         return self.folder / f".worker-{worker}"
 
-
-def _running(study: optuna.Study) -> list[FrozenTrial]:
-    found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return found
+    def _note(self, name: str) -> Path:
+        return self.folder / f"{name}.json"

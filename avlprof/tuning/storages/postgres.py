@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
 from avlprof.errors import UserError
-from avlprof.tuning.storages._base import WORKER, Place, retry, worker_name
+from avlprof.tuning.storages._base import META, WORKER, StudyStorage, retry, trials_in, worker_name
 
 HEARTBEAT, GRACE = 15, 60
 """Seconds between two signs of life of a running trial, and without one until it is given up."""
@@ -29,11 +30,11 @@ OF_SWEEP = re.compile(r"b[\d.e-]+")
 DRIVER = "postgresql+psycopg"
 
 
-class DatabasePlace(Place):
+class PostgresStorage(StudyStorage):
     """A study in PostgreSQL under the name of its folder (of sweep and folder, in a sweep).
 
-    Running trials give a sign of life every `heartbeat` seconds; whoever takes a turn retries
-    those that were silent for `grace` seconds. Turns are advisory locks of the server.
+    Running trials give a sign of life every `heartbeat` seconds; whoever holds the lock retries
+    those that were silent for `grace` seconds. Locks are advisory ones of the server.
 
     Raises:
         UserError: not a PostgreSQL URL, or no driver is installed.
@@ -42,14 +43,11 @@ class DatabasePlace(Place):
     def __init__(self, folder: Path, url: str, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> None:
         self.folder, self.heartbeat, self.grace = folder, heartbeat, grace
         self.url = database_url(url)
-        where = folder.resolve()
-        self.study_name = (
-            f"{where.parent.name}-{where.name}" if OF_SWEEP.fullmatch(where.name) else where.name
-        )
+        path = folder.resolve()
+        self.study_name = f"{path.parent.name}-{path.name}" if OF_SWEEP.fullmatch(path.name) else path.name
+        self.address = self._without_password()
 
-    @property
-    def address(self) -> str:
-        """The URL without password, as it may be shown and noted."""
+    def _without_password(self) -> str:
         url = self.url
         open_part = sqlalchemy.URL.create(
             url.drivername, url.username, None, url.host, url.port, url.database, url.query
@@ -59,13 +57,13 @@ class DatabasePlace(Place):
     def secrets(self) -> dict[str, str]:
         return {"PGPASSWORD": str(self.url.password)} if self.url.password else {}
 
-    def storage(self) -> BaseStorage:
-        return self._storage
+    def backend(self) -> BaseStorage:
+        return self._backend
 
     @cached_property
-    def _storage(self) -> RDBStorage:
+    def _backend(self) -> RDBStorage:
         # two processes that make the tables of an empty database at once get into each other's way
-        with self._locked("tables"), warnings.catch_warnings():
+        with self._server_lock("tables"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             return RDBStorage(
                 self.url.render_as_string(hide_password=False),
@@ -85,25 +83,46 @@ class DatabasePlace(Place):
             ) from None
 
     def exists(self) -> bool:
-        with self._locked("tables"):
+        with self._server_lock("tables"):
             tables = sqlalchemy.inspect(self._engine).has_table("studies")
-        return tables and self.study_name in optuna.get_all_study_names(self.storage())
+        return tables and self.study_name in optuna.get_all_study_names(self.backend())
 
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        return self._locked(f"study {self.study_name}")
+    def missing(self) -> str:
+        return f"{self.address} has no study '{self.study_name}'; begin it with 'avlprof tune'"
+
+    def read_note(self, name: str) -> str | None:
+        if not self.exists():
+            return None
+        number = self._backend.get_study_id_from_name(self.study_name)
+        # what a study is about stands where the dashboard shows it
+        if name == META:
+            meta = self._backend.get_study_user_attrs(number).get(META)
+            return None if meta is None else json.dumps(meta)
+        note: str | None = self._backend.get_study_system_attrs(number).get(_note(name))
+        return note
+
+    def write_note(self, name: str, text: str) -> None:
+        study = self.open()
+        if name == META:
+            study.set_user_attr(META, json.loads(text))
+        else:
+            self._backend.set_study_system_attr(study._study_id, _note(name), text)
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        return self._server_lock(f"study {self.study_name}")
 
     @contextlib.contextmanager
-    def _locked(self, what: str) -> Iterator[None]:
+    def _server_lock(self, name: str) -> Iterator[None]:
         """Holds an advisory lock of the server, which ends with the connection."""
-        digest = hashlib.sha256(f"avlprof {what}".encode()).digest()
+        digest = hashlib.sha256(f"avlprof {name}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True)
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
-                connection = held.enter_context(self._engine.begin())
+                connection = stack.enter_context(self._engine.begin())
             except OperationalError as error:
-                said = " ".join(str(error.orig).split())
+                reason = " ".join(str(error.orig).split())
                 raise UserError(
-                    f"database {self.address} cannot be reached ({said}); a password may be in the URL, in "
+                    f"database {self.address} cannot be reached ({reason}); a password may be in the URL, in "
                     "PGPASSWORD or in ~/.pgpass"
                 ) from None
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
@@ -115,18 +134,22 @@ class DatabasePlace(Place):
 
     def begin(self, trial: optuna.Trial, worker: str) -> None:
         # a trial without any sign of life would never count as stale
-        self._storage.record_heartbeat(trial._trial_id)
+        self._backend.record_heartbeat(trial._trial_id)
         trial.set_user_attr(WORKER, worker)
 
     def lost(self, study: optuna.Study) -> list[FrozenTrial]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(study)
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        running = trials_in(study, TrialState.RUNNING)
         return [trial for trial in running if WORKER not in trial.user_attrs]
 
     def busy(self, study: optuna.Study) -> bool:
-        return bool(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        return bool(trials_in(study, TrialState.RUNNING))
+
+
+def _note(name: str) -> str:
+    return f"avlprof:{name}"
 
 
 def database_url(text: str) -> sqlalchemy.URL:
@@ -143,6 +166,6 @@ def database_url(text: str) -> sqlalchemy.URL:
     if kind not in ("postgres", "postgresql"):
         raise UserError(
             f"storage must be a PostgreSQL URL (postgresql://user@host/database), got one of {kind}; "
-            "without --storage the journal in the study's folder serves all workers of a machine"
+            "without one the journal in the study's folder serves all workers of a machine"
         )
     return url if driver else url.set(drivername=DRIVER)

@@ -101,7 +101,7 @@ def _heads(profile: Profile) -> list[str]:
 
 
 def _drift(profile: Profile) -> list[str]:
-    table = profile.drift()
+    table = profile["drift"]
     if table.empty:
         return []
     lag = max(lag for lag in table["lag"].unique() if lag <= max(8, table["lag"].min()))
@@ -117,7 +117,7 @@ def _drift(profile: Profile) -> list[str]:
 
 
 def _window(profile: Profile) -> list[str]:
-    curve = profile.window_curve()
+    curve = profile["window_curve"]
     query = answered(profile.frames)
     if not (curve["query"] == query).any():
         return []
@@ -131,7 +131,7 @@ def _window(profile: Profile) -> list[str]:
 
 def _sink(profile: Profile) -> str:
     query = answered(profile.frames)
-    first = _means(profile.sinks(), query=query, sink="first")
+    first = _means(profile["sinks"], query=query, sink="first")
     return (
         f"The first token of the prompt takes {_range(first)} of the attention ({_WHEN[query]}), "
         f"most in layer {first.idxmax()}."

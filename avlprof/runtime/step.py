@@ -1,0 +1,74 @@
+"""A decoding step of one layer, and what the steps of a layer come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from avlprof.runtime.layout import RowPlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decoding step of one layer, as the host knows it before anything runs.
+
+    `slots` are the text slots that the rows' tokens go to, counted from the text part on. The step
+    attends to slots `start` to `end` of the buffers; `positions [B, G, n]` are theirs and `mask` is
+    bool `[B, 1, 1, n]`, or None where all rows hold all of them. Both are views: what the step writes
+    shows in them. `refreshing`: it picks the core anew; `weighing`: its weights are needed afterwards.
+    """
+
+    slots: list[int]
+    start: int
+    end: int
+    positions: Tensor
+    mask: Tensor | None
+    refreshing: bool
+    weighing: bool
+
+
+@dataclass
+class Reads:
+    """Prompt tokens attended to, summed over rows and steps, save for text that the device counts."""
+
+    steps: int = 0
+    refreshes: int = 0
+    prompt: float = 0.0
+    _usual: int = 0
+    _more: int = 0
+
+    def expect(self, plans: list[RowPlan]) -> None:
+        """Steps from now on read the system and vision tokens of these plans."""
+        self._usual = sum(plan.system + plan.core for plan in plans)
+        self._more = sum(plan.vision - plan.core for plan in plans)
+
+    def count(self, text: float, refreshing: bool, score_only: bool) -> None:
+        """Note a step that attends to `text` prompt tokens of text beside the expected ones.
+
+        A refresh that only scores reads keys, half the bytes.
+        """
+        self.steps += 1
+        self.refreshes += refreshing
+        share = 0.0 if not refreshing else 0.5 if score_only else 1.0
+        self.prompt += self._usual + share * self._more + text
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """Measured use of one layer, summed over the rows of the batch.
+
+    Bytes are of keys and values over all KV heads; `prompt` is what is left of the prompt,
+    `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what the stock
+    cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
+    to per decoding step. The prompt is that of all turns.
+    """
+
+    layer: int
+    prompt: int
+    live: int
+    allocated: int
+    dense_prompt: int
+    read: float
+    refreshes: int
+    steps: int
