@@ -111,8 +111,7 @@ class Profile:
         samples, settings = run.samples(), run.meta
         vision = samples.set_index("sample")["vision"]
         heads, means = HeadMoments(settings.layers, settings.heads, settings.coverages, settings.lags), []
-        for part in run.parts():
-            stats = pd.read_parquet(run.path / f"stats-{part}.parquet")
+        for stats in run.stats_by_part():
             heads.add(stats, vision)
             means.append(head_mean(stats))
         rows = pd.concat(means, ignore_index=True)

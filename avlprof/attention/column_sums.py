@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -78,7 +78,8 @@ def column_sums(
     if query.is_cuda and seen.mask is None and block is None and find_spec("triton") is not None:
         from avlprof.attention.triton_column_sums import triton_column_sums
 
-        return triton_column_sums(query, key, scaling, replace(seen, rows=rows), counted, softcap, sinks)
+        before = rows if seen.causal else None
+        return triton_column_sums(query, key, scaling, before, counted, seen.valid, softcap, sinks)
     total = query.new_zeros((batch, heads, length), dtype=torch.float32)
     for index in range(batch):
         weight = torch.ones(count, device=query.device) if counted is None else counted[index].float()

@@ -8,15 +8,12 @@ Import it only where there is a CUDA device, or Triton's interpreter (`TRITON_IN
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from avlprof.attention.column_sums import Seen
 
 _TILE_BYTES = 1 << 15  # of query or key rows in shared memory: small enough for any device with tensor cores
 
@@ -25,13 +22,15 @@ def triton_column_sums(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    seen: Seen,
+    rows: Tensor | None,
     counted: Tensor | None = None,
+    valid: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `avlprof.attention.column_sums`, rows being `[B, R]`; half-precision inputs stay as they are.
+    """As `avlprof.attention.column_sums`; half-precision inputs stay as they are.
 
+    Attention is causal from the positions `rows [B, R]` on; None: every row sees all keys.
     Products are summed in fp32; those of fp32 inputs are not rounded to TF32.
     """
     batch, heads, count, size = query.shape
@@ -39,9 +38,10 @@ def triton_column_sums(
     # the kernels step through the last dimension one by one
     query = query if query.stride(-1) == 1 else query.contiguous()
     key = key if key.stride(-1) == 1 else key.contiguous()
-    assert seen.rows is not None
-    valid, causal = seen.valid, seen.causal
-    rows = seen.rows.to(torch.int32).contiguous()
+    causal = rows is not None
+    if rows is None:
+        rows = torch.zeros(batch, count, device=query.device)
+    rows = rows.to(torch.int32).contiguous()
     counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
     real = rows if valid is None else valid.to(torch.int32).contiguous()
     width = max(triton.next_power_of_2(size), 16)

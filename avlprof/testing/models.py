@@ -273,7 +273,5 @@ def _spread(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if name.endswith("sinks"):
             nn.init.normal_(value, mean=4.0)  # a fair share of a row
-        elif value.ndim == 3 and ".experts." in name:
-            nn.init.normal_(value, std=value.shape[1] ** -0.5)
-        elif name.endswith("router.weight"):
+        elif name.endswith("router.weight") or (value.ndim == 3 and ".experts." in name):
             nn.init.normal_(value, std=value.shape[1] ** -0.5)

@@ -203,10 +203,12 @@ def check_recorded_mass(case, inputs):
         for layer, weights in enumerate(wanted):
             weights = weights[row][:, shown][:, :, shown]
             for query, rows in queries.items():
+                own = frame.loc[(query, layer)]
                 for name, taken in columns.items():
                     mass = weights[:, rows][:, :, taken].sum(dim=-1).mean(dim=1)
-                    ours = frame.loc[(query, layer)][f"mass_{name}"].to_numpy()
-                    np.testing.assert_allclose(ours, mass, atol=1e-5)
+                    np.testing.assert_allclose(own[f"mass_{name}"].to_numpy(), mass, atol=1e-5)
+                rest = 1.0 - weights[:, rows].sum(dim=-1).mean(dim=1)
+                np.testing.assert_allclose(own["mass_learned_sink"].to_numpy(), rest, atol=1e-5)
 
 
 def test_recorded_steps_are_those_of_eager_weights(case):

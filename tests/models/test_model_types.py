@@ -25,7 +25,18 @@ from avlprof.testing.types import (
 )
 from avlprof.tracing import record
 
-TEXTS = ("gpt_oss", "flint", "diffllama", "doge", "jetmoe", "deepseek_v3", "deepseek_v32", "qwen3_next")
+TEXTS = (
+    "gpt_oss",
+    "flint",
+    "granite_swa",
+    "diffllama",
+    "doge",
+    "jetmoe",
+    "deepseek_v3",
+    "deepseek_v32",
+    "qwen3_next",
+)
+BEFORE_SINKS = ("llava:granite_swa",)  # eager reports weights without them: see tests/tracing/test_sinks.py
 QUICK = (
     "llava",
     "aya_vision",
@@ -190,6 +201,8 @@ def test_what_is_recorded_is_eager_and_the_answer_is_stock(name):
         assert refusal(model) is not None, "refused by the recorder, and not by the check"
         return
     assert_same(ours, stock)
+    if name in BEFORE_SINKS:
+        return
     vision = torch.isin(inputs["input_ids"][0], torch.tensor(vision_ids(model)))
     attended, steps = eager(model, inputs)
     for place, weights in zip(attended, steps[0], strict=True):

@@ -406,7 +406,7 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
     frame = mass_frame(5)
     info = plots.mass_info(frame)
     assert [panel.title.split(":")[0] for panel in info.panels] == ["Prefill", "Decode"]
-    assert info.panels[0].modalities == ("vision", "text", "system")
+    assert info.panels[0].modalities == ("vision", "text", "system", "learned_sink")
     assert info.note == "mean over 7 samples"
     for panel, query in zip(info.panels, ("last", "generated"), strict=True):
         np.testing.assert_allclose(panel.share.sum(axis=1), 1.0)
@@ -414,6 +414,14 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
             for j, name in enumerate(panel.modalities):
                 chosen = frame[(frame.layer == layer) & (frame["query"] == query) & (frame.modality == name)]
                 assert panel.share[i, j] == pytest.approx(chosen["mean"].item())
+
+
+def test_learned_sinks_are_a_band_of_their_own_where_a_model_has_them() -> None:
+    frame = mass_frame(3)
+    assert "Learned sink" in words_of(plots.modality_mass(plots.mass_info(frame)))
+    without = plots.mass_info(frame[frame["modality"] != "learned_sink"])
+    assert without.panels[1].modalities == ("vision", "text", "generated", "system")
+    assert "Learned sink" not in words_of(plots.modality_mass(without))
 
 
 def test_mass_has_the_interval_of_vision_and_the_horizon_of_its_rows() -> None:
