@@ -236,14 +236,11 @@ class Session:
                 "call the model that was switched, not a part of it; compile it before the context"
             )
         runtime = self.runtime
-        check_call(
-            call,
-            now.layers,
-            runtime is not None and runtime.governs(now.cache, call.layer),
-            self.implementation,
-        )
+        governed = runtime is not None and runtime.governs(now.cache, call.layer)
+        check_call(call, now.layers, governed, self.implementation)
         now.layers.add(call.layer)
-        call = as_long_as(call, now.forward.modality.shape[1])
+        if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
+            call = as_long_as(call, now.forward.modality.shape[1])
         if runtime is None:
             out = call.stock()
         else:

@@ -353,7 +353,7 @@ def test_an_exchange_moves_what_changes_and_nothing_else(groups, fixed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 300), (4, 4, 20), (6, 2, 300), (3, 1, 7)])
 def test_one_row_attends_as_plain_softmax_does(heads, kv_heads, length, dtype):
-    """Views of a buffer, masks of rows and heads, soft caps, sinks; both ways through the weights and without."""
+    """Views of a buffer, masks of rows and heads, soft caps, sinks; through the weights and without."""
     generator = torch.Generator().manual_seed(length)
     size, scaling = 16, 0.3
     buffers = [torch.randn(3, kv_heads, length + 9, size, generator=generator).to(dtype) for _ in range(2)]
