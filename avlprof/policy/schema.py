@@ -142,8 +142,8 @@ class JointPool(_Part):
 
     def newest(self, size: int) -> int:
         """Newest tokens that are safe in a pool of `size` tokens, its sinks aside."""
-        tokens = self.recent or int(self.recent_share * size + 1e-6)
-        return min(tokens, max(size - self.sink, 0))
+        recent = self.recent or int(self.recent_share * size + 1e-6)
+        return min(recent, max(size - self.sink, 0))
 
 
 class PrefillFilter(_Part):
