@@ -23,11 +23,11 @@ def state(loaded):
     weights = [
         (name, str(value.dtype), value.double().sum().item()) for name, value in model.named_parameters()
     ]
-    # transformers hooks an output recorder onto a vision tower at its first forward, and leaves it there
     hooks = [
-        sum("output_capturing_hook" not in repr(hook) for hook in hooks.values())
+        hook
         for part in model.modules()
-        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not hook.__module__.startswith("transformers.")  # which keeps hooks once outputs were asked for
     ]
     return model.training, model.config.to_dict(), model.generation_config.to_dict(), weights, hooks
 

@@ -67,9 +67,7 @@ def _example(run: Run, row: dict[Hashable, Any], task: Task | None) -> Example:
     tiles = parse_tiles(row["tiles"])
     scores = run.scores(sample, ["last"])["last"]
     caption = Caption(sample, str(row["prompt"]), "the last prompt token")
-    figure = vision_heatmap(
-        run.pictures(sample, task), run.scores(sample, ["last"])["last"], tiles, caption=caption
-    )
+    figure = vision_heatmap(run.pictures(sample, task), scores, tiles, caption=caption)
     references = tuple(_short(str(text)) for text in row["references"])
     return Example(sample, _short(str(row["prompt"])), _short(str(row["answer"])), references, as_png(figure))
 
