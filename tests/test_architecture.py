@@ -18,8 +18,9 @@ from tests.synthetic_run import write_run
 ROOT = Path(avlprof.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    ("__init__", "__main__", "testing"),
+    ("__init__", "__main__"),
     ("cli",),
+    ("testing",),
     ("lmms",),
     ("bench",),
     ("api",),
