@@ -362,6 +362,7 @@ def test_analyze_and_derive(run, tmp_path):
     assert "is not in run" in refused(invoke("analyze", run, "--sample", "nobody"))
 
 
+@pytest.mark.slow  # every figure of every head
 def test_a_run_of_all_heads_has_figures_of_heads(tmp_path, run):
     out = tmp_path / "run"
     result = invoke("trace", "-n", 1, "--max-new-tokens", 3, "--per-head", "--out", out)

@@ -240,6 +240,7 @@ def test_legends_do_not_grow_with_depth(layers: int) -> None:
             assert len(bars) == (1 if layers > 8 else 0), name
 
 
+@pytest.mark.slow  # every figure drawn at three sizes
 def test_text_stays_inside_the_figure() -> None:
     for name, figure in every_figure(48).items():
         FigureCanvasAgg(figure).draw()
