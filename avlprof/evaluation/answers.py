@@ -111,11 +111,6 @@ class Steps:
         """So many more are done."""
         self.done += units
 
-    def advance(self, units: int) -> None:
-        """So many more are done, and whoever watches is told."""
-        self.add(units)
-        self._watch.phase(self._name, self.done, max(self.total, self.done))
-
 
 OnToken = Callable[[Any], None]
 """Called with the cache whenever a token has been chosen; first when prefill has just ended."""

@@ -77,10 +77,11 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
                 f"the processor of '{family}' has no chat template, so it takes one prompt with images; "
                 "leave out turns and videos"
             )
-        return str(getattr(processor, "image_token", "<image>")) * len(chat[0].images) + chat[0].text
+        token = str(getattr(processor, "image_token", "<image>"))
+        return "".join(token if kind == "image" else text for kind, text in chat[0].parts())
     messages = [{"role": message.role, "content": _content(message)} for message in chat]
     text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    lost = next((message for message in chat if message.text.strip() not in text), None)
+    lost = next((message for message in chat if not _holds(text, message)), None)
     if lost is not None:
         raise UserError(
             f"the chat template of '{family}' leaves out the {lost.role}'s message '{_short(lost.text)}'; "
@@ -118,8 +119,14 @@ def _timing(frames: int) -> dict[str, Any]:
 
 
 def _content(message: Message) -> list[dict[str, str]]:
-    media = [{"type": "image"}] * len(message.images) + [{"type": "video"}] * len(message.videos)
-    return [*media, {"type": "text", "text": message.text}]
+    return [
+        {"type": "text", "text": text} if kind == "text" else {"type": kind} for kind, text in message.parts()
+    ]
+
+
+def _holds(text: str, message: Message) -> bool:
+    """Whether a chat holds the words of a message, in pieces where pictures stand between them."""
+    return all(words.strip() in text for kind, words in message.parts() if kind == "text")
 
 
 def _short(text: str) -> str:

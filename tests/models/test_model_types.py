@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import avlprof
+from avlprof.attention.gate import check_traced
 from avlprof.errors import UserError
-from avlprof.models.fitness import check_fits
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.testing.types import (
     VARIANTS,
@@ -134,7 +134,7 @@ def generate(model, inputs, steps=STEPS, **options):
 def refusal(model):
     """The sentence of the check, None where the model fits."""
     try:
-        check_fits(model.config)
+        check_traced(model)
     except UserError as error:
         return str(error)
     return None
