@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from avlprof.attention.call import AttentionCall
@@ -217,3 +218,25 @@ def check_call(call: AttentionCall, seen: set[int], governed: bool, implementati
         raise UserError(
             f"layer {call.layer} ({name}) calls attention twice in a pass, which cannot be followed"
         )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside wrappers: PEFT, `torch.compile`, data parallel.
+
+    Adapters of PEFT are part of the model's layers and stay at work.
+
+    Raises:
+        UserError: there is none inside.
+    """
+    for _ in range(8):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), torch.nn.Module) and not hasattr(model, "config"):
+            model = model.module
+        else:
+            break
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        raise UserError(f"{type(model).__name__} is not a model of transformers; give the model itself")
+    return model

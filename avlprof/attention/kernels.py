@@ -1,4 +1,4 @@
-"""The attention function of a model, overheard under its own name, and how it takes masks.
+"""The attention function of a model, overheard under its own name, uncompiled, and how it takes masks.
 
 A private name would not be neutral: some models ask which implementation is set and compute
 something else under one that they do not know. So the functions registered as `sdpa`, `eager`,
@@ -135,3 +135,16 @@ def _with_masks(stock: Kernel, name: str, original: Any, plain: Tensor | None) -
         return sdpa(module, query, key, value, mask, **options)
 
     return run
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled calls run uncompiled inside, if anything is compiled in this process.
+
+    What was traced by the compiler does not ask for the attention function any more.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
 from avlprof.attention.gate import check_call, check_traced, decoder_of
-from avlprof.attention.kernels import EAGER, overheard
+from avlprof.attention.kernels import EAGER, eagerly, overheard
 from avlprof.attention.masks import as_long_as, check_causal, padding_mask
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
-from avlprof.attention.wrappers import eagerly
 from avlprof.errors import UserError
 
 NAMES = ("cache", "past_key_values")  # of a cache, argument and output: from transformers 5.24 on, and before

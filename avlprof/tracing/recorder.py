@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
-from avlprof.attention.wrappers import unwrapped
 from avlprof.errors import UserError
 from avlprof.tracing.columns import UNSEEN, TokenColumns
 from avlprof.tracing.options import RecordOptions
