@@ -51,7 +51,7 @@ def resolve_by_depth(policy: Policy, layers: int) -> Policy:
     """`resolve` with nothing known of the model but its number of layers.
 
     Raises:
-        UserError: the allocator needs the profile of a traced run.
+        UserError: the allocator looks at more than that.
     """
     return resolve(policy, Evidence(layers=layers, tokens=FINE))
 
