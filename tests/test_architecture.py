@@ -297,6 +297,7 @@ assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # a process of its own draws all figures
 def test_a_run_is_analyzed_and_reported_without_torch(tmp_path):
     """Neither opening a run, nor its profile, figures and report load a model library."""
     write_run(tmp_path / "run", vision=(5, 4))

@@ -1,4 +1,4 @@
-"""Texts of users: how a message quotes them, and whether a file can store them."""
+"""Texts of users: how a message quotes them, whether a file can store them, and JSON in them."""
 
 from __future__ import annotations
 
