@@ -1,7 +1,4 @@
-"""Every image-text-to-text type of transformers, small and random: right, or refused in a sentence.
-
-What is known to be wrong is marked as an expected failure with its cause; mending it fails the mark.
-"""
+"""Every image-text-to-text type of transformers, small and random: right, or refused in a sentence."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_families_are_captured_or_refused(family):
     sliding = "sliding_attention" in (getattr(case.model.config.get_text_config(), "layer_types", None) or [])
     inputs = case.inputs(batch=2, seed=1, pad=True)
     if sliding:
-        with pytest.raises(UserError, match="sliding window cannot be captured"):
+        with pytest.raises(UserError, match="sliding window or a state cannot be captured"):
             both(case, policy, inputs)
     else:
         agree(both(case, policy, inputs))
