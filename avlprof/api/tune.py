@@ -168,6 +168,8 @@ def _plan(
         workers = Workers(workers)
     loaded = load_model(spec) if isinstance(spec, ModelSpec) else spec
     workers = workers.named(spec if isinstance(spec, ModelSpec) else None, task_name)
+    if note := loaded.adapter.partly_governed:
+        watch.say(note)
     folder = Path(out) if out is not None else STUDIES / study_name(loaded, task, settings, goal)
     profile = _run(run, folder, loaded, task, settings.max_new_tokens, watch).profile()
     return _Plan(loaded, task, profile, folder, workers)

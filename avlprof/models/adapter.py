@@ -87,6 +87,17 @@ class Adapter:
         return layer_roles(self.text_config)
 
     @property
+    def partly_governed(self) -> str:
+        """What a reader of budgets has to know where policies leave layers as they are; else empty."""
+        others = sum(not role.governed for role in self.roles)
+        if not others:
+            return ""
+        return (
+            f"{others} of {self.layers} layers keep a window, a state or other layers' keys, which policies "
+            "leave as they are; budgets count all layers alike, evaluate shows the bytes that are held"
+        )
+
+    @property
     def _layer_config(self) -> Any:
         """The config of a layer that a policy acts on; models may state sizes layer by layer."""
         own = getattr(self.text_config, "per_layer_config", None)
