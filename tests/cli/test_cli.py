@@ -28,24 +28,11 @@ from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tracing.options import TraceSettings
+from tests.cli_runner import invoke, refused
 from tests.watching import Counts
 
 SAMPLES = 3
 HEAVY = ("torch", "transformers", "pandas", "numpy", "pydantic", "yaml", "matplotlib", "optuna", "PIL")
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="avlprof")
-
-
-def refused(result):
-    """The sentence of a refusal: the last line on stderr, with exit code 2 and no traceback."""
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert result.stderr.rstrip().endswith(lines[0])
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")
