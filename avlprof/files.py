@@ -21,7 +21,8 @@ def checked_path(path: Path | str, what: str = "path") -> Path:
     longest = max((os.fsencode(part) for part in path.parts), key=len, default=b"")
     if len(longest) > LONGEST_NAME or len(os.fsencode(path)) > 4095:
         raise UserError(
-            f"{what} must have names of at most {LONGEST_NAME} bytes and 4095 in all, got {shortened(str(path))}"
+            f"{what} must have names of at most {LONGEST_NAME} bytes and 4095 in all, "
+            f"got {shortened(str(path))}"
         )
     return path
 

@@ -68,7 +68,8 @@ class Registry(Generic[T]):
             kind = (int, float) if isinstance(default, float) else type(default)
             if default is not MISSING and not isinstance(value, kind):
                 raise UserError(
-                    f"option {option} of {self.kind} '{name}' must be {type(default).__name__}, got {shortened(value)}"
+                    f"option {option} of {self.kind} '{name}' must be {type(default).__name__}, "
+                    f"got {shortened(value)}"
                 )
         return strategy(**options)
 

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except _TRIPS:
             kind = node.tag.rpartition(":")[2].lstrip("!")
             raise _problem(node, f"is no {kind}") from None
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
             raise _problem(node, "would be a number to the base of 60; write it in quotes")
         if len(text) > _DIGITS:
             raise _problem(node, "is too large a number")
-        number: int = self.construct_yaml_int(node)  # type: ignore[no-untyped-call]
+        number: int = self.construct_yaml_int(node)
         if abs(number) >= _LARGEST:
             raise _problem(node, "is too large a number")
         return number
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
     def construct_decimal(self, node: yaml.ScalarNode) -> float:
         if ":" in str(node.value):
             raise _problem(node, "would be a number to the base of 60; write it in quotes")
-        number: float = self.construct_yaml_float(node)  # type: ignore[no-untyped-call]
+        number: float = self.construct_yaml_float(node)
         return number
 
 
@@ -68,14 +68,14 @@ def read_yaml(text: str, origin: str) -> Any:
         _check_depth(text)
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()  # type: ignore[no-untyped-call]
+            node = loader.get_single_node()
             if node is None:
                 return None
             if _expanded(node, {}, set()) > MOST_NODES:
                 raise yaml.YAMLError(f"its aliases stand for more than {MOST_NODES} values")
-            return loader.construct_document(node)  # type: ignore[no-untyped-call]
+            return loader.construct_document(node)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except (yaml.YAMLError, RecursionError, *_TRIPS) as error:
         raise UserError(f"{cut(origin, 200)} is not valid YAML: {cut(str(error))}") from None
 
@@ -86,7 +86,7 @@ def _check_depth(text: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1} is nested deeper than {DEEPEST} levels")
+            raise yaml.YAMLError(f"line {_line(event)} is nested deeper than {DEEPEST} levels")
 
 
 def _expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
@@ -114,5 +114,9 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def _problem(node: yaml.Node, what: str) -> yaml.YAMLError:
-    value = shortened(node.value) if isinstance(node, yaml.ScalarNode) else f"this {node.id}"
-    return yaml.YAMLError(f"line {node.start_mark.line + 1}: {value} {what}")
+    value = shortened(node.value) if isinstance(node, yaml.ScalarNode) else f"this {type(node).__name__.removesuffix('Node').lower()}"
+    return yaml.YAMLError(f"line {_line(node)}: {value} {what}")
+
+
+def _line(part: yaml.Node | yaml.Event) -> int:
+    return part.start_mark.line + 1 if part.start_mark is not None else 1

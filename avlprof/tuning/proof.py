@@ -132,7 +132,7 @@ def prove(
             split=settings.proof_split,
             samples=settings.proof_samples,
             max_new_tokens=prepared.limit,
-            batch_size=32,
+            batch_size=settings.batch_size,
             fidelity=False,
             latency=False,
         ),

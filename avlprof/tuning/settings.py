@@ -65,7 +65,7 @@ def check_budget(name: str, share: float) -> None:
 BUDGET = 0.2
 """The memory budget where none is given: no setting, since a sweep has several."""
 
-_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1}
+_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1, "batch_size": 1}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Settings:
         split, proof_split: of the task; they must differ.
         max_new_tokens: the longest answer; None is the task's.
         space: what the search may choose from.
+        batch_size: samples that run together; changes no score beyond rounding.
+        prompt_bytes: prefilled prompts that stay on the device, in bytes; None is half of what is free.
 
     Raises:
         UserError: a value is out of range or a name not known.
@@ -109,6 +111,8 @@ class Settings:
     proof_split: str = "held-out"
     max_new_tokens: int | None = None
     space: Space = field(default_factory=Space)
+    batch_size: int = 32
+    prompt_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.read_budget is not None:
@@ -127,6 +131,8 @@ class Settings:
         check_sampler(self.sampler)
         if not 0.0 < self.margin < 1.0:
             raise UserError(f"margin must be above 0 and below 1, in units of the metric, got {self.margin}")
+        if self.prompt_bytes is not None and self.prompt_bytes < 0:
+            raise UserError(f"prompt_bytes must be 0 or more, got {self.prompt_bytes}")
         self._check_answers()
 
     def _check_answers(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from avlprof.errors import UserError, cut, shortened
@@ -14,7 +16,7 @@ HEAD = "schema: avlprof.policy/1\n"
 
 def bomb(levels: int) -> str:
     names = "abcdefghijklmnopqrstuvwxyz"[:levels]
-    nines = (f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip(names, names[1:], strict=False))
+    nines = (f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise(names))
     return f"{HEAD}a: &a [x,x,x,x,x,x,x,x,x]\n{''.join(nines)}"
 
 
