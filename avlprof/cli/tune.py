@@ -142,7 +142,9 @@ def tune(
             shares = parse_shares("--budgets", budgets)
             swept = verbs.sweep(spec, source, shares, settings, run=run, out=out, workers=by, watch=watch)
         elif max_drop is not None:
-            least = verbs.smallest(spec, source, max_drop, settings, run=run, out=out, workers=by, watch=watch)
+            least = verbs.smallest(
+                spec, source, max_drop, settings, run=run, out=out, workers=by, watch=watch
+            )
         else:
             share = BUDGET if budget is None else budget
             watch.budget(share)
@@ -160,7 +162,9 @@ def _evaluate(spec: ModelSpec, source: TaskSpec, policies: list[Path]) -> str:
     words = [*spec.words(), *source.words()]
     if spec == ModelSpec():
         words = source.words()
-    return shlex.join(["avlprof", "evaluate", *(word for path in policies for word in ("--policy", str(path))), *words])
+    return shlex.join(
+        ["avlprof", "evaluate", *(word for path in policies for word in ("--policy", str(path))), *words]
+    )
 
 
 def _show(tuned: Tuned, form: Format, spec: ModelSpec, source: TaskSpec, sentence: str = "") -> None:

@@ -23,11 +23,11 @@ from transformers.utils import logging as hf_logging
 
 from avlprof.attention.gate import check_config
 from avlprof.errors import UserError
+from avlprof.files import checked_path
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
 from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
-from avlprof.files import checked_path
 from avlprof.models.placement import (
     attention_argument,
     check_arguments,
@@ -211,7 +211,9 @@ def _arguments_explained(arguments: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        wrong = next((name for name in arguments if f"unexpected keyword argument '{name}'" in str(error)), None)
+        wrong = next(
+            (name for name in arguments if f"unexpected keyword argument '{name}'" in str(error)), None
+        )
         if wrong is None:
             raise
         raise UserError(

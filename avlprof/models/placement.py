@@ -130,7 +130,9 @@ def attention_argument(name: str | None, config: Any) -> dict[str, Any]:
     if name is None:
         return {}
     text = config.get_text_config(decoder=True)
-    key = next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), None)
+    key = next(
+        (key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), None
+    )
     return {"attn_implementation": name if key is None else {key: name}}
 
 

@@ -114,7 +114,11 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 
 def _problem(node: yaml.Node, what: str) -> yaml.YAMLError:
-    value = shortened(node.value) if isinstance(node, yaml.ScalarNode) else f"this {type(node).__name__.removesuffix('Node').lower()}"
+    value = (
+        shortened(node.value)
+        if isinstance(node, yaml.ScalarNode)
+        else f"this {type(node).__name__.removesuffix('Node').lower()}"
+    )
     return yaml.YAMLError(f"line {_line(node)}: {value} {what}")
 
 

@@ -129,9 +129,7 @@ class Prepared:
                 f"every {source} answer ends at its first token, which no policy changes; "
                 "choose a task with longer answers"
             )
-        return cls(
-            loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size
-        )
+        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:
         """The same with other evidence."""
@@ -174,9 +172,7 @@ class Prepared:
         lengths = {
             name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
         }
-        return Generated(
-            self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size
-        )
+        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""
