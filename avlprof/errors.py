@@ -23,3 +23,8 @@ def shortened(value: object, most: int = 60) -> str:
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxlong, writer.maxother = 2, most, most, most
     return cut(writer.repr(value), most)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

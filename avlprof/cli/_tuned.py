@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avlprof.cli._output import Format, note, percent, show, size
+from avlprof.errors import counted
 
 if TYPE_CHECKING:
     from avlprof.tuning import Sweep, Tuned
@@ -93,7 +94,7 @@ def _row(tuned: Tuned, row: dict[str, Any]) -> dict[str, Any]:
 
 def _title(tuned: Tuned) -> str:
     meta = tuned.proof.meta
-    return f"{meta['task']}, {meta['samples']} {meta['split']} samples; 95% intervals"
+    return f"{meta['task']}, {counted(meta['samples'], str(meta['split']) + ' sample')}; 95% intervals"
 
 
 def _label(tuned: Tuned) -> str:

@@ -23,7 +23,7 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import bars
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from avlprof.run import Run
     from avlprof.tasks import Task
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def _say(profile: Profile, form: Format) -> None:
 
 def _title(profile: Profile) -> str:
     settings = profile.meta.settings
-    return f"{settings.model} on {settings.task}, {profile.meta.samples} samples"
+    return f"{settings.model} on {settings.task}, {counted(profile.meta.samples, 'sample')}"
 
 
 def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None, layer: int | None) -> Path:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
     no_args_is_help=True,
+    add_completion=False,
 )
 
 

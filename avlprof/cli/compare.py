@@ -21,6 +21,7 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.errors import counted
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from avlprof.tasks import Task
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 TRACED_SAMPLES = 32
 
@@ -160,7 +161,7 @@ def _print(comparison: Comparison, form: Format) -> None:
     if form is not Format.table:
         show(rows, form)
     else:
-        about = f"{meta['samples']} samples of {meta['split']}, {meta['metric']}"
+        about = f"{counted(meta['samples'], 'sample')} of {meta['split']}, {meta['metric']}"
         title = f"{meta['model']} on {meta['task']}, {about}"
         shares = dict.fromkeys(("budget", "live_share", "read_share"), percent)
         others = ("dense", "uniform", "strongest") if comparison.strongest else ("dense", "uniform")

@@ -12,7 +12,7 @@ import typer
 from avlprof.cli._output import note
 from avlprof.cli._progress import duration
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 TASK = "shapes:describe,read,row"
 

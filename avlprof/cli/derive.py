@@ -17,9 +17,9 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import bars
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def derive(
     origin = policy.provenance
     if origin is not None:
         note(
-            f"prompt KV on the {origin.samples} traced samples, as shares of dense: "
+            f"prompt KV on {counted(origin.samples or 0, 'traced sample')}, as shares of dense: "
             f"live {origin.measured_budget:.4g}, read {origin.measured_read_budget:.4g} a step"
         )
     finished([path], f"avlprof run --policy {path} --model {traced.meta.model} --explain")

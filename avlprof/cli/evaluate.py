@@ -20,6 +20,7 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.errors import counted
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from avlprof.policy import Policy
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command("evaluate")
@@ -125,9 +126,7 @@ def _print(evaluation: Evaluation, form: Format) -> None:
         show(rows, form)
         return
     meta = evaluation.meta
-    title = (
-        f"{meta['model']} on {meta['task']}, {meta['samples']} samples of {meta['split']}, {meta['metric']}"
-    )
+    title = f"{meta['model']} on {meta['task']}, {counted(meta['samples'], 'sample')} of {meta['split']}, {meta['metric']}"
     shares = dict.fromkeys(("agreement", "live_share", "read_share"), percent)
     show(_table(rows), form, title, {**shares, "live_bytes": size})
     drop = summary["detectable"].max()

@@ -9,7 +9,7 @@ import typer
 
 from avlprof.cli._output import finished
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from avlprof.cli._output import (
 )
 from avlprof.errors import UserError
 
-app = typer.Typer(help="List, show, check and compare policies.", no_args_is_help=True)
+app = typer.Typer(help="List, show, check and compare policies.", no_args_is_help=True, add_completion=False)
 
 PolicyArgument = Annotated[
     str, typer.Argument(metavar="POLICY", help="A YAML file, or a name from 'policy ls'.")

@@ -12,7 +12,7 @@ from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import finished, size
 from avlprof.cli._progress import bars
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from avlprof.runtime import LayerUse
     from avlprof.tasks import Sample
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -17,7 +17,9 @@ from avlprof.tuning.settings import Settings
 if TYPE_CHECKING:
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer(help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True, add_completion=False
+)
 
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")]
 

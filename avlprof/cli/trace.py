@@ -19,6 +19,7 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.errors import counted
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from avlprof.run import Run
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -100,14 +101,16 @@ def trace(
     price = " (every row of each prompt, which is slower)" if rows == "all" else ""
     among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
     most = size(plan.estimated_bytes)
-    note(f"{len(plan.samples)} samples{among} to {plan.out}, at most about {most} on disk{price}")
+    note(f"{counted(len(plan.samples), 'sample')}{among} to {plan.out}, at most about {most} on disk{price}")
     with bars(resumes=True) as watch:
         run = plan.run(watch)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}
     show([_summary(run)], form, cells=cells)
     missing = _missing(plan, run)
     if missing:
-        note(f"{missing} of {len(plan.samples)} samples are not there yet; the other processes write them")
+        note(
+            f"{missing} of {counted(len(plan.samples), 'sample')} {'is' if missing == 1 else 'are'} not there yet; the other processes write them"
+        )
     finished([run.path], f"avlprof analyze {run.path}")
 
 
@@ -117,7 +120,7 @@ def _trace_beside(plan: TracePlan) -> None:
     there = len(plan.samples) - _missing(plan, run)
     note(
         f"process {plan.shard.index + 1} of {plan.shard.count} has finished; "
-        f"{there} of {len(plan.samples)} samples are in {run.path}"
+        f"{there} of {counted(len(plan.samples), 'sample')} {'is' if there == 1 else 'are'} in {run.path}"
     )
 
 

@@ -15,13 +15,12 @@ from avlprof.errors import UserError
 from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 from avlprof.tuning.settings import BUDGET, Settings
-from avlprof.tuning.space import Space
 
 if TYPE_CHECKING:
     from avlprof.tasks.spec import TaskSpec
     from avlprof.tuning import Sweep, Tuned
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 _SEVERAL, _MEMORY = "Several budgets", "Memory"
 
@@ -63,7 +62,7 @@ def tune(
     text: Annotated[
         str,
         typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
-    ] = Space.text,
+    ] = "auto",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -126,6 +125,7 @@ def tune(
     """
     from avlprof.api import tune as verbs
     from avlprof.tuning import Workers
+    from avlprof.tuning.space import Space
 
     if sum(value is not None for value in (budget, budgets, max_drop)) > 1:
         raise UserError("give one of --budget, --budgets and --max-drop")

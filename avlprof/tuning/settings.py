@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from avlprof.errors import UserError
 from avlprof.registry import unknown
-from avlprof.tuning.objective import check_objective
-from avlprof.tuning.space import Space
 
 if TYPE_CHECKING:
     import optuna
 
     from avlprof.tasks import Task
+    from avlprof.tuning.space import Space
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random")
 STARTUP = {"tpe": 10, "gp": 6, "cmaes": 10}
@@ -68,6 +67,12 @@ BUDGET = 0.2
 _LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1, "batch_size": 1}
 
 
+def _space() -> Space:
+    from avlprof.tuning.space import Space
+
+    return Space()
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about a search but its memory budget; defaults stand here alone.
@@ -110,7 +115,7 @@ class Settings:
     split: str = "search"
     proof_split: str = "held-out"
     max_new_tokens: int | None = None
-    space: Space = field(default_factory=Space)
+    space: Space = field(default_factory=_space)
     batch_size: int = 32
     prompt_bytes: int | None = None
 
@@ -127,6 +132,8 @@ class Settings:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2^32 - 1], got {self.seed}")
+        from avlprof.tuning.objective import check_objective  # and with it numpy
+
         check_objective(self.objective)
         check_sampler(self.sampler)
         if not 0.0 < self.margin < 1.0:

@@ -33,6 +33,8 @@ from avlprof.tuning.trials import Check, note_goal, read_goal, run_trials
 from avlprof.watch import SILENT, Watch
 
 PARENT = "AVLPROF_PARENT"
+OWN_THREADS = "AVLPROF_THREADS"
+"""Set where the command line, not the user, chose `OMP_NUM_THREADS`."""
 RESTARTS = 2
 """How often in a row a worker may die without having finished a trial, and is started again."""
 
@@ -184,7 +186,7 @@ class WorkerProcesses:
         self._command = list(command)
         self._count = count
         self._environment = {**os.environ, **storage.secrets(), PARENT: str(os.getpid())}
-        if "OMP_NUM_THREADS" not in os.environ:
+        if "OMP_NUM_THREADS" not in os.environ or OWN_THREADS in os.environ:
             self._environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (count + 1), 1))
         self._started: list[_Process] = []
 
