@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Final
 
@@ -22,7 +22,9 @@ USER, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 
 @contextlib.contextmanager
-def reported(debug: bool, flags: Callable[[], Iterable[str]] = tuple) -> Iterator[None]:
+def reported(
+    debug: bool, flags: Callable[[], Iterable[str]] = tuple, words: Sequence[str] = ()
+) -> Iterator[None]:
     """Tell what goes wrong inside in one line and leave with its exit code.
 
     With `debug` the traceback comes first. Wrong usage (an unknown option, a value of the wrong
@@ -40,7 +42,7 @@ def reported(debug: bool, flags: Callable[[], Iterable[str]] = tuple) -> Iterato
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(getattr(error, "ctx").get_help())  # noqa: B009 - typer's own class is private
             raise typer.Exit from None
-        said = sentence(error, flags())
+        said = sentence(error, flags(), words)
         if said is not None:
             raise _told(said, USER, debug) from None
         hint = "" if debug else "; run 'avlprof --debug ...' to see where"
@@ -97,14 +99,17 @@ class Commands(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         with reported(debug=False):
-            return super().make_context(info_name, args, parent, **extra)
+            words = list(args)
+            context = super().make_context(info_name, args, parent, **extra)
+            context.meta["words"] = words
+            return context
 
     def invoke(self, ctx: Any) -> Any:
         def flags() -> Iterable[str]:
             command = self.get_command(ctx, ctx.invoked_subcommand) if ctx.invoked_subcommand else None
             return flags_of(command)
 
-        with reported(bool(ctx.params.get("debug")), flags):
+        with reported(bool(ctx.params.get("debug")), flags, ctx.meta.get("words", ())):
             return super().invoke(ctx)
 
 

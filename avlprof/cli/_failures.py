@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from avlprof.errors import UserError, cut, shortened
@@ -19,23 +20,25 @@ _SAVING: Final = (
     "--device-map",
 )
 """Options that need less memory with smaller values, those that cost least first."""
-_PERCENT = re.compile(r"'(\d+(?:\.\d+)?)\s*%' is not a valid float")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_LONG_WORD = re.compile(r"\S{256,}")
 
 
-def sentence(error: Exception, flags: Iterable[str]) -> str | None:
+def sentence(error: Exception, flags: Iterable[str], words: Sequence[str] = ()) -> str | None:
     """One sentence for what is the user's to mend; None for what nobody expected.
 
     Args:
         flags: long options of the command at work, by which its arguments are called.
+        words: the command line.
     """
     flags = list(flags)
     if isinstance(error, UserError):
-        return by_flags(str(error), flags)
+        return _LONG_WORD.sub(lambda match: cut(match[0], 100), by_flags(str(error), flags))
     if hasattr(error, "format_message"):  # wrong usage, by typer
         context = getattr(error, "ctx", None)
         more = f" (see '{context.command_path} --help')" if context is not None else ""
         said = str(error.format_message()).replace("Value error, ", "").rstrip(".")
-        return f"{cut(with_share(said))}{more}"
+        return f"{cut(said)}{_wrong_value(error, said, words)}{more}"
     if is_out_of_memory(error):
         return out_of_memory(error, flags)
     if isinstance(error, OSError) and error.strerror:
@@ -47,10 +50,19 @@ def sentence(error: Exception, flags: Iterable[str]) -> str | None:
     return None
 
 
-def with_share(said: str) -> str:
-    """The sentence about a percentage where a share is wanted, with the share that is meant."""
-    match = _PERCENT.search(said)
-    return said if match is None else f"{said}; did you mean {float(match[1]) / 100:g}?"
+def _wrong_value(error: Any, said: str, words: Sequence[str]) -> str:
+    """The value that an option could not take, where the message lacks it; of a percentage the share."""
+    options = getattr(getattr(error, "param", None), "opts", ())
+    pairs = [
+        *itertools.pairwise(words),
+        *(tuple(word.split("=", 1)) for word in words if "=" in word),
+    ]
+    value = next((after for word, after in reversed(pairs) if word in options), None)
+    if value is None:
+        return ""
+    share = _PERCENT.fullmatch(value.strip())
+    meant = f"; did you mean {float(share[1]) / 100:g}?" if share is not None else ""
+    return meant if value in said else f", got {shortened(value)}{meant}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -199,6 +199,21 @@ def defaults(parcel: type) -> dict[str, Any]:
     return {field.name: field.default for field in fields(parcel) if field.default is not MISSING}
 
 
+_OF_TASKS = ("task", "metric", "columns", "dataset", "samples", "split", "forced")
+
+
+def refuse_beside_picture(context: typer.Context) -> None:
+    """`UserError` for options of tasks beside a picture of one's own, where they would do nothing."""
+    from avlprof.errors import UserError
+
+    for parameter in context.command.params:
+        name = str(parameter.name).removeprefix("task_")
+        of_tasks = (name == "name" and parameter.name == "task_name") or name.split("_")[0] in _OF_TASKS
+        source = context.get_parameter_source(str(parameter.name))
+        if of_tasks and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{parameter.opts[0]} does nothing beside --image and --prompt; leave it out")
+
+
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
     from avlprof.cli._progress import bars
@@ -219,12 +234,30 @@ def run_or_newest(path: Path | None) -> Run:
 
 def parse_shares(option: str, text: str) -> list[float]:
     """Shares in (0, 1] with commas between, as in `0.1,0.2`; `UserError` for anything else."""
-    from avlprof.errors import UserError
+    from avlprof.errors import UserError, shortened
 
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
     if not shares or not all(0.0 < share <= 1.0 for share in shares):
-        raise UserError(f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got '{text}'")
+        meant = _as_shares(text)
+        remedy = f"; did you mean {meant}?" if meant else ""
+        raise UserError(
+            f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got {shortened(text)}{remedy}"
+        )
     return shares
+
+
+def _as_shares(text: str) -> str:
+    """Percentages as the shares that they mean; empty where there are none."""
+    if "%" not in text:
+        return ""
+    try:
+        parts = [
+            float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1)
+            for part in text.split(",")
+        ]
+    except ValueError:
+        return ""
+    return ",".join(f"{part:g}" for part in parts)

@@ -32,6 +32,19 @@ FormatOption = Annotated[
     Format, typer.Option("--format", help="How to print the results.", rich_help_panel="Output")
 ]
 
+
+class FigureFormat(StrEnum):
+    """How figures are written."""
+
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
+FigureFormatOption = Annotated[
+    FigureFormat, typer.Option("--figure-format", help="How to write figures.", rich_help_panel="Output")
+]
+
 Row = Mapping[str, Any]
 Cells = Mapping[str, Callable[[Any], str]]
 

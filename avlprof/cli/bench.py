@@ -23,6 +23,7 @@ from avlprof.cli._bench_options import (
 )
 from avlprof.cli._output import Format, FormatOption, size
 from avlprof.cli._progress import bars
+from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def trace(
     """Prefill alone, prefill while tracing, and eager attention that hands out its weights."""
     from avlprof.bench.trace import METHODS, run_trace_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     with bars() as watch:
@@ -106,6 +108,7 @@ def decode(
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
     from avlprof.bench.decode import DecodeBench, run_decode_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     bench = DecodeBench(
@@ -146,6 +149,7 @@ def tune(
     from avlprof.bench.tune import TuneBench, run_tune_bench
     from avlprof.models import load_model
 
+    check_output(out)
     if threads is not None:
         import torch
 
@@ -181,6 +185,7 @@ def prefill(
     """Prompts of the stock model, under eviction, and with vision tokens dropped on the way."""
     from avlprof.bench.prefill import run_prefill_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     with bars() as watch:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import ImageOption, PromptOption, model_options, task_options
+from avlprof.cli._options import (
+    ImageOption,
+    PromptOption,
+    model_options,
+    refuse_beside_picture,
+    task_options,
+)
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -20,6 +26,7 @@ from avlprof.cli._output import (
 )
 from avlprof.cli._progress import bars
 from avlprof.errors import counted
+from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ app = typer.Typer(add_completion=False)
 @model_options
 @task_options
 def trace(
+    context: typer.Context,
     spec: ModelSpec,
     source: TaskSpec,
     samples: Annotated[int, typer.Option("--samples", "-n", help="How many samples.")] = 64,
@@ -76,6 +84,9 @@ def trace(
     from avlprof.tracing.options import RecordOptions, TraceSettings
 
     own = bool(image) or prompt is not None
+    if own:
+        refuse_beside_picture(context)
+    check_output(out, folder=True)
     settings = TraceSettings(
         split=None if own else split,
         max_new_tokens=source.max_new_tokens,
@@ -109,7 +120,8 @@ def trace(
     missing = _missing(plan, run)
     if missing:
         note(
-            f"{missing} of {counted(len(plan.samples), 'sample')} {'is' if missing == 1 else 'are'} not there yet; the other processes write them"
+            f"{missing} of {counted(len(plan.samples), 'sample')} {'is' if missing == 1 else 'are'} "
+            "not there yet; the other processes write them"
         )
     finished([run.path], f"avlprof analyze {run.path}")
 

@@ -10,7 +10,7 @@ import typer
 
 from avlprof.cli._live import board
 from avlprof.cli._options import model_options, parse_shares, task_options
-from avlprof.cli._output import Format, FormatOption, finished, note
+from avlprof.cli._output import FigureFormat, FigureFormatOption, Format, FormatOption, finished, note
 from avlprof.errors import UserError
 from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
@@ -118,6 +118,7 @@ def tune(
         ),
     ] = None,
     form: FormatOption = Format.table,
+    figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
     """Find the best policy at a budget of prompt KV, and compare it on held-out samples.
 
@@ -150,11 +151,11 @@ def tune(
             watch.budget(share)
             tuned = verbs.tune(spec, source, share, settings, run=run, out=out, workers=by, watch=watch)
     if budgets is not None:
-        _show_sweep(swept, form, spec, source)
+        _show_sweep(swept, form, (spec, source), figure_format)
     elif max_drop is not None:
-        _show(least.tuned, form, spec, source, least.sentence())
+        _show(least.tuned, form, (spec, source), figure_format, least.sentence())
     else:
-        _show(tuned, form, spec, source)
+        _show(tuned, form, (spec, source), figure_format)
 
 
 def _evaluate(spec: ModelSpec, source: TaskSpec, policies: list[Path]) -> str:
@@ -167,23 +168,25 @@ def _evaluate(spec: ModelSpec, source: TaskSpec, policies: list[Path]) -> str:
     )
 
 
-def _show(tuned: Tuned, form: Format, spec: ModelSpec, source: TaskSpec, sentence: str = "") -> None:
+def _show(
+    tuned: Tuned, form: Format, on: tuple[ModelSpec, TaskSpec], suffix: str, sentence: str = ""
+) -> None:
     """The figures and the closing table of a study, a last sentence, and what to run next."""
     from avlprof.cli import _tuned
 
-    wrote = _tuned.draw(tuned)
+    wrote = _tuned.draw(tuned, suffix)
     _tuned.print_proof(tuned, form)
     if sentence:
         note(sentence)
     policy = tuned.folder / "policy.yaml"
-    finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(spec, source, [policy]))
+    finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(*on, [policy]))
 
 
-def _show_sweep(swept: Sweep, form: Format, spec: ModelSpec, source: TaskSpec) -> None:
+def _show_sweep(swept: Sweep, form: Format, on: tuple[ModelSpec, TaskSpec], suffix: str) -> None:
     """The figures and the closing table of a sweep, and what to run next."""
     from avlprof.cli import _tuned
 
-    wrote = _tuned.draw_sweep(swept)
+    wrote = _tuned.draw_sweep(swept, suffix)
     _tuned.print_sweep(swept, form)
     policies = [one.folder / "policy.yaml" for one in swept.studies]
-    finished([*wrote, swept.folder / "front.csv"], _evaluate(spec, source, policies))
+    finished([*wrote, swept.folder / "front.csv"], _evaluate(*on, policies))

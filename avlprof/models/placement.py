@@ -22,7 +22,8 @@ QUANTIZERS: Final = ("4bit", "8bit")
 
 ATTENTIONS: Final = {
     "sdpa": None, "eager": None, "flex_attention": None,
-    "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3", "flash_attention_4": "flash_attn_4",
+    "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3",
+    "flash_attention_4": "flash_attn_4",
 }  # fmt: skip
 """Implementations of attention that transformers knows by name, and the module that each needs."""
 

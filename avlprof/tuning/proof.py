@@ -95,7 +95,10 @@ def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLi
         if known
         else f"no search sample tells {who} apart, so this is the worst case"
     )
-    sentence = f"{counted(samples, 'held-out sample')} can show a drop of {drop:.3f} (80% power, 5% two-sided; {source})"
+    sentence = (
+        f"{counted(samples, 'held-out sample')} can show a drop of {drop:.3f} "
+        f"(80% power, 5% two-sided; {source})"
+    )
     needed = samples_needed(margin, sd)
     if needed > samples:
         sentence += f"; to show that a tie is within {margin:g} takes about {needed:,}"
