@@ -87,11 +87,9 @@ def as_long_as(call: AttentionCall, seen: int) -> AttentionCall:
     mask = call.mask[..., :seen] if call.mask is not None else None
     kernel = call.kernel
 
-    def stock(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **options: Any
-    ) -> Any:
-        if given is mask:  # as it came: a kernel may want the buffers whole
+    def stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cut: Any, **options: Any) -> Any:
+        if cut is mask:  # as it came: a kernel may want the buffers whole
             return kernel(module, query, whole.key, whole.value, whole.mask, **options)
-        return kernel(module, query, key, value, given, **options)
+        return kernel(module, query, key, value, cut, **options)
 
     return call._replace(key=call.key[:, :, :seen], value=call.value[:, :, :seen], mask=mask, kernel=stock)

@@ -170,6 +170,7 @@ _UNITS = {
     "finalists": "answers",
     "proof": "answers",
     "knobs": "policies",
+    "types": "types",
     "evaluate": "steps",
     "compare": "answers",
     "bench trace": "prefills",

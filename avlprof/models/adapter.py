@@ -221,7 +221,7 @@ class Adapter:
             said = " ".join(str(error).split())
             raise UserError(f"the processor of '{self.family}' cannot encode this prompt: {said}") from error
         return {
-            name: self._place(value)
+            name: self._on_device(value)
             for name, value in batch.items()
             if isinstance(value, Tensor) and name != "labels"  # PaliGemma's; they ask forward for a loss
         }
@@ -234,7 +234,7 @@ class Adapter:
         texts = self._processor().tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
-    def _place(self, value: Tensor) -> Tensor:
+    def _on_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else value.dtype)
 
     def _processor(self) -> Any:

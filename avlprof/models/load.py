@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,7 +32,6 @@ from avlprof.files import checked_path
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
-from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
 from avlprof.models.placement import (
     attention_argument,
     check_arguments,
@@ -42,6 +46,8 @@ from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
 
+_CONNECT_SECONDS = 3.0
+_FINGERPRINTED = 1 << 20  # bytes at each end of a file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BROKEN = (
     OSError,
@@ -105,7 +111,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
     device = resolve_device(spec.device)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if folder is None:
-        options |= {"revision": revision, "local_files_only": not hub_reachable()}
+        options |= {"revision": revision, "local_files_only": not _hub_reachable()}
     with _explained(name, source, options):
         config, more = AutoConfig.from_pretrained(
             source, return_unused_kwargs=True, **options, **(spec.model_args or {})
@@ -135,7 +141,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
     processor = _processor(name, source, options)
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
-    commit = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
+    commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
     if folder == WEIGHTS:
         source = name
     adapter = adapter_for(model, processor)
@@ -249,3 +255,41 @@ def _quiet(*, progress: bool) -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def _hub_reachable() -> bool:
+    """Whether files can be fetched from the hub; behind a proxy the answer is left to the proxy.
+
+    Asked before a load, because the hub's client retries for half a minute before it turns to
+    the cache.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme in getproxies():
+        return True
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit of a hub model that lies in the local cache; None if it does not."""
+    path = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """12 hex digits over the config and over the size, first and last MiB of every weights file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINTED))
+            file.seek(max(0, size - _FINGERPRINTED))
+            digest.update(file.read(_FINGERPRINTED))
+    return digest.hexdigest()[:12]

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
-from avlprof.attention.gate import check_traced
+from avlprof.attention.gate import check_traced, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
-from avlprof.attention.wrappers import unwrapped
 from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buffers import BufferedLayer

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
-from avlprof.attention.wrappers import unwrapped
 from avlprof.errors import UserError
 from avlprof.tracing.columns import UNSEEN, TokenColumns
 from avlprof.tracing.options import RecordOptions
@@ -157,7 +157,8 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
     columns = own.columns(call.key.device)
     mask = None
     if call.mask is not None:
-        mask = call.mask[row if len(call.mask) > 1 else 0, 0][columns][:, columns]
+        mask = call.mask[row if len(call.mask) > 1 else 0][:, columns][:, :, columns]
+        mask = mask[0] if len(mask) == 1 else mask
     return PromptAttention(
         query=call.query[row][:, columns],
         key=call.key[row][:, columns],

@@ -132,6 +132,7 @@ def test_memory_is_linear_in_the_keys():
     assert largest.elements < length**2 / 4
 
 
+@pytest.mark.slow  # Triton's interpreter, in a process of its own
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(RUNNABLE, reason="the kernel runs in this process")
 def test_the_kernel_in_the_interpreter():

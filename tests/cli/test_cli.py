@@ -149,7 +149,7 @@ def test_trace_over_references_under_a_policy(tmp_path):
     assert [row["answer"] == row["references"][0] for _, row in table.iterrows()] == [True] * 3
     said = refused(invoke("trace", "-n", 3, "--out", out))
     assert "forced: True here, False asked" in said
-    assert "policy: 'third' here" in said
+    assert "policy: 'third' here, '' asked" in said
 
 
 def test_trace_of_your_own_picture_has_no_reference(picture, tmp_path):
@@ -337,6 +337,7 @@ def test_analyze_and_derive(run, tmp_path):
     assert "is not in run" in refused(invoke("analyze", run, "--sample", "nobody"))
 
 
+@pytest.mark.slow  # every figure of every head
 def test_a_run_of_all_heads_has_figures_of_heads(tmp_path, run):
     out = tmp_path / "run"
     result = invoke("trace", "-n", 1, "--max-new-tokens", 3, "--per-head", "--out", out)

@@ -466,6 +466,7 @@ trace.trace_samples(load_model("tiny", device="cpu"), task, task.samples("search
 """
 
 
+@pytest.mark.slow  # two processes that load a model
 def test_kill_9_in_the_middle_then_the_same_again(tmp_path, tiny, task, monkeypatch):
     out = tmp_path / "run"
     child = subprocess.Popen(

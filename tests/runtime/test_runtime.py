@@ -30,9 +30,9 @@ from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan, Windows, slot_classes
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import generate, one_row
+from tests.helpers import generate, one_row, thinned
 from tests.oracle import NEAR_TIE, Oracle
-from tests.policies import POLICIES
+from tests.policies import POLICIES, QUICK
 
 MODELS = dict(cases())
 
@@ -73,7 +73,7 @@ def test_keep_all_is_bit_equal_in_bf16(case, pad):
         case.model.to(torch.float32)
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", thinned(POLICIES, QUICK))
 def test_agrees_with_the_dense_oracle(case, name):
     policy = POLICIES[name]
     oracle = Oracle(case.model, policy, case.vision_token_ids)
@@ -97,7 +97,7 @@ def test_agrees_with_the_dense_oracle(case, name):
         assert [set(row.tolist()) for row in layer.text_positions(0)] == trace.text[index][-1]
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", thinned(POLICIES, QUICK))
 def test_a_row_of_a_batch_is_the_row_alone(case, name):
     policy = POLICIES[name]
     oracle = Oracle(case.model, policy, case.vision_token_ids)
@@ -161,7 +161,7 @@ def test_an_allocator_is_resolved_for_the_model():
     with avlprof.apply(case.model, policy) as runtime:
         assert len(runtime.policy.keep(3)) == 3
         assert runtime.policy.keep(3)[0] > runtime.policy.keep(3)[2]
-    with pytest.raises(UserError, match="policy resolve --run RUN"):
+    with pytest.raises(UserError, match="the profile of a traced run"):
         with avlprof.apply(case.model, "prefixkv"):
             pass
 

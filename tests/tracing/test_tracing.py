@@ -541,6 +541,7 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
             )
 
 
+@pytest.mark.slow  # a trace for each size of a block
 @pytest.mark.parametrize("per_head", [False, True])
 def test_blocks_and_holding_back_change_nothing(case, per_head):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
