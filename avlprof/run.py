@@ -14,7 +14,7 @@ from PIL import Image
 
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.files import write_text
+from avlprof.files import checked_path, write_text
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
@@ -114,7 +114,7 @@ class Run:
     @classmethod
     def open(cls, path: Path | str) -> Run:
         """The run in a directory; `UserError` when there is none."""
-        run = cls(RunDirectory(path))
+        run = cls(RunDirectory(checked_path(path, "run")))
         _ = run.meta
         return run
 
