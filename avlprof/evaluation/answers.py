@@ -27,6 +27,7 @@ from avlprof.policy import Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
+from avlprof.tasks.task import origin
 from avlprof.versions import versions
 from avlprof.watch import SILENT, Part, Watch
 
@@ -84,9 +85,11 @@ class SampleSettings:
         return {
             "model": loaded.source,
             "revision": loaded.revision or "",
+            "checkpoint": loaded.settings,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": str(loaded.model.device),
             "task": task.name,
+            "dataset": origin(task),
             "metric": task.metric,
             "split": self.split,
             "samples": samples,

@@ -11,16 +11,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from avlprof.models.finite import FiniteLogits
+from avlprof.models.identity import SAMPLING
 
 KEPT: Final = ("eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens", "begin_suppress_tokens")
 """Fields of a checkpoint's generation config that stay in force: which tokens end an answer, fill a
 row up, begin a text, and are never said."""
-
-SAMPLING: Final = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff", "renormalize_logits"),
-)
-"""Fields that greedy decoding does not ask for."""
 
 _SILENT: Final = (
     *(*KEPT, *SAMPLING, "transformers_version", "_from_model_config", "max_length", "max_new_tokens"),
@@ -128,7 +123,7 @@ def _say_set_aside(model: Any) -> None:
     if values:
         asked = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
         _log.warning(
-            "the checkpoint's generation config asks for %s; avlprof's answers are greedy, so it is set aside",
+            "the checkpoint's generation config asks for %s, which is set aside: answers are greedy",
             asked,
         )
 

@@ -27,6 +27,7 @@ from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
 from avlprof.models.fitness import check_fits, keep_soft_cap
 from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
+from avlprof.models.identity import checkpoint_settings, settings_hash
 from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
 from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
@@ -63,6 +64,16 @@ class LoadedModel:
     source: str
     revision: str | None
     adapter: Adapter
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides answers beside the weights, as it is now: see `avlprof.models.identity`."""
+        return checkpoint_settings(self.model, self.processor)
+
+    @property
+    def settings_hash(self) -> str:
+        """A fingerprint of `settings`."""
+        return settings_hash(self.settings)
 
 
 def load_model(model: str | ModelSpec = "tiny", **options: Unpack[ModelOptions]) -> LoadedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -46,3 +46,9 @@ class Task:
             others = ", ".join(s for s in self.splits if s != split)
             raise UserError(f"split '{split}' of task '{self.name}' is empty; try another split ({others})")
         return found
+
+
+def origin(task: Task) -> dict[str, str]:
+    """Where the samples of a task come from, in words, as runs and studies note it."""
+    known: Mapping[str, object] = getattr(task, "provenance", None) or {}
+    return {str(name): str(value) for name, value in sorted(known.items())}

@@ -14,6 +14,7 @@ from avlprof.runs import RunMeta
 from avlprof.runs.meta import COVERAGES, DISTANCES, LAGS, TEXT_SINK
 from avlprof.tasks import Task
 from avlprof.tasks.splits import SEARCH
+from avlprof.tasks.task import origin
 from avlprof.versions import versions
 
 ROWS = ("default", "all")
@@ -121,6 +122,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         model=loaded.source,
         revision=loaded.revision or "",
         model_hash=loaded.revision or "",
+        checkpoint=loaded.settings,
         family=adapter.family,
         layers=adapter.layers,
         heads=adapter.heads,
@@ -129,6 +131,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=str(loaded.model.device),
         task=task.name,
+        dataset=origin(task),
         metric=task.metric,
         split=settings.split_of(task),
         max_new_tokens=settings.answer_limit(task),

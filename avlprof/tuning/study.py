@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
+from avlprof.models.identity import listed, noted_differences
+from avlprof.runs.meta import NOTED
+from avlprof.tasks.task import origin
 from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage
@@ -29,14 +32,19 @@ ADDRESS = "storage.txt"
 
 
 class StudyMeta(BaseModel):
-    """What a study searches for; a study is resumed only if this is the same."""
+    """What a study searches for; a study is resumed only if this is the same.
+
+    `checkpoint` and `dataset` are as in `avlprof.runs.RunMeta`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_: str = "avlprof.study/1"
     model: str
     model_hash: str
+    checkpoint: dict[str, str] = {}
     task: str
+    dataset: dict[str, str] = {}
     split: str
     samples: int
     sample_hash: str
@@ -52,11 +60,14 @@ class StudyMeta(BaseModel):
 
     def differences(self, other: StudyMeta) -> list[str]:
         """Fields in which another study differs, which is asked for, in words."""
-        return [
+        different = [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
             for name in type(self).model_fields
-            if getattr(self, name) != getattr(other, name)
+            if name not in NOTED and getattr(self, name) != getattr(other, name)
         ]
+        for name, what in NOTED.items():
+            different += noted_differences(what, getattr(self, name), getattr(other, name))
+        return different
 
 
 def read_meta(folder: Path) -> StudyMeta:
@@ -85,7 +96,7 @@ def check_folder(folder: Path, meta: StudyMeta) -> None:
     if (folder / "study.json").exists():
         different = read_meta(folder).differences(meta)
         if different:
-            raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another folder")
+            raise UserError(f"{folder} holds another study ({listed(different)}); choose another folder")
     elif folder.exists() and (
         not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
     ):
@@ -138,7 +149,7 @@ def claim_study(storage: StudyStorage, meta: StudyMeta) -> None:
                 raise UserError(f"'{name}' is a study that avlprof did not make; choose another folder")
             storage.write_note(META, meta.model_dump_json(indent=2))
         elif different := stored_meta(storage).differences(meta):
-            raise UserError(f"'{name}' is another study ({'; '.join(different)}); choose another folder")
+            raise UserError(f"'{name}' is another study ({listed(different)}); choose another folder")
     claim_folder(storage.folder, meta)
     if storage.address is not None:
         write_text(storage.folder / ADDRESS, storage.address + "\n")
@@ -167,9 +178,9 @@ def read_study(folder: Path) -> optuna.Study:
     raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
 
 
-def model_of(loaded: LoadedModel) -> dict[str, str]:
+def model_of(loaded: LoadedModel) -> dict[str, Any]:
     """What tells one model from another, as fields of `StudyMeta`."""
-    return {"model": loaded.source, "model_hash": loaded.revision or ""}
+    return {"model": loaded.source, "model_hash": loaded.revision or "", "checkpoint": loaded.settings}
 
 
 def study_meta(
@@ -180,6 +191,7 @@ def study_meta(
     return StudyMeta(
         **model_of(loaded),
         task=task.name,
+        dataset=origin(task),
         split=settings.split,
         samples=len(samples),
         sample_hash=sample_hash(samples),
