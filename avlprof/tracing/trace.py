@@ -119,6 +119,8 @@ def trace_batch(
         recorder.settle()
     answers = [ids[row, prompt : prompt + length] for row, length in enumerate(ends.lengths)]
     texts = loaded.adapter.decode(answers)
+    for sample, record in zip(samples, recorder.records, strict=True):
+        record.check_finite(f"sample '{sample.id}'")
     tables = [(record, record.frame(), record.scores()) for record in recorder.records]
     seconds = (time.monotonic() - started) / len(samples)
     layouts = loaded.adapter.vision_layout(encoding, chats)
