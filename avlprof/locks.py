@@ -120,12 +120,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; never where there are no locks."""
+    """Whether a process holds the lock on a file; never where there are no locks.
+
+    Nothing is written, and a file that may only be read will do.
+    """
     if fcntl is None:
         return False
     try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -88,7 +88,12 @@ def stored_meta(storage: StudyStorage) -> StudyMeta:
         return StudyMeta.model_validate_json(text)
     except ValidationError as error:
         source = storage.address or storage.folder / "study.json"
-        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{source} is not the note of a study ({where or 'JSON'}: {first['msg']}); put a copy of it "
+            "back, or begin anew in another folder"
+        ) from None
 
 
 def check_folder(folder: Path, meta: StudyMeta) -> None:
@@ -117,7 +122,10 @@ def find_storage(folder: Path, url: str | None = None) -> StudyStorage:
         UserError: the folder's trials are elsewhere than the URL says, or it is not PostgreSQL's.
     """
     note = folder / ADDRESS
-    noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    try:
+        noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note} cannot be read: {error}") from None
     if url is None:
         return FolderStorage(folder) if noted is None else PostgresStorage(folder, noted)
     storage = PostgresStorage(folder, url)
@@ -167,6 +175,14 @@ def read_study(folder: Path) -> optuna.Study:
     Raises:
         UserError: no trial was begun yet.
     """
+    study = begun_study(folder)
+    if study is None:
+        raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+    return study
+
+
+def begun_study(folder: Path) -> optuna.Study | None:
+    """As `read_study`, but None where no trial was begun yet."""
     storage = find_storage(folder)
     with quiet(), contextlib.suppress(KeyError):
         if storage.exists():
@@ -175,7 +191,7 @@ def read_study(folder: Path) -> optuna.Study:
                 storage=storage.backend(),
                 pruner=optuna.pruners.NopPruner(),
             )
-    raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+    return None
 
 
 def model_of(loaded: LoadedModel) -> dict[str, Any]:
