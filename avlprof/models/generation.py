@@ -10,6 +10,8 @@ from weakref import WeakSet
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from avlprof.errors import UserError
+from avlprof.models.chat import one_line
 from avlprof.models.finite import FiniteLogits
 from avlprof.models.identity import SAMPLING
 
@@ -89,16 +91,24 @@ def greedy(
         more: a cache, a streamer, stopping criteria.
 
     Raises:
-        UserError: logits are not finite.
+        UserError: logits are not finite, or pictures have other places than the model has features.
     """
     _say_set_aside(model)
     finite = FiniteLogits()
-    ids: Tensor = model.generate(
-        **encoding,
-        generation_config=greedy_config(model, max_new_tokens, min_new_tokens),
-        logits_processor=LogitsProcessorList([finite, *processors]),
-        **more,
-    )
+    try:
+        ids: Tensor = model.generate(
+            **encoding,
+            generation_config=greedy_config(model, max_new_tokens, min_new_tokens),
+            logits_processor=LogitsProcessorList([finite, *processors]),
+            **more,
+        )
+    except ValueError as error:
+        if "do not match" in str(error) and "features" in str(error):
+            raise UserError(
+                f"the model and its processor disagree about pictures: {one_line(error)}; check "
+                "processor_config.json (patch_size, vision_feature_select_strategy, image size)"
+            ) from error
+        raise
     finite.check(model, encoding, samples)
     return ids
 
