@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from avlprof.errors import UserError
 
@@ -57,6 +60,12 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 os.close(handle)
 
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
             self.release()
@@ -101,6 +110,34 @@ class FolderLock:
     def _refusal(self) -> UserError:
         self.release()
         return UserError(f"another process is writing to {self._folder}; wait for it or stop it")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds back Ctrl-C, TERM and HUP inside, and lets the first of them through at the end.
+
+    For writing what would be lost. Outside of the main thread, where no signal arrives, nothing
+    is held.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    held = [number for number, handler in before.items() if callable(handler)]
+    for number in held:
+        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+        if arrived:
+            number, frame = arrived[0]
+            handler = before[number]
+            if callable(handler):
+                handler(number, frame)
 
 
 @contextlib.contextmanager

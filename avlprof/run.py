@@ -16,6 +16,7 @@ from PIL import Image
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.files import write_text
+from avlprof.models.chat import one_line
 from avlprof.models.identity import listed, settings_differences
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
@@ -95,8 +96,11 @@ def _noted(run: Path) -> dict[str, list[str]]:
     path = run / f"{NAME}.jsonl"
     if not path.is_file():
         return {}
-    entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {entry["id"]: entry["images"] for entry in entries}
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {str(entry["id"]): [str(image) for image in entry["images"]] for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); delete it and give the task") from None
 
 
 RUNS = Path("runs")
@@ -110,9 +114,9 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """The run in a directory; `UserError` when there is none."""
+        """The run in a directory; `UserError` when there is none, or its tables are damaged."""
         run = cls(RunDirectory(path))
-        _ = run.meta
+        run.directory.check()
         return run
 
     @property

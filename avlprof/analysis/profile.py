@@ -115,6 +115,7 @@ class Profile:
         Raises:
             UserError: the run holds no finished sample, or none whose attention is finite.
         """
+        run.check()
         samples, settings = run.samples(), run.meta
         broken = not_finite(run)
         samples = samples[~samples["sample"].isin(broken)]
@@ -164,6 +165,7 @@ class Profile:
     @classmethod
     def of(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """The profile saved in a run directory if it is of all its samples, else a new one, saved."""
+        run.check()
         with contextlib.suppress(UserError):
             known = cls.load(run.path / "profile")
             if known.meta.run_hash == run.hash and known.meta.not_finite is not None:

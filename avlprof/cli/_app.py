@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from avlprof.cli._progress import quiet_libraries
+from avlprof.cli._signals import ending_once
 from avlprof.errors import UserError
 
 USER, UNEXPECTED, INTERRUPTED = 2, 1, 130
@@ -30,9 +31,9 @@ def reported(debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command resumes", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(getattr(error, "code", INTERRUPTED)) from None
     except UserError as error:
         raise _told(str(error), USER, debug) from None
     except Exception as error:
@@ -134,5 +135,9 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (unexpected), 2 (the user's to mend) or 130 (Ctrl-C)."""
-    app(prog_name="avlprof")
+    """Run the command line.
+
+    Exits with 0, 1 (unexpected), 2 (the user's to mend), or 130, 143 or 129 (Ctrl-C, TERM, HUP).
+    """
+    with ending_once():
+        app(prog_name="avlprof")

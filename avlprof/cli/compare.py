@@ -86,6 +86,7 @@ def compare_policies(
     """
     from avlprof.evaluation import AnswerStore, ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
@@ -97,6 +98,7 @@ def compare_policies(
     task.samples(split, samples)
     label = f"{Path(spec.name).name}-{task.name}-{split}"
     folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
+    lock = FolderLock(folder / "parts")
     loaded = load_model(spec)
     settings = ComparisonSettings(
         split=split,
@@ -107,7 +109,7 @@ def compare_policies(
         evidence=lambda: _evidence(loaded, task, run),
     )
     store = AnswerStore(folder / "parts")
-    with bars() as watch:
+    with lock, bars() as watch:
         comparison = compare(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )

@@ -68,6 +68,7 @@ def evaluate_policies(
     """
     from avlprof.evaluation import AnswerStore, EvaluationSettings
     from avlprof.evaluation.evaluate import evaluate
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
 
     policies = _policies(policy)
@@ -82,9 +83,10 @@ def evaluate_policies(
     task = source.load()
     task.samples(split, samples)
     folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
+    lock = FolderLock(folder / "parts")
     store = AnswerStore(folder / "parts")
     loaded = load_model(spec)
-    with bars() as watch:
+    with lock, bars() as watch:
         evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
     wrote = _write(evaluation, folder)
     _print(evaluation, form)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from avlprof.errors import UserError
 from avlprof.files import replacing
+from avlprof.locks import uninterrupted
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
@@ -88,9 +89,10 @@ class AnswerStore:
         """Write the answers in hand as one part."""
         if not self._pending:
             return
-        with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
-            pd.DataFrame(self._pending).to_parquet(partial, index=False)
-        self._pending = []
+        with uninterrupted():
+            with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
+                pd.DataFrame(self._pending).to_parquet(partial, index=False)
+            self._pending = []
 
     def _read(self, part: Path) -> None:
         try:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from avlprof.errors import UserError
 from avlprof.models.chat import one_line
+from avlprof.models.context import check_context
 from avlprof.models.finite import FiniteLogits
 from avlprof.models.identity import SAMPLING
 
@@ -91,8 +92,10 @@ def greedy(
         more: a cache, a streamer, stopping criteria.
 
     Raises:
-        UserError: logits are not finite, or pictures have other places than the model has features.
+        UserError: logits are not finite, a prompt is longer than the model's context, or it has other
+            places for pictures than the model has features.
     """
+    check_context(model, encoding, samples, max_new_tokens)
     _say_set_aside(model)
     finite = FiniteLogits()
     try:

@@ -153,6 +153,8 @@ def settle_meta(path: Path, meta: RunMeta, writer: str = "") -> None:
                 os.replace(partial, file)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+        except ValueError as error:  # half of a character
+            raise UserError(f"{file} cannot be written: {error}") from None
         finally:
             partial.unlink(missing_ok=True)
     check_free(path, meta)

@@ -17,6 +17,7 @@ from torch import Tensor
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens, reference_tokens
+from avlprof.models.context import check_context
 from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.batch import ForcedBatch
@@ -84,6 +85,7 @@ class ForcedSet:
                 lasts = inputs["input_ids"][:, -1].tolist()
                 whole = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
                 tokens = [answer[:max_new_tokens] for answer in whole]
+                check_context(loaded.model, inputs, [s.id for s in part], max(map(len, tokens)))
             else:
                 capture = Capture(list(scorers))
                 tokens = _dense_answers(loaded.model, inputs, part, max_new_tokens, capture, head)
