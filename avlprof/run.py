@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,9 @@ from avlprof.models.identity import listed, settings_differences
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
+from avlprof.tasks.source import picture_source
 from avlprof.tasks.splits import ALL
+from avlprof.tasks.text import printable
 from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ def picture_task(images: ImageLike | Sequence[ImageLike], prompt: str | None) ->
         raise UserError("prompt needs a picture; give image, or leave prompt out to trace a task")
     if prompt is None or not prompt.strip():
         raise UserError("image needs a prompt that is not empty; give prompt")
-    sources = tuple(Path(image) if isinstance(image, str) else image for image in images)
+    sources = tuple(
+        image if isinstance(image, Image.Image) else picture_source(image, Path(), "image")
+        for image in images
+    )
     first = sources[0]
-    stem = first.stem if isinstance(first, Path) else "image"
+    stem = printable(first.stem) if isinstance(first, Path) else "image"
     opened = Sample(stem, sources, prompt).open_images()
     digest = hashlib.sha256(prompt.encode())
     for picture in opened:
@@ -86,7 +90,7 @@ def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> l
         except UserError as error:
             raise UserError(f"the pictures of run {run.path} need its task ({error}); give task") from None
     most = len(run.samples())
-    for entry in islice(task.stream(run.meta.split), most):
+    for entry in task.samples(run.meta.split, most):
         if entry.id == sample:
             return [picture for message in entry.messages() for picture in message.pictures()]
     raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")

@@ -23,7 +23,12 @@ def state(loaded):
     weights = [
         (name, str(value.dtype), value.double().sum().item()) for name, value in model.named_parameters()
     ]
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+    hooks = [
+        hook
+        for part in model.modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not hook.__module__.startswith("transformers.")  # which keeps hooks once outputs were asked for
+    ]
     return model.training, model.config.to_dict(), model.generation_config.to_dict(), weights, hooks
 
 

@@ -29,11 +29,11 @@ def coverage(rows: pd.DataFrame, vision: pd.Series[int], levels: Sequence[int]) 
     count = rows["sample"].map(vision)
     tables = []
     for level in levels:
-        found = rows[KEYS].assign(tokens=rows[f"coverage_{level}"].where(count > 0))
-        found["share"] = found["tokens"] / count
-        table = over_samples(found, KEYS, "share")
+        covered = rows[KEYS].assign(tokens=rows[f"coverage_{level}"].where(count > 0))
+        covered["share"] = covered["tokens"] / count
+        table = over_samples(covered, KEYS, "share")
         table.insert(len(KEYS), "level", level)
-        tables.append(table.assign(tokens=over_samples(found, KEYS, "tokens")["mean"]))
+        tables.append(table.assign(tokens=over_samples(covered, KEYS, "tokens")["mean"]))
     return pd.concat(tables, ignore_index=True).sort_values([*KEYS, "level"], ignore_index=True)
 
 
@@ -66,11 +66,11 @@ def mass_curves(shares: Array, grid: Array) -> Array:
     """
     tokens = shares.shape[-1]
     ranked = -np.sort(-shares, axis=-1)
-    held = np.concatenate([np.zeros((*shares.shape[:-1], 1)), ranked.cumsum(axis=-1)], axis=-1)
-    place = grid * tokens
-    whole = np.minimum(np.floor(place + 1e-9).astype(int), tokens)
-    part = np.clip(place - whole, 0.0, 1.0)
-    low, high = held[..., whole], held[..., np.minimum(whole + 1, tokens)]
+    mass = np.concatenate([np.zeros((*shares.shape[:-1], 1)), ranked.cumsum(axis=-1)], axis=-1)
+    position = grid * tokens
+    whole = np.minimum(np.floor(position + 1e-9).astype(int), tokens)
+    part = np.clip(position - whole, 0.0, 1.0)
+    low, high = mass[..., whole], mass[..., np.minimum(whole + 1, tokens)]
     curves = np.minimum(low + part * (high - low), 1.0)
     curves[..., grid >= 1.0] = 1.0
     empty = shares.sum(axis=-1, keepdims=True) <= 0

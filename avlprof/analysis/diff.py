@@ -94,6 +94,6 @@ def _moments(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tidy(a: pd.DataFrame, b: pd.DataFrame, low: Array, high: Array, how: str) -> pd.DataFrame:
-    found = pd.DataFrame({"here": a["mean"], "other": b["mean"], "mean": a["mean"] - b["mean"]})
-    found = found.assign(low=low, high=high, n=a["count"], n_other=b["count"], how=how)
-    return found[(found["n"] > 0) & (found["n_other"] > 0)].reset_index()
+    table = pd.DataFrame({"here": a["mean"], "other": b["mean"], "mean": a["mean"] - b["mean"]})
+    table = table.assign(low=low, high=high, n=a["count"], n_other=b["count"], how=how)
+    return table[(table["n"] > 0) & (table["n_other"] > 0)].reset_index()

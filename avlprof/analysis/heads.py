@@ -52,9 +52,9 @@ class HeadMoments:
         ours[self._covered] = ours[self._covered].div(count.where(count > 0), axis=0)
         sample, names = pd.factorize(ours["sample"])
         kind = pd.Series(range(len(KINDS)), index=pd.MultiIndex.from_tuples(KINDS))
-        place = kind.reindex(pd.MultiIndex.from_frame(ours[["phase", "query"]])).to_numpy()
+        kinds = kind.reindex(pd.MultiIndex.from_frame(ours[["phase", "query"]])).to_numpy()
         values = np.full((len(names), *self._shape), np.nan)
-        values[sample, ours["layer"], ours["head"], place] = ours[self._columns]
+        values[sample, ours["layer"], ours["head"], kinds] = ours[self._columns]
         for one in values:
             self._moments.add(one)
 
@@ -112,8 +112,8 @@ def _top_sets(scores: Scores, size: int) -> tuple[Scores, NDArray[np.bool_]]:
     """1 on the best `size` of each row of `scores [..., N]`, and which rows `[...]` are not all 0."""
     least = -np.partition(-scores, size - 1, axis=-1)[..., size - 1 : size]
     above, tied = scores > least, scores == least
-    wanted = size - above.sum(axis=-1, keepdims=True)
-    chosen = above | (tied & (tied.cumsum(axis=-1) <= wanted))
+    missing = size - above.sum(axis=-1, keepdims=True)
+    chosen = above | (tied & (tied.cumsum(axis=-1) <= missing))
     return chosen.astype(np.float32), scores.sum(axis=-1) > 0
 
 
@@ -129,10 +129,10 @@ class _Mean:
         self._count += counts
 
     def value(self) -> Array:
-        found: Array = np.divide(
+        mean: Array = np.divide(
             self._sum, self._size * self._count, out=np.full(self.shape, np.nan), where=self._count > 0
         )
-        return found
+        return mean
 
 
 class HeadOverlaps:
@@ -148,13 +148,13 @@ class HeadOverlaps:
 
     def add(self, scores: dict[str, Scores]) -> None:
         """Take one more sample's `NAMES`."""
-        found = []
+        pairs = []
         for name in QUERIES.values():
             heads, shared = scores[f"{name}{HEADS}"], scores[name]
             if name == "last":
                 heads, shared = heads[None], shared[None]
-            found.append(head_overlap(heads, shared, self._top_share))
-        for moments, tables in zip((self._within, self._across), zip(*found, strict=True), strict=True):
+            pairs.append(head_overlap(heads, shared, self._top_share))
+        for moments, tables in zip((self._within, self._across), zip(*pairs, strict=True), strict=True):
             moments.add(np.stack(tables, axis=-1))
 
     def table(self) -> pd.DataFrame:

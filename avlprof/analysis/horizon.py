@@ -49,12 +49,12 @@ def horizon(table: pd.DataFrame, layers: int, threshold: float = 0.01, seed: int
         return _table([])
     every = wide.reindex(columns=pd.MultiIndex.from_product([queries, range(layers)]))
     masses = every.to_numpy(np.float64).reshape(len(wide), len(queries), layers).swapaxes(0, 1)
-    found = _first_beyond(_mean(masses, np.ones((1, len(wide)))), threshold)
+    first = _first_beyond(_mean(masses, np.ones((1, len(wide)))), threshold)
     resampled = np.concatenate(_resampled(masses, threshold, np.random.default_rng(seed)))
     groups = {query: [index] for index, query in enumerate(queries)} | {"any": list(range(len(queries)))}
     return _table(
         [
-            _row(query, masses[of], found[0, of].max(), resampled[:, of].max(axis=1), threshold)
+            _row(query, masses[of], first[0, of].max(), resampled[:, of].max(axis=1), threshold)
             for query, of in groups.items()
         ]
     )
@@ -99,8 +99,8 @@ def _mean(masses: Array, weights: Array) -> Array:
 def _first_beyond(means: Array, threshold: float) -> NDArray[np.int64]:
     """`[B, Q, L]` to the layers `[B, Q]` behind the last one that reaches the threshold; L for none."""
     layers = np.arange(1, means.shape[-1] + 1)
-    found: NDArray[np.int64] = np.where(means >= threshold, layers, 0).max(axis=-1)
-    return found
+    first: NDArray[np.int64] = np.where(means >= threshold, layers, 0).max(axis=-1)
+    return first
 
 
 def _or_none(layer: int, layers: int) -> int | None:

@@ -32,8 +32,10 @@ def welch_interval(
 
     Arguments as in `t_interval`; the difference is the first mean less the other.
     """
-    given = (mean, variance, n, other_mean, other_variance, other_n)
-    mean, variance, n, other_mean, other_variance, other_n = (np.asarray(x, dtype=np.float64) for x in given)
+    moments = (mean, variance, n, other_mean, other_variance, other_n)
+    mean, variance, n, other_mean, other_variance, other_n = (
+        np.asarray(x, dtype=np.float64) for x in moments
+    )
     n, other_n = np.where(n > 1, n, np.nan), np.where(other_n > 1, other_n, np.nan)
     a, b = variance / n, other_variance / other_n
     squares = a**2 / (n - 1) + b**2 / (other_n - 1)
@@ -46,9 +48,9 @@ def welch_interval(
 def over_samples(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
     """`keys, mean, low, high, n` of a column, one row a sample in; NaN counts as not observed."""
     seen = table.dropna(subset=[value]).astype({value: np.float64})
-    found = seen.groupby(list(keys), sort=True)[value].agg(["mean", "var", "count"]).reset_index()
-    low, high = t_interval(found["mean"], found["var"], found["count"])
-    return found[list(keys)].assign(mean=found["mean"], low=low, high=high, n=found["count"])
+    table = seen.groupby(list(keys), sort=True)[value].agg(["mean", "var", "count"]).reset_index()
+    low, high = t_interval(table["mean"], table["var"], table["count"])
+    return table[list(keys)].assign(mean=table["mean"], low=low, high=high, n=table["count"])
 
 
 class Moments:
@@ -75,5 +77,5 @@ class Moments:
         index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
         low, high = t_interval(self._mean, self._squares / np.maximum(self._n - 1, 1), self._n)
         columns = dict(zip(COLUMNS, (self._mean, low, high, self._n), strict=True))
-        found = pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index)
-        return found[found["n"] > 0].reset_index()
+        table = pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index)
+        return table[table["n"] > 0].reset_index()

@@ -70,11 +70,11 @@ def concentration(scores: NDArray[np.float32] | Array) -> Array:
         return np.full((layers, len(STATISTICS)), np.nan)
     exact = scores.astype(np.float64)
     looks = exact.sum(axis=-1) > 0
-    found = np.stack(
+    curves = np.stack(
         [np.where(looks, _sparsity(exact), 1.0), _entropy(exact), np.where(looks, _skewness(exact), 0.0)],
         axis=-1,
     )
-    mean: Array = found.mean(axis=0)
+    mean: Array = curves.mean(axis=0)
     return mean
 
 

@@ -52,12 +52,14 @@ def _looking(profile: Profile) -> str:
         return f"No layer looks at the image {_WHEN[query]}."
     mainly = mass[mass >= mass.max() / 2]
     if len(mainly) == 1:
-        found = f"Layer {mass.idxmax()} looks at the image most, with {_percent(mass.max())} of its attention"
+        sentence = (
+            f"Layer {mass.idxmax()} looks at the image most, with {_percent(mass.max())} of its attention"
+        )
     else:
-        found = f"{_layers(mainly.index)} look at the image most, with {_range(mainly)} of their attention"
+        sentence = f"{_layers(mainly.index)} look at the image most, with {_range(mainly)} of their attention"
     if len(mainly) < len(mass):
-        found += f", layer {mass.idxmin()} least, with {_percent(mass.min())}"
-    return f"{found} ({_WHEN[query]})."
+        sentence += f", layer {mass.idxmin()} least, with {_percent(mass.min())}"
+    return f"{sentence} ({_WHEN[query]})."
 
 
 def _horizon(profile: Profile) -> str:
@@ -128,10 +130,12 @@ def _window(profile: Profile) -> list[str]:
         return []
     needs = pd.Series(windows_for(curve, 0.95, profile.layers))
     first = profile.meta.settings.text_sink
-    held = f"Beside the first {first} text tokens, 95% of the attention on text ({_WHEN[query]}) lies on the"
+    sentence = (
+        f"Beside the first {first} text tokens, 95% of the attention on text ({_WHEN[query]}) lies on the"
+    )
     if needs.min() == needs.max():
-        return [f"{held} newest {needs.max()} in every layer."]
-    return [f"{held} newest {needs.min()} to {needs.max()}; layer {needs.idxmax()} reaches furthest."]
+        return [f"{sentence} newest {needs.max()} in every layer."]
+    return [f"{sentence} newest {needs.min()} to {needs.max()}; layer {needs.idxmax()} reaches furthest."]
 
 
 def _sink(profile: Profile) -> str:

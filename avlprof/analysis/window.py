@@ -32,9 +32,9 @@ def reach(rows: pd.DataFrame, edges: Sequence[int], longest: int) -> pd.DataFram
     total = masses.sum(axis=1)
     shares = masses[total > 0].cumsum(axis=1) / total[total > 0, None]
     windows = [*(edge for edge in edges if edge < longest), max(longest, 1)]
-    held = np.column_stack([shares[:, : len(windows) - 1], np.ones(len(shares))])
+    cumulative = np.column_stack([shares[:, : len(windows) - 1], np.ones(len(shares))])
     reached: pd.DataFrame = ours.loc[total > 0, ROW].reset_index(drop=True)
-    return reached.join(pd.DataFrame(held, columns=windows))
+    return reached.join(pd.DataFrame(cumulative, columns=windows))
 
 
 def window_curve(reached: pd.DataFrame) -> pd.DataFrame:
@@ -52,20 +52,20 @@ def smallest_windows(reached: pd.DataFrame, levels: Sequence[int]) -> pd.DataFra
     Windows are edges of the distance histogram. `reached` is a table of `reach`.
     """
     windows = reached.columns.drop(ROW)
-    held = reached[windows].to_numpy()
-    found = reached[ROW].copy()
+    shares = reached[windows].to_numpy()
+    smallest = reached[ROW].copy()
     for level in levels:
-        first = (held >= level / 100 - ROUNDING).argmax(axis=1)
-        found[f"window_{level}"] = windows.to_numpy(dtype=np.float64)[first]
-    return found
+        first = (shares >= level / 100 - ROUNDING).argmax(axis=1)
+        smallest[f"window_{level}"] = windows.to_numpy(dtype=np.float64)[first]
+    return smallest
 
 
 def window(reached: pd.DataFrame, levels: Sequence[int]) -> pd.DataFrame:
     """`layer, phase, query, level, mean, low, high, n`: the `smallest_windows` of the samples."""
-    found = smallest_windows(reached, levels)
+    smallest = smallest_windows(reached, levels)
     tables = []
     for level in levels:
-        table = over_samples(found, KEYS, f"window_{level}")
+        table = over_samples(smallest, KEYS, f"window_{level}")
         table.insert(len(KEYS), "level", level)
         tables.append(table)
     return pd.concat(tables, ignore_index=True).sort_values([*KEYS, "level"], ignore_index=True)
@@ -78,8 +78,8 @@ def windows_for(curve: pd.DataFrame, share: float, layers: int) -> tuple[int, ..
     without decoding. A layer that never looked at text beyond the sinks gets a window of one token.
     """
     query = "generated" if (curve["query"] == "generated").any() else "last"
-    held = curve[(curve["query"] == query) & (curve["mean"] >= share - ROUNDING)]
-    first = held.groupby("layer")["distance"].min()
+    enough = curve[(curve["query"] == query) & (curve["mean"] >= share - ROUNDING)]
+    first = enough.groupby("layer")["distance"].min()
     return tuple(int(first.get(layer, 1)) for layer in range(layers))
 
 
@@ -108,8 +108,8 @@ def by_sample(
         `window_<level>` (text tokens), `overlap_<lag>` (share). NaN is not recorded.
     """
     covered = [f"coverage_{level}" for level in levels]
-    found = rows[[*ROW, *MASSES, "entropy", *covered, *(f"overlap_{lag}" for lag in lags)]].copy()
-    count = found["sample"].map(vision)
-    found[covered] = found[covered].div(count.where(count > 0), axis=0)
-    found = found.merge(smallest_windows(reached, levels), on=ROW, how="left")
-    return found.astype({name: "float32" for name in found.columns.drop(ROW)})
+    table = rows[[*ROW, *MASSES, "entropy", *covered, *(f"overlap_{lag}" for lag in lags)]].copy()
+    count = table["sample"].map(vision)
+    table[covered] = table[covered].div(count.where(count > 0), axis=0)
+    table = table.merge(smallest_windows(reached, levels), on=ROW, how="left")
+    return table.astype({name: "float32" for name in table.columns.drop(ROW)})

@@ -47,12 +47,16 @@ class Forward:
     """One forward pass of the switched model.
 
     `modality [B, n]` covers every position seen so far, this pass included; the last `new`
-    are this pass's. `step` is 0 in prefill and counts decoding passes from 1.
+    are this pass's. `step` is 0 in prefill and counts decoding passes from 1. `conversation` stands
+    for the cache: it is the same object in all passes over one. `begun` is for a runtime to note
+    that a layer has attended.
     """
 
     modality: Tensor
     new: int
     step: int
+    conversation: object = None
+    begun: bool = False
 
 
 class Observer(Protocol):
@@ -73,6 +77,9 @@ class AttentionRuntime(Protocol):
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache was made by this runtime."""
+
+    def governs(self, cache: Any, layer: int) -> bool:
+        """Whether this runtime, and not the model, decides what a layer attends to."""
 
     def attend(self, forward: Forward, cache: Any, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """The layer's output `[B, q, H, D]`, and the call as the observers should see it."""

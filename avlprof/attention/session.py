@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Kernel, Observer
-from avlprof.attention.kernels import explicit_mask, stock_kernel
+from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
+from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
+from avlprof.attention.kernels import EAGER, eagerly, overheard
+from avlprof.attention.masks import as_long_as, check_causal, padding_mask
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
 from avlprof.errors import UserError
 
@@ -67,28 +69,50 @@ class Passed:
         self.length = self._marked.shape[1]
 
 
-IMPLEMENTATIONS = {"sdpa": "avlprof", "eager": "avlprof_eager"}  # one for each form that masks take
-_SESSION = "_avlprof_session"
-
-
 @dataclass
+class _Pass:
+    """A forward pass at work; `layers` are those that have attended."""
+
+    forward: Forward
+    cache: Any
+    layers: set[int] = field(default_factory=set)
+
+
+class _Thread(threading.local):
+    """What belongs to a call of the model, not to the model: threads may call one at once."""
+
+    now: _Pass | None = None
+    uncached: Tensor | None = None
+
+
 class Session:
     """A switched model; made by `switched`."""
 
-    model: PreTrainedModel
-    kernel: Kernel
-    signature: inspect.Signature
-    cache_name: str
-    observers: list[Observer] = field(default_factory=list)
-    runtime: AttentionRuntime | None = None
-    _states: WeakKeyDictionary[Any, Passed] = field(default_factory=WeakKeyDictionary)
-    _forward: Forward | None = None
-    _cache: Any = None
+    def __init__(self, model: PreTrainedModel, implementation: str) -> None:
+        self.model = model
+        self.implementation = implementation
+        self.roles = layer_roles(model.config.get_text_config(decoder=True))
+        self.signature = inspect.signature(model.forward)
+        self.cache_name = cache_argument(model)
+        self.observers: list[Observer] = []
+        self.runtime: AttentionRuntime | None = None
+        self.single = False  # what is captured serves one call at a time, and no copy
+        self.contexts = contextlib.ExitStack()
+        self.users = 0
+        self._states: WeakKeyDictionary[Any, Passed] = WeakKeyDictionary()
+        self._thread = _Thread()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A copy of the model is a stock model: its hooks find that it is not the one of this session."""
+        if self.single:
+            raise UserError("a model with captured steps cannot be copied; copy it before the context")
+        return self
 
     @property
     def stepping(self) -> bool:
         """Whether the pass at work is a decoding step."""
-        return self._forward is not None and self._forward.step > 0 and self._forward.new == 1
+        now = self._thread.now
+        return now is not None and now.forward.step > 0 and now.forward.new == 1
 
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
@@ -96,63 +120,105 @@ class Session:
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook of the model: swap the cache in and work out the modalities."""
+        if module is not self.model:
+            return None
         values = dict(kwargs)
         if args:
             values = self.signature.bind_partial(*args, **kwargs).arguments
             values |= values.pop("kwargs", {})
-        passed = [values.pop(name) for name in NAMES if name in values]
-        caches = [cache for cache in passed if cache is not None]
+        self._check_asked(values)
+        named = [values.pop(name) for name in NAMES if name in values]
+        caches = [one for one in named if one is not None]
         if len(caches) > 1:
             raise UserError(
                 f"the cache was given twice, as {' and '.join(NAMES)}; give {self.cache_name} alone"
             )
         cache = caches[0] if caches else None
-        past = cache.get_seq_length() if cache is not None else 0
-        ids = values.get("input_ids")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        padding = padding_mask(values, past)
         if self.runtime is not None:
+            check_causal(values.get("attention_mask"), padding, past)
             cache = self._swapped(cache, past, values)
-        if cache is not None or passed:
+            if "attention_mask" in values and padding is not values["attention_mask"]:
+                values["attention_mask"] = padding  # made for the cache that was swapped out
+        if cache is not None or named:
             values[self.cache_name] = cache
-        if past == 0:
-            if ids is None:
-                raise UserError(
-                    "the prompt's input_ids are needed to tell vision tokens from text; pass input_ids"
-                )
-            vision = vision_token_ids(self.model.config)
-            state = Passed(modality_map(ids, values.get("attention_mask"), vision))
-        else:
-            known = self._states.get(cache)
-            if known is None or known.length != past:
-                raise UserError(
-                    "the cache was filled outside of this context, so its modalities are unknown; "
-                    "run the prompt inside the context"
-                )
-            state = known
-            self._go_on(state, values)
+        state = self._prompt(values, padding) if past == 0 else self._known(cache, past, values, padding)
         if cache is not None:
             self._states[cache] = state
-        self._cache = cache
-        self._forward = Forward(state.modality, state.length - past, state.steps)
+        self._enter(cache, True)
+        self._thread.now = _Pass(Forward(state.modality, state.length - past, state.steps, state), cache)
         for observer in self.observers:
-            observer.begin(self._forward)
+            observer.begin(self._thread.now.forward)
         return (), values
 
-    def _go_on(self, state: Passed, values: dict[str, Any]) -> None:
-        """Note this pass's tokens behind the prompt: one is generated, more are a turn."""
+    def _check_asked(self, values: dict[str, Any]) -> None:
+        """Refuse what cannot be served, by its true cause."""
+        config: Any = decoder_of(self.model).config
+        if (config._attn_implementation or EAGER) != self.implementation:
+            raise UserError(
+                f"the model's attention was set to '{config._attn_implementation}' inside the context, where "
+                f"'{self.implementation}' is followed; set it before entering"
+            )
+        if values.get("output_attentions"):
+            raise UserError(
+                "attention weights are what avlprof.record measures, without forming them; leave "
+                "output_attentions out"
+            )
+
+    def _prompt(self, values: dict[str, Any], padding: Tensor | None) -> Passed:
+        """A prompt's modalities."""
+        ids = values.get("input_ids")
+        if ids is None:
+            raise UserError(
+                "the prompt's input_ids are needed to tell vision tokens from text; pass input_ids"
+            )
+        before = self._thread.uncached
+        self._thread.uncached = ids if values.get("use_cache") is False else None
+        if before is not None and torch.equal(ids[:, :-1], before):
+            raise UserError(
+                "the model answers without a KV cache, so each of its steps looks like a new prompt; "
+                "call it with use_cache=True"
+            )
+        return Passed(modality_map(ids, padding, vision_token_ids(self.model.config)))
+
+    def _known(self, cache: Any, past: int, values: dict[str, Any], padding: Tensor | None) -> Passed:
+        """What has passed of a conversation, this pass included: one token is generated, more are a turn."""
+        state = self._states.get(cache)
+        if state is None or state.length != past:
+            raise UserError(
+                "the cache was filled outside of this context, so its modalities are unknown; "
+                "run the prompt inside the context"
+            )
         ids = values.get("input_ids")
         if (ids if ids is not None else values["inputs_embeds"]).shape[1] == 1:
             state.step()
-            return
+            return state
         if ids is None:
             raise UserError("the input_ids of a turn are needed to tell vision from text; pass input_ids")
         vision = vision_token_ids(self.model.config)
-        state.turn(turn_map(ids, values.get("attention_mask"), vision, state.modality))
+        state.turn(turn_map(ids, padding, vision, state.modality))
+        return state
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: let go of the pass, also after an exception."""
-        self._forward = self._cache = None
+        now = self._thread.now
+        if module is not self.model or now is None:
+            return
+        self._enter(now.cache, False)
+        self._thread.now = None
+        if output is not None and not now.layers and not self.single:
+            raise UserError(
+                f"the layers of {type(self.model).__name__} do not ask transformers' attention interface, so "
+                "their attention cannot be followed"
+            )
+
+    def _enter(self, cache: Any, active: bool) -> None:
+        """Tell a policy's cache that a pass of its context is at work, or over."""
+        if self.runtime is not None and hasattr(cache, "active"):
+            cache.active = active
 
     def _swapped(self, cache: Any, past: int, values: dict[str, Any]) -> Any:
         runtime = self.runtime
@@ -170,130 +236,91 @@ class Session:
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The output of one layer's attention; observers see the call afterwards."""
-        if self._forward is None:
-            raise UserError("call the model that was switched, not a part of it")
-        if self.runtime is None:
+        now = self._thread.now
+        if now is None:
+            raise UserError(
+                "call the model that was switched, not a part of it; compile it before the context"
+            )
+        runtime = self.runtime
+        governed = runtime is not None and runtime.governs(now.cache, call.layer)
+        measured = governed or bool(self.observers)
+        full = self.roles[call.layer].role is Role.FULL
+        check_call(call, now.layers, measured, full, self.implementation)
+        now.layers.add(call.layer)
+        call = as_long_as(call, now.forward.modality.shape[1])
+        if runtime is None:
             out = call.stock()
         else:
-            out, call = self.runtime.attend(self._forward, self._cache, call)
-        if self.observers and call.query.shape[2] < self._forward.new:
+            out, call = runtime.attend(now.forward, now.cache, call)
+        if self.observers and call.query.shape[2] < now.forward.new:
             raise UserError(
-                "behind a prefill_filter layers see fewer tokens than the prompt has, which cannot be "
-                "recorded; record under a policy without one"
+                f"layer {call.layer} attends for {call.query.shape[2]} of the {now.forward.new} tokens of "
+                "the prompt, which cannot be recorded (a prefill_filter drops tokens; layers that read "
+                "another layer's keys may look with the last one alone)"
             )
         for observer in self.observers:
-            observer.attended(self._forward, call)
+            observer.attended(now.forward, call)
         if call.after is not None:
             call.after()
         return out
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The registered function: finds the session of the module and hands it the call."""
-    session: Session = getattr(module, _SESSION)
-    call = AttentionCall(
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
-        module=module,
-        query=query,
-        key=key,
-        value=value,
-        mask=attention_mask,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=options.get("softcap"),
-        kernel=session.kernel,
-        options=options,
-    )
-    return session.attend(call), None
 
 
 @contextlib.contextmanager
 def switched(
     model: PreTrainedModel, observers: tuple[Observer, ...] = (), runtime: AttentionRuntime | None = None
 ) -> Iterator[Session]:
-    """Switch the language model's attention to avlprof's for the length of the context.
+    """Hear a language model's attention for the length of the context, and let a runtime take it over.
 
     Contexts nest on one model: an inner one adds observers or the runtime to the outer
-    session. Everything is restored on exit, exceptions and Ctrl-C included.
+    session. They may be left in any order; the last one restores the model, exceptions and Ctrl-C
+    included. Copies of the model that are made inside are stock models.
 
     Raises:
-        UserError: the model's attention cannot be switched, or it has a runtime already.
+        UserError: the model's attention cannot be followed, or it has a runtime already.
     """
-    decoder = _decoder(model)
-    outer: Session | None = getattr(decoder, _SESSION, None)
-    with contextlib.ExitStack() as undo:
-        session = outer or undo.enter_context(_installed(model, decoder))
-        if runtime is not None:
-            if session.runtime is not None:
-                raise UserError("the model already runs under a policy; leave that context first")
-            session.runtime = runtime
-            undo.callback(setattr, session, "runtime", None)
-        session.observers.extend(observers)
-        try:
-            yield session
-        finally:
-            for observer in observers:
-                session.observers.remove(observer)
-
-
-@contextlib.contextmanager
-def _installed(model: PreTrainedModel, decoder: Any) -> Iterator[Session]:
-    text_config: Any = decoder.config
-    before: str = text_config._attn_implementation
-    signature = inspect.signature(model.forward)
-    session = Session(model, stock_kernel(decoder, before), signature, cache_argument(model))
-    modules = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
-    for name, mask in zip(IMPLEMENTATIONS.values(), (sdpa_mask, explicit_mask), strict=True):
-        AttentionInterface.register(name, _attention)
-        AttentionMaskInterface.register(name, mask)
-    hooks = [
-        model.register_forward_pre_hook(session.before, with_kwargs=True),
-        model.register_forward_hook(session.after, with_kwargs=True, always_call=True),
-    ]
+    session = _session_of(model) or _installed(model)
+    if runtime is not None and session.runtime is not None:
+        raise UserError("the model already runs under a policy; leave that context first")
+    session.users += 1
+    if runtime is not None:
+        session.runtime = runtime
+    session.observers.extend(observers)
     try:
-        for module in (decoder, *modules):
-            setattr(module, _SESSION, session)
-        _set_implementation(model, text_config, IMPLEMENTATIONS[before or "eager"])
         yield session
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module in (decoder, *modules):
-            if hasattr(module, _SESSION):
-                delattr(module, _SESSION)
-        if text_config._attn_implementation != before:
-            _set_implementation(model, text_config, before)
+        for observer in observers:
+            session.observers.remove(observer)
+        if runtime is not None:
+            session.runtime = None
+        session.users -= 1
+        if session.users == 0:
+            session.contexts.close()
 
 
-def _decoder(model: PreTrainedModel) -> Any:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "config"):
-        raise UserError(
-            f"{type(model).__name__} has no decoder with layers, so its attention cannot be switched"
-        )
-    return decoder
+def _session_of(model: PreTrainedModel) -> Session | None:
+    """The session that is at work on a model."""
+    hooks = getattr(model, "_forward_pre_hooks", {}).values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((one for one in owners if isinstance(one, Session) and one.model is model), None)
 
 
-def _set_implementation(model: PreTrainedModel, text_config: Any, name: str) -> None:
-    """Switch the language model alone; vision towers keep their attention."""
-    keys = [
-        key
-        for key in getattr(model.config, "sub_configs", {})
-        if getattr(model.config, key, None) is text_config
-    ]
-    try:
-        model.set_attn_implementation({keys[0]: name} if keys else name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"the attention of {type(model).__name__} cannot be switched: {error}") from None
-    if text_config._attn_implementation != name:
-        raise UserError(
-            f"the attention of {type(model).__name__} cannot be switched; it does not use transformers' "
-            "attention interface"
-        )
+def _installed(model: PreTrainedModel) -> Session:
+    check_traced(model)
+    decoder = decoder_of(model)
+    name: str = decoder.config._attn_implementation or EAGER
+    session = Session(model, name)
+    modules = {
+        module: module.layer_idx
+        for module in decoder.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eagerly())
+        stack.enter_context(overheard(modules, name, session.attend))
+        for hook in (
+            model.register_forward_pre_hook(session.before, with_kwargs=True),
+            model.register_forward_hook(session.after, with_kwargs=True, always_call=True),
+        ):
+            stack.callback(hook.remove)
+        session.contexts = stack.pop_all()
+    return session

@@ -92,8 +92,8 @@ def _rise(low: Counts, high: Counts, weights: NDArray[np.float64], total: int) -
     """
 
     def at(level: float) -> Counts:
-        wanted: Counts = np.clip(np.floor(level * weights + 0.5), low, high).astype(np.int64)
-        return wanted
+        counts: Counts = np.clip(np.floor(level * weights + 0.5), low, high).astype(np.int64)
+        return counts
 
     below, above = 0.0, 1.0
     while at(above).sum() < total:

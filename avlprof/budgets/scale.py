@@ -63,8 +63,8 @@ def scale_to(
     dense = layers * sum(prompt.total for prompt in prompts)
 
     def used(candidate: Policy) -> float:
-        held = (times * _stored(candidate, shape, layers) for shape, times in counted.items())
-        return sum(held) / dense
+        stored = (times * _stored(candidate, shape, layers) for shape, times in counted.items())
+        return sum(stored) / dense
 
     make, top = _joint(shaped, prompts, layers) if shaped.joint else _split(shaped, prompts, layers)
     if used(make(0)) > budget:
@@ -116,13 +116,13 @@ def _split(
     """Policies by the vision tokens that the scaled layers hold together of the largest picture."""
     largest = max(prompt.vision for prompt in prompts)
     keep, compute = policy.keep(layers), policy.compute(layers)
-    held = [min(share, _reaches(policy, layer)) for layer, share in enumerate(keep)]
-    fixed = [bool(policy.prefill_filter) and share == 1.0 for share in held]
+    shares = [min(share, _reaches(policy, layer)) for layer, share in enumerate(keep)]
+    fixed = [bool(policy.prefill_filter) and share == 1.0 for share in shares]
     caps = np.array([0 if stays else largest for stays in fixed])
     parts = [core / share if share else 1.0 for core, share in zip(compute, keep, strict=True)]
 
     def make(total: int) -> Policy:
-        counts = hand_out(held, total, np.zeros(layers, dtype=np.int64), caps)
+        counts = hand_out(shares, total, np.zeros(layers, dtype=np.int64), caps)
         ratios = (ratio_of(int(count), largest) for count in counts)
         new = tuple(1.0 if stays else ratio for ratio, stays in zip(ratios, fixed, strict=True))
         changed: dict[str, object] = {"vision_keep": new, "prefill_filter": _filter(policy, new)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from avlprof.analysis.statistics import VIEWS
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
@@ -37,7 +37,7 @@ app = typer.Typer()
 
 @app.command()
 def analyze(
-    run: given.RunArgument = None,
+    run: options.RunArgument = None,
     what: Annotated[str, typer.Option("--what", help=f"Table to print: {', '.join(VIEWS)}.")] = "per_layer",
     against: Annotated[
         Path | None, typer.Option("--against", help="Another run: print how this one differs from it.")
@@ -136,22 +136,25 @@ def _figures(
 
 def _heatmap(run: Run, sample: str | None, task: Task | None) -> Figure:
     from avlprof.models.tiles import parse_tiles
-    from avlprof.plots import vision_heatmap
+    from avlprof.plots import Caption, vision_heatmap
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
     last = run.scores(name, ["last"])["last"]
-    return vision_heatmap(run.pictures(name, task), last, parse_tiles(row["tiles"]))
+    caption = Caption(name, str(row["prompt"]), "the last prompt token")
+    return vision_heatmap(run.pictures(name, task), last, parse_tiles(row["tiles"]), caption=caption)
 
 
 def _head_heatmaps(run: Run, sample: str | None, task: Task | None, layer: int | None) -> Figure:
     from avlprof.models.tiles import parse_tiles
-    from avlprof.plots import head_heatmaps
+    from avlprof.plots import Caption, head_heatmaps
 
     row = _sample_with_tiles(run, sample)
     name, kind = str(row["sample"]), "last_heads"
     tiles, scores = parse_tiles(row["tiles"]), run.scores(name, [kind])[kind]
-    return head_heatmaps(run.pictures(name, task), scores, tiles, layer, kv_heads=run.meta.kv_heads)
+    caption = Caption(name, str(row["prompt"]), "the last prompt token")
+    pictures = run.pictures(name, task)
+    return head_heatmaps(pictures, scores, tiles, layer, kv_heads=run.meta.kv_heads, caption=caption)
 
 
 def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
@@ -159,8 +162,7 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
     import numpy as np
 
     from avlprof.models.tiles import parse_tiles
-    from avlprof.plots import group_words, word_heatmaps
-    from avlprof.plots.words import PANELS
+    from avlprof.plots import Caption, group_words, word_heatmaps
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
@@ -168,9 +170,9 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
         raise UserError(f"run {run.path} has no tokens of its answers; trace into another folder")
     scores = run.scores(name, ["last", "decode"])
     rows = np.concatenate([scores["last"][None], scores["decode"]])
-    words, places = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
-    tiles = parse_tiles(row["tiles"])
-    return word_heatmaps(run.pictures(name, task), rows, tiles, words[:PANELS], steps=places[:PANELS])
+    words, steps = group_words([str(piece) for piece in row["tokens"]][: len(rows)])
+    tiles, caption = parse_tiles(row["tiles"]), Caption(name, str(row["prompt"]))
+    return word_heatmaps(run.pictures(name, task), rows, tiles, words, steps=steps, caption=caption)
 
 
 def _sample_with_tiles(run: Run, sample: str | None) -> dict[Hashable, Any]:

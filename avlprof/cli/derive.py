@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
     Format,
@@ -24,7 +24,7 @@ app = typer.Typer()
 
 @app.command()
 def derive(
-    run: given.RunArgument = None,
+    run: options.RunArgument = None,
     budget: Annotated[
         float | None,
         typer.Option("--budget", "-b", help="Prompt KV in memory after prefill, as a share of dense."),

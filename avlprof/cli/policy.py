@@ -51,15 +51,15 @@ def show_policy(
     from avlprof.cli._describe import layer_rows
     from avlprof.policy import dump_policy, find_policy
 
-    found = find_policy(policy)
-    if layers is not None and found.allocator is None:
-        found.check_layers(layers)
+    chosen = find_policy(policy)
+    if layers is not None and chosen.allocator is None:
+        chosen.check_layers(layers)
     if form is Format.json:
-        typer.echo(json.dumps(found.model_dump(mode="json", by_alias=True), indent=2))
+        typer.echo(json.dumps(chosen.model_dump(mode="json", by_alias=True), indent=2))
     elif form is Format.csv:
-        show(layer_rows(found, layers or found.layers or 1), form)
+        show(layer_rows(chosen, layers or chosen.layers or 1), form)
     else:
-        typer.echo(dump_policy(found), nl=False)
+        typer.echo(dump_policy(chosen), nl=False)
 
 
 @app.command()
@@ -98,14 +98,14 @@ def diff(first: PolicyArgument, second: PolicyArgument, form: FormatOption = For
     from avlprof.policy import find_policy
 
     rows = differences(find_policy(first), find_policy(second))
-    shown: list[dict[str, Any]] = [
+    table: list[dict[str, Any]] = [
         {"field": row["field"], "layer": row["layer"], first: row["first"], second: row["second"]}
         if first != second
         else row
         for row in rows
     ]
     if rows or form is not Format.table:
-        show(shown, form, cells={"layer": lambda layer: "all" if layer is None else str(layer)})
+        show(table, form, cells={"layer": lambda layer: "all" if layer is None else str(layer)})
     if not rows:
         note(f"{first} and {second} act alike")
 
@@ -125,7 +125,7 @@ def resolve_policy(
     from avlprof.cli._output import finished
     from avlprof.policy import dump_policy, find_policy, save_policy
 
-    found = find_policy(policy)
+    chosen = find_policy(policy)
     if run is not None:
         from avlprof.run import Run
 
@@ -134,7 +134,7 @@ def resolve_policy(
         evidence = Evidence(layers=layers, tokens=0)
     else:
         raise UserError("give --run, or --layers for an allocator that looks at nothing else")
-    clear = resolve(found, evidence)
+    clear = resolve(chosen, evidence)
     if out is None:
         typer.echo(dump_policy(clear), nl=False)
     else:

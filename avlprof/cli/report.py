@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from avlprof.cli import _options as given
+from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import finished, size
 from avlprof.cli._progress import bars
@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command()
 def report(
-    run: given.RunArgument = None,
+    run: options.RunArgument = None,
     policy: Annotated[
         str | None, typer.Option("--policy", help="Show a policy and its cost: a YAML file or a name.")
     ] = None,

@@ -94,6 +94,9 @@ def trace(
     if plan.shard.index > 0:
         _trace_beside(plan)
         return
+    lacking = "" if own else plan.task.describe(split, samples)
+    if lacking:
+        note(lacking)
     price = " (every row of each prompt, which is slower)" if rows == "all" else ""
     among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
     most = size(plan.estimated_bytes)

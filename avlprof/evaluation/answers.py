@@ -27,7 +27,6 @@ from avlprof.policy import Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
-from avlprof.tasks.task import origin
 from avlprof.versions import versions
 from avlprof.watch import SILENT, Part, Watch
 
@@ -89,7 +88,7 @@ class SampleSettings:
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": str(loaded.model.device),
             "task": task.name,
-            "dataset": origin(task),
+            "dataset": dict(task.provenance),
             "metric": task.metric,
             "split": self.split,
             "samples": samples,
@@ -114,11 +113,6 @@ class Steps:
     def add(self, units: int) -> None:
         """So many more are done."""
         self.done += units
-
-    def advance(self, units: int) -> None:
-        """So many more are done, and whoever watches is told."""
-        self.add(units)
-        self._watch.phase(self._name, self.done, max(self.total, self.done))
 
 
 OnToken = Callable[[Any], None]

@@ -75,15 +75,17 @@ class AnswerStore:
     ) -> dict[str, Answer]:
         """Finished answers to `samples` by id; their score is NaN."""
         does = policy.hash if policy else STOCK
-        keys = {sample.id: (model, does, sample.id, _asked(sample), max_new_tokens) for sample in samples}
+        keys = {
+            sample.id: (model, does, sample.id, _prompt_hash(sample), max_new_tokens) for sample in samples
+        }
         return {name: self._known[key] for name, key in keys.items() if key in self._known}
 
     def add(self, model: str, sample: Sample, max_new_tokens: int, answer: Answer) -> None:
         """Take an answer; it is on disk after the next `flush`."""
-        asked = _asked(sample)
-        self._known[(model, answer.policy_hash, sample.id, asked, max_new_tokens)] = answer
+        prompt = _prompt_hash(sample)
+        self._known[(model, answer.policy_hash, sample.id, prompt, max_new_tokens)] = answer
         row = {name: value for name, value in asdict(answer).items() if name in _STORED}
-        self._pending.append(row | {"model": model, "asked": asked, "max_new_tokens": max_new_tokens})
+        self._pending.append(row | {"model": model, "asked": prompt, "max_new_tokens": max_new_tokens})
 
     def flush(self) -> None:
         """Write the answers in hand as one part."""
@@ -102,8 +104,8 @@ class AnswerStore:
             raise UserError(f"{part} cannot be read ({reason}); delete it and run again") from None
         for row in rows:
             answer = Answer(**{name: row[name] for name in _STORED}, score=float("nan"))
-            model, does, sample, asked, limit = (row[name] for name in _KEY)
-            self._known[(str(model), str(does), str(sample), str(asked), int(limit))] = answer
+            model, does, sample, prompt, limit = (row[name] for name in _KEY)
+            self._known[(str(model), str(does), str(sample), str(prompt), int(limit))] = answer
 
 
 def model_key(loaded: LoadedModel) -> str:
@@ -112,5 +114,5 @@ def model_key(loaded: LoadedModel) -> str:
     return f"{loaded.source}@{loaded.revision or 'unknown'}:{precision}:{loaded.settings_hash}"
 
 
-def _asked(sample: Sample) -> str:
+def _prompt_hash(sample: Sample) -> str:
     return hashlib.sha256(sample.asked.encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from avlprof.attention.gate import LayerRole, check_traced, decoder_of, layer_roles
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
-from avlprof.models.chat import chat_text, one_line, processor_inputs
-from avlprof.models.fitness import check_fits
+from avlprof.models.chat import chat_text, lacking, one_line, processor_inputs
 from avlprof.models.tiles import Layout, Tile
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.turn import Message
@@ -32,14 +32,14 @@ class Adapter:
     `processor` may be None where prompts are made elsewhere; then `encode` and `decode` refuse.
 
     Raises:
-        UserError: the model is of a kind that avlprof does not serve (`avlprof.models.fitness`).
+        UserError: the model is of a kind that avlprof does not serve (`avlprof.attention.gate`).
     """
 
     model: Any
     processor: Any = None
 
     def __post_init__(self) -> None:
-        check_fits(self.model.config)
+        check_traced(self.model)
         if self.layers == 0:
             raise UserError(
                 f"model type '{self.family}' has no list of decoder layers; use a decoder-only model"
@@ -58,7 +58,7 @@ class Adapter:
     @property
     def decoder(self) -> nn.Module:
         """The language model without its head; it has `.layers`."""
-        decoder: nn.Module = self.model.get_decoder()
+        decoder: nn.Module = decoder_of(self.model)
         return decoder
 
     @cached_property
@@ -69,18 +69,31 @@ class Adapter:
     @cached_property
     def heads(self) -> int:
         """Query heads of a layer."""
-        return int(self.text_config.num_attention_heads)
+        return int(self._layer_config.num_attention_heads)
 
     @cached_property
     def kv_heads(self) -> int:
         """Key-value heads of a layer: fewer than `heads` under grouped-query attention."""
-        return int(getattr(self.text_config, "num_key_value_heads", None) or self.heads)
+        return int(getattr(self._layer_config, "num_key_value_heads", None) or self.heads)
 
     @cached_property
     def head_dim(self) -> int:
         """Width of one head."""
-        stated = getattr(self.text_config, "head_dim", None)
+        stated = getattr(self._layer_config, "head_dim", None)
         return int(stated or self.text_config.hidden_size // self.heads)
+
+    @cached_property
+    def roles(self) -> list[LayerRole]:
+        """What each layer keeps of its tokens, and whether a policy acts on it."""
+        return layer_roles(self.text_config)
+
+    @property
+    def _layer_config(self) -> Any:
+        """The config of a layer that a policy acts on; models may state sizes layer by layer."""
+        own = getattr(self.text_config, "per_layer_config", None)
+        if own is None:
+            return self.text_config
+        return own[next((index for index, role in enumerate(self.roles) if role.governed), 0)]
 
     @cached_property
     def vision_token_ids(self) -> tuple[int, ...]:
@@ -208,8 +221,10 @@ class Adapter:
         except UserError:
             raise
         except Exception as error:  # processors are many, and raise what they please
+            names = " and ".join(lacking(processor))
+            hint = f"; give it {names} in processor_config.json" if names else ""
             raise UserError(
-                f"the processor of '{self.family}' cannot encode this prompt: {one_line(error)}"
+                f"the processor of '{self.family}' cannot encode this prompt: {one_line(error)}{hint}"
             ) from error
         encoding = {
             name: self._place(value)

@@ -77,10 +77,11 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
                 f"the processor of '{family}' has no chat template, so it takes one prompt with images; "
                 "leave out turns and videos"
             )
-        return str(getattr(processor, "image_token", "<image>")) * len(chat[0].images) + chat[0].text
+        token = str(getattr(processor, "image_token", "<image>"))
+        return "".join(token if kind == "image" else text for kind, text in chat[0].parts())
     messages = [{"role": message.role, "content": _content(message)} for message in chat]
     text = _templated(processor, family, messages)
-    lost = next((message for message in chat if message.text.strip() not in text), None)
+    lost = next((message for message in chat if not _holds(text, message)), None)
     if lost is not None:
         raise UserError(
             f"the chat template of '{family}' leaves out the {lost.role}'s message '{_short(lost.text)}'; "
@@ -96,7 +97,7 @@ def _templated(processor: Any, family: str, messages: list[dict[str, Any]]) -> s
         if str(messages[0]["content"]) not in text:  # else the list was printed for a text
             return text
     except Exception as error:  # templates run code of their own
-        plain = [message | {"content": message["content"][-1]["text"]} for message in messages]
+        plain = [message | {"content": _texts(message["content"])} for message in messages]
         try:
             processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
         except Exception:
@@ -109,30 +110,29 @@ def _templated(processor: Any, family: str, messages: list[dict[str, Any]]) -> s
     )
 
 
+def _texts(content: Sequence[dict[str, str]]) -> str:
+    return "".join(part.get("text", "") for part in content)
+
+
 _FROM_CONFIG: Final = ("patch_size", "vision_feature_select_strategy")
 
 
 def complete(processor: Any, config: Any) -> None:
-    """Fill in what an older export of a processor left out and the model's config says.
-
-    Raises:
-        UserError: the config does not say it either.
-    """
+    """Fill in what an older export of a processor left out and the model's config says."""
     vision = getattr(config, "vision_config", None)
-    for name in _FROM_CONFIG:
-        if getattr(processor, name, name) is not None:
-            continue
+    for name in lacking(processor):
         value = getattr(config, name, None) or getattr(vision, name, None)
-        if value is None:
-            raise UserError(
-                f"the processor of '{config.model_type}' has no {name}, and the model's config does not say "
-                f"it; add {name} to processor_config.json"
-            )
-        setattr(processor, name, value)
+        if value is not None:
+            setattr(processor, name, value)
     # CLIP's class token is there, whatever the strategy does with it
     clip = getattr(vision, "model_type", None) == "clip_vision_model"
     if clip and getattr(processor, "num_additional_image_tokens", None) == 0:
         processor.num_additional_image_tokens = 1
+
+
+def lacking(processor: Any) -> list[str]:
+    """Fields that a processor has without a value."""
+    return [name for name in _FROM_CONFIG if getattr(processor, name, name) is None]
 
 
 def one_line(error: Exception) -> str:
@@ -170,8 +170,14 @@ def _timing(frames: int) -> dict[str, Any]:
 
 
 def _content(message: Message) -> list[dict[str, str]]:
-    media = [{"type": "image"}] * len(message.images) + [{"type": "video"}] * len(message.videos)
-    return [*media, {"type": "text", "text": message.text}]
+    return [
+        {"type": "text", "text": text} if kind == "text" else {"type": kind} for kind, text in message.parts()
+    ]
+
+
+def _holds(text: str, message: Message) -> bool:
+    """Whether a chat holds the words of a message, in pieces where pictures stand between them."""
+    return all(words.strip() in text for kind, words in message.parts() if kind == "text")
 
 
 def _short(text: str) -> str:

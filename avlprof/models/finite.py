@@ -15,7 +15,7 @@ from avlprof.errors import UserError
 REMEDY = "try dtype bfloat16 or float32, or check the weights"
 
 
-class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
+class FiniteLogits(LogitsProcessor):
     """Looks on while tokens are chosen, and notes rows whose best logit is not a finite number.
 
     Nothing waits for a device before `check`.

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _warned: WeakSet[Any] = WeakSet()
 
 
-class Greedy(GenerationConfig):  # type: ignore[misc]
+class Greedy(GenerationConfig):
     """A generation config that takes nothing over from the checkpoint's.
 
     `generate` fills what a config leaves open with the values of `model.generation_config`, and for

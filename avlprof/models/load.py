@@ -21,15 +21,15 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from avlprof.attention.gate import check_config
 from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
-from avlprof.models.fitness import check_fits, keep_soft_cap
 from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
 from avlprof.models.identity import checkpoint_settings, settings_hash
-from avlprof.models.placement import check_device_map, resolve_device, resolve_dtype
+from avlprof.models.placement import check_device_map, keep_soft_cap, resolve_device, resolve_dtype
 from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
@@ -106,7 +106,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
     with _explained(name, source, options):
         config = AutoConfig.from_pretrained(source, **options)
         _check_kind(name, config)
-        check_fits(config)
+        check_config(config)
         dtype = resolve_dtype(spec.dtype, device, config, hub=folder is None)
         with _quiet(progress=folder is None):
             model, report = AutoModelForImageTextToText.from_pretrained(

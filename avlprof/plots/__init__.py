@@ -1,29 +1,109 @@
-"""Figures: each is an information object and a thin drawing of it; none is ever shown."""
+"""Figures: each is an information object and a thin drawing of it; none is ever shown.
 
-from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
-from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
-from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
-from avlprof.plots.drift import DriftInfo, drift_info, step_drift
-from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
-from avlprof.plots.head_heatmaps import head_heatmaps, head_heatmaps_info
-from avlprof.plots.head_overlap import head_overlap, head_overlap_info
-from avlprof.plots.heads import HeadInfo, head_info, head_maps
-from avlprof.plots.heatmap import HeatInfo, vision_heatmap, vision_heatmap_info
-from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
-from avlprof.plots.importances import ImportanceInfo, parameter_importances, parameter_importances_info
-from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
-from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
-from avlprof.plots.mass import MassInfo, mass_info, modality_mass
-from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
-from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
-from avlprof.plots.save import save_figure
-from avlprof.plots.sinks import SinkInfo, sink_info, sink_mass
-from avlprof.plots.trials import TrialInfo, trial_history, trial_history_info
-from avlprof.plots.window import WindowInfo, text_window, window_info
-from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
+Names are loaded when used, since what draws takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
+    from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
+    from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
+    from avlprof.plots.drift import DriftInfo, drift_info, step_drift
+    from avlprof.plots.front import FrontInfo, budget_front, budget_front_info
+    from avlprof.plots.head_panels import head_heatmaps, head_heatmaps_info
+    from avlprof.plots.heads import HeadInfo, head_info, head_maps, head_overlap, head_overlap_info
+    from avlprof.plots.heatmap import vision_heatmap, vision_heatmap_info
+    from avlprof.plots.horizon import HorizonInfo, horizon_info, vision_horizon
+    from avlprof.plots.importances import (
+        ImportanceInfo,
+        parameter_importances,
+        parameter_importances_info,
+    )
+    from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
+    from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
+    from avlprof.plots.mass import MassInfo, mass_info, modality_mass
+    from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
+    from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
+    from avlprof.plots.pictures import Caption, HeatInfo
+    from avlprof.plots.save import figure_path, save_figure
+    from avlprof.plots.sinks import SinkInfo, sink_info, sink_mass
+    from avlprof.plots.trials import TrialInfo, trial_history, trial_history_info
+    from avlprof.plots.window import WindowInfo, text_window, window_info
+    from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
+
+_LAZY = {
+    "BudgetsInfo": "budgets",
+    "budgets_info": "budgets",
+    "quality_by_budget": "budgets",
+    "CoverageInfo": "coverage",
+    "coverage_curves": "coverage",
+    "coverage_info": "coverage",
+    "DiffInfo": "diff",
+    "diff_info": "diff",
+    "layer_diff": "diff",
+    "run_names": "diff",
+    "DriftInfo": "drift",
+    "drift_info": "drift",
+    "step_drift": "drift",
+    "FrontInfo": "front",
+    "budget_front": "front",
+    "budget_front_info": "front",
+    "head_heatmaps": "head_panels",
+    "head_heatmaps_info": "head_panels",
+    "HeadInfo": "heads",
+    "head_info": "heads",
+    "head_maps": "heads",
+    "head_overlap": "heads",
+    "head_overlap_info": "heads",
+    "Caption": "pictures",
+    "HeatInfo": "pictures",
+    "vision_heatmap": "heatmap",
+    "vision_heatmap_info": "heatmap",
+    "HorizonInfo": "horizon",
+    "horizon_info": "horizon",
+    "vision_horizon": "horizon",
+    "ImportanceInfo": "importances",
+    "parameter_importances": "importances",
+    "parameter_importances_info": "importances",
+    "KnobInfo": "knobs",
+    "knob_effects": "knobs",
+    "knob_effects_info": "knobs",
+    "PolicyInfo": "layers",
+    "policy_layers": "layers",
+    "policy_layers_info": "layers",
+    "MassInfo": "mass",
+    "mass_info": "mass",
+    "modality_mass": "mass",
+    "OverlapInfo": "overlap",
+    "layer_overlap": "overlap",
+    "overlap_info": "overlap",
+    "ParetoInfo": "pareto",
+    "pareto_front": "pareto",
+    "pareto_info": "pareto",
+    "figure_path": "save",
+    "save_figure": "save",
+    "SinkInfo": "sinks",
+    "sink_info": "sinks",
+    "sink_mass": "sinks",
+    "TrialInfo": "trials",
+    "trial_history": "trials",
+    "trial_history_info": "trials",
+    "WindowInfo": "window",
+    "text_window": "window",
+    "window_info": "window",
+    "group_words": "words",
+    "word_heatmaps": "words",
+    "word_heatmaps_info": "words",
+}
+"""The module of each public name."""
 
 __all__ = [
     "BudgetsInfo",
+    "Caption",
     "CoverageInfo",
     "DiffInfo",
     "DriftInfo",
@@ -47,6 +127,7 @@ __all__ = [
     "coverage_info",
     "diff_info",
     "drift_info",
+    "figure_path",
     "group_words",
     "head_heatmaps",
     "head_heatmaps_info",
@@ -84,3 +165,13 @@ __all__ = [
     "word_heatmaps",
     "word_heatmaps_info",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"avlprof.plots.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'avlprof.plots' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -10,17 +10,27 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from avlprof.plots.frames import Array, need
-from avlprof.plots.style import INK, MARKERS, OKABE_ITO, SOFT, new_figure, percent_axis, theme
+from avlprof.plots.frames import Array, count_range, need
+from avlprof.plots.style import (
+    INK,
+    MARKERS,
+    RIVALS,
+    SOFT,
+    TUNED,
+    interval_bars,
+    new_figure,
+    percent_axis,
+    theme,
+)
 
-SPREAD = 0.72
-"""Part of the room between two budgets that the methods of one budget take up."""
-PLAIN = 6
-"""Colours of the palette that stand apart; more methods than this also differ by marker and dash."""
 REFERENCES: Mapping[str, str] = MappingProxyType({"uniform": "#4D4D4D", "random": "#9A9A9A"})
 """Grey for the two baselines that every method has to beat."""
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+
+OTHERS = RIVALS[:-1]
+OWN = (TUNED, INK, RIVALS[0], RIVALS[1])
+"""Colours of the methods that the comparison is about."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class BudgetsInfo:
     budgets: tuple[float, ...]
     lines: tuple[MethodLine, ...]
     dense: tuple[float, float, float] | None
-    samples: int
+    samples: str
 
 
 def budgets_info(frame: pd.DataFrame) -> BudgetsInfo:
@@ -80,18 +90,17 @@ def budgets_info(frame: pd.DataFrame) -> BudgetsInfo:
     if not reference.empty:
         first = reference.iloc[0]
         dense = (float(first["score"]), float(first["low"]), float(first["high"]))
-    return BudgetsInfo(budgets, tuple(lines), dense, int(frame["samples"].max()))
+    return BudgetsInfo(budgets, tuple(lines), dense, count_range(frame["samples"]))
 
 
 def quality_by_budget(
     source: pd.DataFrame | BudgetsInfo, score: str = "Score", score_percent: bool = True
 ) -> Figure:
-    """Score of each method against the budget, a line a method with its interval; dense is the band.
+    """A panel a budget: the score of each method with its interval, side by side; dense is the band.
 
-    Budgets stand at equal distances, methods beside each other within one. The methods that the
-    comparison is about are black stars, uniform and random are grey; a ring marks the strongest
-    baseline. Several methods of interest share the star and are told apart by place, in the order
-    of the legend.
+    All methods of a panel have equal bytes, so across it runs no scale but the order of the
+    legend. The methods that the comparison is about are stars, uniform and random are grey; a ring
+    marks the strongest baseline.
 
     Args:
         source: a frame as `budgets_info` takes it, or that information.
@@ -100,60 +109,78 @@ def quality_by_budget(
     """
     info = source if isinstance(source, BudgetsInfo) else budgets_info(source)
     rings = any(any(line.strongest) for line in info.lines)
-    note = f"n = {info.samples:,} samples, bars: 95% interval"
+    note = (
+        f"n = {info.samples} samples, bars: 95% interval; methods of a panel have equal bytes and stand in "
+        "the order of the legend"
+    )
+    wide = min(max(2.0, 0.6 + 0.3 * len(info.lines)), 5.0)
     with theme():
         figure = new_figure(
             "Quality at equal bytes",
-            note + (", rings: the strongest baseline on the split of selection" if rings else ""),
-            (11.5, 6.2),
+            note + ("; rings: the strongest baseline on the split of selection" if rings else ""),
+            (max(3.6 + wide * len(info.budgets), 7.5), 6.2),
         )
-        ax = figure.subplots()
-        if info.dense is not None:
-            mean, low, high = info.dense
-            ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
-            ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)), label="dense")
-        shifts = np.linspace(-SPREAD / 2, SPREAD / 2, len(info.lines)) if len(info.lines) > 1 else [0.0]
-        baselines = 0
-        for line, shift in zip(info.lines, shifts, strict=True):
-            _draw(line, ax, float(shift), baselines)
-            baselines += not line.own and line.method not in REFERENCES
-        _axes(ax, info.budgets)
-        ax.set_ylabel(score)
+        axes = figure.subplots(1, max(len(info.budgets), 1), sharey=True, squeeze=False)[0]
+        looks = _looks(info.lines)
+        for column, (budget, ax) in enumerate(zip(info.budgets, axes, strict=False)):
+            _reference(info, ax)
+            for slot, (line, look) in enumerate(zip(info.lines, looks, strict=True)):
+                _draw(line, column, float(slot), look, ax)
+            ax.set_title(f"{100 * budget:.3g}% of the dense KV")
+            ax.set_xlim(-0.8, len(info.lines) - 0.2)
+            ax.set_xticks([])
+            ax.set_xlabel("Method")
+        axes[0].set_ylabel(score)
         if score_percent:
-            percent_axis(ax, "y", full=False)
-        figure.legend(loc="outside right center")
+            percent_axis(axes[0], "y", full=False)
+        _legend(info, looks, figure)
         return figure
 
 
-def _draw(line: MethodLine, ax: Axes, shift: float, number: int) -> None:
-    colour, marker, dash = _look(line, number)
-    place = np.arange(len(line.score)) + shift
-    spread = np.clip(np.stack([line.score - line.low, line.high - line.score]), 0, None)
-    front = 5 if line.own else 3
-    ax.plot(place, line.score, color=colour, linestyle=dash, linewidth=2.4 if line.own else 1.1,
-            alpha=1.0 if line.own else 0.45, zorder=front - 1)  # fmt: skip
-    ax.errorbar(
-        place, line.score, spread, fmt=marker, color=colour, markersize=14 if line.own else 7,
-        elinewidth=1.6, capsize=2.5, label=line.method, zorder=front,
+def _reference(info: BudgetsInfo, ax: Axes) -> None:
+    if info.dense is not None:
+        mean, low, high = info.dense
+        ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
+        ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)))
+
+
+def _draw(line: MethodLine, column: int, slot: float, look: tuple[str, str], ax: Axes) -> None:
+    import seaborn as sns
+
+    colour, marker = look
+    part = slice(column, column + 1)
+    interval_bars(ax, [slot], line.low[part], line.high[part], color=colour, linewidth=2.2, alpha=0.8)
+    sns.scatterplot(
+        x=[slot], y=line.score[part], color=colour, marker=marker, s=220 if line.own else 80,
+        edgecolor="white", linewidth=0.8, legend=False, zorder=5 if line.own else 4, ax=ax,
     )  # fmt: skip
-    ringed = np.array(line.strongest)
-    ax.plot(place[ringed], line.score[ringed], "o", markersize=15, markerfacecolor="none",
-            markeredgecolor=INK, zorder=front)  # fmt: skip
+    if line.strongest[column]:
+        ax.plot([slot], line.score[part], "o", markersize=16, mfc="none", mec=INK, mew=1.3, zorder=5)
 
 
-def _look(line: MethodLine, number: int) -> tuple[str, str, object]:
-    """Colour, marker and dash: black for the methods of interest, grey for the two references."""
-    if line.own:
-        return "#000000", "*", "-"
-    if line.method in REFERENCES:
-        return REFERENCES[line.method], "o" if line.method == "uniform" else "X", "-"
-    return OKABE_ITO[number % PLAIN], MARKERS[number % len(MARKERS)], DASHES[number // PLAIN % len(DASHES)]
+def _legend(info: BudgetsInfo, looks: Sequence[tuple[str, str]], figure: Figure) -> None:
+    """Every method, also one that the first budget lacks, in the order of the panels."""
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=15 if marker == "*" else 9)
+        for colour, marker in looks
+    ]
+    names = [line.method for line in info.lines]
+    if info.dense is not None:
+        handles.insert(0, Line2D([], [], color=SOFT, linewidth=1.4, linestyle=(0, (5, 3))))
+        names.insert(0, "dense")
+    figure.legend(handles, names, loc="outside right center")
 
 
-def _axes(ax: Axes, budgets: Sequence[float]) -> None:
-    ax.set_xlim(-0.5, len(budgets) - 0.5)
-    ax.set_xticks(range(len(budgets)), [f"{100 * budget:.3g}%" for budget in budgets])
-    for edge in range(1, len(budgets)):
-        ax.axvline(edge - 0.5, color=SOFT, linewidth=0.8, alpha=0.5)
-    ax.grid(False, axis="x")
-    ax.set_xlabel("Budget: prompt KV in memory (share of dense)")
+def _looks(lines: Sequence[MethodLine]) -> list[tuple[str, str]]:
+    """Colour and marker: stars for the methods of interest, grey squares for the references."""
+    looks, own, others = [], 0, 0
+    for line in lines:
+        if line.own:
+            looks.append((OWN[own % len(OWN)], "*"))
+            own += 1
+        elif line.method in REFERENCES:
+            looks.append((REFERENCES[line.method], "s"))
+        else:
+            looks.append((OTHERS[others % len(OTHERS)], MARKERS[others % len(MARKERS)]))
+            others += 1
+    return looks

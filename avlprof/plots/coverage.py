@@ -10,13 +10,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import NO_VISION, Array, joined, need, samples_note, table, whole_layers
+from avlprof.plots.frames import (
+    NO_VISION,
+    Array,
+    HalfWidths,
+    half_widths,
+    joined,
+    need,
+    samples_note,
+    table,
+)
 from avlprof.plots.style import (
     LEGEND_LAYERS,
     SOFT,
     interval_band,
     layer_colours,
     layer_key,
+    layer_lines,
     new_figure,
     percent_axis,
     share_log_axis,
@@ -33,6 +43,8 @@ TITLES = {"last": "Last prompt token", "step": "One decoding step", "answer": "A
 class CoveragePanel:
     """Curves of one kind of query row: `attention [layers, points]` over `kept [points]`, both shares.
 
+    All panels have the same layers, so that a colour is one layer; NaN where one never looks.
+
     `low` and `high [layers, points]` bound the 95% interval (NaN: not known).
     """
 
@@ -46,9 +58,13 @@ class CoveragePanel:
 
 @dataclass(frozen=True)
 class CoverageInfo:
-    """What `coverage_curves` draws: a panel per kind of query row."""
+    """What `coverage_curves` draws: a panel per kind of query row.
+
+    `halves` says how wide the 95% intervals are, for figures with too many layers to draw them.
+    """
 
     panels: tuple[CoveragePanel, ...]
+    halves: HalfWidths
     note: str
 
 
@@ -63,16 +79,17 @@ def coverage_info(frame: pd.DataFrame) -> CoverageInfo:
     """
     need(frame, ("layer", "query", "share_kept", "mean", "low", "high"), "coverage curves", NO_VISION)
     frame = need(frame[frame["query"].isin(list(TITLES))], (), "coverage curves", NO_VISION)
-    panels = []
+    panels, layers = [], sorted({int(layer) for layer in frame["layer"]})
     for query, title in TITLES.items():
         part = frame[frame["query"] == query]
         if part.empty:
             continue
         wide = [table(part, "layer", "share_kept", name) for name in ("mean", "low", "high")]
-        kept = wide[0].columns.to_numpy(dtype=float)
-        mean, low, high = (one.reindex_like(wide[0]).to_numpy(dtype=float) for one in wide)
-        panels.append(CoveragePanel(title, whole_layers(wide[0].index), kept, mean, low, high))
-    return CoverageInfo(tuple(panels), samples_note(frame))
+        columns = wide[0].columns
+        mean, low, high = (one.reindex(index=layers, columns=columns).to_numpy(dtype=float) for one in wide)
+        kept = columns.to_numpy(dtype=float)
+        panels.append(CoveragePanel(title, tuple(layers), kept, mean, low, high))
+    return CoverageInfo(tuple(panels), half_widths(frame), samples_note(frame))
 
 
 def coverage_curves(source: Profile | CoverageInfo) -> Figure:
@@ -84,7 +101,10 @@ def coverage_curves(source: Profile | CoverageInfo) -> Figure:
     info = source if isinstance(source, CoverageInfo) else coverage_info(source["coverage_curve"])
     with theme():
         bands = len(info.panels[0].layers) <= LEGEND_LAYERS
-        note = joined(info.note, "bands: 95% interval" if bands else "")
+        known = np.isfinite(info.halves.widest)
+        note = joined(
+            info.note, "bands: 95% interval" if bands and known else "" if bands else info.halves.words()
+        )
         size = (3.4 + 3.5 * len(info.panels), 5.6)
         figure = new_figure("How few vision tokens each layer needs", note, size)
         axes = list(figure.subplots(1, len(info.panels), sharey=True, squeeze=False)[0])
@@ -113,9 +133,9 @@ def _draw(panel: CoveragePanel, ax: Axes, bands: bool) -> None:
         zorder=6,
     )
     colours = layer_colours(panel.layers)
-    for curve, low, high, colour in zip(panel.attention, panel.low, panel.high, colours, strict=True):
-        ax.plot(panel.kept, curve, color=colour, linewidth=2.2 if bands else 1.4)
-        if bands:
+    layer_lines(ax, panel.layers, panel.kept, panel.attention, linewidth=2.2 if bands else 1.4)
+    if bands:
+        for low, high, colour in zip(panel.low, panel.high, colours, strict=True):
             interval_band(ax, panel.kept, np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0), colour)
     ax.set_title(panel.title)
     ax.set_xlabel("Share of vision tokens\n(log scale)")

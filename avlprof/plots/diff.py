@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from avlprof.plots.frames import Array, joined, need, whole_layers
-from avlprof.plots.style import INK, OKABE_ITO, SOFT, layer_axis, new_figure, theme
+from avlprof.plots.frames import Array, count_range, joined, need, whole_layers
+from avlprof.plots.style import INK, OKABE_ITO, SOFT, interval_bars, layer_axis, new_figure, theme
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -85,7 +85,7 @@ def diff_info(frame: pd.DataFrame, names: tuple[str, str] = ("this run", "the ot
         panels.append(DiffPanel(title, unit, layers, change, low, high, (low > 0) | (high < 0)))
     need(frame if panels else frame.iloc[:0], (), "differences", empty)
     paired = (frame["how"] == "paired").all()
-    most, theirs = int(frame["n"].max()), int(frame["n_other"].max())
+    most, theirs = count_range(frame["n"]), count_range(frame["n_other"])
     how = f"{most} samples, each against itself" if paired else f"{most} samples against {theirs} others"
     return DiffInfo(tuple(panels), *names, how)
 
@@ -118,7 +118,8 @@ def layer_diff(source: Profile | DiffInfo, other: Profile | None = None) -> Figu
     cols = min(COLUMNS, len(info.panels))
     rows = math.ceil(len(info.panels) / cols)
     with theme():
-        note = joined(info.how, "bars: 95% interval", "filled: it excludes 0")
+        known = any(np.isfinite(panel.low).any() for panel in info.panels)
+        note = joined(info.how, *(("bars: 95% interval", "filled: it excludes 0") if known else ()))
         title = f"What differs: {info.here} less {info.other}"
         figure = new_figure(title, note, (max(4.3 * cols, 8.0), 3.5 * rows + 1.1))
         axes = list(figure.subplots(rows, cols, squeeze=False).flat)
@@ -130,28 +131,22 @@ def layer_diff(source: Profile | DiffInfo, other: Profile | None = None) -> Figu
 
 
 def _draw(panel: DiffPanel, ax: Axes) -> None:
+    import seaborn as sns
+
     ax.axhline(0.0, color=INK, linewidth=1.4)
     many = len(panel.layers) > 16
     known = np.isfinite(panel.low)
-    where, ends = np.array(panel.layers), np.stack([panel.change - panel.low, panel.high - panel.change])
-    for chosen, colour, face in (
-        (panel.sure, OKABE_ITO[1], OKABE_ITO[1]),
-        (~panel.sure, SOFT, "white"),
-    ):
-        bars, dots = chosen & known, chosen
-        ax.errorbar(
-            where[bars],
-            panel.change[bars],
-            np.clip(ends[:, bars], 0.0, None),
-            fmt="none",
-            ecolor=colour,
-            elinewidth=1.4 if many else 2.0,
-            capsize=0,
-        )
-        size = 5 if many else 8
-        ax.plot(where[dots], panel.change[dots], "o", color=colour, mfc=face, mew=1.6, markersize=size)
-    ends_ = np.concatenate([panel.change, panel.low[known], panel.high[known]])
-    most = max(float(np.abs(ends_).max()) * 1.12, FLOORS[panel.unit])
+    where = np.array(panel.layers)
+    for chosen, colour, face in ((panel.sure, OKABE_ITO[1], OKABE_ITO[1]), (~panel.sure, SOFT, "white")):
+        bars = chosen & known
+        interval_bars(ax, where[bars], panel.low[bars], panel.high[bars], color=colour,
+                      linewidth=1.4 if many else 2.0)  # fmt: skip
+        sns.scatterplot(
+            x=where[chosen], y=panel.change[chosen], facecolor=face, edgecolor=colour, linewidth=1.6,
+            s=26 if many else 64, legend=False, zorder=3, ax=ax,
+        )  # fmt: skip
+    ends = np.concatenate([panel.change, panel.low[known], panel.high[known]])
+    most = max(float(np.abs(ends).max()) * 1.12, FLOORS[panel.unit])
     ax.set_ylim(-most, most)
     ax.set_title(panel.title, fontsize=13)
     ax.set_ylabel(f"Difference ({panel.unit})" if panel.unit != "points" else "Difference (% points)")

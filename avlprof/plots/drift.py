@@ -14,11 +14,12 @@ from avlprof.plots.frames import Array, joined, need, samples_note, table
 from avlprof.plots.style import (
     INK,
     SOFT,
-    layer_colours,
     layer_key,
+    layer_lines,
     log2_axis,
     new_figure,
     percent_axis,
+    plain_line,
     theme,
 )
 
@@ -85,22 +86,19 @@ def step_drift(source: Profile | DriftInfo, top_share: float | None = None) -> F
         source = drift_info(source["drift"])
     with theme():
         several, many = len(source.layers) > 1, len(source.layers) > THIN_LAYERS
-        band = (
-            f"black: mean of {len(source.layers)} layers, with 95% interval"
-            if several
-            else "band: 95% interval"
-        )
-        note = joined(source.note, band)
+        known = bool(np.isfinite(source.low).all())
+        mean = f"black: mean of {len(source.layers)} layers" if several else ""
+        band = "grey: its 95% interval, at its widest"
+        band = (band if several else "band: 95% interval") if known else ""
+        note = joined(source.note, mean, band)
         figure = new_figure("How fast the attended vision tokens change", note)
         ax = figure.subplots()
-        for line, colour in zip(source.overlap, layer_colours(source.layers), strict=True):
-            ax.plot(
-                source.lags, line, color=colour, linewidth=1.6 if many else 2.2, alpha=0.6 if many else 0.9
-            )
-        if np.isfinite(source.low).all():
+        look = {"linewidth": 1.6 if many else 2.2, "alpha": 0.6 if many else 0.9}
+        layer_lines(ax, source.layers, source.lags, source.overlap, **look)
+        if known:
             ax.fill_between(source.lags, source.low, source.high, color=INK, alpha=0.2, linewidth=0)
         if several:
-            ax.plot(source.lags, source.mean, color="black", linewidth=3.4, marker="o", zorder=5)
+            plain_line(ax, source.lags, source.mean, "black", linewidth=3.4, marker="o", zorder=5)
         if top_share is not None:
             ax.axhline(top_share, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
             where = ax.get_yaxis_transform()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from avlprof.errors import UserError
 
 Array = NDArray[np.float64]
-
 
 NO_ROWS = "the frame is empty; trace some samples first"
 NO_VISION = "no traced sample has vision tokens; use prompts with an image"
@@ -39,18 +39,47 @@ def table(frame: pd.DataFrame, rows: Hashable, columns: Hashable, values: str) -
     return wide.sort_index().sort_index(axis=1)
 
 
+def count_range(counts: pd.Series[Any]) -> str:
+    """`7`, or `5 to 7` when counts differ: the largest alone would promise too much."""
+    least, most = int(counts.min()), int(counts.max())
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+
+
 def samples_note(frame: pd.DataFrame) -> str:
     """`mean over n samples` when the frame says how many, else an empty text."""
     if "n" not in frame.columns or frame["n"].isna().all():
         return ""
-    count = int(frame["n"].max())
-    return f"mean over {count:,} sample{'s' if count != 1 else ''}"
+    count = count_range(frame["n"].dropna())
+    return f"mean over {count} sample{'s' if count != '1' else ''}"
 
 
-def typical_half(frame: pd.DataFrame) -> float:
-    """Median half width of the 95% intervals of a frame; NaN where none is known."""
+@dataclass(frozen=True)
+class HalfWidths:
+    """Half widths of many 95% intervals: the median and the widest; NaN where none is known."""
+
+    median: float
+    widest: float
+
+    def words(self, unit: str = "points", factor: float = 100.0) -> str:
+        """`95% intervals: ±0.2 points in the median, ±11 at worst`; empty when not known."""
+        if np.isnan(self.widest):
+            return ""
+        median, widest = (_plus_minus(factor * half) for half in (self.median, self.widest))
+        if median == widest:
+            return f"95% intervals: {widest} {unit}"
+        return f"95% intervals: {median} {unit} in the median, {widest} at worst"
+
+
+def _plus_minus(half: float) -> str:
+    if half < 0.01:
+        return "±0" if half == 0 else "below ±0.01"
+    return f"±{half:.0f}" if half >= 10 else f"±{half:.2g}"
+
+
+def half_widths(frame: pd.DataFrame) -> HalfWidths:
+    """How wide the intervals of a frame are, by its columns `low` and `high`."""
     half = ((frame["high"] - frame["low"]) / 2).dropna()
-    return float(half.median()) if len(half) else float("nan")
+    return HalfWidths(float(half.median()), float(half.max()))
 
 
 def whole_layers(index: pd.Index[Any]) -> tuple[int, ...]:

@@ -6,17 +6,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
-from avlprof.plots.frames import Array, need
+from avlprof.plots.frames import Array, count_range, need
 from avlprof.plots.pareto import COST_LABELS
-from avlprof.plots.style import MARKERS, OKABE_ITO, SOFT, new_figure, percent_axis, theme
+from avlprof.plots.style import (
+    MARKERS,
+    RIVALS,
+    SOFT,
+    TUNED,
+    interval_bars,
+    nested,
+    new_figure,
+    percent_axis,
+    plain_line,
+    theme,
+)
 
-TUNED = "tuned"
-APART = 7.0
-"""Points (1/72 inch) between policies at one budget, so that their intervals can be told apart."""
+FIRST = "tuned"
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class FrontInfo:
     lines: tuple[FrontLine, ...]
     dense: tuple[float, float, float]
     dense_bytes: float
-    samples: int
+    samples: str
 
 
 def budget_front_info(frame: pd.DataFrame) -> FrontInfo:
@@ -55,14 +64,14 @@ def budget_front_info(frame: pd.DataFrame) -> FrontInfo:
     need(frame, wanted, "front of budgets")
     dense = frame[frame["family"] == "dense"].iloc[0]
     rest = frame[frame["family"] != "dense"]
-    names = sorted(dict.fromkeys(rest["family"]), key=lambda name: name != TUNED)
+    names = sorted(dict.fromkeys(rest["family"]), key=lambda name: name != FIRST)
     lines = []
     for name in names:
         own = rest[rest["family"] == name].sort_values("live_share")
         columns = ("live_share", "live_bytes", "score", "low", "high")
         lines.append(FrontLine(str(name), *(own[column].to_numpy(dtype=float) for column in columns)))
     reference = (float(dense["score"]), float(dense["low"]), float(dense["high"]))
-    return FrontInfo(tuple(lines), reference, float(dense["live_bytes"]), int(frame["samples"].max()))
+    return FrontInfo(tuple(lines), reference, float(dense["live_bytes"]), count_range(frame["samples"]))
 
 
 def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figure:
@@ -74,40 +83,18 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
     """
     info = source if isinstance(source, FrontInfo) else budget_front_info(source)
     with theme():
-        note = f"n = {info.samples:,} held-out samples, bars: 95% interval, set apart sideways"
-        figure = new_figure("Quality at each budget", note, (11.0, 6.2))
+        note = (
+            f"n = {info.samples} held-out samples, bars: 95% interval; policies of equal bytes lie over "
+            "each other, with wider bars behind"
+        )
+        figure = new_figure("Quality at each budget", note, (11.0, 6.4))
         ax = figure.subplots()
         mean, low, high = info.dense
         ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
         ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)), label="dense")
-        middle = (len(info.lines) - 1) / 2
-        for i, line in enumerate(info.lines):
-            tuned = line.name == TUNED
-            colour = OKABE_ITO[1] if tuned else [c for c in OKABE_ITO if c != OKABE_ITO[1]][i % 7]
-            shift = ScaledTranslation((i - middle) * APART / 72, 0, figure.dpi_scale_trans)
-            spread = np.clip(np.stack([line.score - line.low, line.high - line.score]), 0, None)
-            ax.errorbar(
-                line.live_share,
-                line.score,
-                spread,
-                color=colour,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=10 if tuned else 7,
-                linewidth=2.8 if tuned else 1.4,
-                linestyle="-" if len(line.score) > 1 else "none",
-                elinewidth=1.5,
-                capsize=3,
-                label=line.name,
-                transform=ax.transData + shift,
-                zorder=4 if tuned else 3,
-            )
-        shares = np.concatenate([line.live_share for line in info.lines])
-        ax.set_xlim(0.0, float(shares.max()) * 1.12)
-        # drawn with a shift, data does not move the limits by itself
-        bottom = min([low, *(float(line.low.min()) for line in info.lines)])
-        top = max([high, *(float(line.high.max()) for line in info.lines)])
-        room = 0.05 * max(top - bottom, 1e-3)
-        ax.set_ylim(bottom - room, top + room)
+        for rank, line in enumerate(info.lines):
+            _draw(line, rank, len(info.lines), ax)
+        ax.set_xlim(0.0, max(float(line.live_share.max()) for line in info.lines) * 1.12)
         percent_axis(ax, "xy", full=False)
         ax.set_xlabel(COST_LABELS["live_share"])
         ax.set_ylabel(score)
@@ -123,3 +110,19 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
         bytes_axis.set_xlabel("Prompt KV in memory (KiB per prompt)")
         figure.legend(loc="outside right center")
         return figure
+
+
+def _draw(line: FrontLine, rank: int, count: int, ax: Axes) -> None:
+    """One line at its measured bytes; what stands first in the legend is drawn in front."""
+    tuned = line.name == FIRST
+    colour = TUNED if tuned else RIVALS[rank % len(RIVALS)]
+    front = 4 + count - rank
+    interval_bars(
+        ax, line.live_share, line.low, line.high, color=colour, linewidth=nested(rank, count, 1.8, 15.0),
+        alpha=1.0 if rank == 0 else 0.4, zorder=front - 0.5 - count,
+    )  # fmt: skip
+    plain_line(
+        ax, line.live_share, line.score, colour, label=line.name, marker=MARKERS[rank % len(MARKERS)],
+        markersize=nested(rank, count, 9.0, 16.0), markeredgecolor="white", linewidth=2.8 if tuned else 1.6,
+        zorder=front,
+    )  # fmt: skip

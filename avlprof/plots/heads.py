@@ -1,7 +1,8 @@
-"""Layers by heads: who looks at the picture, and who rests on the first token."""
+"""Layers by heads: who looks at the picture, who rests on the first token, who looks where others do."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from avlprof.plots.frames import Array, joined, need, samples_note, table, typical_half, whole_layers
-from avlprof.plots.style import GRID, new_figure, theme
+from avlprof.plots.frames import (
+    NO_VISION,
+    Array,
+    HalfWidths,
+    half_widths,
+    joined,
+    need,
+    samples_note,
+    table,
+    whole_layers,
+)
+from avlprof.plots.matrix import Scale, draw_matrix, draw_scale
+from avlprof.plots.style import SOFT, new_figure, theme
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -21,20 +32,22 @@ TITLES = {
     "vision": "Attention on vision",
     "sink": "Attention on the first token",
     "entropy": "Row entropy",
-    "shared": "Overlap with the set of the layer's mean",
-    "others": "Overlap with another head, mean",
+    "shared": "Overlap with the layer's mean",
+    "others": "Mean overlap with another head",
 }
 SHARES = ("vision", "sink")
 SOURCES = (("decode", "generated", "generated tokens"), ("prefill", "last", "last prompt token"))
-ANNOTATED = 12
+OVERLAP_ROWS = {"step": "one decoding step", "last": "last prompt token"}
+OVERLAP = "overlap of heads"
 LEAST_TOP = 0.1
+UNKNOWN = HalfWidths(float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
 class HeadMap:
     """`values [layers, heads]` of one statistic: shares in [0, 1], or nat for `entropy`.
 
-    Colours end at `top`.
+    Colours end at `top`; `halves` says how wide the 95% intervals of the cells are.
     """
 
     statistic: str
@@ -42,17 +55,26 @@ class HeadMap:
     heads: tuple[int, ...]
     values: Array
     top: float
+    halves: HalfWidths = UNKNOWN
+
+    @property
+    def share(self) -> bool:
+        """Whether the values are shares."""
+        return self.statistic != "entropy"
+
+    @property
+    def interval(self) -> str:
+        """How wide the intervals are, in words; empty when that is not known."""
+        return self.halves.words() if self.share else self.halves.words("nat", 1.0)
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What `draw_head_maps` draws; `half` is the typical half width of a share's 95% interval."""
+    """What `draw_head_maps` draws: maps of the same layers and heads, and which rows they are of."""
 
     title: str
-
     maps: tuple[HeadMap, ...]
     rows: str
-    half: float
     note: str
 
 
@@ -77,11 +99,11 @@ def head_info(frame: pd.DataFrame, statistics: tuple[str, ...] = SHARES) -> Head
         own = need(part[part["statistic"] == statistic], (), "layers by heads")
         wide = table(own, "layer", "head", "mean")
         values = wide.to_numpy(dtype=float)
-        top = 1.0 if statistic == "vision" else float(np.nanmax(values)) or 1.0
-        top = max(top, LEAST_TOP) if statistic in SHARES else top
-        maps.append(HeadMap(statistic, whole_layers(wide.index), whole_layers(wide.columns), values, top))
-    half = typical_half(part[part["statistic"].isin(SHARES)])
-    return HeadInfo("What single heads do", tuple(maps), rows, half, samples_note(part))
+        most = float(np.nanmax(values)) or 1.0
+        top = min(max(math.ceil(most * 10 - 1e-9) / 10, LEAST_TOP), 1.0) if statistic in SHARES else most
+        layers, heads = whole_layers(wide.index), whole_layers(wide.columns)
+        maps.append(HeadMap(statistic, layers, heads, values, top, half_widths(own)))
+    return HeadInfo("What single heads do", tuple(maps), rows, samples_note(part))
 
 
 def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) -> Figure:
@@ -93,16 +115,69 @@ def head_maps(source: Profile | HeadInfo, statistics: tuple[str, ...] = SHARES) 
     return draw_head_maps(source if isinstance(source, HeadInfo) else head_info(source["heads"], statistics))
 
 
+def head_overlap_info(frame: pd.DataFrame, top_share: float | None = None) -> HeadInfo:
+    """Overlap of each head's top set within its layer (PPCI), of decoding steps (of the last prompt
+    row if none).
+
+    The map `shared` is the overlap with the set of the layer's head mean, `others` the mean overlap
+    with the layer's other heads, of which no interval is known.
+
+    Args:
+        frame: `profile["head_overlap"]`: `layer_a, head_a, layer_b, head_b, query, mean, low, high`
+            (and `n`).
+        top_share: size of the sets as a share of the vision tokens; it is also the overlap of
+            random sets.
+
+    Raises:
+        UserError: a column is missing, no traced sample has vision tokens, or the model has one head.
+    """
+    columns = ("layer_a", "head_a", "layer_b", "head_b", "query", "mean", "low", "high")
+    need(frame, columns, OVERLAP, NO_VISION)
+    query = "step" if (frame["query"] == "step").any() else "last"
+    part = frame[(frame["query"] == query) & (frame["layer_a"] == frame["layer_b"])]
+    chosen = {
+        "shared": part["head_b"] < 0,
+        "others": (part["head_b"] >= 0) & (part["head_b"] != part["head_a"]),
+    }
+    tables = {
+        name: table(need(part[rows], (), OVERLAP, "a layer has one head"), "layer_a", "head_a", "mean")
+        for name, rows in chosen.items()
+    }
+    layers, heads = (tuple(sorted({int(i) for i in frame[name]})) for name in ("layer_a", "head_a"))
+    values = {  # of the same layers and heads, though a layer that never looks is in neither table
+        name: wide.reindex(index=list(layers), columns=list(heads)).to_numpy(dtype=float)
+        for name, wide in tables.items()
+    }
+    top = max(float(np.nanmax(one)) for one in values.values()) or 1.0  # one scale, to compare the maps
+    halves = {"shared": half_widths(part[chosen["shared"]]), "others": UNKNOWN}
+    maps = tuple(HeadMap(name, layers, heads, own, top, halves[name]) for name, own in values.items())
+    chance = "" if top_share is None else f"sets of the best {top_share:.0%} (random ones: {top_share:.0%})"
+    note = joined(samples_note(part), chance)
+    title = "Do the heads of a layer look at the same vision tokens?"
+    return HeadInfo(title, maps, OVERLAP_ROWS[query], note)
+
+
+def head_overlap(source: Profile | HeadInfo) -> Figure:
+    """Two maps of layers by heads: what a head's top vision tokens have in common with its layer's.
+
+    Raises:
+        UserError: the run holds averages over heads only.
+    """
+    if not isinstance(source, HeadInfo):
+        source = head_overlap_info(source["head_overlap"], source.meta.settings.top_share)
+    return draw_head_maps(source)
+
+
 def draw_head_maps(info: HeadInfo) -> Figure:
-    """Maps of layers by heads, side by side."""
+    """Maps of layers by heads, side by side, with the width of the intervals above each."""
     with theme():
-        typical = "" if np.isnan(info.half) else f"95% intervals: ±{100 * info.half:.1f} points, typically"
-        note = joined(info.rows, info.note, typical)
         layers, heads = len(info.maps[0].layers), len(info.maps[0].heads)
-        wide = min(max(0.55 * heads, 4.6), 6.0)
-        tall = min(max(wide * layers / heads, 3.4), 8.5)
-        size = (len(info.maps) * (wide + 1.3), tall + 1.7)
-        figure = new_figure(info.title, note, size, square=True)
+        wide = min(max(0.55 * heads, 4.8), 6.2)
+        tall = min(max(wide * layers / heads, 3.2), 6.2)
+        size = (len(info.maps) * (wide + 1.2), tall + 2.0)
+        holes = any(np.isnan(one.values).any() for one in info.maps)
+        note = joined(info.rows, info.note, "hatched: nothing was measured" if holes else "")
+        figure = new_figure(info.title, note, size)
         axes = figure.subplots(1, len(info.maps), squeeze=False, sharey=True)[0]
         for one, ax in zip(info.maps, axes, strict=True):
             _draw(one, ax)
@@ -111,30 +186,13 @@ def draw_head_maps(info: HeadInfo) -> Figure:
 
 
 def _draw(one: HeadMap, ax: Axes) -> None:
-    share = one.statistic != "entropy"
-    drawn = ax.imshow(one.values, vmin=0.0, vmax=one.top, cmap="cividis", aspect="auto")
-    ax.set_title(TITLES[one.statistic])
-    ax.set_xlabel("Query head")
-    ax.grid(False)
-    ax.set_facecolor(GRID)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    if max(one.values.shape) <= ANNOTATED:
-        ax.set_xticks(range(len(one.heads)), [str(head) for head in one.heads])
-        ax.set_yticks(range(len(one.layers)), [str(layer) for layer in one.layers])
-        for (row, col), value in np.ndenumerate(one.values):
-            if np.isfinite(value):
-                ink = "white" if value < 0.55 * one.top else "black"
-                text = f"{100 * value:.0f}" if share else f"{value:.1f}"
-                ax.text(col, row, text, ha="center", va="center", color=ink, fontsize=12)
-    else:
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(8, integer=True))
-    figure = ax.figure
-    bar = figure.colorbar(drawn, ax=ax, pad=0.02, aspect=28)
-    bar.outline.set_visible(False)
-    if share:
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    else:
-        bar.set_label("nat")
+    scale = Scale(one.top, one.share)
+    drawn = draw_matrix(ax, one.values, one.layers, one.heads, scale)
+    ax.set_title(TITLES[one.statistic], pad=26 if one.interval else None)
+    if one.interval:
+        ax.annotate(
+            one.interval, (0.0, 1.0), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points",
+            fontsize=11.5, color=SOFT, in_layout=False,
+        )  # fmt: skip
+    ax.set(xlabel="Query head", ylabel="")
+    draw_scale(ax.figure, drawn, ax, scale, "" if one.share else "nat")

@@ -1,119 +1,36 @@
-"""Vision attention laid over the pictures, a panel a layer."""
+"""Where each layer looks: vision attention laid over the pictures, a panel a layer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from numpy.typing import ArrayLike
 
 from avlprof.errors import UserError
-from avlprof.models.tiles import Tile, paint, resolution
-from avlprof.plots.arrange import Arrangement, arrange
-from avlprof.plots.frames import NO_VISION, Array, joined
-from avlprof.plots.style import GRID, SOFT, new_figure, theme
+from avlprof.plots.pictures import (
+    Caption,
+    HeatInfo,
+    Pictures,
+    Tiles,
+    counted,
+    draw_heatmaps,
+    heat_info,
+    heat_panel,
+    seen_pictures,
+)
 
-Pictures = Image.Image | Sequence[Image.Image]
-Tiles = Sequence[Sequence[Tile]]
-Beside = Literal["peak", "mass"]
-
-TITLE = 12.5
-LONGEST = 14
 PANELS = 12
-"""Most layers that are shown unless others are asked for."""
-
-
-@dataclass(frozen=True)
-class HeatPanel:
-    """The overlays of one panel: for each picture `[rows, columns]` in [0, 1], relative to the
-    panel's brightest cell.
-
-    `peak` is the largest score of a patch, `unplaced` the score of tokens that are no patch
-    (newlines), both as shares of the panel's vision attention; `mass` is all of that, as a share
-    of the row's attention.
-    """
-
-    title: str
-    weights: tuple[Array, ...]
-    peak: float
-    unplaced: float = 0.0
-    mass: float = 0.0
-
-
-@dataclass(frozen=True)
-class HeatInfo:
-    """What a heatmap figure draws; each of `pictures` is `[height, width, 3]` in 0-255.
-
-    `beside` is what stands beside the title of a panel.
-    """
-
-    title: str
-    pictures: tuple[NDArray[np.uint8], ...]
-    panels: tuple[HeatPanel, ...]
-    tokens: int
-    note: str = ""
-    beside: Beside = "peak"
-
-
-def heat_panel(title: str, scores: ArrayLike, tiles: Tiles) -> HeatPanel:
-    """One panel of `scores [vision]`, which lie in the pictures as their tiles say.
-
-    Where tiles overlap (a thumbnail and its details) their scores add up. A cell is as large as
-    the picture's finest token.
-    """
-    flat = np.asarray(scores, dtype=float)
-    painted = [paint(own, flat, *resolution(own)) for own in tiles]
-    placed = np.unique(np.concatenate([tile.tokens().ravel() for own in tiles for tile in own]))
-    most, total = max(float(cells.max()) for cells in painted), float(flat.sum())
-    weights = tuple(cells / most if most > 0 else cells * 0.0 for cells in painted)
-    if total <= 0:
-        return HeatPanel(title, weights, 0.0)
-    rest = float(np.delete(flat, placed).sum())
-    return HeatPanel(title, weights, float(flat[placed].max()) / total, rest / total, total)
-
-
-def shown_pictures(pictures: Pictures, tiles: Tiles, tokens: int) -> tuple[list[Image.Image], Tiles]:
-    """The pictures that have tiles, and their tiles.
-
-    Args:
-        pictures: all that the model saw in one prompt, frames of videos included.
-        tiles: of each of them, as a run's `tiles` column and `Adapter.vision_layout` have them.
-        tokens: vision tokens of the prompt.
-
-    Raises:
-        UserError: no vision tokens, no tiles, not one list of them a picture, or tiles that reach
-            beyond the vision tokens.
-    """
-    if not tokens:
-        raise UserError(f"a vision heatmap has nothing to draw: {NO_VISION}")
-    found = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not any(tiles):
-        raise UserError(
-            "where these vision tokens lie in the pictures is not known; docs/models.md says when it is"
-        )
-    if len(found) != len(tiles):
-        raise UserError(f"tiles must have one list for each of the {len(found)} pictures, got {len(tiles)}")
-    last = max(int(tile.tokens().max()) for own in tiles for tile in own)
-    if last >= tokens:
-        raise UserError(
-            f"tiles name vision token {last}, but there are {tokens} vision tokens; give this prompt's tiles"
-        )
-    kept = [place for place, own in enumerate(tiles) if own]
-    return [found[place] for place in kept], [tiles[place] for place in kept]
+"""Most layers that are drawn unless others are asked for."""
 
 
 def vision_heatmap_info(
-    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
+    pictures: Pictures,
+    scores: ArrayLike,
+    tiles: Tiles,
+    layers: Sequence[int] | None = None,
+    caption: Caption | None = None,
 ) -> HeatInfo:
     """Overlays of some layers on the pictures of a prompt.
 
@@ -122,17 +39,15 @@ def vision_heatmap_info(
         scores: `[layers, vision]` attention that each vision token received, one query row.
         tiles: where the vision tokens lie in each picture.
         layers: which layers; by default at most twelve, evenly spread, first and last included.
+        caption: sample, prompt and query row of the scores.
 
     Raises:
-        UserError: as `shown_pictures`, or a layer that does not exist.
+        UserError: as `seen_pictures`, or a layer that does not exist.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=float))
-    found, own = shown_pictures(pictures, tiles, table.shape[1])
-    shown = ""
+    seen, own = seen_pictures(pictures, tiles, table.shape[1])
     if layers is None:
-        shown = f"{PANELS} of {len(table)} layers" if len(table) > PANELS else ""
-        count = min(len(table), PANELS)
-        layers = [round(i) for i in np.linspace(0, len(table) - 1, count)]
+        layers = [round(i) for i in np.linspace(0, len(table) - 1, min(len(table), PANELS))]
     if not len(layers):
         raise UserError("layers must name at least one layer, got none")
     for layer in layers:
@@ -140,109 +55,20 @@ def vision_heatmap_info(
             raise UserError(f"layers must be in 0 to {len(table) - 1}, got {layer}")
     panels = tuple(heat_panel(f"Layer {layer}", table[layer], own) for layer in layers)
     title = "Where each layer looks" if len(panels) != 1 else f"Where layer {layers[0]} looks"
-    return heat_info(title, found, panels, table.shape[1], shown)
-
-
-def heat_info(
-    title: str,
-    pictures: Sequence[Image.Image],
-    panels: tuple[HeatPanel, ...],
-    tokens: int,
-    note: str,
-    beside: Beside = "peak",
-) -> HeatInfo:
-    """The panels with their pictures, and in the note what the colours leave out."""
-    rest = float(np.mean([panel.unplaced for panel in panels]))
-    if rest >= 0.0005:
-        note = joined(note, f"newline tokens, not drawn, hold {rest:.1%}", by="; ")
-    shown = tuple(np.asarray(picture.convert("RGB")) for picture in pictures)
-    return HeatInfo(title, shown, panels, tokens, note, beside)
+    note = counted(len(set(layers)), len(table), "layer")
+    return heat_info(title, seen, panels, table.shape[1], note, subtitle=(caption or Caption()).words())
 
 
 def vision_heatmap(
-    pictures: Pictures, scores: ArrayLike, tiles: Tiles, layers: Sequence[int] | None = None
+    pictures: Pictures,
+    scores: ArrayLike,
+    tiles: Tiles,
+    layers: Sequence[int] | None = None,
+    caption: Caption | None = None,
 ) -> Figure:
     """The pictures, and the pictures under each layer's vision attention (see `vision_heatmap_info`).
 
     Every panel is scaled to its own brightest cell; above it stands the strongest token's share
     of the panel's vision attention: 100% would be one token, 1 / tokens is even attention.
     """
-    return draw_heatmaps(vision_heatmap_info(pictures, scores, tiles, layers))
-
-
-def draw_heatmaps(info: HeatInfo) -> Figure:
-    """Small multiples of the pictures: as they are, then under each panel's weights."""
-    count = len(info.panels) + 1
-    placed = arrange([(picture.shape[1], picture.shape[0]) for picture in info.pictures])
-    cols = _columns(count, placed.width / placed.height)
-    rows = math.ceil(count / cols)
-    side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
-    size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
-    with theme():
-        beside = "right: share of the attention that goes to vision"
-        if info.beside == "peak":
-            even = f"even attention would be {1 / info.tokens:.2%}"
-            beside = f"right: the strongest token's share of vision attention; {even}"
-        note = joined(info.note, beside, by="; ")
-        figure = new_figure(info.title, note, size, square=True)
-        flat = list(figure.subplots(rows, cols, squeeze=False).flat)
-        for ax in flat:
-            ax.set_axis_off()
-        for picture, place in zip(info.pictures, placed.places, strict=True):
-            flat[0].imshow(picture, extent=place)
-        flat[0].set_title("Picture" if len(info.pictures) == 1 else "Pictures", fontsize=TITLE, pad=5)
-        for panel, ax in zip(info.panels, flat[1:], strict=False):
-            share = panel.peak if info.beside == "peak" else panel.mass
-            _overlay(panel, share, info.pictures, placed, ax)
-        for ax in flat[:count]:
-            _frame(placed, ax)
-        colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
-        bar = figure.colorbar(colours, ax=flat, aspect=28, pad=0.015)
-        bar.set_label("Attention, relative to panel's peak")
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        bar.outline.set_visible(False)
-        return figure
-
-
-def _overlay(
-    panel: HeatPanel, share: float, pictures: Sequence[NDArray[np.uint8]], placed: Arrangement, ax: Axes
-) -> None:
-    for weight, picture, place in zip(panel.weights, pictures, placed.places, strict=True):
-        grey = picture.mean(axis=2) / 255.0
-        ax.imshow(0.25 + 0.75 * grey, cmap="gray", vmin=0.0, vmax=1.0, extent=place)
-        opacity = 0.15 + 0.75 * np.sqrt(weight)
-        ax.imshow(
-            weight, cmap=_heat(), vmin=0.0, vmax=1.0, alpha=opacity, extent=place, interpolation="nearest"
-        )
-    ax.set_title(
-        panel.title if len(panel.title) <= LONGEST else f"{panel.title[: LONGEST - 1]}…",
-        fontsize=TITLE,
-        pad=5,
-    )
-    beside = f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
-    ax.set_title(beside, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
-
-
-def _frame(placed: Arrangement, ax: Axes) -> None:
-    """A line around each picture, which on white paper may have no other edge."""
-    for left, right, bottom, top in placed.places:
-        ax.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=GRID, clip_on=False)
-        )
-    ax.set_xlim(0, placed.width)
-    ax.set_ylim(placed.height, 0)
-
-
-def _heat() -> Colormap:
-    return LinearSegmentedColormap.from_list("heat", ["#FFFFFF", "#FDD49E", "#FC8D59", "#D7301F", "#7F0000"])
-
-
-def _columns(count: int, shape: float) -> int:
-    """Few panels in one row; more of them in a grid that is wider than tall and well filled.
-
-    `shape` is a panel's width over its height.
-    """
-    if count <= 4 and shape <= 1.5:
-        return count
-    wide = min(8, max(2, math.ceil(math.sqrt(count * 1.7 / max(shape, 0.6)))))
-    return math.ceil(count / math.ceil(count / wide))
+    return draw_heatmaps(vision_heatmap_info(pictures, scores, tiles, layers, caption))

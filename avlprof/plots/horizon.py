@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from avlprof.analysis.intervals import over_samples
 from avlprof.plots.frames import NO_VISION, Array, joined, need, samples_note, whole_layers
@@ -20,8 +21,10 @@ from avlprof.plots.style import (
     SOFT,
     interval_band,
     layer_axis,
+    nested,
     new_figure,
     percent_axis,
+    plain_line,
     theme,
 )
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
 
 ROWS = {"text": "Text of the prompt", "last": "Last prompt token", "generated": "Generated tokens"}
+LOOKS = tuple(zip((OKABE_ITO[4], OKABE_ITO[0], OKABE_ITO[2]), MARKERS, strict=False))
 MARKED_LAYERS = 24
 BELOW = 20
 """The axis ends at this part of the threshold."""
@@ -88,13 +92,16 @@ def vision_horizon(source: Profile | HorizonInfo, threshold: float = 0.01) -> Fi
     """
     info = source if isinstance(source, HorizonInfo) else _of_profile(source, threshold)
     with theme():
-        note = joined(info.note, "bands and bars: 95% intervals")
+        known = any(np.isfinite(line.low).any() for line in info.lines)
+        note = joined(info.note, "bands and bars: 95% intervals" if known else "")
         figure = new_figure("How deep into the model vision is looked at", note, (12.0, 5.6))
         ax = figure.subplots()
+        for number, (line, (colour, marker)) in enumerate(zip(info.lines, LOOKS, strict=False)):
+            _draw(line, colour, marker, ax)
+            width = nested(len(ROWS) - 1 - number, len(ROWS), 3.0, 24.0)
+            _mark(line, colour, width, info.threshold, ax)
         ax.set_yscale("log")
-        colours = (OKABE_ITO[4], OKABE_ITO[0], OKABE_ITO[2])
-        for place, (line, colour) in enumerate(zip(info.lines, colours, strict=False)):
-            _draw(line, colour, place, info.threshold, ax)
+        ax.yaxis.set_minor_formatter(NullFormatter())
         layers = info.lines[0].layers
         ax.axhline(info.threshold, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
         layer_axis(ax, layers)
@@ -116,19 +123,24 @@ def vision_horizon(source: Profile | HorizonInfo, threshold: float = 0.01) -> Fi
         return figure
 
 
-def _draw(line: HorizonLine, colour: str, place: int, threshold: float, ax: Axes) -> None:
-    marker = MARKERS[place] if len(line.layers) <= MARKED_LAYERS else ""
-    drawn = np.maximum(line.share, 1e-12)
-    said = f"{line.title}\nhorizon: {line.horizon.words}".replace(" (95%", "\n(95%")
-    ax.plot(line.layers, drawn, color=colour, marker=marker, label=said, zorder=3)
+def _draw(line: HorizonLine, colour: str, marker: str, ax: Axes) -> None:
+    dots = {"marker": marker} if len(line.layers) <= MARKED_LAYERS else {}
+    label = f"{line.title}\nhorizon: {line.horizon.words}".replace(" (95%", "\n(95%")
+    plain_line(ax, line.layers, np.maximum(line.share, 1e-12), colour, label=label, zorder=3, **dots)
     interval_band(ax, line.layers, np.maximum(line.low, 1e-12), line.high, colour)
+
+
+def _mark(line: HorizonLine, colour: str, width: float, threshold: float, ax: Axes) -> None:
+    """The horizon on the threshold; what is drawn first is larger, so that all of equal ones are seen."""
     mark = line.horizon
     if mark.layer is None:
         return
     if mark.low is not None:
         end = len(line.layers) if mark.high is None else mark.high
-        ax.plot([mark.low, end], [threshold] * 2, color=colour, linewidth=6, alpha=0.45, zorder=4)
-    ax.plot([mark.layer], [threshold], "D", color=colour, markersize=11, mec=INK, mew=1.4, zorder=5)
+        ax.plot([mark.low, end], [threshold] * 2, color=colour, linewidth=width, alpha=0.6, zorder=4)
+    ax.plot(
+        [mark.layer], [threshold], "D", color=colour, markersize=6 + width / 1.6, mec=INK, mew=1.2, zorder=5
+    )
 
 
 def _of_profile(profile: Profile, threshold: float) -> HorizonInfo:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from avlprof.plots.frames import Array, need
-from avlprof.plots.style import INK, OKABE_ITO, SOFT, new_figure, percent_axis, theme
+from avlprof.plots.style import OKABE_ITO, SOFT, named_bars, new_figure, percent_axis, theme
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,22 @@ def parameter_importances(source: pd.DataFrame | ImportanceInfo, score: str = "s
     with theme():
         note = (
             f"fANOVA over {info.trials} scalar trials; lines: 95% of resampled trials. The sampler looked "
-            "more where\nscores are good, and differences among the best policies hardly count here"
+            "more where scores are good, and differences among the best policies hardly count here"
         )
         figure = new_figure("What the score depends on", note, (11.0, 2.6 + 0.52 * len(info.parameters)))
         ax = figure.subplots()
-        where = range(len(info.parameters))
-        spread = np.clip(np.stack([info.importance - info.low, info.high - info.importance]), 0, None)
-        ax.barh(where, info.importance, 0.62, xerr=spread, color=OKABE_ITO[0], ecolor=INK, capsize=4)
-        for place, share, end in zip(where, info.importance, info.high, strict=True):
+        colours = [OKABE_ITO[0]] * len(info.parameters)
+        named_bars(ax, info.parameters, info.importance, info.low, info.high, colours)
+        for row, (share, end) in enumerate(zip(info.importance, info.high, strict=True)):
             ax.annotate(
                 f"{100 * share:.0f}%" if share >= 0.01 else "< 1%",
-                (max(share, end), place),
+                (np.fmax(share, end), row),
                 xytext=(8, 0),
                 textcoords="offset points",
                 va="center",
                 color=SOFT,
                 fontsize=12.5,
             )
-        ax.set_yticks(where, info.parameters)
-        ax.invert_yaxis()
-        ax.grid(False, axis="y")
-        ax.tick_params(axis="y", length=0)
         percent_axis(ax, "x")
         ax.set_xlim(0.0, 1.1)
         ax.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from avlprof.plots.frames import Array, need
-from avlprof.plots.style import INK, OKABE_ITO, SOFT, new_figure, theme
+from avlprof.plots.style import OKABE_ITO, SOFT, named_bars, new_figure, theme
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,13 @@ def knob_effects(source: pd.DataFrame | KnobInfo, score: str = "KL to dense (nat
     """
     info = source if isinstance(source, KnobInfo) else knob_effects_info(source)
     with theme():
-        note = "one knob at a time, bars: 95% interval over samples"
+        note = "one knob at a time, lines: 95% interval over samples; grey: the knob helps nothing or hurts"
         size = (11.0, 2.3 + 0.55 * len(info.knobs))
         figure = new_figure("What each knob of the winner is worth", note, size)
         ax = figure.subplots()
-        where = range(len(info.knobs))
         colours = [OKABE_ITO[0] if change > 0 else SOFT for change in info.change]
-        spread = np.clip(np.stack([info.change - info.low, info.high - info.change]), 0, None)
-        ax.barh(where, info.change, 0.62, xerr=spread, color=colours, ecolor=INK, capsize=4)
+        named_bars(ax, info.knobs, info.change, info.low, info.high, colours)
         ax.axvline(0.0, color=SOFT, linewidth=1.2)
-        ax.set_yticks(where, info.knobs)
-        ax.invert_yaxis()
-        ax.grid(False, axis="y")
-        ax.tick_params(axis="y", length=0)
         ax.set_ylabel("Knob")
         ax.set_xlabel(f"Rise of {score}\nwhen the knob goes back to plain")
         return figure

@@ -39,7 +39,7 @@ class PolicyPanel:
 class PolicyInfo:
     """What `policy_layers` draws: a column a policy, all with the same number of layers.
 
-    `scalar` says that the one layer shown stands for every layer.
+    `scalar` says that the one layer drawn stands for every layer.
     """
 
     layers: int
@@ -86,16 +86,16 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
         rows = 2 if spoken else 1
         axes = figure.subplots(rows * bands, cols, squeeze=False, height_ratios=[2, 1][:rows] * bands)
         longest, top = _longest_window(info), _top(info)
-        for place in range(bands * cols):
-            band, col = divmod(place, cols)
+        for number in range(bands * cols):
+            band, col = divmod(number, cols)
             own = [axes[rows * band + row][col] for row in range(rows)]
-            if place >= len(info.panels):
+            if number >= len(info.panels):
                 for ax in own:
                     ax.set_axis_off()
                 continue
-            _draw_vision(info.panels[place], info, own[0], top, named=not one, label=not spoken)
+            _draw_vision(info.panels[number], info, own[0], top, named=not one, label=not spoken)
             if spoken:
-                _draw_text(info.panels[place], info, own[1], longest)
+                _draw_text(info.panels[number], info, own[1], longest)
         cored = any(panel.compute != panel.keep for panel in info.panels)
         named = (
             {"Kept in memory": STORED, "Read at every step": COMPUTED} if cored else {READ_WHOLE: COMPUTED}
@@ -135,8 +135,8 @@ def _draw_vision(
     panel: PolicyPanel, info: PolicyInfo, ax: Axes, top: float, named: bool, label: bool
 ) -> None:
     where = list(range(info.layers))
-    ax.bar(where, panel.keep, 0.82, color=STORED)
-    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED)
+    ax.bar(where, panel.keep, 0.82, color=STORED, linewidth=0)
+    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED, linewidth=0)
     how = (
         f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
     )
@@ -155,7 +155,7 @@ def _draw_text(panel: PolicyPanel, info: PolicyInfo, ax: Axes, longest: float) -
         ax.set_yticks([])
         ax.set_ylabel("Text")
         return
-    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN)
+    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN, linewidth=0)
     if panel.text_share:
         ax.set_ylabel("Text KV")
         percent_axis(ax, "y")

@@ -68,6 +68,16 @@ class MassInfo:
     panels: tuple[MassPanel, ...]
     note: str
 
+    @property
+    def without(self) -> str:
+        """Which rows were asked for a horizon and have none, in words."""
+        phases = [
+            panel.title.split(":")[0].lower()
+            for panel in self.panels
+            if panel.horizon is not None and panel.horizon.layer is None
+        ]
+        return f"no horizon in {' and '.join(phases)}" if phases else ""
+
 
 def mass_info(frame: pd.DataFrame, horizon: pd.DataFrame | None = None) -> MassInfo:
     """Mean attention per layer and modality, for the last prompt row and the generated rows.
@@ -100,11 +110,11 @@ def mass_info(frame: pd.DataFrame, horizon: pd.DataFrame | None = None) -> MassI
 
 def horizons(frame: pd.DataFrame) -> dict[str, Horizon]:
     """Rows of `Profile.horizon()` by query."""
-    found = {}
+    marks = {}
     for row in frame.to_dict("records"):
         ends = (None if pd.isna(row[name]) else int(row[name]) for name in ("layer", "low", "high"))
-        found[str(row["query"])] = Horizon(*ends)
-    return found
+        marks[str(row["query"])] = Horizon(*ends)
+    return marks
 
 
 def modality_mass(source: Profile | MassInfo) -> Figure:
@@ -116,9 +126,7 @@ def modality_mass(source: Profile | MassInfo) -> Figure:
     with theme():
         known = any(np.isfinite(panel.low).any() for panel in info.panels)
         whiskers = "whiskers: 95% interval of vision" if known else ""
-        marked = [panel.horizon for panel in info.panels if panel.horizon is not None]
-        none = "no horizon" if marked and all(mark.layer is None for mark in marked) else ""
-        note = joined(info.note, whiskers, none)
+        note = joined(info.note, whiskers, info.without)
         figure = new_figure("What each layer attends to", note, (12.0, 5.6))
         axes = figure.subplots(1, len(info.panels), sharey=True, squeeze=False)[0]
         for panel, ax in zip(info.panels, axes, strict=True):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
-from avlprof.plots.frames import Array, need
-from avlprof.plots.style import MARKERS, OKABE_ITO, SOFT, new_figure, percent_axis, theme
+from avlprof.plots.frames import Array, count_range, need
+from avlprof.plots.style import (
+    INK,
+    MARKERS,
+    RIVALS,
+    SOFT,
+    TUNED,
+    interval_bars,
+    new_figure,
+    percent_axis,
+    theme,
+)
 
 COST_LABELS = {
     "live_share": "Prompt KV in memory (share of dense)",
     "read_share": "Prompt KV read per decoding step (share of dense)",
 }
 SAME_COST = 0.005
-APART = 5.0
-"""Points (1/72 inch) between families whose costs coincide, so that error bars stay legible."""
+LONGEST = 24
+"""Characters of a policy's name on the axis."""
+CROWDED = 10
+"""More policies than this have their names upright."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +93,10 @@ def pareto_info(frame: pd.DataFrame, cost: str = "live_share") -> ParetoInfo:
     if not reference.empty:
         first = reference.iloc[0]
         dense = (float(first["score"]), float(first["low"]), float(first["high"]))
-    count = f"n = {int(frame['n'].max()):,} samples, " if "n" in frame.columns else ""
-    return ParetoInfo(
-        tuple(lines), dense, cost, f"{count}bars: 95% interval, rings: no policy is better and as cheap"
-    )
+    count = f"n = {count_range(frame['n'])} samples, " if "n" in frame.columns else ""
+    rings = f"rings: no policy is better and as cheap (costs within {100 * SAME_COST:g} points are equal)"
+    note = f"{count}bars: 95% interval, band: that of dense, {rings}"
+    return ParetoInfo(tuple(lines), dense, cost, note)
 
 
 def unbeaten(cost: Array, score: Array) -> list[bool]:
@@ -107,7 +117,10 @@ def pareto_front(
     cost: str = "live_share",
     score_percent: bool = True,
 ) -> Figure:
-    """Score with its interval against measured cost; dense is the star and the band.
+    """Left: score against measured cost, every policy at its own bytes; dense is the star and the band.
+
+    Right, on the same axis of scores: each policy by name, family by family, with its interval.
+    So policies of equal cost, which lie over each other on the left, can be told apart.
 
     Args:
         source: a frame as `pareto_info` takes it, or that information.
@@ -115,55 +128,81 @@ def pareto_front(
         score_percent: whether scores are shares, to be written as percent.
     """
     info = source if isinstance(source, ParetoInfo) else pareto_info(source, cost)
+    names = sum(len(line.policies) for line in info.lines)
+    wide = min(max(2.6, 0.9 + 0.42 * names), 9.0)
     with theme():
-        figure = new_figure("Quality at a budget", info.note, (10.5, 6.0))
-        ax = figure.subplots()
-        shifts = _shifts(info.lines)
-        if info.dense is not None:
-            mean, low, high = info.dense
-            ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
-            ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)))
-            ax.plot([1.0], [mean], "*", color="black", markersize=19, clip_on=False, zorder=6, label="dense")
-        for i, (line, shift) in enumerate(zip(info.lines, shifts, strict=True)):
-            _draw(line, ax, OKABE_ITO[i % 6], MARKERS[i % len(MARKERS)], shift)
-        _limits(info, ax)
-        ax.set_xlabel(COST_LABELS.get(info.cost, info.cost))
-        ax.set_ylabel(score)
-        percent_axis(ax, "xy" if score_percent else "x", full=False)
-        figure.legend(loc="outside right center")
+        figure = new_figure("Quality at a budget", info.note, (6.9 + wide, 6.6))
+        plane, named = figure.subplots(1, 2, sharey=True, width_ratios=[6.0, wide])
+        for ax in (plane, named):
+            _reference(info, ax)
+        slot = 0
+        for i, line in enumerate(info.lines):
+            colour = TUNED if line.family == "tuned" else RIVALS[i % len(RIVALS)]
+            marker = MARKERS[i % len(MARKERS)]
+            _points(line, line.cost, plane, colour, marker)
+            slots = slot + np.arange(len(line.policies), dtype=float)
+            interval_bars(named, slots, line.low, line.high, color=colour, linewidth=2.2, alpha=0.8)
+            _points(line, slots, named, colour, marker)
+            slot += len(line.policies)
+        _limits(info, plane)
+        plane.set_xlabel(COST_LABELS.get(info.cost, info.cost))
+        plane.set_ylabel(score)
+        percent_axis(plane, "xy" if score_percent else "x", full=False)
+        _names(info, named)
         return figure
 
 
-def _draw(line: ParetoLine, ax: Axes, colour: str, marker: str, shift: float) -> None:
-    moved = ax.transData + ScaledTranslation(shift / 72, 0, ax.figure.dpi_scale_trans)
-    spread = np.clip(np.stack([line.score - line.low, line.high - line.score]), 0, None)
-    ax.errorbar(
-        line.cost, line.score, spread, fmt="none", ecolor=colour, elinewidth=1.6, capsize=3, transform=moved
-    )
-    ax.plot(line.cost, line.score, color=colour, marker=marker, label=line.family, transform=moved)
-    edge = [cost for cost, best in zip(line.cost, line.front, strict=True) if best]
-    good = [score for score, best in zip(line.score, line.front, strict=True) if best]
-    ax.plot(edge, good, "o", markersize=14, markerfacecolor="none", markeredgecolor=SOFT, transform=moved)
+def _reference(info: ParetoInfo, ax: Axes) -> None:
+    if info.dense is None:
+        return
+    mean, low, high = info.dense
+    ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
+    ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)))
 
 
-def _shifts(lines: Sequence[ParetoLine]) -> list[float]:
-    """Sideways shift of each line in points: none unless two lines share a cost."""
-    costs = np.concatenate([line.cost for line in lines]) if lines else np.zeros(0)
-    gaps = np.diff(np.sort(costs))
-    if not len(gaps) or gaps.min() > 0.01:
-        return [0.0] * len(lines)
-    middle = (len(lines) - 1) / 2
-    return [(i - middle) * APART for i in range(len(lines))]
+def _points(line: ParetoLine, where: Array, ax: Axes, colour: str, marker: str) -> None:
+    """The policies of a family at `where`; the front has rings."""
+    import seaborn as sns
+
+    if ax.get_subplotspec().is_first_col() and len(where) > 1:  # type: ignore[union-attr]
+        ax.plot(where, line.score, color=colour, linewidth=1.6, alpha=0.7)
+    sns.scatterplot(
+        x=where, y=line.score, color=colour, marker=marker, s=90, edgecolor="white", linewidth=0.9,
+        label=line.family, legend=False, zorder=4, ax=ax,
+    )  # fmt: skip
+    best = np.array(line.front, dtype=bool)
+    ax.plot(where[best], line.score[best], "o", markersize=15, mfc="none", mec=INK, mew=1.2, zorder=5)
+
+
+def _names(info: ParetoInfo, ax: Axes) -> None:
+    names = [_short(policy) for line in info.lines for policy in line.policies]
+    upright = len(names) > CROWDED
+    turn = {"rotation": 90} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(names)), names, fontsize=11.5, **turn)
+    ax.set_xlim(-0.7, max(len(names), 1) - 0.3)
+    ax.set_xlabel("Policy")
+    ax.grid(False, axis="x")
+    ax.tick_params(axis="y", length=0)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _limits(info: ParetoInfo, ax: Axes) -> None:
     costs = [float(cost) for line in info.lines for cost in line.cost]
     ends = [1.0] if info.dense is not None or not costs else []
-    ax.set_xlim(0.0, min(max([*costs, *ends]) * 1.04, 1.04))
-    low = [float(v) for line in info.lines for v in line.low]
-    high = [float(v) for line in info.lines for v in line.high]
+    most = max([*costs, *ends])
+    ax.set_xlim(0.0, 1.05 * most)
+    low = [float(end) for line in info.lines for end in (*line.low, *line.score)]
+    high = [float(end) for line in info.lines for end in (*line.high, *line.score)]
     if info.dense is not None:
-        low.append(info.dense[1])
-        high.append(info.dense[2])
-    room = 0.06 * max(max(high) - min(low), 1e-3)
-    ax.set_ylim(min(low) - room, max(high) + room)
+        mean, *ends = info.dense
+        low, high = [*low, ends[0], mean], [*high, ends[1], mean]
+        ax.plot([1.0], [mean], "*", color="black", markersize=19, clip_on=False, zorder=6, label="dense")
+        ax.annotate(
+            "dense", (1.0, mean), (-14, 8), textcoords="offset points", ha="right", color=INK, fontsize=12.5
+        )
+    bottom, top = float(np.nanmin(low)), float(np.nanmax(high))
+    room = 0.06 * max(top - bottom, 1e-3)
+    ax.set_ylim(bottom - room, top + room)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from avlprof.plots.frames import Array, joined, need, samples_note, table, whole_layers
 from avlprof.plots.mass import PANELS
-from avlprof.plots.style import OKABE_ITO, interval_band, layer_axis, new_figure, percent_axis, theme
+from avlprof.plots.style import (
+    OKABE_ITO,
+    interval_band,
+    layer_axis,
+    new_figure,
+    percent_axis,
+    plain_line,
+    theme,
+)
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -80,15 +89,16 @@ def sink_mass(source: Profile | SinkInfo, text_sink: int | None = None) -> Figur
         source = sink_info(source["sinks"])
     names = KINDS if text_sink is None else KINDS | {"text": f"First {text_sink}\ntext tokens"}
     with theme():
-        note = joined(source.note, "bands: 95% interval")
+        known = any(np.isfinite(panel.low).any() for panel in source.panels)
+        note = joined(source.note, "bands: 95% interval" if known else "")
         figure = new_figure("How much attention rests on first tokens", note, (12.0, 5.2))
         axes = figure.subplots(1, len(source.panels), sharey=True, squeeze=False)[0]
         top = LEAST_TOP
         for panel, ax in zip(source.panels, axes, strict=True):
             for kind, share, low, high in zip(panel.kinds, panel.share, panel.low, panel.high, strict=True):
                 colour, marker = LOOKS[kind]
-                marker = marker if len(panel.layers) <= MARKED_LAYERS else ""
-                ax.plot(panel.layers, share, color=colour, marker=marker, label=names[kind])
+                dots = {"marker": marker} if len(panel.layers) <= MARKED_LAYERS else {}
+                plain_line(ax, panel.layers, share, colour, label=names[kind], **dots)
                 interval_band(ax, panel.layers, low, high, colour)
                 top = max(top, float(pd.Series([*share, *high]).max()))
             ax.set_title(panel.title)

@@ -7,12 +7,13 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from avlprof.errors import UserError
 from avlprof.plots.frames import Array, need
-from avlprof.plots.style import INK, OKABE_ITO, SOFT, new_figure, theme
+from avlprof.plots.style import INK, OKABE_ITO, SOFT, new_figure, plain_line, theme
 
 Direction = Literal["minimize", "maximize"]
 
@@ -32,6 +33,11 @@ class TrialInfo:
     failed: tuple[int, ...]
     best_trial: int
     direction: Direction
+
+    @property
+    def last(self) -> int:
+        """Number of the last trial that ended, however it did."""
+        return max((*self.complete, *self.pruned, *self.failed))
 
 
 def trial_history_info(frame: pd.DataFrame, direction: Direction = "minimize") -> TrialInfo:
@@ -88,58 +94,64 @@ def trial_history(
         note = f"{len(info.complete)} complete, {len(info.pruned)} pruned, {len(info.failed)} failed"
         figure = new_figure("How the search went", note)
         ax = figure.subplots()
-        blue, orange = OKABE_ITO[0], OKABE_ITO[1]
-        end = max((*info.complete, *info.pruned, *info.failed))
-        ax.step(
-            [*info.complete, end],
-            [*info.best, info.best[-1]],
-            where="post",
-            color=orange,
-            label="Best so far",
-        )
-        ax.scatter(info.complete, info.values, s=46, color=blue, alpha=0.75, linewidths=0, label="Complete")
-        if info.pruned:
-            ax.scatter(
-                info.pruned,
-                info.pruned_values,
-                s=46,
-                facecolors="none",
-                edgecolors=SOFT,
-                label="Pruned (partial)",
-            )
-        if info.failed:
-            bottom = np.zeros(len(info.failed)) + 0.02
-            ax.scatter(
-                info.failed, bottom, marker="x", color=INK, transform=ax.get_xaxis_transform(), label="Failed"
-            )
-        found = float(info.best[-1])
-        ax.scatter([info.best_trial], [found], s=280, marker="*", color=orange, edgecolors="white", zorder=5)
-        ax.annotate(
-            f"trial {info.best_trial}: {found:.4g}",
-            (info.best_trial, found),
-            xytext=(0, -14 if info.direction == "minimize" else 14),
-            textcoords="offset points",
-            ha="right" if info.best_trial > end / 2 else "left",
-            va="top" if info.direction == "minimize" else "bottom",
-            fontsize=12.5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )
+        _draw(info, ax)
+        _winner(info, ax)
         if second is not None:
             ax.axvline(second - 0.5, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
             ax.annotate(
-                "layer by layer",
-                (second - 0.5, 1.0),
-                xycoords=ax.get_xaxis_transform(),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="top",
-                fontsize=12.5,
-                color=SOFT,
-            )
-        ax.margins(y=0.14)
+                "layer by layer", (second - 0.5, 1.0), xycoords=ax.get_xaxis_transform(), xytext=(7, 0),
+                textcoords="offset points", va="top", fontsize=12.5, color=SOFT,
+            )  # fmt: skip
+        values = [*info.values, *info.pruned_values]
+        room = 0.2 * ((max(values) - min(values)) or 1.0)
+        ax.set_ylim(min(values) - room, max(values) + room)
+        end = info.last
         ax.set_xlabel("Trial")
         ax.set_ylabel(f"{value}\n{'lower' if info.direction == 'minimize' else 'higher'} is better")
         ax.set_xlim(-0.02 * end - 0.6, 1.02 * end + 0.6)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(loc="outside right center")
         return figure
+
+
+def _draw(info: TrialInfo, ax: Axes) -> None:
+    import seaborn as sns
+
+    numbers, values = [*info.complete, info.last], np.array([*info.best, info.best[-1]])
+    plain_line(ax, numbers, values, OKABE_ITO[1], drawstyle="steps-post", label="Best so far")
+    dots = {"s": 48, "legend": False, "ax": ax}
+    sns.scatterplot(
+        x=info.complete, y=info.values, color=OKABE_ITO[0], alpha=0.75, linewidth=0, label="Complete", **dots
+    )
+    if info.pruned:
+        sns.scatterplot(
+            x=info.pruned, y=info.pruned_values, facecolor="none", edgecolor=SOFT, linewidth=1.3,
+            label="Pruned (partial)", **dots,
+        )  # fmt: skip
+    if info.failed:
+        bottom = np.full(len(info.failed), 0.025)
+        ax.scatter(
+            info.failed,
+            bottom,
+            marker="x",
+            color=INK,
+            transform=ax.get_xaxis_transform(),
+            label="Failed",
+            zorder=6,
+        )
+
+
+def _winner(info: TrialInfo, ax: Axes) -> None:
+    """A star at the best trial, with its number and value on the side where nothing is better."""
+    best, lower = float(info.best[-1]), info.direction == "minimize"
+    ax.scatter([info.best_trial], [best], s=300, marker="*", color=OKABE_ITO[1], edgecolors="white", zorder=5)
+    ax.annotate(
+        f"trial {info.best_trial}: {best:.4g}",
+        (info.best_trial, best),
+        xytext=(0, -12 if lower else 12),
+        textcoords="offset points",
+        ha="right" if info.best_trial > info.last / 2 else "left",
+        va="top" if lower else "bottom",
+        fontsize=12.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )

@@ -9,13 +9,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from avlprof.plots.frames import Array, joined, need, samples_note, table, whole_layers
+from avlprof.plots.frames import (
+    Array,
+    HalfWidths,
+    half_widths,
+    joined,
+    need,
+    samples_note,
+    table,
+    whole_layers,
+)
 from avlprof.plots.style import (
     LEGEND_LAYERS,
     SOFT,
     interval_band,
     layer_colours,
     layer_key,
+    layer_lines,
     log2_axis,
     new_figure,
     percent_axis,
@@ -34,6 +44,7 @@ class WindowInfo:
 
     `low` and `high [layers, windows]` bound the 95% interval of `held` (NaN: not known).
     `needed [layers]` is the smallest of the windows that holds `level` of it (NaN: none does).
+    `halves` says how wide the intervals are, for figures with too many layers to draw them.
     """
 
     layers: tuple[int, ...]
@@ -43,6 +54,7 @@ class WindowInfo:
     high: Array
     level: float
     needed: Array
+    halves: HalfWidths
     rows: str
     note: str
 
@@ -70,9 +82,8 @@ def window_info(frame: pd.DataFrame, level: float = 0.95) -> WindowInfo:
     enough = held >= level - 1e-9
     needed = np.where(enough.any(axis=1), windows[enough.argmax(axis=1)], np.nan)
     sizes = tuple(int(w) for w in windows)
-    return WindowInfo(
-        whole_layers(wide.index), sizes, held, low, high, level, needed, rows, samples_note(part)
-    )
+    layers, halves = whole_layers(wide.index), half_widths(part)
+    return WindowInfo(layers, sizes, held, low, high, level, needed, halves, rows, samples_note(part))
 
 
 def text_window(source: Profile | WindowInfo) -> Figure:
@@ -80,19 +91,22 @@ def text_window(source: Profile | WindowInfo) -> Figure:
     info = source if isinstance(source, WindowInfo) else window_info(source["window_curve"])
     with theme():
         bands = len(info.layers) <= LEGEND_LAYERS
-        dots = f"dots: {info.level:.0%} held" + (", bands: 95% interval" if bands else "")
-        note = joined(info.rows, "first text tokens aside", info.note, dots)
-        figure = new_figure("How far back in the text each layer reaches", note)
+        known = np.isfinite(info.halves.widest)
+        spread = ("bands: 95% interval" if known else "") if bands else info.halves.words()
+        dots = f"dots: smallest traced window with {info.level:.0%}"
+        note = joined(info.rows, "first text tokens aside", info.note, dots, spread, by="; ")
+        figure = new_figure("How far back in the text each layer reaches", note, (11.0, 5.8))
         ax = figure.subplots()
         ax.axhline(info.level, color=SOFT, linewidth=1.4, linestyle=(0, (4, 3)))
+        layer_lines(ax, info.layers, info.windows, info.held, linewidth=2.2 if bands else 1.4)
         lines = zip(info.held, info.low, info.high, info.needed, layer_colours(info.layers), strict=True)
-        for line, low, high, need_, colour in lines:
-            ax.plot(info.windows, line, color=colour, linewidth=2.2 if bands else 1.4)
+        for line, low, high, window, colour in lines:
             if bands:
                 interval_band(ax, info.windows, np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0), colour)
-            if np.isfinite(need_):
-                at = line[info.windows.index(int(need_))]
-                ax.plot([need_], [at], "o", color=colour, markersize=10, markeredgecolor="white", zorder=5)
+            if np.isfinite(window):
+                share = line[info.windows.index(int(window))]
+                size = 10 if bands else 7
+                ax.plot([window], [share], "o", color=colour, markersize=size, mec="white", zorder=5)
         log2_axis(ax, [w for w in info.windows if w & (w - 1) == 0] or info.windows)
         percent_axis(ax, "y", full=False)
         ax.set_ylim(0.0, 1.03)

@@ -140,10 +140,10 @@ class JointPool(_Part):
             raise ValueError("joint.recent and joint.recent_share exclude each other; give one of them")
         return self
 
-    def newest(self, held: int) -> int:
-        """Newest tokens that are safe in a pool of `held` tokens, its sinks aside."""
-        asked = self.recent or int(self.recent_share * held + 1e-6)
-        return min(asked, max(held - self.sink, 0))
+    def newest(self, size: int) -> int:
+        """Newest tokens that are safe in a pool of `size` tokens, its sinks aside."""
+        recent = self.recent or int(self.recent_share * size + 1e-6)
+        return min(recent, max(size - self.sink, 0))
 
 
 class PrefillFilter(_Part):

@@ -120,36 +120,32 @@ def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answ
 
 def _text_pushed_out(policy: Policy, prompt: PromptShape, layers: int, steps: int) -> list[int]:
     """Per layer, prompt text tokens that are missing at a step, summed over the steps; at least."""
-    held = [size.text for size in sizes(policy, prompt, layers)]
-    if policy.joint is not None:
-        if policy.joint.decoding == "grow":
-            return [0] * layers
-        return [_pushed_out(policy, prompt, layer, kept, steps) for layer, kept in enumerate(held)]
-    if policy.text.keeps_all:
+    if policy.evicts_by is None:
         return [0] * layers
-    return [_pushed_out(policy, prompt, layer, kept, steps) for layer, kept in enumerate(held)]
+    kept = [size.text for size in sizes(policy, prompt, layers)]
+    return [_pushed_out(policy, prompt, layer, count, steps) for layer, count in enumerate(kept)]
 
 
-def _pushed_out(policy: Policy, prompt: PromptShape, layer: int, held: int, steps: int) -> int:
-    """One layer of `_text_pushed_out`: of the `held` tokens of the prompt, those that must go."""
+def _pushed_out(policy: Policy, prompt: PromptShape, layer: int, kept: int, steps: int) -> int:
+    """One layer of `_text_pushed_out`: of the `kept` tokens of the prompt, those that must go."""
     gone = 0
     for step in range(1, steps + 1):
-        limit, newest = text_room(policy, prompt.text + step, held, layer)
-        gone += held - min(held, max(limit - min(newest, step), 0))
+        limit, newest = text_room(policy, prompt.text + step, kept, layer)
+        gone += kept - min(kept, max(limit - min(newest, step), 0))
     return gone
 
 
-def text_room(policy: Policy, seen: int, held: int, layer: int) -> tuple[int, int]:
+def text_room(policy: Policy, seen: int, pool: int, layer: int) -> tuple[int, int]:
     """Most tokens that the text part of a layer holds, and how many of them are the newest.
 
     Args:
         seen: text and generated tokens that have passed; not used for a joint pool.
-        held: tokens of the prompt that the part holds after prefill: a joint pool's size.
+        pool: tokens of the prompt that the part holds after prefill, for a joint pool.
         layer: index of the layer, for policies with one value a layer.
     """
     if policy.joint is not None:
-        sink = min(policy.joint.sink, held)
-        limit = max(held, sink + 1)
+        sink = min(policy.joint.sink, pool)
+        limit = max(pool, sink + 1)
         return limit, limit - sink if policy.evicts_by == "position" else policy.joint.newest(limit)
     text = policy.text
     if text.keep is not None:

@@ -102,18 +102,18 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors()
     same = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
     first = max(same, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    place = _place(first["loc"])
+    key = _dotted(first["loc"])
     if first["type"] == "extra_forbidden":
-        return _unknown_key(place)
+        return _unknown_key(key)
     if first["type"] == "missing":
-        return f"{place} is missing"
+        return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{place}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
+def _dotted(loc: tuple[int | str, ...]) -> str:
     """`text.window` or `vision_keep[3]`; the members of a union that pydantic tried are left out."""
     text = ""
     for part in loc:
@@ -124,9 +124,9 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return text
 
 
-def _unknown_key(place: str) -> str:
+def _unknown_key(path: str) -> str:
     """A key that its section does not have, and the nearest ones: of the section, else of all."""
-    section, _, key = re.sub(r"\[\d+\]", "", place).rpartition(".")
+    section, _, key = re.sub(r"\[\d+\]", "", path).rpartition(".")
     sections = _sections(Policy)
     everywhere = [(name, f"{part}.{name}".lstrip(".")) for part, names in sections.items() for name in names]
     own = [(name, f"{section}.{name}".lstrip(".")) for name in sections.get(section, ())]
@@ -134,18 +134,18 @@ def _unknown_key(place: str) -> str:
         near = difflib.get_close_matches(key, dict(choice), n=3, cutoff=0.6)
         if near:
             listed = " or ".join(full for match in near for name, full in choice if name == match)
-            return f"unknown policy key '{place}'; did you mean {listed}?"
-    return f"unknown policy key '{place}'" + (f"; known: {', '.join(full for _, full in own)}" if own else "")
+            return f"unknown policy key '{path}'; did you mean {listed}?"
+    return f"unknown policy key '{path}'" + (f"; known: {', '.join(full for _, full in own)}" if own else "")
 
 
 def _sections(model: type[BaseModel], name: str = "") -> dict[str, list[str]]:
     """Keys of every section of the schema by its dotted name; the top level is the empty name."""
-    found = {name: [field.alias or key for key, field in model.model_fields.items()]}
+    sections = {name: [field.alias or key for key, field in model.model_fields.items()]}
     for key, field in model.model_fields.items():
         inner = f"{name}.{key}" if name else key
         for part in _models_in(field.annotation):
-            found |= _sections(part, inner)
-    return found
+            sections |= _sections(part, inner)
+    return sections
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from avlprof.errors import UserError
 from avlprof.models.tiles import parse_tiles
-from avlprof.plots import vision_heatmap
+from avlprof.plots import Caption, vision_heatmap
 from avlprof.report.figures import Embedded, as_png
 from avlprof.run import Run
 from avlprof.tasks import Task
@@ -65,7 +65,9 @@ def _spread(rows: list[dict[Hashable, Any]], count: int) -> list[dict[Hashable, 
 def _example(run: Run, row: dict[Hashable, Any], task: Task | None) -> Example:
     sample = str(row["sample"])
     tiles = parse_tiles(row["tiles"])
-    figure = vision_heatmap(run.pictures(sample, task), run.scores(sample, ["last"])["last"], tiles)
+    scores = run.scores(sample, ["last"])["last"]
+    caption = Caption(sample, str(row["prompt"]), "the last prompt token")
+    figure = vision_heatmap(run.pictures(sample, task), scores, tiles, caption=caption)
     references = tuple(_short(str(text)) for text in row["references"])
     return Example(sample, _short(str(row["prompt"])), _short(str(row["answer"])), references, as_png(figure))
 

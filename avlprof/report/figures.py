@@ -126,7 +126,7 @@ SECTIONS: tuple[tuple[str, str, tuple[FigurePlan, ...]], ...] = (
                 "layers by heads",
                 plots.head_maps,
                 "One cell a head: a row is a layer, a column a query head. Heads of one layer often share "
-                "nothing but a budget; bright cells on the left are those that look at the picture.",
+                "nothing but a budget; dark cells on the left are those that look at the picture.",
                 per_head=True,
             ),
         ),

@@ -82,8 +82,8 @@ def traced_line(meta: RunMeta, samples: pd.DataFrame) -> str:
     count = "1 sample" if len(samples) == 1 else f"{len(samples):,} samples"
     split = f" of split {meta.split}" if meta.split else ""
     when = f" on {meta.created[:10]}" if meta.created else ""
-    made = f", avlprof {meta.versions['avlprof']}" if "avlprof" in meta.versions else ""
-    return f"Traced: model {meta.model}, task {meta.task}, {count}{split}, {meta.dtype}{when}{made}."
+    version = f", avlprof {meta.versions['avlprof']}" if "avlprof" in meta.versions else ""
+    return f"Traced: model {meta.model}, task {meta.task}, {count}{split}, {meta.dtype}{when}{version}."
 
 
 def percent(share: float) -> str:

@@ -105,7 +105,7 @@ class RunDirectory:
 
     def ids(self) -> list[str]:
         """Ids of the traced samples, in the order of the parts."""
-        return list(self._places)
+        return list(self._positions)
 
     def scores(self, sample: str, names: Collection[str] = ()) -> Scores:
         """Scores of a sample's tokens by kind of row: those of `names`, by default all.
@@ -113,7 +113,7 @@ class RunDirectory:
         Raises:
             UserError: the sample was not traced, or the run has no scores of that name.
         """
-        part, index = self._places.get(sample, ("", -1))
+        part, index = self._positions.get(sample, ("", -1))
         if index < 0:
             raise UserError(f"sample '{sample}' is not in run {self.path}")
         path = self.path / f"scores-{part}.safetensors"
@@ -134,17 +134,17 @@ class RunDirectory:
     @cached_property
     def hash(self) -> str:
         """Hash of settings and traced sample ids."""
-        ids = sorted(self._places)
+        ids = sorted(self._positions)
         text = self.meta.settings_json() + json.dumps(ids)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
-    def _places(self) -> dict[str, tuple[str, int]]:
-        places: dict[str, tuple[str, int]] = {}
+    def _positions(self) -> dict[str, tuple[str, int]]:
+        positions: dict[str, tuple[str, int]] = {}
         for part in self.parts():
             ids = _read_table(self.path / f"samples-{part}.parquet", ["sample"])["sample"]
-            places |= {str(sample): (part, i) for i, sample in enumerate(ids)}
-        return places
+            positions |= {str(sample): (part, i) for i, sample in enumerate(ids)}
+        return positions
 
     def _table(self, kind: str) -> pd.DataFrame:
         parts = [_read_table(self.path / f"{kind}-{part}.parquet") for part in self.parts()]
@@ -178,7 +178,7 @@ class RunWriter:
 
     def done(self) -> set[str]:
         """Ids of the samples in finished parts."""
-        return set(RunDirectory(self.path)._places)
+        return set(RunDirectory(self.path)._positions)
 
     def add(self, sample: dict[str, Any], stats: list[dict[str, Any]], scores: Scores) -> None:
         """Take one traced sample; it is on disk after the next `flush`."""

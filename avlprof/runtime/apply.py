@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import check_traced, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
@@ -49,13 +50,20 @@ class Runtime:
         same = cache.policy is self.policy  # asked first: comparing takes as long as a layer
         return same or cache.policy == self.policy
 
+    def governs(self, cache: AVLCache, layer: int) -> bool:
+        """Whether the policy decides what a layer attends to."""
+        return cache.governed(layer) is not None
+
     def attend(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """One layer's attention: stock at prompts and in dense layers, packed over the view else."""
         self.cache = cache
         is_turn = forward.step == 0 or forward.new > 1
-        if call.layer == 0:
+        if not forward.begun:
+            forward.begun = True
             self._begin(forward, cache, is_turn)
         layer = cache.governed(call.layer)
+        if layer is not None:
+            cache.check_states(call)
         if is_turn:
             return self._turn(forward, cache, layer, call)
         step = None if layer is None else layer.step_for(call.query, call.scaling, call.softcap)
@@ -124,8 +132,10 @@ def apply(
             an allocator that needs a profile (see `avlprof.budgets.resolve`); steps cannot be
             captured.
     """
+    model = unwrapped(model)
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
+    check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers)
     runtime = Runtime(policy, text_config, captured=captured is not None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
+from avlprof.attention.call import AttentionCall
+from avlprof.attention.gate import governed_roles
 from avlprof.attention.modality import prompt_shapes
 from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, broadcast, sizes
@@ -32,11 +34,42 @@ class AVLCache(Cache):
         self.turn: list[PromptShape] = []
         self.captured: Any = None  # what `runtime.captured` has captured of its steps
         self._length = 0
-        stock = stock_layers(text_config)
-        policy.check_layers(len(stock))
+        self.active = False  # while a pass of the context that the cache belongs to is at work
+        self._sizes: dict[int, tuple[int, int]] = {}
+        roles, stock = governed_roles(text_config), stock_layers(text_config)
+        count = len(stock)
+        policy.check_layers(count)
         super().__init__(
-            layers=[_layer(policy, i, len(stock), layer, adaptive) for i, layer in enumerate(stock)]
+            layers=[
+                _layer(policy, index, count, adaptive) if role.governed else layer
+                for index, (role, layer) in enumerate(zip(roles, stock, strict=True))
+            ]
         )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take a layer's new keys and values, and give what it attends to; as in transformers.
+
+        Raises:
+            UserError: the context that the cache belongs to has been left.
+        """
+        if not self.active:
+            raise UserError(
+                "this cache was filled under a policy whose context has been left; go on inside "
+                "avlprof.apply with the same policy"
+            )
+        self._sizes[layer_idx] = key_states.shape[1], key_states.shape[-1]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_states(self, call: AttentionCall) -> None:
+        """`UserError` when a layer attends to other keys than it stores."""
+        attends, stores = (call.key.shape[1], call.key.shape[-1]), self._sizes.get(call.layer)
+        if stores is not None and stores != attends:
+            raise UserError(
+                f"layer {call.layer} ({type(call.module).__name__}) stores {stores[0]} heads of {stores[1]} "
+                f"numbers and attends to {attends[0]} of {attends[1]}, which no policy can cut"
+            )
 
     def row_plans(self, layer: int) -> list[RowPlan]:
         """What each row of the batch keeps in a layer of its latest prompt or turn."""
@@ -44,7 +77,7 @@ class AVLCache(Cache):
         return [row_plan(self.policy, shape, layer, count) for shape in self.turn]
 
     def governed(self, layer: int) -> BufferedLayer | None:
-        """A layer that the policy governs; None where it attends by a sliding window."""
+        """A layer that the policy governs; None where it is the stock cache's (a window, a state, ...)."""
         own = self.layers[layer]
         return own if isinstance(own, BufferedLayer) else None
 
@@ -83,24 +116,8 @@ class AVLCache(Cache):
 
 
 def stock_layers(text_config: Any) -> list[Any]:
-    """The stock cache's layers: full attention, or a sliding window that policies leave as it is.
-
-    Raises:
-        UserError: a layer keeps its state in another way, or all of them are sliding.
-    """
-    layers = DynamicCache(config=text_config).layers
-    if layers and all(is_sliding(layer) for layer in layers):
-        raise UserError(
-            "every layer attends by a sliding window, which policies leave as it is; "
-            "use a model with full-attention layers"
-        )
-    for index, layer in enumerate(layers):
-        if not is_sliding(layer) and type(layer) is not DynamicLayer:
-            raise UserError(
-                f"layer {index} keeps its state in a {type(layer).__name__}; "
-                "policies act on full-attention layers"
-            )
-    return list(layers)
+    """The layers of the stock cache."""
+    return list(DynamicCache(config=text_config).layers)
 
 
 def is_sliding(layer: Any) -> bool:
@@ -108,9 +125,7 @@ def is_sliding(layer: Any) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer)
 
 
-def _layer(policy: Policy, index: int, count: int, stock: Any, adaptive: bool) -> Any:
-    if is_sliding(stock):
-        return stock
+def _layer(policy: Policy, index: int, count: int, adaptive: bool) -> BufferedLayer:
     if not adaptive and is_dense(policy, index, count):
         return DenseLayer()
     return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.runtime.cache import AVLCache, is_sliding
+from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.graph import Replay, capture
 from avlprof.runtime.layer import AdaptiveLayer
 
@@ -42,9 +43,24 @@ class CapturedSteps:
 
     def __init__(self, forward: Callable[..., Any], session: Session, ahead: int) -> None:
         self._forward, self._session, self._ahead = forward, session, ahead
+        self._busy = threading.Lock()
 
     def __call__(self, **inputs: Any) -> Any:
-        """One forward call; the session has put the cache among the inputs."""
+        """One forward call; the session has put the cache among the inputs.
+
+        Raises:
+            UserError: another thread is at it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise UserError(
+                "captured steps serve one call at a time; leave captured out where threads share a model"
+            )
+        try:
+            return self._call(inputs)
+        finally:
+            self._busy.release()
+
+    def _call(self, inputs: dict[str, Any]) -> Any:
         cache: AVLCache = inputs[self._session.cache_name]
         if not self._session.stepping:
             cache.captured = None
@@ -149,9 +165,11 @@ def captured_steps(model: PreTrainedModel, session: Session, ahead: int) -> Iter
         return steps(**inputs)
 
     model.forward = captured
+    session.single = True
     try:
         yield
     finally:
+        session.single = False
         if own:
             model.forward = forward
         else:
@@ -169,7 +187,7 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache, ah
             f"policy '{policy.name}' evicts by score while decoding, which cannot be captured; "
             "leave captured out"
         )
-    if any(is_sliding(layer) for layer in cache.layers):
-        raise UserError("layers with a sliding window cannot be captured; leave captured out")
+    if any(cache.governed(index) is None for index in range(len(cache.layers))):
+        raise UserError("layers with a sliding window or a state cannot be captured; leave captured out")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UserError("a model on several devices cannot be captured; leave captured out")

@@ -167,12 +167,12 @@ class AdaptiveLayer(SlotLayer):
             plans: what each row keeps of the new tokens.
             span: logical positions before and after the turn.
         """
-        # 1 score: the new tokens; what is held has been scored before, and stays or goes by that
+        # 1 score: the new tokens, by the scorer; held vision stays, held text has running scores or an age
         scores = self.scorer.score(turn)
         heads = turn.key.shape[1]
         by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
         candidates = self._candidates(turn, positions, max(by_vision, by_text))
-        # 2 choose: the sets of each class of tokens, whose classes then give every token its part
+        # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
         cores = [plan.core for plan in plans]
         if self.plans:
             cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]

@@ -7,6 +7,7 @@ Hooks of the decoder layers behind the filter shorten what the model hands them.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.gate import decoder_of
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import best
 from avlprof.attention.weights import group_mean
@@ -21,6 +23,15 @@ from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, tokens
 from avlprof.runtime.layout import per_row
 from avlprof.scorers import Prefill, make_scorer
+
+
+class _Cut(threading.local):
+    """What a pass has dropped so far; threads may call a model at once."""
+
+    def __init__(self) -> None:
+        self.columns: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.by_layer: dict[int, Tensor] = {}
 
 
 class ShortPrefill:
@@ -32,18 +43,21 @@ class ShortPrefill:
 
     def __init__(self) -> None:
         self.steps: dict[int, float] = {}
-        self.begin()
+        self._cut = _Cut()
 
     def begin(self) -> None:
         """A forward pass starts: all tokens go on."""
-        self.columns: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._cuts: dict[int, Tensor] = {}
+        self._cut.columns, self._cut.kept, self._cut.by_layer = None, None, {}
+
+    @property
+    def columns(self) -> Tensor | None:
+        """The columns of the pass of this thread."""
+        return self._cut.columns
 
     def modality(self, whole: Tensor) -> Tensor:
         """Modality `[B, n]` of the tokens that go on, of that of the prompt, `[B, N]`."""
-        assert self.columns is not None and self._kept is not None
-        return whole.gather(1, self.columns).masked_fill(~self._kept, int(Modality.PAD))
+        assert self._cut.columns is not None and self._cut.kept is not None
+        return whole.gather(1, self._cut.columns).masked_fill(~self._cut.kept, int(Modality.PAD))
 
     def choose(self, prefill: Prefill, policy: Policy, rows: list[PromptShape], layer: int) -> None:
         """Pick the tokens that go on behind a layer, by the policy's scorer's mean over heads.
@@ -59,9 +73,10 @@ class ShortPrefill:
         if longest == going.shape[1]:
             return
         cut = going.long().argsort(dim=1, stable=True)[:, -longest:]
-        self._cuts[layer + 1] = cut
-        self._kept = going.gather(1, cut)
-        self.columns = cut if self.columns is None else self.columns.gather(1, cut)
+        before = self._cut.columns
+        self._cut.by_layer[layer + 1] = cut
+        self._cut.kept = going.gather(1, cut)
+        self._cut.columns = cut if before is None else before.gather(1, cut)
 
     def shorten(
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -69,9 +84,9 @@ class ShortPrefill:
         """Forward pre-hook of a decoder layer: hand it the tokens that go on alone."""
         if self.columns is None:
             return None
-        if layer in self._cuts:
+        if layer in self._cut.by_layer:
             states = args[0] if args else kwargs["hidden_states"]
-            states = _at(states, self._cuts[layer], -3, -2)
+            states = _at(states, self._cut.by_layer[layer], -3, -2)
             if args:
                 args = (states, *args[1:])
             else:
@@ -90,7 +105,7 @@ class ShortPrefill:
         self.steps = {step.after_layer: step.keep for step in policy.prefill_filter}
         handles = []
         if self.steps:
-            decoder: Any = model.get_decoder()
+            decoder: Any = decoder_of(model)
             _check(model.config, min(self.steps), policy)
             for index, layer in enumerate(decoder.layers):
                 if index >= min(self.steps):

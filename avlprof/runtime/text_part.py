@@ -88,13 +88,13 @@ class TextPart:
         present = torch.arange(positions.shape[-1], device=positions.device) < per_row(
             counts, positions.device
         )
-        left = (within(positions, spans) & present).sum(dim=-1)
+        tokens = (within(positions, spans) & present).sum(dim=-1)
         if self.rule.running is not None:
-            self.prompt_tokens = left
+            self.prompt_tokens = tokens
             if self.prompt_read is None:
-                self.prompt_read = torch.zeros((), dtype=torch.float64, device=left.device)
+                self.prompt_read = torch.zeros((), dtype=torch.float64, device=tokens.device)
             return
-        self.prompt = left[:, 0].tolist()
+        self.prompt = tokens[:, 0].tolist()
         self._ages = [
             deque(range(min(self.rule.sink(pool), n), n)) for pool, n in zip(self.pools, counts, strict=True)
         ]

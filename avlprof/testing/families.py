@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from avlprof.models.fitness import keep_soft_cap
+from avlprof.models.placement import keep_soft_cap
 from avlprof.testing.models import (
     BOS,
     IMAGE,

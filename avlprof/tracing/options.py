@@ -14,7 +14,6 @@ from avlprof.runs import RunMeta
 from avlprof.runs.meta import COVERAGES, DISTANCES, LAGS, TEXT_SINK
 from avlprof.tasks import Task
 from avlprof.tasks.splits import SEARCH
-from avlprof.tasks.task import origin
 from avlprof.versions import versions
 
 ROWS = ("default", "all")
@@ -131,7 +130,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=str(loaded.model.device),
         task=task.name,
-        dataset=origin(task),
+        dataset=dict(task.provenance),
         metric=task.metric,
         split=settings.split_of(task),
         max_new_tokens=settings.answer_limit(task),

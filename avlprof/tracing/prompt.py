@@ -145,8 +145,8 @@ DEVICE_BLOCK = 1 << 22  # and few launches
 class PromptAttention:
     """What one row of a batch attended with, padding left out.
 
-    `query [H, N, D]` and `key [Hkv, N, D]` are post-RoPE; `mask` is bool `[N, N]`, or None where
-    attention was causal, or (`causal` False) whole.
+    `query [H, N, D]` and `key [Hkv, N, D]` are post-RoPE; `mask` is bool `[N, N]` or `[H, N, N]`, or None
+    where attention was causal, or (`causal` False) whole.
     """
 
     query: Tensor
@@ -209,7 +209,8 @@ def _measure(
     )
     blind = None
     if attention.mask is not None:
-        allowed = attention.mask[block.rows]
+        allowed = attention.mask[..., block.rows, :]
+        allowed = allowed[heads] if allowed.ndim == 3 else allowed
         logits += (~allowed).float() * UNSEEN  # several times as fast as filling by a mask
         blind = ~allowed.any(dim=-1)
     elif attention.causal:
@@ -217,8 +218,8 @@ def _measure(
     weights = logits.softmax(dim=-1)
     values, text = row_values(logits, weights, columns, block.bins)
     if blind is not None:
-        weights.masked_fill_(blind[:, None], 0.0)
-        values.masked_fill_(blind[:, None], 0.0)
+        weights.masked_fill_(blind[..., None], 0.0)
+        values.masked_fill_(blind[..., None], 0.0)
     total.sums.add(values, block.kinds, heads, every)
     visible = len(columns.vision) and (attention.mask is not None or seen > columns.vision.positions[0])
     if visible and len(block.covered):

@@ -133,10 +133,11 @@ class RowRecord:
     def _decoded(self, shape: torch.Size) -> Tensor:
         """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
         layers, heads, _, vision = shape
-        steps = min(sum(len(part) for part in layer.scores) for layer in self._steps)
-        scores = torch.empty(steps, layers, heads, vision, dtype=torch.float32)
-        if steps:
-            for index, layer in enumerate(self._steps):
+        counts = [sum(len(part) for part in layer.scores) for layer in self._steps]
+        steps = min((count for count in counts if count), default=0)
+        scores = torch.zeros(steps, layers, heads, vision, dtype=torch.float32)
+        for index, layer in enumerate(self._steps if steps else ()):
+            if counts[index]:  # a layer without attention (linear, convolution) has none
                 scores[:, index] = torch.cat(layer.scores)[:steps]
         return scores
 

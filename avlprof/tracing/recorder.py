@@ -3,40 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
+from avlprof.errors import UserError
 from avlprof.tracing.columns import UNSEEN, TokenColumns
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptAttention
 from avlprof.tracing.record import RowRecord
 
 
+@dataclass
+class _Batch:
+    """The rows of one prompt; `open` are those that are still recorded."""
+
+    rows: list[tuple[RowRecord, TokenColumns]]
+    open: list[int]
+
+    def settle(self) -> None:
+        """Measure what is held back, which frees it."""
+        for record, _ in self.rows:
+            record.settle()
+
+
 class Recorder:
     """Observer that fills one `RowRecord` per row of each batch that the model is run on.
 
-    `records` holds those of all prompts so far, in order; the latest batch is being added to.
-    `generate` goes on feeding a row that has answered until the whole batch has; `stop` closes
-    its record.
+    `records` holds those of all prompts so far, in order; further passes over a cache add to the
+    records of its prompt. `generate` goes on feeding a row that has answered until the whole batch
+    has; `stop` closes its record. Threads may run the model at once.
     """
 
     def __init__(self, layers: int, options: RecordOptions) -> None:
         self.records: list[RowRecord] = []
         self._layers, self._options = layers, options
-        self._batch: list[tuple[RowRecord, TokenColumns]] = []
-        self._open: list[int] = []
+        self._batches: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()
+        self._latest = _Latest()
+        self._unsettled: list[_Batch] = []
 
     def stop(self, rows: Iterable[int]) -> None:
-        """Record nothing more of these rows of the latest batch."""
-        closed = set(rows)
-        self._open = [row for row in self._open if row not in closed]
+        """Record nothing more of these rows of this thread's latest batch."""
+        closed, batch = set(rows), self._latest.batch
+        if batch is not None:
+            batch.open = [row for row in batch.open if row not in closed]
 
     def begin(self, forward: Forward) -> None:
         """A forward pass starts: a prompt opens new records, a step extends those that are open."""
@@ -45,41 +66,74 @@ class Recorder:
         fresh = forward.modality[:, total - forward.new :].cpu()
         real = fresh != Modality.PAD
         if forward.step == 0:
-            self.settle()
-            self._batch = [
-                (RowRecord(codes[seen], self._layers, self._options), TokenColumns(seen))
-                for codes, seen in zip(fresh, real, strict=True)
-            ]
-            self._open = list(range(len(self._batch)))
-            self.records.extend(record for record, _ in self._batch)
+            self._open(forward, fresh, real)
             return
-        for row in self._open:
-            record, columns = self._batch[row]
+        batch = self._batches[forward.conversation]
+        if forward.new > 1:
+            _check_turn(forward.step, fresh)
+        for row in batch.open:
+            record, columns = batch.rows[row]
             record.grow(fresh[row][real[row]])
             columns.grow(real[row])
+
+    def _open(self, forward: Forward, fresh: Tensor, real: Tensor) -> None:
+        """New records for the rows of a prompt; this thread's latest ones are measured."""
+        before = self._latest.batch
+        if before is not None:
+            before.settle()
+            self._unsettled.remove(before)
+        rows = [
+            (RowRecord(codes[own], self._layers, self._options), TokenColumns(own))
+            for codes, own in zip(fresh, real, strict=True)
+        ]
+        batch = _Batch(rows, list(range(len(rows))))
+        self._latest.batch = self._batches[forward.conversation] = batch
+        self._unsettled.append(batch)
+        self.records.extend(record for record, _ in rows)
 
     @torch.no_grad()
     def attended(self, forward: Forward, call: AttentionCall) -> None:
         """One layer has attended: measure the chosen rows of every open row of the batch."""
-        if not self._open:
+        batch = self._batches[forward.conversation]
+        if not batch.open:
             return
         if forward.step == 0:
-            for row in self._open:
-                record, columns = self._batch[row]
+            for row in batch.open:
+                record, columns = batch.rows[row]
                 record.add_prompt(call.layer, _prompt(call, row, columns))
         elif forward.new == 1:
             # a slice, which copies no keys: closed rows in between are measured in vain
-            rows = slice(self._open[0], self._open[-1] + 1)
+            rows = slice(batch.open[0], batch.open[-1] + 1)
             logits = _step_logits(_rows(call, rows), forward.modality.shape[1])
-            for row in self._open:
-                record, columns = self._batch[row]
+            for row in batch.open:
+                record, columns = batch.rows[row]
                 record.add_step(call.layer, logits[row - rows.start][:, columns.columns(logits.device)])
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Measure what is held back of the latest batch, which frees it."""
-        for record, _ in self._batch:
-            record.settle()
+        """Measure what is held back of every batch, which frees it."""
+        for batch in self._unsettled:
+            batch.settle()
+
+
+class _Latest(threading.local):
+    """The batch that a thread opened last."""
+
+    batch: _Batch | None = None
+
+
+def _check_turn(step: int, fresh: Tensor) -> None:
+    """`UserError` when a pass of several tokens behind the prompt cannot be recorded."""
+    if step == 1:
+        raise UserError(
+            "the prompt comes in several passes, of which the first alone would be recorded; leave "
+            "prefill_chunk_size out, and give a conversation so far as one prompt"
+        )
+    if bool((fresh == Modality.VISION).any()):
+        raise UserError(
+            "a further turn brings vision tokens of its own, which are not recorded behind those of the "
+            "prompt; record the conversation up to it as one prompt"
+        )
 
 
 def _rows(call: AttentionCall, rows: slice) -> AttentionCall:
@@ -103,7 +157,8 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
     columns = own.columns(call.key.device)
     mask = None
     if call.mask is not None:
-        mask = call.mask[row if len(call.mask) > 1 else 0, 0][columns][:, columns]
+        mask = call.mask[row if len(call.mask) > 1 else 0][:, columns][:, :, columns]
+        mask = mask[0] if len(mask) == 1 else mask
     return PromptAttention(
         query=call.query[row][:, columns],
         key=call.key[row][:, columns],
@@ -144,6 +199,7 @@ def record(model: PreTrainedModel, options: RecordOptions | None = None) -> Iter
             model.generate(**inputs)
         recorder.records[0].frame()
     """
+    model = unwrapped(model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     recorder = Recorder(layers, options or RecordOptions())
     with switched(model, observers=(recorder,)):

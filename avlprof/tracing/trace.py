@@ -117,7 +117,8 @@ def trace_batch(
             processors=chosen,
         )
         recorder.settle()
-    answers = [ids[row, prompt : prompt + length] for row, length in enumerate(ends.lengths)]
+    whole = ids.tolist()
+    answers = [whole[row][prompt : prompt + length] for row, length in enumerate(ends.lengths)]
     texts = loaded.adapter.decode(answers)
     for sample, record in zip(samples, recorder.records, strict=True):
         record.check_finite(f"sample '{sample.id}'")
@@ -135,7 +136,7 @@ def trace_batch(
             "prompt": sample.prompt,
             "references": list(sample.answers),
             "answer": text,
-            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer.tolist()),
+            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer),
             "system": shape.system,
             "vision": shape.vision,
             "text": shape.text,

@@ -109,11 +109,8 @@ class Prepared:
         Raises:
             UserError: no answer has a second token.
         """
-        samples, limit, kind = (
-            task.samples(settings.split, settings.samples),
-            settings.answer_limit(task),
-            settings.objective,
-        )
+        samples = task.samples(settings.split, settings.samples)
+        limit, kind = settings.answer_limit(task), settings.objective
         forced = ForcedSet.prepare(
             loaded,
             samples,

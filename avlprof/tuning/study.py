@@ -17,7 +17,6 @@ from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.models.identity import listed, noted_differences
 from avlprof.runs.meta import NOTED
-from avlprof.tasks.task import origin
 from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage
@@ -207,7 +206,7 @@ def study_meta(
     return StudyMeta(
         **model_of(loaded),
         task=task.name,
-        dataset=origin(task),
+        dataset=dict(task.provenance),
         split=settings.split,
         samples=len(samples),
         sample_hash=sample_hash(samples),

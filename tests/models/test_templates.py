@@ -117,3 +117,11 @@ def test_a_prompt_without_a_place_for_its_pictures_is_named(tiny, samples, monke
     )
     with pytest.raises(UserError, match="no place for its pictures"):
         tiny.adapter.encode_samples(samples)
+
+
+def test_what_nobody_says_is_named(tiny_copy, samples):
+    tiny_copy.processor.patch_size = None
+    with pytest.raises(
+        UserError, match=r"cannot encode this prompt: .*; give it patch_size in processor_config"
+    ):
+        tiny_copy.adapter.encode_samples(samples)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Transform
 from PIL import Image
 
 from avlprof import plots
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.models.tiles import Tile, grid
-from avlprof.plots.arrange import arrange
 from avlprof.plots.pareto import unbeaten
-from avlprof.plots.style import MODALITY_COLOURS, layer_colours, theme
+from avlprof.plots.pictures import arrange
+from avlprof.plots.style import MODALITY_COLOURS, THEME, layer_colours, theme
 from avlprof.policy import JointPool, Policy, TextPolicy
 from tests.synthetic_run import write_run
 
 DEPTHS = (1, 6, 48)
+CAPTION = plots.Caption("s17", "What is left of the $5 note?\n" + "Look well. " * 30, "the last prompt token")
 
 
 def over(rows: int, columns: int) -> tuple[tuple[Tile, ...], ...]:
@@ -194,7 +200,11 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "heads": plots.head_maps(plots.head_info(head_frame(layers), ("vision", "sink", "entropy"))),
         "head overlap": plots.head_overlap(plots.head_overlap_info(head_overlap_frame(layers), 0.1)),
         "head heatmaps": plots.head_heatmaps(
-            picture(), np.random.default_rng(8).random((2, layers, 12)), over(3, 4), kv_heads=1
+            picture(),
+            np.random.default_rng(8).random((2, layers, 12)),
+            over(3, 4),
+            kv_heads=1,
+            caption=CAPTION,
         ),
         "diff": plots.layer_diff(plots.diff_info(diff_frame(layers))),
         "coverage": plots.coverage_curves(plots.coverage_info(coverage_frame(layers))),
@@ -204,13 +214,23 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "policies": plots.policy_layers(policies(layers)),
         "policy": plots.policy_layers(Policy(name="uniform", vision_keep=0.2)),
         "pareto": plots.pareto_front(pareto_frame()),
-        "heatmap": plots.vision_heatmap(picture(), scores[0], over(3, 4)),
-        "words": plots.word_heatmaps(picture(), scores, over(3, 4), list("abcde")),
+        "front": plots.budget_front(equal_bytes()),
+        "budgets": plots.quality_by_budget(budgets_frame()),
+        "heatmap": plots.vision_heatmap(picture(), scores[0], over(3, 4), caption=CAPTION),
+        "words": plots.word_heatmaps(picture(), scores, over(3, 4), list("abcde"), caption=CAPTION),
         "trials": plots.trial_history(trials_frame()),
         "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
         "knobs": plots.knob_effects(knobs_frame()),
         "importances": plots.parameter_importances(importances_frame()),
     }
+
+
+@functools.cache
+def drawn_figures(layers: int) -> dict[str, Figure]:
+    """Every figure after a first drawing, which settles where all stands."""
+    for figure in every_figure(layers).values():
+        FigureCanvasAgg(figure).draw()
+    return every_figure(layers)
 
 
 @pytest.mark.parametrize("layers", DEPTHS)
@@ -240,15 +260,146 @@ def test_legends_do_not_grow_with_depth(layers: int) -> None:
             assert len(bars) == (1 if layers > 8 else 0), name
 
 
-def test_text_stays_inside_the_figure() -> None:
-    for name, figure in every_figure(48).items():
-        FigureCanvasAgg(figure).draw()
+def all_text(figure: Figure) -> list[Text]:
+    """Every text that says something: of the figure, its axes, their labels, notes and legends."""
+    texts = [figure._suptitle, figure._supxlabel, *figure.texts]  # type: ignore[attr-defined]
+    for legend in figure.legends:
+        texts += legend.get_texts()
+    for ax in figure.axes:
+        right = ax._right_title  # type: ignore[attr-defined]
+        texts += [ax._left_title, right, *ax.texts]  # type: ignore[attr-defined]
+        texts += [ax.xaxis.label, ax.yaxis.label] if ax.axison else []
+    return [text for text in texts if text is not None and text.get_text().strip()]
+
+
+def words_of(figure: Figure) -> str:
+    return "\n".join(" ".join(text.get_text().split()) for text in all_text(figure))
+
+
+@pytest.mark.parametrize("layers", [6, 48])
+def test_text_stays_inside_the_figure(layers: int) -> None:
+    for name, figure in drawn_figures(layers).items():
         width, height = figure.get_size_inches() * figure.dpi
-        texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
-        for text in texts:
+        for text in all_text(figure):
             box = text.get_window_extent()
             assert min(box.x0, box.y0) >= -1, (name, text.get_text())
             assert max(box.x1 - width, box.y1 - height) <= 1, (name, text.get_text())
+
+
+@pytest.mark.parametrize("layers", [6, 48])
+def test_nothing_on_an_axis_is_moved_from_its_value(layers: int) -> None:
+    """Points of equal bytes once stood apart, so that the tuned policy looked cheaper than its rivals."""
+    for name, figure in drawn_figures(layers).items():
+        for ax in figure.axes:
+            level, upright = ax.get_yaxis_transform(), ax.get_xaxis_transform()
+            allowed = [ax.transData, level, upright, ax.transAxes]
+            for line in ax.lines:
+                check_unmoved(name, line.get_xydata(), line.get_transform(), allowed)
+            for group in ax.collections:
+                offsets = group.get_offset_transform()
+                if isinstance(group, PathCollection):
+                    check_unmoved(name, np.asarray(group.get_offsets()), offsets, allowed)
+                else:
+                    segments = [path.vertices for path in group.get_paths()] or [np.zeros((0, 2))]
+                    check_unmoved(name, np.concatenate(segments), group.get_transform(), allowed)
+
+
+def check_unmoved(name: str, points: Any, transform: Transform, allowed: list[Transform]) -> None:
+    points = np.ma.getdata(points).astype(float)
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        return
+    drawn = transform.transform(points)
+    assert any(np.allclose(drawn, one.transform(points), atol=1e-6) for one in allowed), name
+
+
+def equal_bytes(families: int = 4) -> pd.DataFrame:
+    """Two budgets at which every family has the very same bytes and, but for a hair, scores."""
+    rows = [("dense", "dense", 1.0, 0.9)]
+    names = ["uniform", "tuned", "random", *(f"p{i}" for i in range(20))][:families]
+    rows += [(f"{n}-{c}", n, c, c + i / 500) for i, n in enumerate(names) for c in (0.1, 0.2)]
+    frame = pd.DataFrame(rows, columns=["policy", "family", "live_share", "score"])
+    frame["low"], frame["high"] = frame["score"] - 0.05, frame["score"] + 0.05
+    return frame.assign(live_bytes=frame["live_share"] * 2**20, samples=9, n=9)
+
+
+def test_the_front_has_equal_bytes_at_one_place_and_tells_policies_apart() -> None:
+    info = plots.budget_front_info(equal_bytes())
+    figure = plots.budget_front(info)
+    FigureCanvasAgg(figure).draw()
+    ax = figure.axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    for line in info.lines:
+        drawn = lines[line.name]
+        pixels = drawn.get_transform().transform(drawn.get_xydata())[:, 0]
+        np.testing.assert_allclose(pixels, [ax.transData.transform((c, 0.5))[0] for c in (0.1, 0.2)])
+    own = [lines[line.name] for line in info.lines]
+    assert len({line.get_color() for line in own}) == len({line.get_marker() for line in own}) == 4
+    sizes = [line.get_markersize() for line in own]
+    assert sizes == sorted(set(sizes)), "who is behind is larger"
+    bars = [group for group in ax.collections if isinstance(group, LineCollection)]
+    widths = [bar.get_linewidth()[0] for bar in bars]
+    assert widths == sorted(set(widths))
+    for bar, line in zip(bars, info.lines, strict=True):
+        ends = np.array([segment[:, 1] for segment in bar.get_segments()])
+        np.testing.assert_allclose(ends, np.stack([line.low, line.high], axis=1))
+
+
+@pytest.mark.parametrize("families", [2, 4, 14])
+def test_the_pareto_figure_has_true_costs_and_a_named_interval_for_each_policy(families: int) -> None:
+    info = plots.pareto_info(equal_bytes(families))
+    figure = plots.pareto_front(info)
+    FigureCanvasAgg(figure).draw()
+    plane, named = figure.axes
+    dots = [group for group in plane.collections if isinstance(group, PathCollection)]
+    for line, group in zip(info.lines, dots, strict=True):
+        np.testing.assert_allclose(group.get_offsets(), np.stack([line.cost, line.score], axis=1))
+        pixels = group.get_offset_transform().transform(group.get_offsets())
+        np.testing.assert_allclose(pixels, plane.transData.transform(group.get_offsets()))
+    names = [policy for line in info.lines for policy in line.policies]
+    assert [text.get_text() for text in named.get_xticklabels()] == names
+    bars = [group for group in named.collections if isinstance(group, LineCollection)]
+    segments = [segment for bar in bars for segment in bar.get_segments()]
+    ends = [(low, high) for line in info.lines for low, high in zip(line.low, line.high, strict=True)]
+    for slot, (segment, (low, high)) in enumerate(zip(segments, ends, strict=True)):
+        np.testing.assert_allclose(segment, [[slot, low], [slot, high]])
+    looks = {(tuple(group.get_facecolor()[0]), group.get_paths()[0].vertices.tobytes()) for group in dots}
+    assert len(looks) == families
+    boxes = [text.get_window_extent() for text in named.get_xticklabels()]
+    if families == 14:
+        assert all(one.x1 <= other.x0 + 1 for one, other in itertools.pairwise(boxes)), "names touch"
+
+
+def budgets_frame() -> pd.DataFrame:
+    rows = [(1.0, "dense", "dense", 0.9)]
+    for budget, (i, method) in itertools.product(
+        (0.1, 0.4), enumerate(("mine", "uniform", "random", "other"))
+    ):
+        kind = "given" if method == "mine" else "baseline"
+        if (budget, method) != (0.1, "other"):
+            rows.append((budget, method, kind, 0.5 + budget / 3 - i / 100))
+    frame = pd.DataFrame(rows, columns=["budget", "method", "kind", "score"])
+    frame["low"], frame["high"] = frame["score"] - 0.04, frame["score"] + 0.02
+    return frame.assign(samples=20, strongest=frame["method"] == "uniform")
+
+
+def test_methods_at_equal_bytes_share_a_panel_without_an_axis_of_bytes() -> None:
+    info = plots.budgets_info(budgets_frame())
+    figure = plots.quality_by_budget(info)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["10% of the dense KV", "40% of the dense KV"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "dense",
+        *(line.method for line in info.lines),
+    ]
+    for column, ax in enumerate(figure.axes):
+        assert len(ax.get_xticks()) == 0
+        bars = [group for group in ax.collections if isinstance(group, LineCollection)]
+        segments = [segment for bar in bars for segment in bar.get_segments()]
+        known = [i for i, line in enumerate(info.lines) if np.isfinite(line.score[column])]
+        for slot, segment in zip(known, segments, strict=True):
+            line = info.lines[slot]
+            np.testing.assert_allclose(segment, [[slot, line.low[column]], [slot, line.high[column]]])
+    assert len(known) == 4
 
 
 def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
@@ -278,6 +429,17 @@ def test_mass_has_the_interval_of_vision_and_the_horizon_of_its_rows() -> None:
     lines = [len(ax.lines) for ax in plots.modality_mass(plots.mass_info(frame, horizon_frame(4))).axes]
     without = [len(ax.lines) for ax in plots.modality_mass(plots.mass_info(frame)).axes]
     assert [a - b for a, b in zip(lines, without, strict=True)] == [1, 1]
+
+
+def test_mass_says_which_rows_have_no_horizon() -> None:
+    frame, marks = mass_frame(4), horizon_frame(4)
+    assert plots.mass_info(frame, marks).without == ""
+    assert plots.mass_info(frame).without == ""
+    marks.loc[marks["query"] == "generated", ["layer", "low", "high"]] = None
+    figure = plots.modality_mass(plots.mass_info(frame, marks))
+    assert "no horizon in decode" in words_of(figure)
+    marks.loc[:, ["layer", "low", "high"]] = None
+    assert plots.mass_info(frame, marks).without == "no horizon in prefill and decode"
 
 
 def test_horizon_lines_are_the_frame_in_layer_order() -> None:
@@ -330,7 +492,8 @@ def test_head_maps_are_of_decoding_if_there_is_any() -> None:
     info = plots.head_info(frame)
     assert [one.statistic for one in info.maps] == ["vision", "sink"]
     assert info.rows == "generated tokens"
-    assert info.half == pytest.approx(0.1)
+    for one in info.maps:
+        assert (one.halves.median, one.halves.widest) == pytest.approx((0.1, 0.1))
     for one, (i, j) in itertools.product(info.maps, itertools.product(range(3), range(5))):
         own = frame[(frame["layer"] == i) & (frame["head"] == j) & (frame["phase"] == "decode")]
         assert one.values[i, j] == own[own["statistic"] == one.statistic]["mean"].item()
@@ -417,25 +580,25 @@ def test_overlap_matrix_and_its_mean_apart() -> None:
     frame = overlap_frame(4)
     info = plots.overlap_info(frame)
     highest = []
-    for panel, apart, query in zip(info.panels, info.apart, ("last", "step"), strict=True):
+    for panel, query in zip(info.panels, ("last", "step"), strict=True):
         total = []
         for a, b in itertools.product(range(4), repeat=2):
             pair = frame[(frame["layer_a"] == a) & (frame["layer_b"] == b) & (frame["query"] == query)]
             assert panel.overlap[a, b] == pytest.approx(pair["mean"].item())
             if a != b:
                 total.append(pair["mean"].item())
-        assert apart == pytest.approx(sum(total) / len(total))
+        assert panel.apart == pytest.approx(sum(total) / len(total))
+        assert (panel.halves.median, panel.halves.widest) == pytest.approx((0.1, 0.1))
         highest += total
     assert info.most == pytest.approx(max(highest))
-    assert info.half == pytest.approx(0.1)
 
 
 def test_overlap_with_holes_and_of_one_layer() -> None:
     frame = overlap_frame(3)
     holed = plots.overlap_info(frame[~((frame["layer_a"] == 0) & (frame["layer_b"] == 2))])
     assert np.isnan(holed.panels[0].overlap[0, 2])
-    assert np.isfinite(holed.apart[0])
-    assert np.isnan(plots.overlap_info(overlap_frame(1)).apart[0])
+    assert np.isfinite(holed.panels[0].apart)
+    assert np.isnan(plots.overlap_info(overlap_frame(1)).panels[0].apart)
 
 
 def test_drift_mean_is_over_layers() -> None:
@@ -585,13 +748,13 @@ def test_pictures_on_a_panel_keep_their_shape_and_do_not_touch(count: int) -> No
     random = np.random.default_rng(count)
     sizes = [(int(w), int(h)) for w, h in random.integers(20, 90, (count, 2))]
     placed = arrange(sizes)
-    for (width, height), (left, right, bottom, top) in zip(sizes, placed.places, strict=True):
+    for (width, height), (left, right, bottom, top) in zip(sizes, placed.extents, strict=True):
         assert (right - left) / (bottom - top) == pytest.approx(width / height)
         assert left >= 0
         assert top >= 0
         assert right <= placed.width + 1e-9
         assert bottom <= placed.height + 1e-9
-    for one, other in itertools.combinations(placed.places, 2):
+    for one, other in itertools.combinations(placed.extents, 2):
         assert one[1] < other[0] or other[1] < one[0] or one[2] < other[3] or other[2] < one[3]
 
 
@@ -604,7 +767,8 @@ def test_word_panels_average_steps_and_layers() -> None:
     np.testing.assert_allclose(single.panels[3].weights[0].ravel(), scores[3, 2] / scores[3, 2].max())
     many = plots.word_heatmaps_info(picture(), np.ones((40, 1, 6)), over(2, 3), ["w"] * 40)
     assert len(many.panels) == 23
-    assert "23 of 40" in many.note
+    assert many.note == "first 23 of 40 words; mean of 1 layers"
+    assert info.note == "all 2 words; mean of 3 layers and of a word's tokens"
 
 
 def test_head_panels_are_one_layers_heads_behind_their_mean() -> None:
@@ -613,7 +777,7 @@ def test_head_panels_are_one_layers_heads_behind_their_mean() -> None:
     scores[0, 2] = 0.0
     info = plots.head_heatmaps_info(picture(), scores, over(2, 3), kv_heads=2)
     assert info.title == "Where the heads of layer 1 look", "it looks at the picture most"
-    assert info.note == "4 heads, each 2 in a row share a KV head"
+    assert info.note == "all 4 heads, each 2 in a row share a KV head"
     assert info.beside == "mass"
     assert [panel.title for panel in info.panels] == ["Mean", "Head 0", "Head 1", "Head 2", "Head 3"]
     mean = sum(scores[1, head] for head in range(4)) / 4
@@ -638,6 +802,13 @@ def test_words_are_grouped_at_spaces() -> None:
     assert words == ["a", "blue", "triangle,", "CK", "end"]
     assert places == [[0], [1], [2, 3, 4], [5, 6, 7], [8]]
     assert plots.group_words([]) == ([], [])
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "[SEP]"])
+def test_tokens_that_end_an_answer_are_no_words(end: str) -> None:
+    assert plots.group_words(["▁at", "▁left", ".", end]) == (["at", "left."], [[0], [1, 2]])
+    assert plots.group_words(["▁a", "▁<", "▁b", end, end]) == (["a", "<", "b"], [[0], [1], [2]])
+    assert plots.group_words([end, "▁a"])[0][-1] == "a", "only at the end"
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
@@ -713,6 +884,7 @@ def test_best_so_far_counts_complete_trials_alone(direction: str) -> None:
         (lambda: plots.trial_history(trials_frame().assign(state="FAIL")), "needs a complete trial"),
         (lambda: plots.pareto_info(pareto_frame(), "read_share"), "needs the column 'read_share'"),
         (lambda: plots.save_figure(Figure(), "x.gif"), r"must end in .png, .svg or .pdf, got '.gif'"),
+        (lambda: plots.save_figure(Figure(), "x.png", "gif"), r"must be one of png, svg, pdf, got 'gif'"),
     ],
 )
 def test_bad_input_is_one_sentence(call: object, says: str) -> None:
@@ -766,3 +938,268 @@ def test_the_theme_ends_even_on_errors() -> None:
 def test_layers_have_their_own_colours() -> None:
     for count in DEPTHS:
         assert len(set(layer_colours(range(count)))) == count
+
+
+# -- what figures say about intervals and counts ----------------------------------------------
+
+
+def spread(frame: pd.DataFrame, half: float, worst: float) -> pd.DataFrame:
+    """The frame with intervals of one half width, but for the last row, whose is much wider."""
+    halves = np.full(len(frame), half)
+    halves[-1] = worst
+    return frame.assign(low=frame["mean"] - halves, high=frame["mean"] + halves)
+
+
+def test_maps_say_how_wide_their_widest_interval_is() -> None:
+    """Maps once said what is typical, ±0.2 points, where a cell was off by ±11."""
+    heads = spread(head_frame(3).sort_values(["phase", "statistic"], ascending=[False, True]), 0.002, 0.11)
+    said = words_of(plots.head_maps(plots.head_info(heads)))
+    assert "95% intervals: ±0.2 points in the median, ±11 at worst" in said
+    assert "95% intervals: ±0.2 points\n" in said, "the other map has no such cell"
+    nat = words_of(plots.head_maps(plots.head_info(spread(heads, 0.02, 0.02), ("entropy",))))
+    assert "95% intervals: ±0.02 nat\n" in nat
+    tiny = words_of(plots.head_maps(plots.head_info(spread(heads, 1e-7, 1.0))))
+    assert "below ±0.01 points in the median, ±100 at worst" in tiny
+    layers = spread(overlap_frame(4).sort_values(["query", "layer_b", "layer_a"]), 0.002, 0.11)
+    layers.iloc[-2, layers.columns.get_indexer(["low", "high"])] = [-1.0, 1.0]
+    assert "±0.2 points in the median, ±100 at worst" in words_of(
+        plots.layer_overlap(plots.overlap_info(layers))
+    )
+    shared = spread(head_overlap_frame(3).query("query == 'step'").sort_values("layer_b"), 0.002, 0.002)
+    wide = shared["head_b"].eq(-1) & shared["layer_a"].eq(1) & shared["layer_b"].eq(1)
+    shared.loc[shared.index[wide][0], ["low", "high"]] = [0.0, 0.3]
+    assert "±15 at worst" in words_of(plots.head_overlap(plots.head_overlap_info(shared)))
+
+
+def test_lines_without_bands_say_how_wide_the_intervals_are() -> None:
+    for draw, info, frame in (
+        (plots.coverage_curves, plots.coverage_info, coverage_frame),
+        (plots.text_window, plots.window_info, window_frame),
+    ):
+        wide = frame(12).sort_values("query", ascending=False, kind="stable")
+        wide.iloc[-1, wide.columns.get_indexer(["low", "high"])] = [0.0, 0.5]
+        assert "±10 points in the median, ±25 at worst" in words_of(draw(info(wide)))
+        assert "bands: 95% interval" in words_of(draw(info(frame(3))))
+
+
+def test_intervals_that_are_not_known_are_not_promised() -> None:
+    figures = (
+        plots.sink_mass(plots.sink_info(sink_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.coverage_curves(plots.coverage_info(coverage_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.text_window(plots.window_info(window_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.step_drift(plots.drift_info(drift_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.layer_diff(plots.diff_info(diff_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.head_maps(plots.head_info(head_frame(2).assign(low=np.nan, high=np.nan))),
+        plots.layer_overlap(plots.overlap_info(overlap_frame(3).assign(low=np.nan, high=np.nan))),
+        plots.vision_horizon(
+            plots.horizon_info(vision_frame(2).assign(low=np.nan, high=np.nan), horizon_frame(2), 0.01)
+        ),
+    )
+    for figure in figures:
+        assert "interval" not in words_of(figure), figure.get_suptitle()
+
+
+def test_numbers_of_samples_that_differ_are_given_as_a_range() -> None:
+    frame = mass_frame(3)
+    frame["n"] = [5, *[7] * (len(frame) - 1)]
+    assert plots.mass_info(frame).note == "mean over 5 to 7 samples"
+    differences = diff_frame(2)
+    differences["n"] = [1000, *[1200] * (len(differences) - 1)]
+    assert plots.diff_info(differences).how == "1,000 to 1,200 samples, each against itself"
+    costs = pareto_frame()
+    costs["n"] = [30, *[32] * (len(costs) - 1)]
+    assert plots.pareto_info(costs).note.startswith("n = 30 to 32 samples")
+    assert plots.budgets_info(budgets_frame().assign(samples=range(20, 28))).samples == "20 to 27"
+    assert plots.budget_front_info(equal_bytes().assign(samples=range(9, 18))).samples == "9 to 17"
+
+
+def test_newline_tokens_of_the_panels_are_given_as_a_range() -> None:
+    tiles = ((Tile(0, 2, 2, 3),),)
+    scores = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 4, 1, 1, 0]], dtype=float)
+    info = plots.vision_heatmap_info(picture(), scores, tiles)
+    assert info.note == "all 2 layers; newline tokens, not drawn, hold 0.0% to 50.0% of a panel"
+
+
+def test_a_layer_that_never_looks_keeps_its_row_in_both_maps() -> None:
+    """Without a row of its own the layers behind it stood under the numbers of others."""
+    frame = head_overlap_frame(16, heads=3)
+    inside = (frame["layer_a"] == 2) & (frame["layer_b"] == 2) & (frame["head_b"] >= 0)
+    info = plots.head_overlap_info(frame[~inside])
+    shared, others = info.maps
+    assert shared.layers == others.layers == tuple(range(16))
+    assert np.isfinite(shared.values[2]).all()
+    assert np.isnan(others.values[2]).all()
+    figure = plots.head_overlap(info)
+    for one, ax in zip(info.maps, figure.axes, strict=False):
+        mesh = next(group for group in ax.collections if isinstance(group, QuadMesh))
+        np.testing.assert_array_equal(np.ma.filled(mesh.get_array(), np.nan), one.values)
+    assert "hatched: nothing was measured" in words_of(figure)
+    assert "hatched" not in words_of(every_figure(6)["head overlap"])
+    assert "hatched: a layer with itself" in words_of(every_figure(6)["overlap"])
+    left = figure.axes[0]
+    for tick, text in zip(left.get_yticks(), left.get_yticklabels(), strict=True):
+        assert shared.layers[int(tick)] == int(text.get_text()), "a row stands beside its own number"
+
+
+def test_a_colour_is_one_layer_in_every_panel_of_coverage() -> None:
+    frame = coverage_frame(6)
+    info = plots.coverage_info(frame[~((frame["query"] == "step") & (frame["layer"] == 0))])
+    assert {panel.layers for panel in info.panels} == {tuple(range(6))}
+    step = next(panel for panel in info.panels if panel.title == "One decoding step")
+    assert np.isnan(step.attention[0]).all()
+    assert np.isfinite(step.attention[1:]).all()
+
+
+@pytest.mark.parametrize("size", [6, 32, 40])
+def test_maps_are_never_crowded(size: int) -> None:
+    figure = plots.head_maps(plots.head_info(head_frame(size, heads=size)))
+    FigureCanvasAgg(figure).draw()
+    for number, ax in enumerate(figure.axes[:2]):
+        for axis, side in ((ax.xaxis, "x"), (ax.yaxis, "y"))[: 2 - number]:  # layers stand at the left alone
+            labels = [text for text in axis.get_ticklabels() if text.get_text()]
+            assert 2 <= len(labels) <= 9
+            ends = sorted((getattr(b, f"{side}0"), getattr(b, f"{side}1"))
+                          for b in (text.get_window_extent() for text in labels))  # fmt: skip
+            assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
+        assert len(ax.texts) == (size**2 + 1 if size <= 12 else 1), "numbers, and the line on intervals"
+
+
+# -- what pictures are of ---------------------------------------------------------------------
+
+
+def test_heatmaps_say_sample_prompt_and_rows() -> None:
+    scores = np.random.default_rng(9).random((3, 2, 12))
+    short = plots.Caption("s3", "What is\nthis?", "the last prompt token")
+    told_apart = "Sample s3 · prompt: “What is this?” · attention of "
+    heat = plots.vision_heatmap(picture(), scores[0], over(3, 4), caption=short)
+    heads = plots.head_heatmaps(picture(), scores, over(3, 4), caption=short)
+    for figure in (heat, heads):
+        assert f"{told_apart}the last prompt token" in words_of(figure)
+    words = plots.word_heatmaps(
+        picture(), scores, over(3, 4), list("abc"), caption=plots.Caption("s3", "What?")
+    )
+    assert "Sample s3 · prompt: “What?” · attention of the rows that write each word" in words_of(words)
+    bare = plots.word_heatmaps(picture(), scores, over(3, 4), list("abc"))
+    assert "attention of the rows that write each word" in words_of(bare)
+    assert "all 2 layers" in words_of(heat)
+    assert "2 heads" in words_of(heads)
+
+
+def test_long_prompts_are_cut_and_stand_below_the_title() -> None:
+    for name in ("heatmap", "words", "head heatmaps"):
+        figure = drawn_figures(6)[name]
+        title = figure._suptitle  # type: ignore[attr-defined]
+        (subtitle,) = (text for text in figure.texts if "prompt" in text.get_text())
+        assert "…”" in subtitle.get_text()
+        assert "$5" in subtitle.get_text()
+        assert title.get_window_extent().y0 >= subtitle.get_window_extent().y1 - 1
+        top = max(ax._left_title.get_window_extent().y1 for ax in figure.axes if ax._left_title.get_text())
+        assert subtitle.get_window_extent().y0 >= top - 1
+
+
+def test_twenty_three_of_thirty_words_are_said_to_be_so() -> None:
+    scores = np.random.default_rng(1).random((30, 2, 6))
+    figure = plots.word_heatmaps(picture(), scores, over(2, 3), [f"w{i}" for i in range(30)])
+    assert "first 23 of 30 words" in words_of(figure)
+    steps = [[i] for i in range(30)]
+    part = plots.word_heatmaps_info(picture(), scores, over(2, 3), ["w"] * 20, steps=steps[:20])
+    assert "first 20 words, 10 more tokens of the answer are not drawn" in part.note
+    ended = plots.word_heatmaps_info(picture(), scores[:21], over(2, 3), ["w"] * 20, steps=steps[:20])
+    assert ended.note.startswith("all 20 words"), "the last step is that of the end token"
+
+
+# -- seaborn, settings, files -----------------------------------------------------------------
+
+
+def test_each_figure_leaves_the_settings_as_they_were() -> None:
+    with mpl.rc_context({"font.size": 9.0, "axes.grid": False, "lines.linewidth": 5.0}):
+        mine = settings()
+        for draw in (
+            lambda: plots.modality_mass(plots.mass_info(mass_frame(2))),
+            lambda: plots.vision_horizon(plots.horizon_info(vision_frame(2), horizon_frame(2), 0.01)),
+            lambda: plots.sink_mass(plots.sink_info(sink_frame(2))),
+            lambda: plots.head_maps(plots.head_info(head_frame(2))),
+            lambda: plots.head_overlap(plots.head_overlap_info(head_overlap_frame(2))),
+            lambda: plots.head_heatmaps(picture(), np.ones((1, 2, 4)), over(2, 2)),
+            lambda: plots.layer_diff(plots.diff_info(diff_frame(2))),
+            lambda: plots.coverage_curves(plots.coverage_info(coverage_frame(2))),
+            lambda: plots.layer_overlap(plots.overlap_info(overlap_frame(2))),
+            lambda: plots.step_drift(plots.drift_info(drift_frame(2))),
+            lambda: plots.text_window(plots.window_info(window_frame(2))),
+            lambda: plots.policy_layers(policies(2)),
+            lambda: plots.pareto_front(pareto_frame()),
+            lambda: plots.budget_front(equal_bytes()),
+            lambda: plots.quality_by_budget(budgets_frame()),
+            lambda: plots.vision_heatmap(picture(), np.ones((1, 4)), over(2, 2)),
+            lambda: plots.word_heatmaps(picture(), np.ones((1, 1, 4)), over(2, 2), ["a"]),
+            lambda: plots.trial_history(trials_frame()),
+            lambda: plots.knob_effects(knobs_frame()),
+            lambda: plots.parameter_importances(importances_frame()),
+        ):
+            figure = draw()
+            assert settings() == mine, figure.get_suptitle()
+    assert plt.get_fignums() == []
+
+
+FRESH = """
+import sys
+from avlprof import plots
+plots.save_figure
+assert not {"matplotlib", "pandas", "seaborn"} & set(sys.modules), "a name costs nothing"
+plots.mass_info, plots.window_info
+assert not {"matplotlib.pyplot", "seaborn"} & set(sys.modules), "information needs no seaborn"
+import matplotlib as mpl
+before = {name: value for name, value in mpl.rcParams.items() if not name.startswith("backend")}
+import numpy as np
+info = plots.ImportanceInfo(("a", "b"), np.array([0.7, 0.3]), np.array([0.6, 0.2]), np.array([0.8, 0.4]), 9)
+figure = plots.parameter_importances(info)
+assert "seaborn" in sys.modules
+after = {name: value for name, value in mpl.rcParams.items() if not name.startswith("backend")}
+assert after == before
+assert not sys.modules["matplotlib.pyplot"].get_fignums()
+assert set(plots.__all__) <= set(dir(plots))
+for name in plots.__all__:
+    assert callable(getattr(plots, name)), name
+"""
+
+
+def test_seaborn_is_loaded_by_who_draws_and_changes_no_setting() -> None:
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_look_is_seaborns() -> None:
+    import seaborn as sns
+
+    with theme():
+        for name, value in sns.axes_style("whitegrid").items():
+            if name not in THEME:
+                assert mpl.rcParams[name] == value, name
+        assert mpl.rcParams["axes.grid"]
+
+
+def test_a_gap_in_a_line_stays_a_gap() -> None:
+    """Seaborn leaves missing points out, which draws a line across them."""
+    frame = sink_frame(5)
+    figure = plots.sink_mass(plots.sink_info(frame[frame["layer"] != 2].assign(n=7)))
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [4, 4]
+    holed = frame.copy()
+    holed.loc[(holed["layer"] == 2) & (holed["sink"] == "first"), "mean"] = np.nan
+    line = plots.sink_mass(plots.sink_info(holed)).axes[0].lines[0]
+    assert np.isnan(line.get_ydata()[2])
+    assert np.isfinite(np.delete(line.get_ydata(), 2)).all()
+    drift = drift_frame(4)
+    drift.loc[((drift["layer"] == 1) & (drift["lag"] == 4)) | (drift["layer"] == 2), "mean"] = np.nan
+    lines = plots.step_drift(plots.drift_info(drift)).axes[0].lines
+    assert [int(np.isnan(line.get_ydata()).sum()) for line in lines[:3]] == [0, 1, 0]
+    np.testing.assert_array_equal(lines[2].get_ydata(), plots.drift_info(drift).overlap[3])
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_format_replaces_that_of_the_name(tmp_path: Path, suffix: str, start: bytes) -> None:
+    figure = plots.knob_effects(knobs_frame())
+    for name in ("knobs.png", "front-0.2", "plain"):
+        path = plots.save_figure(figure, tmp_path / name, suffix)
+        assert path.name == f"{name.removesuffix('.png')}.{suffix}"
+        assert path.read_bytes().startswith(start)
+        assert plots.figure_path(tmp_path / name, suffix) == path

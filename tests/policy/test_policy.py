@@ -288,3 +288,37 @@ def test_sizes_are_within_the_prompt_and_monotone(policy, prompt):
 def test_a_share_that_floats_miss_is_whole():
     counts = [sizes(Policy(vision_keep=k), PromptShape(0, 2880, 1), 1)[0].vision for k in (0.1, 0.7, 1 - 0.9)]
     assert counts == [288, 2016, 288]
+
+
+def _pool(scorer, decoding):
+    return Policy(pool="joint", joint=JointPool(keep=0.3, decoding=decoding), scorer=ScorerSpec(name=scorer))
+
+
+@pytest.mark.parametrize(
+    ("policy", "evicts_by", "running"),
+    [
+        (Policy(vision_keep=0.2), None, None),
+        (Policy(text=TextPolicy(window=4)), "position", None),
+        (Policy(text=TextPolicy(keep=0.4)), "position", None),
+        (Policy(text=TextPolicy(keep=0.4, scorer="history")), "history", "history"),
+        (Policy(text=TextPolicy(window=4, heavy=2, scorer="accumulated")), "accumulated", "accumulated"),
+        (_pool("position", "evict"), "position", None),
+        (_pool("last_query", "evict"), "last_query", "last_query"),
+        (_pool("position", "grow"), None, None),
+        (_pool("key_norm", "grow"), None, None),
+    ],
+)
+def test_what_decides_which_token_goes(policy, evicts_by, running):
+    assert (policy.evicts_by, policy.running) == (evicts_by, running)
+
+
+def test_the_deleted_share_of_text():
+    policy = Policy(text=TextPolicy(keep=(0.5, 0.75), scorer="history"))
+    assert [policy.deleted(layer) for layer in range(2)] == [0.5, 0.25]
+    assert Policy(text=TextPolicy(window=4)).deleted(0) == 0.0
+
+
+def test_equal_scorers_have_equal_keys():
+    one, same = (ScorerSpec(name="random", options={"seed": 1}) for _ in range(2))
+    assert one.key == same.key
+    assert len({one.key, ScorerSpec(name="random").key, ScorerSpec().key}) == 3

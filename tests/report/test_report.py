@@ -280,10 +280,15 @@ def test_the_printed_command_asks_for_the_same_run(changes: dict[str, object], t
     words = shlex.split(trace_command(meta, 12, tmp_path / "my run"))
     assert words[:2] == ["avlprof", "trace"]
     given = get_command(trace).make_context("trace", words[2:]).params
-    for name in ("model", "task", "forced", "rows", "per_head", "vision_rows", "history", "dtype"):
+    assert (given["model_name"], given["model_dtype"], given["task_name"]) == (
+        meta.model,
+        meta.dtype,
+        meta.task,
+    )
+    for name in ("forced", "rows", "per_head", "vision_rows", "history"):
         assert given[name] == getattr(meta, name), name
     assert given["split"] == (meta.split or "search")
-    assert (given["max_new_tokens"] or 0) == meta.max_new_tokens
+    assert (given["task_max_new_tokens"] or 0) == meta.max_new_tokens
     assert (given["samples"], given["out"]) == (12, tmp_path / "my run")
 
 

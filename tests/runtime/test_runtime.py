@@ -161,7 +161,7 @@ def test_an_allocator_is_resolved_for_the_model():
     with avlprof.apply(case.model, policy) as runtime:
         assert len(runtime.policy.keep(3)) == 3
         assert runtime.policy.keep(3)[0] > runtime.policy.keep(3)[2]
-    with pytest.raises(UserError, match="policy resolve --run RUN"):
+    with pytest.raises(UserError, match="the profile of a traced run"):
         with avlprof.apply(case.model, "prefixkv"):
             pass
 

@@ -12,9 +12,10 @@ import torch
 import transformers as hf
 from PIL import Image
 
+from avlprof.attention.gate import check_config
 from avlprof.errors import UserError
 from avlprof.models import adapter_for, load_model
-from avlprof.models.fitness import check_fits, keep_soft_cap
+from avlprof.models.placement import keep_soft_cap
 from avlprof.models.tiles import parse_tiles
 from avlprof.run import find_pictures, save_pictures
 from avlprof.tasks import Message, Sample, Task, Turn, load_task
@@ -323,7 +324,7 @@ def test_models_that_do_not_fit_are_refused_in_a_sentence(name):
     options, said = REFUSED[name]
     config = getattr(hf, name)(**options)
     with pytest.raises(UserError, match=said) as caught:
-        check_fits(config)
+        check_config(config)
     assert f"model type '{config.model_type}'" in str(caught.value)
     assert "; use a " in str(caught.value)
 

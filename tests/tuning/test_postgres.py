@@ -19,10 +19,10 @@ import pytest
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.tuning import StudyMeta, read_study
-from avlprof.tuning.evidence import shared_evidence
+from avlprof.tuning.evidence import dump_evidence, read_evidence, shared_evidence
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage, database_url
-from avlprof.tuning.study import claim_study, find_storage
+from avlprof.tuning.study import claim_study, find_storage, stored_meta
 from tests.fake_study import (
     GRACE,
     Starts,
@@ -187,6 +187,20 @@ def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
             claim_study(elsewhere, meta(**changed))
     claim_study(elsewhere, meta())
     assert read_study(elsewhere.folder).study_name == folder.name
+
+
+def test_notes_of_version_0_1_0_are_read(server, folder):
+    """What the study is about as a user attribute, not as text; evidence as a system attribute."""
+    storage = PostgresStorage(folder, server)
+    study = storage.open()
+    study.set_user_attr("study", meta().model_dump(mode="json"))
+    text = dump_evidence(Evidence(2, 9))
+    storage.backend().set_study_system_attr(study._study_id, "avlprof:evidence", text)
+    claim_study(storage, meta())
+    assert stored_meta(storage) == meta()
+    assert read_evidence(storage).tokens == 9
+    with pytest.raises(UserError, match=rf"has no study '{folder.name}-2'; begin it with 'avlprof tune'"):
+        stored_meta(PostgresStorage(folder.with_name(f"{folder.name}-2"), server))
 
 
 def test_a_foreign_study_is_refused(server, folder):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import Role, layer_roles
 from avlprof.attention.modality import Modality
 from avlprof.errors import UserError
 from avlprof.policy import Policy
@@ -105,6 +106,10 @@ class ForcedRuntime:
         """Whether a cache is a forced one."""
         return isinstance(cache, ForcedCache)
 
+    def governs(self, cache: object, layer: int) -> bool:
+        """Every layer's."""
+        return True
+
     def attend(self, forward: Forward, cache: object, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """Output `[1, R, H, D]` of all packed rows."""
         out = call.query.new_empty((1, call.query.shape[2], call.query.shape[1], call.value.shape[3]))
@@ -124,6 +129,12 @@ def windows(text_config: Any) -> list[int | None]:
     """
     if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
         raise UserError("layers that attend in chunks cannot be scored by force; evaluate by generation")
+    for index, role in enumerate(layer_roles(text_config)):
+        if not role.governed and role.role is not Role.WINDOW:
+            raise UserError(
+                f"layer {index} {role.what}, so this model cannot be scored by force; score by generation "
+                "(objective accuracy, no fidelity)"
+            )
     layers = stock_layers(text_config)
     return [int(layer.sliding_window) if is_sliding(layer) else None for layer in layers]
 

@@ -42,9 +42,14 @@ class FilteredPrefill:
         """Whether a cache is one of those."""
         return isinstance(cache, ForcedCache)
 
+    def governs(self, cache: object, layer: int) -> bool:
+        """Every layer's, by hiding what the filter dropped."""
+        return True
+
     def attend(self, forward: Forward, cache: object, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """Stock attention over the tokens that have come so far; the filter then picks those that go on."""
-        if call.layer == 0:
+        if not forward.begun:
+            forward.begun = True
             self.short.begin()
         modality = forward.modality
         columns = torch.arange(modality.shape[1], device=modality.device).expand(modality.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from avlprof.errors import UserError
@@ -24,3 +25,20 @@ def required(answers: Sequence[str]) -> Sequence[str]:
     if not answers:
         raise UserError("a sample without reference answers cannot be scored; give it answers")
     return answers
+
+
+# Scripts that are written without spaces: Thai to Khmer, kana, ideographs. Korean has spaces.
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f])"
+)
+
+
+def spaced(text: str) -> str:
+    """The text with spaces around every character of scripts that are written without spaces.
+
+    So a word is a character there, as in the evaluation of MLQA (`mixed_segmentation` in
+    https://github.com/facebookresearch/MLQA) and of CMRC 2018 (https://arxiv.org/abs/1810.07366),
+    which do so for Chinese. Here it holds for Japanese, Thai, Lao, Burmese and Khmer too.
+    """
+    return _UNSPACED.sub(r" \1 ", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from avlprof.tasks.metrics._base import best
+from avlprof.tasks.metrics._base import best, spaced
 
 _WORD = re.compile(r"\w+")
 
@@ -14,7 +14,8 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F1 of the longest common subsequence of words with the nearest answer.
 
     Words are runs of letters, digits and underscores, lower-cased; their order counts, gaps do
-    not. Precision and recall are the length of the subsequence over the words of prediction and
+    not; in scripts without spaces (Chinese, Japanese, Thai, ...) every character is a word, as in
+    `token_f1`. Precision and recall are the length of the subsequence over the words of prediction and
     answer. Where one of them has no word, the score is 1 if neither has, else 0. For captions;
     CIDEr is not offered, since it weighs words by a corpus and is no number of one sample.
 
@@ -26,7 +27,7 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(prediction: str, answer: str) -> float:
-    found, wanted = (_WORD.findall(text.lower()) for text in (prediction, answer))
+    found, wanted = (_WORD.findall(spaced(text.lower())) for text in (prediction, answer))
     if not found or not wanted:
         return float(found == wanted)
     return 2 * _common(found, wanted) / (len(found) + len(wanted))

@@ -7,10 +7,12 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from avlprof.tasks.metrics._base import best
+from avlprof.tasks.metrics._base import best, spaced
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WIDE = "".join(map(chr, (*range(0x3001, 0x3004), *range(0x3008, 0x3012), 0x30FB, 0xFF01, 0xFF08, 0xFF09)))
+_WIDE += "\uff0c\uff0e\uff1a\uff1b\uff1f"
+_PUNCTUATION = str.maketrans("", "", string.punctuation + _WIDE)
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -21,7 +23,10 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     prediction or answer has no word left, the score is 1 if neither has, else 0.
 
     Source: SQuAD (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250) and its evaluation
-    script; the case without words is that of SQuAD 2.0.
+    script; the case without words is that of SQuAD 2.0. In scripts without spaces (Chinese, Japanese,
+    Thai, ...) every character is a word and their own punctuation goes too, as in MLQA (Lewis et al.
+    2020, https://arxiv.org/abs/1910.07475) and CMRC 2018 (Cui et al. 2019,
+    https://arxiv.org/abs/1810.07366).
     """
     return best(prediction, answers, _f1)
 
@@ -34,4 +39,4 @@ def _f1(prediction: str, answer: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    return _ARTICLES.sub(" ", spaced(text.lower().translate(_PUNCTUATION))).split()

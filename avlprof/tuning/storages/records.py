@@ -31,7 +31,7 @@ class _Place:
     lines: int = 0
 
 
-class MendedJournal(JournalFileBackend):  # type: ignore[misc]
+class MendedJournal(JournalFileBackend):
     """Optuna's journal, which sets aside what is no record, with a warning, in place of giving up.
 
     Two writers on a network file system, or a disk that was full, leave lines of which a part is
