@@ -76,6 +76,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{cut(str(path))} cannot be written: {error.strerror or error}") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"{cut(str(path))} cannot be written: {_half(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -85,3 +87,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    """What an error says about a lone surrogate, such as JSON's `\\ud83d` without its other half."""
+    return f"half of a character (\\u{ord(error.object[error.start]):04x} at {error.start})"

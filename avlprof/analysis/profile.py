@@ -29,7 +29,7 @@ from avlprof.analysis.heads import HeadMoments
 from avlprof.analysis.horizon import horizon
 from avlprof.analysis.scan import scan_scores
 from avlprof.analysis.statistics import FRAMES, PER_HEAD, SUMMARIES
-from avlprof.analysis.tables import drift, entropy, head_mean, mass, refresh_from_drift, sinks
+from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite, refresh_from_drift, sinks
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
@@ -76,7 +76,11 @@ def answered(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 class ProfileMeta(BaseModel):
-    """The `meta.json` of a profile: the run it was made from and that run's settings."""
+    """The `meta.json` of a profile: the run it was made from and that run's settings.
+
+    `samples` counts those that the profile is of. `not_finite` more were left out, whose attention
+    holds numbers that are not finite; None in a profile of version 0.1.0, which did not look.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,6 +88,7 @@ class ProfileMeta(BaseModel):
     run: str
     run_hash: str
     samples: int
+    not_finite: int | None = None
     settings: RunMeta
 
 
@@ -106,13 +111,26 @@ class Profile:
     def from_run(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """Compute the profile of a run; `watch` is told the samples done.
 
+        Samples whose attention holds a number that is not finite are left out and counted.
+
         Raises:
-            UserError: the run holds no finished sample.
+            UserError: the run holds no finished sample, or none whose attention is finite.
         """
+        run.check()
         samples, settings = run.samples(), run.meta
+        broken = not_finite(run)
+        samples = samples[~samples["sample"].isin(broken)]
+        if samples.empty:
+            raise UserError(
+                f"the attention of none of the {len(broken)} samples of run {run.path} is finite; "
+                "trace again with dtype bfloat16 or float32"
+            )
         vision = samples.set_index("sample")["vision"]
         heads, means = HeadMoments(settings.layers, settings.heads, settings.coverages, settings.lags), []
         for stats in run.stats_by_part():
+            stats = stats[~stats["sample"].isin(broken)]
+            if stats.empty:
+                continue
             heads.add(stats, vision)
             means.append(head_mean(stats))
         rows = pd.concat(means, ignore_index=True)
@@ -135,15 +153,22 @@ class Profile:
             "head_overlap": scanned.heads,
             "by_sample": by_sample(rows, vision, reached, levels, settings.lags),
         }
-        meta = ProfileMeta(run=str(run.path), run_hash=run.hash, samples=len(samples), settings=settings)
+        meta = ProfileMeta(
+            run=str(run.path),
+            run_hash=run.hash,
+            samples=len(samples),
+            not_finite=len(broken),
+            settings=settings,
+        )
         return cls(meta, frames)
 
     @classmethod
     def of(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """The profile saved in a run directory if it is of all its samples, else a new one, saved."""
+        run.check()
         with contextlib.suppress(UserError):
             known = cls.load(run.path / "profile")
-            if known.meta.run_hash == run.hash:
+            if known.meta.run_hash == run.hash and known.meta.not_finite is not None:
                 return known
         profile = cls.from_run(run, watch)
         try:

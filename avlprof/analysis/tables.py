@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from avlprof.analysis.intervals import over_samples
+from avlprof.runs import RunDirectory
 from avlprof.runs.meta import LEARNED_SINK
 
 ROW = ["sample", "layer", "phase", "query"]
@@ -24,6 +25,19 @@ def head_mean(stats: pd.DataFrame) -> pd.DataFrame:
     names = [f"distance_{i}" for i in range(bins.shape[1])]
     wide = pd.concat([numbers, pd.DataFrame(bins, columns=names, index=numbers.index)], axis=1)
     return wide.groupby(ROW, sort=False).mean().reset_index()
+
+
+ALWAYS = ("mass_system", "mass_vision", "mass_text", "mass_generated", "mass_sink", "entropy")
+"""Columns of `stats` that hold a finite number in every row of a sound run."""
+
+
+def not_finite(run: RunDirectory) -> set[str]:
+    """Ids of samples whose attention holds a number that is not finite: NaN never means "no vision"."""
+    broken: set[str] = set()
+    for stats in run.stats_by_part(["sample", *ALWAYS]):
+        unsound = ~np.isfinite(stats[list(ALWAYS)].to_numpy(dtype=np.float64)).all(axis=1)
+        broken |= set(stats.loc[unsound, "sample"])
+    return broken
 
 
 KEYS = ["layer", "phase", "query"]

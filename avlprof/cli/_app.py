@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from avlprof.cli._failures import flags_of, sentence
 from avlprof.cli._progress import quiet_libraries
+from avlprof.cli._signals import ending_once
 from avlprof.cli._start import prepare
 from avlprof.errors import cut
 
@@ -35,9 +36,9 @@ def reported(
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command resumes", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(getattr(error, "code", INTERRUPTED)) from None
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(getattr(error, "ctx").get_help())  # noqa: B009 - typer's own class is private
@@ -143,6 +144,10 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (unexpected), 2 (the user's to mend) or 130 (Ctrl-C)."""
+    """Run the command line.
+
+    Exits with 0, 1 (unexpected), 2 (the user's to mend), or 130, 143 or 129 (Ctrl-C, TERM, HUP).
+    """
     prepare(sys.argv[1:])
-    app(prog_name="avlprof")
+    with ending_once():
+        app(prog_name="avlprof")

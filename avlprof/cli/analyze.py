@@ -181,6 +181,8 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
+    if "tokens" not in row:
+        raise UserError(f"run {run.path} has no tokens of its answers; trace into another folder")
     scores = run.scores(name, ["last", "decode"])
     rows = np.concatenate([scores["last"][None], scores["decode"]])
     words, steps = group_words([str(piece) for piece in row["tokens"]][: len(rows)])

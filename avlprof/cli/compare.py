@@ -87,6 +87,7 @@ def compare_policies(
     """
     from avlprof.evaluation import AnswerStore, ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
@@ -99,6 +100,7 @@ def compare_policies(
     label = f"{Path(spec.name).name}-{task.name}-{split}"
     folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
     check_output(folder, folder=True)
+    lock = FolderLock(folder / "parts")
     loaded = load_model(spec)
     resolver = Resolver(loaded, task, run)
     settings = ComparisonSettings(
@@ -110,7 +112,7 @@ def compare_policies(
         evidence=lambda: resolver.evidence,
     )
     store = AnswerStore(folder / "parts")
-    with bars() as watch:
+    with lock, bars() as watch:
         comparison = compare(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )

@@ -82,6 +82,7 @@ def evaluate_policies(
     """
     from avlprof.evaluation import AnswerStore, EvaluationSettings
     from avlprof.evaluation.evaluate import evaluate
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
 
     policies = _policies(policy)
@@ -97,11 +98,12 @@ def evaluate_policies(
     task.samples(split, samples)
     folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
     check_output(folder, folder=True)
+    lock = FolderLock(folder / "parts")
     store = AnswerStore(folder / "parts")
     loaded = load_model(spec)
     resolver = Resolver(loaded, task, run)
     policies = [resolver(one) for one in policies] if policy else _fitting(policies, resolver, loaded)
-    with bars() as watch:
+    with lock, bars() as watch:
         evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
     wrote = _write(evaluation, folder, figure_format)
     _print(evaluation, form)

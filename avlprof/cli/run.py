@@ -136,6 +136,7 @@ def _generate(
 ) -> _Generated:
     import torch
 
+    from avlprof.models.generation import greedy
     from avlprof.runtime.apply import apply
 
     generated = _Generated()
@@ -146,7 +147,7 @@ def _generate(
             generated.prefill = runtime.cache.use() if runtime.cache is not None else []
 
         clock = _Clock(note_prefill)
-        ids = loaded.model.generate(**encoding, max_new_tokens=limit, do_sample=False, streamer=clock)
+        ids = greedy(loaded.model, encoding, [sample.id], max_new_tokens=limit, streamer=clock)
         generated.whole = runtime.cache.use() if runtime.cache is not None else []
     new = ids[:, encoding["input_ids"].shape[1] :]
     generated.tokens, generated.answer = new.shape[1], loaded.adapter.decode(new)[0]

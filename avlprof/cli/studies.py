@@ -30,15 +30,14 @@ def list_studies(
     form: FormatOption = Format.table,
 ) -> None:
     """List the studies below a folder: what they search, how far they are, what they found."""
-    from avlprof.tuning.reading import overview, studies_below
+    from avlprof.tuning.reading import rows_below
 
-    rows = [
-        overview(folder).row() | {"name": str(folder.relative_to(root)) if folder != root else folder.name}
-        for folder in studies_below(root)
-    ]
+    rows, broken = rows_below(root)
     if form is Format.table and rows:
         rows = [_short(row) for row in rows]
     show(rows, form, cells={"budget": percent, "read budget": percent})
+    for sentence in broken:
+        note(sentence)
     note("next: avlprof studies show FOLDER" if rows else f"no study below {root}/; avlprof tune makes one")
 
 

@@ -31,7 +31,9 @@ from avlprof.errors import UserError
 from avlprof.files import checked_path
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
+from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
+from avlprof.models.identity import checkpoint_settings, settings_hash
 from avlprof.models.placement import (
     attention_argument,
     check_arguments,
@@ -80,6 +82,16 @@ class LoadedModel:
     revision: str | None
     adapter: Adapter
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides answers beside the weights, as it is now: see `avlprof.models.identity`."""
+        return checkpoint_settings(self.model, self.processor)
+
+    @property
+    def settings_hash(self) -> str:
+        """A fingerprint of `settings`."""
+        return settings_hash(self.settings)
 
 
 def load_model(model: str | ModelSpec = "tiny", **options: Unpack[ModelOptions]) -> LoadedModel:
@@ -138,7 +150,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
             model = model.to(device)
     _check_complete(name, report)
     keep_soft_cap(model)
-    processor = _processor(name, source, options)
+    processor = _processor(name, source, config, options)
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
     commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
@@ -185,18 +197,19 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _processor(name: str, source: str, options: dict[str, Any]) -> Any:
+def _processor(name: str, source: str, config: Any, options: dict[str, Any]) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
     except (ImportError, AttributeError) as error:
         hint = "" if find_spec("torchvision") else "; install the torchvision that fits your torch"
-        raise UserError(f"the processor of '{name}' cannot be built: {_line(error)}{hint}") from error
+        raise UserError(f"the processor of '{name}' cannot be built: {one_line(error)}{hint}") from error
     except _BROKEN as error:
         raise _trouble(name, source, options, error) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UserError(
             f"model '{name}' has no processor for images and text; its folder lacks the processor's files"
         )
+    complete(processor, config)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -234,12 +247,7 @@ def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) 
             f"model {called} is not in the local cache and the hub cannot be reached; "
             "connect, give a local folder, or use --model tiny"
         )
-    return UserError(f"model {called} cannot be loaded: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return UserError(f"model {called} cannot be loaded: {one_line(error)}")
 
 
 @contextmanager

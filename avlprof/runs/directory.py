@@ -24,7 +24,8 @@ from safetensors.numpy import safe_open, save_file
 
 from avlprof.errors import UserError
 from avlprof.files import replacing
-from avlprof.locks import FolderLock
+from avlprof.locks import FolderLock, uninterrupted
+from avlprof.runs.columns import check_part
 from avlprof.runs.meta import (
     HEADS,
     LEARNED_SINK,
@@ -62,6 +63,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._checked: set[str] = set()
         if not (self.path / "meta.json").is_file():
             raise UserError(
                 f"{self.path} is not a run directory (no meta.json); make one with 'avlprof trace'"
@@ -73,8 +75,23 @@ class RunDirectory:
         return read_meta(self.path)
 
     def parts(self) -> list[str]:
-        """Names of the finished parts, in order."""
-        return sorted(p.stem.removeprefix("samples-") for p in self.path.glob("samples-*.parquet"))
+        """Names of the finished parts, in order; their columns are checked when they are first seen.
+
+        Raises:
+            UserError: a table lacks a column, or a column holds something else.
+        """
+        parts = sorted(p.stem.removeprefix("samples-") for p in self.path.glob("samples-*.parquet"))
+        for part in parts:
+            if part not in self._checked:
+                check_part(self.path, part, self.meta)
+                self._checked.add(part)
+        return parts
+
+    def check(self) -> None:
+        """`UserError` where a table lacks a column that an analysis asks for, or is none."""
+        meta = self.meta
+        for part in self.parts():
+            check_part(self.path, part, meta, whole=True)
 
     def samples(self) -> pd.DataFrame:
         """One row a traced sample, in the order of the parts."""
@@ -186,8 +203,11 @@ class RunWriter:
 
     def flush(self) -> None:
         """Write the samples in hand as one part; they stay in hand if the disk refuses."""
-        if not self._samples:
-            return
+        if self._samples:
+            with uninterrupted():
+                self._flush()
+
+    def _flush(self) -> None:
         part = f"{self._prefix}{self._next_part():05d}"
         with replacing(self.path / f"scores-{part}.safetensors") as partial:
             try:

@@ -43,6 +43,11 @@ class Sums:
         both = torch.cat([torch.where(seen, counts, 0.0).double(), seen.double()], dim=-1)
         self.coverage = _added(self.coverage, both, kinds, heads, total)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sum of values is a finite number; waits for the device."""
+        return self.values is None or bool(self.values.isfinite().all())
+
     def frame(self, options: RecordOptions) -> Iterator[dict[str, Any]]:
         """Rows of the stats table: `query, rows, head`, and the columns of the statistics."""
         if self.values is None:

@@ -15,6 +15,7 @@ from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.models import LoadedModel
+from avlprof.models.identity import listed, settings_differences
 from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
@@ -217,4 +218,10 @@ def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
         raise UserError(
             f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
             f"not with {loaded.source} {loaded.revision}; trace this model first"
+        )
+    noted = profile.meta.settings.checkpoint
+    if noted and (different := settings_differences(noted, loaded.settings)):
+        raise UserError(
+            f"the run was traced with other settings of the model ({listed(different)}); "
+            "trace this model first"
         )

@@ -17,6 +17,8 @@ from torch import Tensor
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens, reference_tokens
+from avlprof.models.context import check_context
+from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
@@ -89,9 +91,10 @@ class ForcedSet:
                 lasts = inputs["input_ids"][:, -1].tolist()
                 whole = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
                 tokens = [answer[:max_new_tokens] for answer in whole]
+                check_context(loaded.model, inputs, [s.id for s in part], max(map(len, tokens)))
             else:
                 capture = Capture(list(scorers))
-                tokens = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
+                tokens = _dense_answers(loaded.model, inputs, part, max_new_tokens, capture, head)
             forced.answers += tokens
             batch = ForcedBatch(loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture)
             forced._batches.append((rows, batch))
@@ -155,12 +158,16 @@ class ForcedSet:
 
 
 def _dense_answers(
-    loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: int, capture: Capture, head: Head
+    model: Any,
+    inputs: dict[str, Tensor],
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    capture: Capture,
+    head: Head,
 ) -> list[list[int]]:
-    model: Any = loaded.model
     ends = end_tokens(model)
     with switched(model, observers=(capture,)), capture.reading_last(head):
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = greedy(model, inputs, [sample.id for sample in samples], max_new_tokens=max_new_tokens)
     new = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: answer_length(row, ends)] for row in new]
 
