@@ -93,8 +93,10 @@ def check_values(fields):
 
 WORDS = st.one_of(
     st.sampled_from(
-        ["", "-1", "0", "nan", "inf", "20%", "1e400", "x" * 300, "a/b", "..", "/dev/null", "uniform", "dense"]
-        + ["none.yaml", "-", "é", "3,4"]  # noqa: RUF005 - two lines
+        [
+            *("", "-1", "0", "nan", "inf", "20%", "1e400", "x" * 300, "a/b", "..", "/dev/null", "uniform"),
+            *("dense", "none.yaml", "-", "é", "3,4"),
+        ]
     ),
     st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
     st.integers().map(str),
