@@ -109,7 +109,18 @@ class FolderLock:
 
     def _refusal(self) -> UserError:
         self.release()
-        return UserError(f"another process is writing to {self._folder}; wait for it or stop it")
+        return busy(self._folder)
+
+
+def check_free(folder: Path) -> None:
+    """`UserError` when another process is writing to a folder; asked before any work, and makes nothing."""
+    if is_locked(folder / ".lock"):
+        raise busy(folder)
+
+
+def busy(folder: Path) -> UserError:
+    """What to say of a folder that another process writes to."""
+    return UserError(f"another process is writing to {folder}; wait for it or stop it")
 
 
 @contextlib.contextmanager

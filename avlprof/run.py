@@ -14,7 +14,7 @@ from PIL import Image
 
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.files import write_text
+from avlprof.files import checked_path, write_text
 from avlprof.models.chat import one_line
 from avlprof.models.identity import listed, settings_differences
 from avlprof.runs import RunDirectory, RunMeta
@@ -119,7 +119,7 @@ class Run:
     @classmethod
     def open(cls, path: Path | str) -> Run:
         """The run in a directory; `UserError` when there is none, or its tables are damaged."""
-        run = cls(RunDirectory(path))
+        run = cls(RunDirectory(checked_path(path, "run")))
         run.directory.check()
         return run
 

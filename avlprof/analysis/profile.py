@@ -19,6 +19,7 @@ from avlprof.analysis.derive import (
     at_budget,
     at_coverage,
     check_scorer,
+    derived_name,
     evidence,
     provenance,
     text_windows,
@@ -30,7 +31,7 @@ from avlprof.analysis.scan import scan_scores
 from avlprof.analysis.statistics import FRAMES, PER_HEAD, SUMMARIES
 from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite, refresh_from_drift, sinks
 from avlprof.analysis.window import by_sample, reach, window, window_curve
-from avlprof.errors import UserError
+from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
 from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy
 from avlprof.registry import unknown
@@ -126,8 +127,7 @@ class Profile:
             )
         vision = samples.set_index("sample")["vision"]
         heads, means = HeadMoments(settings.layers, settings.heads, settings.coverages, settings.lags), []
-        for part in run.parts():
-            stats = pd.read_parquet(run.path / f"stats-{part}.parquet")
+        for stats in run.stats_by_part():
             stats = stats[~stats["sample"].isin(broken)]
             if stats.empty:
                 continue
@@ -171,7 +171,10 @@ class Profile:
             if known.meta.run_hash == run.hash and known.meta.not_finite is not None:
                 return known
         profile = cls.from_run(run, watch)
-        profile.save(run.path / "profile")
+        try:
+            profile.save(run.path / "profile")
+        except (UserError, OSError) as error:
+            watch.say(f"the profile is worked out and not kept: {cut(str(error))}")
         return profile
 
     @classmethod
@@ -258,7 +261,9 @@ class Profile:
         if budget is not None:
             kept = text_windows(self, text) if isinstance(text, float | int) else text or TextPolicy()
             policy = at_budget(self, budget, read_budget, spread, every, kept)
-            label = f"{spread.allocator}-{budget:g}"
+            label = derived_name(
+                spread.allocator, spread, scorer, budget, read_budget, refresh_interval, text
+            )
         else:
             if read_budget is not None or text is not None:
                 raise UserError(
@@ -266,7 +271,7 @@ class Profile:
                 )
             assert coverage is not None
             policy = at_coverage(self, coverage, spread.floor, every)
-            label = f"coverage-{coverage:g}"
+            label = derived_name("holding", spread, scorer, coverage, None, refresh_interval)
         origin = provenance(self, policy, budget, read_budget)
         ranked = ScorerSpec(name=scorer)
         return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})

@@ -9,6 +9,7 @@ import pandas as pd
 
 from avlprof.analysis.intervals import over_samples
 from avlprof.runs import RunDirectory
+from avlprof.runs.meta import LEARNED_SINK
 
 ROW = ["sample", "layer", "phase", "query"]
 
@@ -45,9 +46,12 @@ KEYS = ["layer", "phase", "query"]
 def mass(rows: pd.DataFrame) -> pd.DataFrame:
     """Share of attention by modality: `layer, phase, query, modality, mean, low, high, n`.
 
-    `rows` is a table of `head_mean`. The means of one layer and query sum to 1.
+    `rows` is a table of `head_mean`. The means of one layer and query sum to 1. What the model's
+    learned attention sinks drew is a modality `learned_sink`, which models without do not have.
     """
-    columns = {f"mass_{name}": name for name in ("system", "vision", "text", "generated")}
+    columns = {f"mass_{name}": name for name in ("system", "vision", "text", "generated", "learned_sink")}
+    if not rows[LEARNED_SINK].any():
+        del columns[LEARNED_SINK]
     long = rows[[*KEYS, *columns]].rename(columns=columns).melt(KEYS, var_name="modality", value_name="mass")
     return over_samples(long, [*KEYS, "modality"], "mass")
 

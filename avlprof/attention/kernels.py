@@ -1,4 +1,4 @@
-"""The attention function of a model, overheard under its own name, and how it takes masks.
+"""The attention function of a model, overheard under its own name, uncompiled, and how it takes masks.
 
 A private name would not be neutral: some models ask which implementation is set and compute
 something else under one that they do not know. So the functions registered as `sdpa`, `eager`,

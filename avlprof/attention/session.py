@@ -247,7 +247,8 @@ class Session:
         full = self.roles[call.layer].role is Role.FULL
         check_call(call, now.layers, measured, full, self.implementation)
         now.layers.add(call.layer)
-        call = as_long_as(call, now.forward.modality.shape[1])
+        if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
+            call = as_long_as(call, now.forward.modality.shape[1])
         if runtime is None:
             out = call.stock()
         else:

@@ -88,6 +88,17 @@ class Adapter:
         return layer_roles(self.text_config)
 
     @property
+    def partly_governed(self) -> str:
+        """What a reader of budgets has to know where policies leave layers as they are; else empty."""
+        others = sum(not role.governed for role in self.roles)
+        if not others:
+            return ""
+        return (
+            f"{others} of {self.layers} layers keep a window, a state or other layers' keys, which policies "
+            "leave as they are; budgets count all layers alike, evaluate shows the bytes that are held"
+        )
+
+    @property
     def _layer_config(self) -> Any:
         """The config of a layer that a policy acts on; models may state sizes layer by layer."""
         own = getattr(self.text_config, "per_layer_config", None)
@@ -227,7 +238,7 @@ class Adapter:
                 f"the processor of '{self.family}' cannot encode this prompt: {one_line(error)}{hint}"
             ) from error
         encoding = {
-            name: self._place(value)
+            name: self._on_device(value)
             for name, value in batch.items()
             if isinstance(value, Tensor) and self._takes(name)
         }
@@ -267,7 +278,7 @@ class Adapter:
         texts = self._processor().tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
-    def _place(self, value: Tensor) -> Tensor:
+    def _on_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else value.dtype)
 
     def _processor(self) -> Any:

@@ -18,6 +18,7 @@ LAGS = (1, 2, 4, 8, 16, 32)
 TEXT_SINK = 4
 NAME_AND_HASH = re.compile(r"(.+) ([0-9a-f]{16})", re.DOTALL)
 NOTED = {"checkpoint": "settings of the model", "dataset": "origin of the samples"}
+LEARNED_SINK = "mass_learned_sink"  # a column of stats that runs of 0.1.0 do not have: 0 there
 HEADS = "_heads"  # behind the name of scores: of every query head, not their mean
 
 

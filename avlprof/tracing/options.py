@@ -168,6 +168,6 @@ def estimate_bytes(
     scores = vision * (2 + tokens + (meta.rows == "all"))
     if meta.history is not None:
         scores += text + tokens
-    row = 8 * (12 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
+    row = 8 * (13 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
     heads = meta.heads if meta.per_head else 0
     return samples * meta.layers * (4 * scores * (1 + heads) + 5 * row * max(heads, 1))

@@ -56,10 +56,13 @@ class RowRecord:
         self._grown = torch.cat([self._grown, modality])
         self._columns = {}
 
-    def add_step(self, layer: int, logits: Tensor) -> None:
-        """Take logits `[H, n]` of a decoding step over all tokens so far, `UNSEEN` where it did not look."""
+    def add_step(self, layer: int, logits: Tensor, sinks: Tensor | None = None) -> None:
+        """Take logits `[H, n]` of a decoding step over all tokens so far, `UNSEEN` where it did not look.
+
+        `sinks [H]` are the layer's learned ones, if it has any.
+        """
         self._devices[layer] = logits.device
-        if self._steps[layer].hold(logits):
+        if self._steps[layer].hold(logits, sinks):
             self._measure_steps(layer)
 
     def settle(self) -> None:

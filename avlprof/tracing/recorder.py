@@ -107,7 +107,8 @@ class Recorder:
             logits = _step_logits(_rows(call, rows), forward.modality.shape[1])
             for row in batch.open:
                 record, columns = batch.rows[row]
-                record.add_step(call.layer, logits[row - rows.start][:, columns.columns(logits.device)])
+                own = logits[row - rows.start][:, columns.columns(logits.device)]
+                record.add_step(call.layer, own, call.sinks)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -166,6 +167,7 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
         softcap=call.softcap,
         mask=mask,
         causal=bool(getattr(call.module, "is_causal", True)),
+        sinks=call.sinks,
     )
 
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avlprof.attention.modality import MODALITIES
+from avlprof.runs.meta import LEARNED_SINK
 from avlprof.tracing.options import RecordOptions
 
-FIXED = (*(f"mass_{name}" for name in MODALITIES), "mass_sink", "entropy", "text_sink")
+FIXED = (*(f"mass_{name}" for name in MODALITIES), "mass_sink", LEARNED_SINK, "entropy", "text_sink")
 ALL_HEADS = -1
 
 

@@ -11,7 +11,7 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 from avlprof.locks import is_locked
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
 from avlprof.tuning.importance import KNOBS, noted_importances, noted_table
@@ -263,7 +263,7 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
                 read_budget=meta.read_budget,
                 measured_budget=round(trial.user_attrs["live_share"], 6),
                 measured_read_budget=round(trial.user_attrs["read_share"], 6),
-                notes=f"{_score(trial, meta)} on {samples} of {meta.samples} samples of "
+                notes=f"{_score(trial, meta)} on {samples} of {counted(meta.samples, 'sample')} of "
                 f"split '{meta.split}'; not proved on held-out samples",
             ),
         }

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 import avlprof
 from avlprof.attention.gate import Role, governed_roles, layer_roles
 from avlprof.errors import UserError
+from avlprof.models import adapter_for
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.testing.models import random_llava, random_qwen2_5_vl
 from avlprof.testing.types import tiny_inputs, tiny_model
@@ -251,3 +252,9 @@ def test_hybrids_run_on_their_full_layers():
     assert [use.layer for use in used] == [i for i, role in enumerate(roles) if role.governed]
     assert all(use.prompt < use.dense_prompt for use in used)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), stock)
+
+
+def test_budgets_of_models_that_are_governed_in_part_say_so():
+    assert "1 of 3 layers" not in (adapter_for(random_llava().model, None).partly_governed or "")
+    text = adapter_for(tiny_model("qwen3_5"), None).partly_governed
+    assert text.startswith("2 of 3 layers") and "budgets count all layers alike" in text

@@ -81,9 +81,18 @@ class ForcedBatch:
         """Bytes held of prefilled prompts."""
         return self._prefixes.nbytes
 
+    @property
+    def parked(self) -> int:
+        """Bytes held of them on the host."""
+        return self._prefixes.parked
+
     def drop(self) -> None:
         """Let the prefilled prompts go; they run again when next needed."""
         self._prefixes.drop()
+
+    def park(self) -> None:
+        """Move the prefilled prompts to the host until they are next needed."""
+        self._prefixes.park()
 
     @torch.inference_mode()
     def logits(self, policy: Policy) -> Tensor:

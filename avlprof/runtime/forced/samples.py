@@ -22,6 +22,7 @@ from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
+from avlprof.runtime.forced.room import Room, prompt_bytes, say_room
 from avlprof.runtime.forced.score import ForcedScore, Head
 from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
@@ -32,9 +33,9 @@ Answers = Literal["dense", "reference"]
 class ForcedSet:
     """Samples with known answers, scored policy by policy or for many policies at once.
 
-    The prefilled prompts of all samples stay in memory as far as `memory` bytes allow (None: all of
-    them). Batches beyond that run their prompts anew each time they are scored, which many policies
-    in one call share.
+    The prefilled prompts of all samples stay on the device as far as there is room. Batches beyond that
+    wait on the host, where that is another memory and has room, or run their prompts anew each time
+    they are scored, which many policies in one call share. Scores do not depend on it.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class ForcedSet:
         samples: list[str],
         answers: list[list[int]],
         batches: list[tuple[list[int], ForcedBatch]],
-        memory: int | None = None,
+        room: Room | None = None,
     ) -> None:
-        self.samples, self.answers, self._batches, self._memory = samples, answers, batches, memory
+        self.samples, self.answers, self._batches, self.room = samples, answers, batches, room or Room()
 
     @classmethod
     @torch.inference_mode()
@@ -67,13 +68,18 @@ class ForcedSet:
         Args:
             scorers: scorers of policies that will be scored; each one that is not named here costs
                 another run of the prompts.
-            memory: bytes of prefilled prompts that may stay.
-            watch: its phase `dense answers` counts samples.
+            memory: bytes of prefilled prompts that may stay on the device; None is half of what is
+                free, and then batches are made smaller where one alone would take more.
+            watch: its phase `dense answers` counts samples; it is told the bytes beforehand.
 
         Raises:
             UserError: a picture cannot be read, or a sample has no reference.
         """
-        forced = cls([sample.id for sample in samples], [], [], memory)
+        room, each = Room.of(loaded, memory), prompt_bytes(loaded, samples)
+        wanted = batch_size
+        batch_size = room.batch(wanted, each) if memory is None else wanted
+        say_room(watch, room, each, len(samples), batch_size, wanted)
+        forced = cls([sample.id for sample in samples], [], [], room)
         head = Head(loaded.model)
         watch.phase("dense answers", 0, len(samples))
         for start in range(0, len(samples), batch_size):
@@ -135,10 +141,20 @@ class ForcedSet:
                 own.extend(more)
         return scores
 
+    @property
+    def parked(self) -> int:
+        """Bytes of them that wait on the host."""
+        return sum(batch.parked for _, batch in self._batches)
+
     def _make_room(self, number: int) -> None:
-        """Drop the prompts of a batch where all that is held is too much: the first ones stay."""
-        if self._memory is not None and self.nbytes > self._memory:
-            self._batches[number][1].drop()
+        """Park or drop the prompts of a batch where all that is held is too much: the first ones stay."""
+        if self.room.device is None or self.nbytes <= self.room.device:
+            return
+        batch = self._batches[number][1]
+        if self.room.host != 0 and self.room.fits_host(self.parked - batch.parked + batch.nbytes):
+            batch.park()
+        else:
+            batch.drop()
 
 
 def _dense_answers(
