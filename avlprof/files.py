@@ -77,7 +77,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{cut(str(path))} cannot be written: {error.strerror or error}") from None
     except UnicodeEncodeError as error:
-        raise UserError(f"{cut(str(path))} cannot be written: {_half(error)}") from None
+        raise UserError(f"{cut(ascii(str(path)))} cannot be written: {_half(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -150,4 +150,5 @@ def main() -> None:
     """
     prepare(sys.argv[1:])
     with ending_once():
+        prepare(sys.argv[1:])
         app(prog_name="avlprof")

@@ -22,12 +22,14 @@ _NAMES: Final = frozenset(("processor_class", "auto_map", "_from_model_config", 
 _tokenizers: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def checkpoint_settings(model: Any, processor: Any) -> dict[str, str]:
+def checkpoint_settings(
+    model: Any, processor: Any, arguments: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """What a checkpoint brings beside its weights, by name: `generation_config.repetition_penalty`.
 
     Of the generation config what is not plain and no matter of sampling, the settings of the
     processor and of those of pictures and videos (their resolution above all), fingerprints of the
-    chat template and the tokenizer, and how the weights are quantised.
+    chat template and the tokenizer, how the weights are quantised, and what the model was loaded with.
     """
     noted: dict[str, Any] = {
         "generation_config": {
@@ -41,6 +43,7 @@ def checkpoint_settings(model: Any, processor: Any) -> dict[str, str]:
         "chat_template": _template(processor),
         "tokenizer": _tokenizer(getattr(processor, "tokenizer", None)),
         "quantization": _fields(getattr(model, "config", None), "quantization_config"),
+        "model_args": dict(arguments or {}),
     }
     return dict(_flat("", noted))
 

@@ -86,7 +86,7 @@ class LoadedModel:
     @property
     def settings(self) -> dict[str, str]:
         """What decides answers beside the weights, as it is now: see `avlprof.models.identity`."""
-        return checkpoint_settings(self.model, self.processor)
+        return checkpoint_settings(self.model, self.processor, self.arguments)
 
     @property
     def settings_hash(self) -> str:
