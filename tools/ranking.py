@@ -77,7 +77,10 @@ def table(evaluation: Evaluation, budget: float) -> pd.DataFrame:
 def markdown(frame: pd.DataFrame) -> str:
     """One line a scorer, one column a budget, best mean over the budgets first."""
     budgets = sorted(frame["budget"].unique())
-    lines = ["| scorer | " + " | ".join(f"{b:.0%}" for b in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    lines = [
+        "| scorer | " + " | ".join(f"{b:.0%}" for b in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
     for name in frame.groupby("scorer")["score"].mean().sort_values(ascending=False).index:
         own = frame[frame["scorer"] == name].set_index("budget")
         cells = [f"{own.score[b]:.3f} [{own.low[b]:.3f}, {own.high[b]:.3f}]" for b in budgets]
