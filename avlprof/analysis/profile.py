@@ -75,11 +75,14 @@ def answered(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 class ProfileMeta(BaseModel):
-    """The `meta.json` of a profile: the run it was made from and that run's settings."""
+    """The `meta.json` of a profile: the run it was made from and that run's settings.
+
+    Those of 0.1.0 were `avlprof.profile/1`: the query `answer` added shares of steps. They are made anew.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_: Literal["avlprof.profile/1"] = "avlprof.profile/1"
+    schema_: Literal["avlprof.profile/2"] = "avlprof.profile/2"
     run: str
     run_hash: str
     samples: int
