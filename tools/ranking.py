@@ -9,6 +9,7 @@ three seeds. Finished answers are kept in the folder, so the same command goes o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,12 +45,17 @@ def shapes_of(answers: pd.DataFrame) -> list[PromptShape]:
 
 
 def measure(
-    loaded: LoadedModel, task: Task, budget: float, settings: EvaluationSettings, store: AnswerStore
+    loaded: LoadedModel,
+    task: Task,
+    budget: float,
+    names: Sequence[str],
+    settings: EvaluationSettings,
+    store: AnswerStore,
 ) -> pd.DataFrame:
     """One row a scorer, best first: score with its interval, and the paired difference to random."""
     dense = evaluate(loaded, task, [], settings, store=store)
     shapes = shapes_of(dense.answers)
-    policies = [scale_to(flat(name), budget, shapes, loaded.adapter.layers) for name in SCORERS]
+    policies = [scale_to(flat(name), budget, shapes, loaded.adapter.layers) for name in names]
     return table(evaluate(loaded, task, policies, settings, store=store), budget)
 
 
@@ -94,6 +100,7 @@ def main() -> None:
     parser.add_argument("task", nargs="?", default="shapes")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--budgets", default="0.1,0.2,0.4")
+    parser.add_argument("--scorers", default=",".join(SCORERS), help="random is among them in any case")
     parser.add_argument("--samples", type=int, default=240)
     parser.add_argument("--split", default="held-out")
     parser.add_argument("--out", type=Path, default=Path("ranking"))
@@ -103,9 +110,10 @@ def main() -> None:
         split=given.split, samples=given.samples, batch_size=32, fidelity=False, latency=False
     )
     store = AnswerStore(given.out / "answers")
+    names = list(dict.fromkeys([*given.scorers.split(","), "random"]))
     parts = []
     for budget in map(float, given.budgets.split(",")):
-        parts.append(measure(loaded, task, budget, settings, store))
+        parts.append(measure(loaded, task, budget, names, settings, store))
         print(parts[-1].to_string(index=False, float_format="{:.3f}".format), flush=True)
     frame = pd.concat(parts, ignore_index=True)
     frame.to_csv(given.out / "ranking.csv", index=False)

@@ -26,6 +26,7 @@ from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.families import adapter_for
+from avlprof.models.families.tiny import TinyAdapter
 from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
 from avlprof.models.placement import check_device_map, keep_soft_cap, resolve_device, resolve_dtype
 from avlprof.models.spec import ModelOptions, ModelSpec
@@ -114,9 +115,10 @@ def _load(spec: ModelSpec) -> LoadedModel:
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
     commit = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
+    adapter = adapter_for(model, processor)
     if folder == WEIGHTS:
-        source = name
-    return LoadedModel(model.eval(), processor, name, source, commit, adapter_for(model, processor))
+        source, adapter = name, TinyAdapter(model, processor)
+    return LoadedModel(model.eval(), processor, name, source, commit, adapter)
 
 
 def _locate(name: str) -> tuple[str, Path | None]:
