@@ -17,7 +17,7 @@ from avlprof.analysis.window import windows_for
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
 from avlprof.errors import UserError
-from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
+from avlprof.policy import RANKING, Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
 from avlprof.versions import __version__
 
 if TYPE_CHECKING:
@@ -172,10 +172,12 @@ def text_windows(profile: Profile, share: float) -> TextPolicy:
 
 def check_scorer(name: str) -> None:
     """`UserError` for an unknown scorer; the default needs no look-up, which would import torch."""
-    if name != ScorerSpec().name:
-        from avlprof.scorers import SCORERS
+    if name != RANKING:
+        from avlprof.scorers import SCORERS, make_scorer
 
-        SCORERS.get(name)
+        spec = ScorerSpec.of(name)
+        make_scorer(spec)
+        SCORERS.get(str(spec.options.get("of", spec.name)))
 
 
 def provenance(

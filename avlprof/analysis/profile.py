@@ -32,7 +32,7 @@ from avlprof.analysis.tables import drift, entropy, head_mean, mass, refresh_fro
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError
 from avlprof.files import replacing, write_text
-from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy
+from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy
 from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.watch import SILENT, Watch
@@ -198,7 +198,7 @@ class Profile:
         coverage: float | None = None,
         allocator: str | Spread = "coverage",
         refresh_interval: int | None = None,
-        scorer: str = "last_query",
+        scorer: str = RANKING,
         text: TextPolicy | float | None = None,
         name: str | None = None,
     ) -> Policy:
@@ -215,7 +215,7 @@ class Profile:
             allocator: how a budget is spread over layers: a name of `avlprof.allocators`, or a
                 `Spread`, which sets its knobs, its weight against uniform and the floor as well.
             refresh_interval: steps between refreshes of the core; by default `refresh_from_drift`.
-            scorer: how the runtime ranks vision tokens.
+            scorer: how the runtime ranks vision tokens; `valued:instruction` is `valued` over `instruction`.
             text: what stays of text at a budget, by default all of it; a share gives each layer the
                 smallest recorded text window that holds so much of its text attention beside the
                 first text tokens.
@@ -246,7 +246,7 @@ class Profile:
             policy = at_coverage(self, coverage, spread.floor, every)
             label = f"coverage-{coverage:g}"
         origin = provenance(self, policy, budget, read_budget)
-        ranked = ScorerSpec(name=scorer)
+        ranked = ScorerSpec.of(scorer)
         return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})
 
     @property

@@ -186,15 +186,17 @@ def _apart(rows: pd.DataFrame, first: Sequence[int], lowest: bool = False) -> li
     The interval of every layer that is left lies beyond those of all that are named. Without
     intervals, of a single sample, no layer is told from another.
     """
+    layers = [int(layer) for layer in rows.index.to_numpy()]
     if rows["low"].isna().any():
-        return [int(layer) for layer in rows.index]
+        return layers
     names = set(first)
     while True:
         own = rows.loc[sorted(names)]
         near = rows["low"] <= own["high"].max() if lowest else rows["high"] >= own["low"].min()
-        if set(rows.index[near]) <= names:
+        more = {layer for layer, meets in zip(layers, near, strict=True) if meets}
+        if more <= names:
             return sorted(names)
-        names |= {int(layer) for layer in rows.index[near]}
+        names |= more
 
 
 def _foremost(rows: pd.DataFrame, one: str, several: str) -> str:

@@ -69,6 +69,13 @@ def dense_doubt(dense: NDArray[np.float64], guess: Guess | None = None) -> str |
     return None
 
 
+def sample_warnings(dense: NDArray[np.float64]) -> list[str]:
+    """What a table over these samples cannot show, a sentence each; `dense` are the stock model's scores."""
+    few, nothing = few_samples(len(dense)), dense_doubt(dense)
+    sentences = [f"{few}: read those shown as no more than the spread of the samples"] if few else []
+    return [*sentences, *([f"{nothing}: no policy can be judged by these samples"] if nothing else [])]
+
+
 def tie_doubts(paired: PairedDifference, margin: float, theirs: NDArray[np.float64], who: str) -> list[str]:
     """Why a difference, whatever its interval, cannot show a loss of at most `margin` to `who`.
 

@@ -193,6 +193,24 @@ def test_the_best_guess_is_the_best_constant_answer():
     assert known.score == max(np.mean([judge(text, one.answers) for one in samples]) for text in every)
 
 
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        ([1.0, 0.0] * 5, []),
+        ([1.0, 0.0], ["2 samples are too few for an interval (10 or more are needed)"]),
+        ([0.0] * 12, ["dense scores 0 on every sample, so no policy can lose anything"]),
+        ([0.0], ["1 sample is too few", "dense scores 0"]),
+    ],
+)
+def test_a_table_says_what_its_samples_cannot_show(dense, said):
+    found = evaluation({"dense": dense, "mine": dense})
+    for name in ("kl", "agreement", "generated_tokens", "live_bytes", "dense_bytes", "allocated_bytes"):
+        found.answers[name] = 1.0
+    found.answers["read_bytes_per_step"] = 1.0
+    assert len(found.warnings()) == len(said)
+    assert all(text in line for text, line in zip(said, found.warnings(), strict=True))
+
+
 def test_dense_that_shows_nothing_is_said_aloud_before_the_search():
     task = load_task("shapes:count")
     samples = task.samples("search", 12)
