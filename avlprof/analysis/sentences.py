@@ -61,7 +61,7 @@ def _looking(profile: Profile) -> str:
     if mass.max() <= 0.0:
         return f"No layer looks at the image {_WHEN[query]}."
     mainly = [int(layer) for layer in mass.index[mass >= mass.max() / 2]]
-    most, least = _apart(rows, mainly), _apart(rows, [int(mass.idxmin())], lowest=True)
+    most, least = _apart(rows, mainly), _apart(rows, [_first(mass, 0)], lowest=True)
     if set(most) & set(least):
         apart = "" if len(rows) == 1 else "; the samples do not show which layer looks more than another"
         return f"The image gets {_range(mass)} of a layer's attention ({_WHEN[query]}){apart}."
@@ -199,9 +199,15 @@ def _apart(rows: pd.DataFrame, first: Sequence[int], lowest: bool = False) -> li
         names |= more
 
 
+def _first(values: pd.Series[float], place: int) -> int:
+    """The layer at a place of the ascending order."""
+    layers: list[int] = values.sort_values(kind="stable").index.to_list()
+    return layers[place]
+
+
 def _foremost(rows: pd.DataFrame, one: str, several: str) -> str:
     """The layers with the highest values, in these words, if they are told from any other; else empty."""
-    most = _apart(rows, [int(rows["mean"].idxmax())])
+    most = _apart(rows, [_first(rows["mean"], -1)])
     if len(most) == len(rows):
         return ""
     return (one if len(most) == 1 else several).format(_layers(most).lower())
