@@ -62,6 +62,8 @@ def _looking(profile: Profile) -> str:
         return f"No layer looks at the image {_WHEN[query]}."
     mainly = [int(layer) for layer in mass.index[mass >= mass.max() / 2]]
     most, least = _apart(rows, mainly), _apart(rows, [_first(mass, 0)], lowest=True)
+    if set(most) & set(least):  # the highest alone may part where half of it does not
+        most = _apart(rows, [_first(mass, -1)])
     if set(most) & set(least):
         apart = "" if len(rows) == 1 else "; the samples do not show which layer looks more than another"
         return f"The image gets {_range(mass)} of a layer's attention ({_WHEN[query]}){apart}."
