@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Which tests `make quick` runs, as pytest's -m takes it; ARGS goes to pytest as it is (a file, -k name, -x).
 QUICK ?= not slow and not gpu
 ARGS ?=
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test lmms format lint types notebooks docs build check clean

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from avlprof.errors import UserError
 
@@ -57,6 +60,12 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 os.close(handle)
 
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def __del__(self) -> None:
         if hasattr(self, "_handles"):
             self.release()
@@ -100,7 +109,46 @@ class FolderLock:
 
     def _refusal(self) -> UserError:
         self.release()
-        return UserError(f"another process is writing to {self._folder}; wait for it or stop it")
+        return busy(self._folder)
+
+
+def check_free(folder: Path) -> None:
+    """`UserError` when another process is writing to a folder; asked before any work, and makes nothing."""
+    if is_locked(folder / ".lock"):
+        raise busy(folder)
+
+
+def busy(folder: Path) -> UserError:
+    """What to say of a folder that another process writes to."""
+    return UserError(f"another process is writing to {folder}; wait for it or stop it")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds back Ctrl-C, TERM and HUP inside, and lets the first of them through at the end.
+
+    For writing what would be lost. Outside of the main thread, where no signal arrives, nothing
+    is held.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    held = [number for number, handler in before.items() if callable(handler)]
+    for number in held:
+        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+        if arrived:
+            number, frame = arrived[0]
+            handler = before[number]
+            if callable(handler):
+                handler(number, frame)
 
 
 @contextlib.contextmanager
@@ -120,12 +168,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file; never where there are no locks."""
+    """Whether a process holds the lock on a file; never where there are no locks.
+
+    Nothing is written, and a file that may only be read will do.
+    """
     if fcntl is None:
         return False
     try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

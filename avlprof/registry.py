@@ -9,14 +9,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, cut, shortened
 
 T = TypeVar("T")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not known, with the nearest names that are."""
-    known = sorted(known)
+    known, name = sorted(known), cut(name, 100)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     return UserError(f"unknown {kind} '{name}'; {hint}")
@@ -68,7 +68,8 @@ class Registry(Generic[T]):
             kind = (int, float) if isinstance(default, float) else type(default)
             if default is not MISSING and not isinstance(value, kind):
                 raise UserError(
-                    f"option {option} of {self.kind} '{name}' must be {type(default).__name__}, got {value!r}"
+                    f"option {option} of {self.kind} '{name}' must be {type(default).__name__}, "
+                    f"got {shortened(value)}"
                 )
         return strategy(**options)
 

@@ -14,7 +14,9 @@ from PIL import Image
 
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.files import write_text
+from avlprof.files import checked_path, write_text
+from avlprof.models.chat import one_line
+from avlprof.models.identity import listed, settings_differences
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.runs.directory import Scores
 from avlprof.tasks import Sample, Task, load_task
@@ -98,8 +100,11 @@ def _noted(run: Path) -> dict[str, list[str]]:
     path = run / f"{NAME}.jsonl"
     if not path.is_file():
         return {}
-    entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {entry["id"]: entry["images"] for entry in entries}
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {str(entry["id"]): [str(image) for image in entry["images"]] for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); delete it and give the task") from None
 
 
 RUNS = Path("runs")
@@ -113,9 +118,9 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
-        """The run in a directory; `UserError` when there is none."""
-        run = cls(RunDirectory(path))
-        _ = run.meta
+        """The run in a directory; `UserError` when there is none, or its tables are damaged."""
+        run = cls(RunDirectory(checked_path(path, "run")))
+        run.directory.check()
         return run
 
     @property
@@ -154,15 +159,28 @@ class Run:
 
     def check_model(self, loaded: LoadedModel) -> None:
         """`UserError` when the run was traced on another model, or another state of it."""
-        if not self.is_of(loaded):
+        if not self._is_of(loaded):
             theirs = f"{loaded.source} {loaded.revision or ''}".strip()
             ours = f"{self.meta.model} {self.meta.model_hash}".strip()
             raise UserError(
                 f"run {self.path} was traced on {ours}, the model here is {theirs}; trace this one"
             )
+        if different := self._other_settings(loaded):
+            raise UserError(
+                f"run {self.path} was traced under other settings of the model ({listed(different)}); "
+                "trace this one"
+            )
 
     def is_of(self, loaded: LoadedModel) -> bool:
         """Whether the run was traced on this model in this state."""
+        return self._is_of(loaded) and not self._other_settings(loaded)
+
+    def _other_settings(self, loaded: LoadedModel) -> list[str]:
+        """Settings of the model that differ; version 0.1.0 noted none."""
+        noted = self.meta.checkpoint
+        return settings_differences(noted, loaded.settings) if noted else []
+
+    def _is_of(self, loaded: LoadedModel) -> bool:
         return (self.meta.model, self.meta.model_hash) == (loaded.source, loaded.revision or "")
 
 

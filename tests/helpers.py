@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,6 +12,12 @@ import avlprof
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
+
+
+def thinned(names, quick):
+    """All of `names` as parameters of a large matrix; those that are not `quick` are marked slow."""
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def generate(model, inputs, steps=STEPS, **options):

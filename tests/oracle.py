@@ -94,7 +94,9 @@ class Oracle:
             self.model.set_attn_implementation({"text_config": before})
         return [logits[end - 1 : last] for _, end, last in self.turns], self.trace
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    def _attention(
+        self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs
+    ):
         heads, groups = query.shape[1], key.shape[1]
         k = key.repeat_interleave(heads // groups, dim=1)[0].double()
         v = value.repeat_interleave(heads // groups, dim=1)[0].double()
@@ -106,9 +108,15 @@ class Oracle:
         if attention_mask is not None:
             seen = attention_mask[0, 0]
         if getattr(module, "sliding_window", None) is not None:
-            out = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
+            hidden = logits.masked_fill(~seen, -math.inf)
+            out = torch.zeros(heads, total, v.shape[-1], dtype=torch.double)
+            for head in range(heads):
+                for t in range(total):
+                    out[head, t] = shares(hidden[head, t], sink_of(s_aux, head)) @ v[head]
         else:
-            out = Scan(self, module.layer_idx, heads // groups, logits, seen, v).run()
+            scan = Scan(self, module.layer_idx, heads // groups, logits, seen, v)
+            scan.sinks = s_aux
+            out = scan.run()
         return out.transpose(0, 1)[None].to(query.dtype), None
 
 
@@ -135,8 +143,23 @@ def joined(turns, answer_types):
     return full
 
 
+def sink_of(sinks, head):
+    """A head's learned sink: its logit; None where the model has none."""
+    return None if sinks is None else sinks[head].double()
+
+
+def shares(logits, sink):
+    """Softmax of one row; a learned sink takes its share first, and gives nothing for it."""
+    if sink is None:
+        return logits.softmax(-1)
+    powers = (logits - max(logits.max(), sink)).exp()
+    return powers / (powers.sum() + (sink - max(logits.max(), sink)).exp())
+
+
 class Scan:
     """One layer, token by token."""
+
+    sinks = None  # learned logits of the heads
 
     def __init__(self, oracle, layer, size, logits, seen, v):
         self.o, self.policy, self.trace, self.layer = oracle, oracle.policy, oracle.trace, layer
@@ -177,7 +200,7 @@ class Scan:
         spread = torch.zeros(self.heads, self.total, dtype=torch.double)
         for head in range(self.heads):
             columns = sorted(visible(head))
-            row = self.logits[head, t, columns].softmax(-1)
+            row = shares(self.logits[head, t, columns], sink_of(self.sinks, head))
             spread[head, columns] = row
             self.out[head, t] = row @ self.v[head, columns]
         return spread

@@ -70,6 +70,9 @@ POLICIES = {
     ),
 }
 
+QUICK = ("core and window", "per head", "history", "h2o", "filter")
+"""One of each part: what a large matrix runs where time is short."""
+
 SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
 """Those that evict by score while decoding, which captured steps cannot."""
 

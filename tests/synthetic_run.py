@@ -137,6 +137,7 @@ def _statistics(rng: np.random.Generator, meta: RunMeta, vision: int, phase: str
     row |= {
         "rows": 1,
         "mass_sink": float(masses[0] / 2),
+        "mass_learned_sink": 0.0,
         "entropy": float(rng.uniform(0, 4)),
         "text_sink": 0.01,
     }

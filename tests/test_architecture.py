@@ -18,8 +18,9 @@ from tests.synthetic_run import write_run
 ROOT = Path(avlprof.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (
-    ("__init__", "__main__", "testing"),
+    ("__init__", "__main__"),
     ("cli",),
+    ("testing",),
     ("lmms",),
     ("bench",),
     ("api",),
@@ -296,6 +297,7 @@ assert not loaded(("torch", "transformers", "matplotlib", "sklearn")), "looking 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # a process of its own draws all figures
 def test_a_run_is_analyzed_and_reported_without_torch(tmp_path):
     """Neither opening a run, nor its profile, figures and report load a model library."""
     write_run(tmp_path / "run", vision=(5, 4))

@@ -18,7 +18,6 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit_learn": "sklearn"}
 """Import names of packages that are not called like their distribution."""
 
 INDIRECT = {
-    "pyarrow": "pandas reads and writes parquet with it",
     "sklearn": "Optuna's fANOVA, the importances of a study, is a random forest of it",
     "psycopg": "the driver that SQLAlchemy loads for postgresql://",
     "ipykernel": "the kernel that nbclient starts for a notebook",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT, thinned
+
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 RUN = ("docs/python.md", "docs/runtime.md", "docs/first-hour.md", "README.md")
 """Pages whose blocks are one program, run in order."""
@@ -25,7 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", thinned(RUN, ("docs/runtime.md", "README.md")))
 def test_the_blocks_of_a_page_run(page, elsewhere):
     text = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "__main__"}

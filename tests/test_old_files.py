@@ -114,6 +114,7 @@ def test_a_study_is_shown(old):
     assert avlprof.load_policy("third.yaml").provenance.trial == 3
 
 
+@pytest.mark.slow  # the proof and its figures once more
 def test_a_study_that_is_done_stays_as_it_is(old):
     """The same command finds the trials and all answers that were not deleted."""
     before, answers = avlprof.load_policy("study/policy.yaml"), set(Path("study/answers").iterdir())

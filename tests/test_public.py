@@ -104,7 +104,7 @@ def test_a_model_runs_under_a_policy_and_is_recorded(tiny, task, policy):
     use = runtime.cache.use()[0]
     assert use.live < use.dense_prompt
     assert len(recorder.records) == 1
-    assert set(recorder.records[0].frame()["layer"]) == set(range(tiny.adapter.layers))
+    assert {row["layer"] for row in recorder.records[0].frame()} == set(range(tiny.adapter.layers))
 
 
 def test_a_model_is_loaded_by_name(tiny):

@@ -170,6 +170,37 @@ def text_windows(profile: Profile, share: float) -> TextPolicy:
     return TextPolicy(window=windows, sink=profile.meta.settings.text_sink)
 
 
+def derived_name(
+    how: str,
+    spread: Spread,
+    scorer: str,
+    share: float,
+    read_budget: float | None,
+    interval: int | None,
+    text: TextPolicy | float | None = None,
+) -> str:
+    """How a policy was derived, in a file's name: what two derivations differ in is in it.
+
+    `how` (an allocator, or `holding` a coverage), scorer and share always, the rest where it is not the
+    default.
+    """
+    plain = Spread(spread.allocator)
+    parts = [how, scorer.replace(":", "-"), f"{share:g}"]
+    parts += [f"{name}{value:g}" for name, value in sorted(spread.options.items())]
+    parts += [
+        f"{name}{getattr(spread, name):g}"
+        for name in ("mix", "floor")
+        if getattr(spread, name) != getattr(plain, name)
+    ]
+    if read_budget is not None:
+        parts.append(f"read{read_budget:g}")
+    if interval is not None:
+        parts.append(f"every{interval}")
+    if isinstance(text, float | int):
+        parts.append(f"text{text:g}")
+    return "-".join(parts)
+
+
 def check_scorer(name: str) -> None:
     """`UserError` for an unknown scorer; the default needs no look-up, which would import torch."""
     if name != RANKING:

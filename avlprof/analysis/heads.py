@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from avlprof.analysis.intervals import Moments
 from avlprof.policy import tokens
-from avlprof.runs.meta import HEADS
+from avlprof.runs.meta import HEADS, LEARNED_SINK
 
 STATISTICS = {
     "mass_system": "system",
@@ -18,6 +18,7 @@ STATISTICS = {
     "mass_text": "text",
     "mass_generated": "generated",
     "mass_sink": "sink",
+    LEARNED_SINK: "learned_sink",
     "text_sink": "text_sink",
     "entropy": "entropy",
 }
@@ -61,15 +62,18 @@ class HeadMoments:
     def table(self) -> pd.DataFrame:
         """`layer, head, phase, query, statistic, mean, low, high, n`; no row in a run of head averages.
 
-        `statistic` is a modality, `sink` or `text_sink` (share of attention on it, on the first
-        token, on the first text tokens), `entropy` (nat), `coverage_<level>` (share of the vision
-        tokens) or `overlap_<lag>` (share of the head's top set).
+        `statistic` is a modality, `sink`, `learned_sink` or `text_sink` (share of attention on it, on
+        the first token, on the model's learned sink, on the first text tokens), `entropy` (nat),
+        `coverage_<level>` (share of the vision tokens) or `overlap_<lag>` (share of the head's top set).
         """
         layers, heads, kinds, _ = self._shape
         axes = {"layer": range(layers), "head": range(heads), "kind": range(kinds)}
         table = self._moments.table(
             axes | {"statistic": [STATISTICS.get(name, name) for name in self._columns]}
         )
+        learned = table["statistic"] == STATISTICS[LEARNED_SINK]
+        if not table.loc[learned, "mean"].any():  # a model without them
+            table = table[~learned].reset_index(drop=True)
         names = pd.DataFrame(KINDS, columns=["phase", "query"]).loc[table["kind"]].reset_index(drop=True)
         return pd.concat([table.drop(columns="kind"), names], axis=1)[list(COLUMNS)]
 

@@ -19,6 +19,7 @@ from avlprof.analysis.derive import (
     at_budget,
     at_coverage,
     check_scorer,
+    derived_name,
     evidence,
     provenance,
     text_windows,
@@ -28,9 +29,9 @@ from avlprof.analysis.heads import HeadMoments
 from avlprof.analysis.horizon import horizon
 from avlprof.analysis.scan import scan_scores
 from avlprof.analysis.statistics import FRAMES, PER_HEAD, SUMMARIES
-from avlprof.analysis.tables import drift, entropy, head_mean, mass, refresh_from_drift, sinks
+from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite, refresh_from_drift, sinks
 from avlprof.analysis.window import by_sample, reach, window, window_curve
-from avlprof.errors import UserError
+from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
 from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy
 from avlprof.registry import unknown
@@ -77,6 +78,9 @@ def answered(frames: Mapping[str, pd.DataFrame]) -> str:
 class ProfileMeta(BaseModel):
     """The `meta.json` of a profile: the run it was made from and that run's settings.
 
+    `samples` counts those that the profile is of. `not_finite` more were left out, whose attention
+    holds numbers that are not finite; None in a profile of version 0.1.0, which did not look.
+
     Those of 0.1.0 were `avlprof.profile/1`: the query `answer` added shares of steps. They are made anew.
     """
 
@@ -86,6 +90,7 @@ class ProfileMeta(BaseModel):
     run: str
     run_hash: str
     samples: int
+    not_finite: int | None = None
     settings: RunMeta
 
 
@@ -108,14 +113,26 @@ class Profile:
     def from_run(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """Compute the profile of a run; `watch` is told the samples done.
 
+        Samples whose attention holds a number that is not finite are left out and counted.
+
         Raises:
-            UserError: the run holds no finished sample.
+            UserError: the run holds no finished sample, or none whose attention is finite.
         """
+        run.check()
         samples, settings = run.samples(), run.meta
+        broken = not_finite(run)
+        samples = samples[~samples["sample"].isin(broken)]
+        if samples.empty:
+            raise UserError(
+                f"the attention of none of the {len(broken)} samples of run {run.path} is finite; "
+                "trace again with dtype bfloat16 or float32"
+            )
         vision = samples.set_index("sample")["vision"]
         heads, means = HeadMoments(settings.layers, settings.heads, settings.coverages, settings.lags), []
-        for part in run.parts():
-            stats = pd.read_parquet(run.path / f"stats-{part}.parquet")
+        for stats in run.stats_by_part():
+            stats = stats[~stats["sample"].isin(broken)]
+            if stats.empty:
+                continue
             heads.add(stats, vision)
             means.append(head_mean(stats))
         rows = pd.concat(means, ignore_index=True)
@@ -138,18 +155,28 @@ class Profile:
             "head_overlap": scanned.heads,
             "by_sample": by_sample(rows, vision, reached, levels, settings.lags),
         }
-        meta = ProfileMeta(run=str(run.path), run_hash=run.hash, samples=len(samples), settings=settings)
+        meta = ProfileMeta(
+            run=str(run.path),
+            run_hash=run.hash,
+            samples=len(samples),
+            not_finite=len(broken),
+            settings=settings,
+        )
         return cls(meta, frames)
 
     @classmethod
     def of(cls, run: RunDirectory, watch: Watch = SILENT) -> Profile:
         """The profile saved in a run directory if it is of all its samples, else a new one, saved."""
+        run.check()
         with contextlib.suppress(UserError):
             known = cls.load(run.path / "profile")
-            if known.meta.run_hash == run.hash:
+            if known.meta.run_hash == run.hash and known.meta.not_finite is not None:
                 return known
         profile = cls.from_run(run, watch)
-        profile.save(run.path / "profile")
+        try:
+            profile.save(run.path / "profile")
+        except (UserError, OSError) as error:
+            watch.say(f"the profile is worked out and not kept: {cut(str(error))}")
         return profile
 
     @classmethod
@@ -236,7 +263,9 @@ class Profile:
         if budget is not None:
             kept = text_windows(self, text) if isinstance(text, float | int) else text or TextPolicy()
             policy = at_budget(self, budget, read_budget, spread, every, kept)
-            label = f"{spread.allocator}-{budget:g}"
+            label = derived_name(
+                spread.allocator, spread, scorer, budget, read_budget, refresh_interval, text
+            )
         else:
             if read_budget is not None or text is not None:
                 raise UserError(
@@ -244,7 +273,7 @@ class Profile:
                 )
             assert coverage is not None
             policy = at_coverage(self, coverage, spread.floor, every)
-            label = f"coverage-{coverage:g}"
+            label = derived_name("holding", spread, scorer, coverage, None, refresh_interval)
         origin = provenance(self, policy, budget, read_budget)
         ranked = ScorerSpec.of(scorer)
         return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})

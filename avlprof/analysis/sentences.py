@@ -40,6 +40,11 @@ def findings(profile: Profile) -> list[str]:
             *_drift(profile),
         ]
     sentences += [*_window(profile), _sink(profile)]
+    if lost := profile.meta.not_finite:
+        sentences.append(
+            f"This is of {profile.meta.samples} of {profile.meta.samples + lost} samples: the attention of "
+            f"the others is not finite; trace them again with dtype bfloat16 or float32."
+        )
     if profile.meta.samples < ENOUGH:
         few = "1 sample" if profile.meta.samples == 1 else f"{profile.meta.samples} samples"
         sentences.append(f"All of this rests on {few}: trace more before you rely on it.")

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 
 from avlprof.analysis.intervals import over_samples
+from avlprof.runs import RunDirectory
+from avlprof.runs.meta import LEARNED_SINK
 
 ROW = ["sample", "layer", "phase", "query"]
 
@@ -25,15 +27,31 @@ def head_mean(stats: pd.DataFrame) -> pd.DataFrame:
     return wide.groupby(ROW, sort=False).mean().reset_index()
 
 
+ALWAYS = ("mass_system", "mass_vision", "mass_text", "mass_generated", "mass_sink", "entropy")
+"""Columns of `stats` that hold a finite number in every row of a sound run."""
+
+
+def not_finite(run: RunDirectory) -> set[str]:
+    """Ids of samples whose attention holds a number that is not finite: NaN never means "no vision"."""
+    broken: set[str] = set()
+    for stats in run.stats_by_part(["sample", *ALWAYS]):
+        unsound = ~np.isfinite(stats[list(ALWAYS)].to_numpy(dtype=np.float64)).all(axis=1)
+        broken |= set(stats.loc[unsound, "sample"])
+    return broken
+
+
 KEYS = ["layer", "phase", "query"]
 
 
 def mass(rows: pd.DataFrame) -> pd.DataFrame:
     """Share of attention by modality: `layer, phase, query, modality, mean, low, high, n`.
 
-    `rows` is a table of `head_mean`. The means of one layer and query sum to 1.
+    `rows` is a table of `head_mean`. The means of one layer and query sum to 1. What the model's
+    learned attention sinks drew is a modality `learned_sink`, which models without do not have.
     """
-    columns = {f"mass_{name}": name for name in ("system", "vision", "text", "generated")}
+    columns = {f"mass_{name}": name for name in ("system", "vision", "text", "generated", "learned_sink")}
+    if not rows[LEARNED_SINK].any():
+        del columns[LEARNED_SINK]
     long = rows[[*KEYS, *columns]].rename(columns=columns).melt(KEYS, var_name="modality", value_name="mass")
     return over_samples(long, [*KEYS, "modality"], "mass")
 

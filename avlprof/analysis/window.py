@@ -9,6 +9,7 @@ import pandas as pd
 
 from avlprof.analysis.intervals import over_samples
 from avlprof.analysis.tables import KEYS, ROW
+from avlprof.runs.meta import LEARNED_SINK
 
 QUERIES = ("text", "last", "generated")
 ROUNDING = 1e-6  # masses are stored in fp32, so a share may miss a level by as much
@@ -83,7 +84,8 @@ def windows_for(curve: pd.DataFrame, share: float, layers: int) -> tuple[int, ..
     return tuple(int(first.get(layer, 1)) for layer in range(layers))
 
 
-MASSES = ("mass_system", "mass_vision", "mass_text", "mass_generated", "mass_sink", "text_sink")
+MODALITIES = ("mass_system", "mass_vision", "mass_text", "mass_generated")
+MASSES = (*MODALITIES, "mass_sink", LEARNED_SINK, "text_sink")
 
 
 def by_sample(

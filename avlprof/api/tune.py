@@ -11,9 +11,12 @@ from pathlib import Path
 from avlprof.analysis import Profile
 from avlprof.api.trace import trace
 from avlprof.errors import UserError
+from avlprof.files import check_output
+from avlprof.locks import check_free
 from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.run import RUNS, Run, latest_run
-from avlprof.tasks import Task, load_task
+from avlprof.tasks import Task
+from avlprof.tasks.spec import TaskSpec
 from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Smallest, Sweep, Tuned, Workers, read_meta
 from avlprof.tuning.settings import BUDGET, check_budget
@@ -29,7 +32,7 @@ TRACED_SAMPLES = 32
 
 def tune(
     model: str | ModelSpec | LoadedModel = "tiny",
-    task: str | Task = "shapes",
+    task: str | TaskSpec | Task = "shapes",
     budget: float = BUDGET,
     settings: Settings | None = None,
     *,
@@ -42,7 +45,7 @@ def tune(
 
     Args:
         model: alias, hub id or local folder, a spec that says how to load it, or a loaded model.
-        task: what `avlprof.load_task` takes, or a task.
+        task: what `avlprof.load_task` takes, a `TaskSpec` that says how to read it, or a task.
         budget: prompt KV live after prefill over dense, in [0, 1].
         settings: everything else about the search: trials, samples, objective, space, ...
         run: the traced run whose profile shapes the policies; by default that of the study in
@@ -67,7 +70,7 @@ def tune(
 
 def sweep(
     model: str | ModelSpec | LoadedModel = "tiny",
-    task: str | Task = "shapes",
+    task: str | TaskSpec | Task = "shapes",
     budgets: Sequence[float] = (0.1, 0.2, 0.4),
     settings: Settings | None = None,
     *,
@@ -96,7 +99,7 @@ def sweep(
 
 def smallest(
     model: str | ModelSpec | LoadedModel = "tiny",
-    task: str | Task = "shapes",
+    task: str | TaskSpec | Task = "shapes",
     drop: float = 0.01,
     settings: Settings | None = None,
     *,
@@ -152,7 +155,7 @@ class _Plan:
 
 def _plan(
     model: str | ModelSpec | LoadedModel,
-    task: str | Task,
+    task: str | TaskSpec | Task,
     settings: Settings,
     goal: str,
     run: Run | Path | str | None,
@@ -161,16 +164,26 @@ def _plan(
     watch: Watch,
 ) -> _Plan:
     """Load model and task, name the folder, and find the traced run or make one."""
-    task_name = task if isinstance(task, str) else None
-    task = load_task(task) if isinstance(task, str) else task
+    source = TaskSpec(task) if isinstance(task, str) else task
+    read = source.load() if isinstance(source, TaskSpec) else source
+    for split, count in ((settings.split, settings.samples), (settings.proof_split, settings.proof_samples)):
+        read.samples(split, count)
     spec = ModelSpec(model) if isinstance(model, str) else model
     if isinstance(workers, int):
         workers = Workers(workers)
+    workers = workers.named(
+        spec if isinstance(spec, ModelSpec) else None, source if isinstance(source, TaskSpec) else None
+    )
+    if out is not None:
+        check_output(out, folder=True)
+        check_free(Path(out))
     loaded = load_model(spec) if isinstance(spec, ModelSpec) else spec
-    workers = workers.named(spec if isinstance(spec, ModelSpec) else None, task_name)
-    folder = Path(out) if out is not None else STUDIES / study_name(loaded, task, settings, goal)
-    profile = _run(run, folder, loaded, task, settings.max_new_tokens, watch).profile()
-    return _Plan(loaded, task, profile, folder, workers)
+    if note := loaded.adapter.partly_governed:
+        watch.say(note)
+    folder = Path(out) if out is not None else STUDIES / study_name(loaded, read, settings, goal)
+    check_free(folder)
+    profile = _run(run, folder, loaded, read, settings.max_new_tokens, watch).profile()
+    return _Plan(loaded, read, profile, folder, workers)
 
 
 def _run(

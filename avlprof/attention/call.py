@@ -34,6 +34,14 @@ class AttentionCall(NamedTuple):
     valid: Tensor | None = None
     after: Callable[[], None] | None = None
 
+    @property
+    def sinks(self) -> Tensor | None:
+        """A learned logit `[H]` a query head that takes part in its softmax and has no value; None: none.
+
+        Source: GPT-OSS.
+        """
+        return self.options.get("s_aux")
+
     def stock(self) -> Tensor:
         """Output `[B, q, H, D]` of the implementation that the model had before the switch."""
         mask = self.mask

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from avlprof.attention.weights import head_logits
+from avlprof.attention.weights import head_logits, softmax
 
 CPU_WEIGHTS, DEVICE_WEIGHTS = 1 << 19, 1 << 23  # that exist at a time
 MOST_ROWS = 256  # of a block: in longer ones many weights are above the diagonal
@@ -50,6 +50,7 @@ def column_sums(
     *,
     counted: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     block: int | None = None,
 ) -> Tensor:
     """Sums over query rows of their softmax attention on each key.
@@ -65,6 +66,7 @@ def column_sums(
         seen: which keys the rows see.
         counted: bool `[B, R]`, rows that count; by default all.
         softcap: logit soft cap, when the model has one.
+        sinks: `[H]` learned logits, as in `AttentionCall.sinks`.
         block: query rows whose weights exist at a time; by default what suits the device.
 
     Returns:
@@ -76,19 +78,24 @@ def column_sums(
     if query.is_cuda and seen.mask is None and block is None and find_spec("triton") is not None:
         from avlprof.attention.triton_column_sums import triton_column_sums
 
-        return triton_column_sums(query, key, scaling, rows, counted, seen.valid, seen.causal, softcap)
+        before = rows if seen.causal else None
+        return triton_column_sums(query, key, scaling, before, counted, seen.valid, softcap, sinks)
     total = query.new_zeros((batch, heads, length), dtype=torch.float32)
     for index in range(batch):
-        own = _RowSeen(seen, index, rows[index])
         weight = torch.ones(count, device=query.device) if counted is None else counted[index].float()
-        _add(total[index], query[index], key[index], scaling, softcap, own, weight, block)
+        own = _RowSeen(seen, index, rows[index], weight)
+        _add(total[index], query[index], key[index], scaling, own, softcap, sinks, block)
     return total
 
 
 class _RowSeen:
-    """Which keys the query rows of one sequence of a batch see, `rows [R]` being their positions."""
+    """Which keys the query rows of one sequence of a batch see, and how much each row counts.
 
-    def __init__(self, seen: Seen, index: int, rows: Tensor) -> None:
+    `rows [R]` are their positions, `counted` is fp32 `[R]`.
+    """
+
+    def __init__(self, seen: Seen, index: int, rows: Tensor, counted: Tensor) -> None:
+        self.counted = counted
         self._rows, self._in_order = rows, seen.rows is None
         self._valid = None if seen.valid is None else seen.valid[index]
         self._causal = seen.causal and seen.mask is None
@@ -117,9 +124,9 @@ def _add(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    softcap: float | None,
     seen: _RowSeen,
-    counted: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
     block: int | None,
 ) -> None:
     """Add the rows of one sequence, `query [H, R, D]`, to `total [H, N]`."""
@@ -131,7 +138,7 @@ def _add(
         rows = slice(start, min(start + most, count))
         keys = seen.keys(rows, length)
         allowed = seen.allowed(rows, keys)
-        weight = counted[rows]
+        weight = seen.counted[rows]
         hidden = None
         if allowed is not None:
             hidden = (~allowed).float() * UNSEEN  # adding it is several times as fast as filling by a mask
@@ -143,4 +150,5 @@ def _add(
             logits = head_logits(query[these, rows], key[few, :keys], scaling, softcap)
             if hidden is not None:
                 logits += hidden
-            total[these, :keys] += (weight[None, None] @ logits.softmax(dim=-1))[:, 0]
+            own = None if sinks is None else sinks[these].view(-1, 1, 1)
+            total[these, :keys] += (weight[None, None] @ softmax(logits, own))[:, 0]

@@ -10,11 +10,34 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside wrappers: PEFT, `torch.compile`, data parallel.
+
+    Adapters of PEFT are part of the model's layers and stay at work.
+
+    Raises:
+        UserError: there is none inside.
+    """
+    for _ in range(8):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), torch.nn.Module) and not hasattr(model, "config"):
+            model = model.module
+        else:
+            break
+    if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
+        raise UserError(f"{type(model).__name__} is not a model of transformers; give the model itself")
+    return model
 
 
 class Role(Enum):
@@ -190,12 +213,13 @@ SINKS: Final = "s_aux"
 """A learned logit of each query head that takes part in the softmax."""
 
 
-def check_call(call: AttentionCall, seen: set[int], governed: bool, implementation: str) -> None:
+def check_call(call: AttentionCall, seen: set[int], measured: bool, full: bool, implementation: str) -> None:
     """Refuse a call that is not what avlprof takes it for; asked at each call of a pass.
 
     Args:
         seen: layers that have called in this pass.
-        governed: a policy acts on the layer.
+        measured: a policy acts on the layer, or its weights are recorded.
+        full: the layer keeps a key and a value of every token.
         implementation: the attention that the model is set to.
 
     Raises:
@@ -205,13 +229,17 @@ def check_call(call: AttentionCall, seen: set[int], governed: bool, implementati
     for option, value in call.options.items():
         if value is None or option in NEUTRAL or option == SINKS:
             continue
-        if option in ("position_bias", "sinks") and not governed:
+        if option in ("position_bias", "sinks") and not measured:
             continue
         if option in CHOICES and implementation in ("sdpa", "eager"):
             continue
         raise UserError(
             f"the attention of {name} takes '{option}', which avlprof does not know how to follow"
-            f"{' under a policy' if option in ('position_bias', 'sinks') else ''}"
+        )
+    if measured and full and call.mask is not None and call.mask.shape[1] > 1:
+        raise UserError(
+            f"layer {call.layer} ({name}) hides keys from each head in a way of its own, "
+            "which cannot be followed"
         )
     if call.layer in seen:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The attention function of a model, overheard under its own name, and how it takes masks.
+"""The attention function of a model, overheard under its own name, uncompiled, and how it takes masks.
 
 A private name would not be neutral: some models ask which implementation is set and compute
 something else under one that they do not know. So the functions registered as `sdpa`, `eager`,
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from avlprof.attention.call import AttentionCall, Kernel
 from avlprof.attention.masks import plain_mask
@@ -55,8 +55,8 @@ def _wrap(name: str) -> None:
     count, stock = _wrapped.get(name, (0, None))
     if count == 0:
         # eager functions live in the modeling files, and are asked for as the default
-        stock = ALL_ATTENTION_FUNCTIONS.get(name)
-        ALL_ATTENTION_FUNCTIONS[name] = _wrapper(name, stock)
+        stock = AttentionInterface._global_mapping.get(name)
+        AttentionInterface.register(name, _wrapper(name, stock))
     _wrapped[name] = (count + 1, stock)
 
 
@@ -65,9 +65,10 @@ def _unwrap(name: str) -> None:
     if count > 1:
         _wrapped[name] = (count - 1, stock)
         return
-    del ALL_ATTENTION_FUNCTIONS[name]
-    if stock is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not stock:
-        ALL_ATTENTION_FUNCTIONS[name] = stock  # it was a local entry of the registry
+    if stock is None:
+        AttentionInterface._global_mapping.pop(name, None)
+    else:
+        AttentionInterface.register(name, stock)
 
 
 def _wrapper(name: str, stock: Kernel | None) -> Kernel:
@@ -131,7 +132,22 @@ def _with_masks(stock: Kernel, name: str, original: Any, plain: Tensor | None) -
             return stock(module, query, key, value, mask, **options)
         if name in ("sdpa", EAGER):
             return stock(module, query, key, value, mask, **options)
-        sdpa: Kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]  # flash and flex take no mask of single pairs
+        sdpa: Kernel = AttentionInterface._global_mapping[
+            "sdpa"
+        ]  # flash and flex take no mask of single pairs
         return sdpa(module, query, key, value, mask, **options)
 
     return run
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled calls run uncompiled inside, if anything is compiled in this process.
+
+    What was traced by the compiler does not ask for the attention function any more.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -24,7 +24,8 @@ def plain_mask(mask: Any, query: Tensor, key: Tensor, options: dict[str, Any]) -
         if mask.dtype == torch.bool:
             return mask
         plain = mask == 0
-        if not bool((plain | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        one = query.shape[2] == 1  # a step, which waits for no value: its prompt was asked
+        if not one and not bool((plain | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
             raise UserError(
                 "this model's attention mask adds numbers of its own to the logits, which cannot be followed"
             )
@@ -87,11 +88,9 @@ def as_long_as(call: AttentionCall, seen: int) -> AttentionCall:
     mask = call.mask[..., :seen] if call.mask is not None else None
     kernel = call.kernel
 
-    def stock(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: Any, **options: Any
-    ) -> Any:
-        if given is mask:  # as it came: a kernel may want the buffers whole
+    def stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cut: Any, **options: Any) -> Any:
+        if cut is mask:  # as it came: a kernel may want the buffers whole
             return kernel(module, query, whole.key, whole.value, whole.mask, **options)
-        return kernel(module, query, key, value, given, **options)
+        return kernel(module, query, key, value, cut, **options)
 
     return call._replace(key=call.key[:, :, :seen], value=call.value[:, :, :seen], mask=mask, kernel=stock)

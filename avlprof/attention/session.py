@@ -16,11 +16,10 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
-from avlprof.attention.gate import check_call, check_traced, decoder_of
-from avlprof.attention.kernels import EAGER, overheard
+from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
+from avlprof.attention.kernels import EAGER, eagerly, overheard
 from avlprof.attention.masks import as_long_as, check_causal, padding_mask
 from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
-from avlprof.attention.wrappers import eagerly
 from avlprof.errors import UserError
 
 NAMES = ("cache", "past_key_values")  # of a cache, argument and output: from transformers 5.24 on, and before
@@ -92,6 +91,7 @@ class Session:
     def __init__(self, model: PreTrainedModel, implementation: str) -> None:
         self.model = model
         self.implementation = implementation
+        self.roles = layer_roles(model.config.get_text_config(decoder=True))
         self.signature = inspect.signature(model.forward)
         self.cache_name = cache_argument(model)
         self.observers: list[Observer] = []
@@ -205,9 +205,15 @@ class Session:
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model: let go of the pass, also after an exception."""
         now = self._thread.now
-        if module is self.model and now is not None:
-            self._enter(now.cache, False)
-            self._thread.now = None
+        if module is not self.model or now is None:
+            return
+        self._enter(now.cache, False)
+        self._thread.now = None
+        if output is not None and not now.layers and not self.single:
+            raise UserError(
+                f"the layers of {type(self.model).__name__} do not ask transformers' attention interface, so "
+                "their attention cannot be followed"
+            )
 
     def _enter(self, cache: Any, active: bool) -> None:
         """Tell a policy's cache that a pass of its context is at work, or over."""
@@ -236,22 +242,22 @@ class Session:
                 "call the model that was switched, not a part of it; compile it before the context"
             )
         runtime = self.runtime
-        check_call(
-            call,
-            now.layers,
-            runtime is not None and runtime.governs(now.cache, call.layer),
-            self.implementation,
-        )
+        governed = runtime is not None and runtime.governs(now.cache, call.layer)
+        measured = governed or bool(self.observers)
+        full = self.roles[call.layer].role is Role.FULL
+        check_call(call, now.layers, measured, full, self.implementation)
         now.layers.add(call.layer)
-        call = as_long_as(call, now.forward.modality.shape[1])
+        if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
+            call = as_long_as(call, now.forward.modality.shape[1])
         if runtime is None:
             out = call.stock()
         else:
             out, call = runtime.attend(now.forward, now.cache, call)
-        if self.observers and call.query.shape[2] < now.forward.new and runtime is not None:
+        if self.observers and call.query.shape[2] < now.forward.new:
             raise UserError(
-                "behind a prefill_filter layers see fewer tokens than the prompt has, which cannot be "
-                "recorded; record under a policy without one"
+                f"layer {call.layer} attends for {call.query.shape[2]} of the {now.forward.new} tokens of "
+                "the prompt, which cannot be recorded (a prefill_filter drops tokens; layers that read "
+                "another layer's keys may look with the last one alone)"
             )
         for observer in self.observers:
             observer.attended(now.forward, call)

@@ -22,14 +22,15 @@ def triton_column_sums(
     query: Tensor,
     key: Tensor,
     scaling: float,
-    rows: Tensor,
-    counted: Tensor | None,
-    valid: Tensor | None,
-    causal: bool,
-    softcap: float | None,
+    rows: Tensor | None,
+    counted: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `avlprof.attention.column_sums`, with `rows [B, R]`; half-precision inputs stay as they are.
+    """As `avlprof.attention.column_sums`; half-precision inputs stay as they are.
 
+    Attention is causal from the positions `rows [B, R]` on; None: every row sees all keys.
     Products are summed in fp32; those of fp32 inputs are not rounded to TF32.
     """
     batch, heads, count, size = query.shape
@@ -37,6 +38,9 @@ def triton_column_sums(
     # the kernels step through the last dimension one by one
     query = query if query.stride(-1) == 1 else query.contiguous()
     key = key if key.stride(-1) == 1 else key.contiguous()
+    causal = rows is not None
+    if rows is None:
+        rows = torch.zeros(batch, count, device=query.device)
     rows = rows.to(torch.int32).contiguous()
     counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
     real = rows if valid is None else valid.to(torch.int32).contiguous()
@@ -66,6 +70,8 @@ def triton_column_sums(
     with torch.cuda.device(query.device if query.is_cuda else -1):
         grid = (triton.cdiv(count, block), batch * heads)
         _row_lse[grid](query, key, rows, counts, real, lse, *shared, **constants)
+        if sinks is not None:  # all that they change is what a row's weights are divided by
+            lse = torch.logaddexp(lse, sinks.float()[None, :, None])
         grid = (triton.cdiv(length, block), batch * heads)
         _key_sums[grid](query, key, rows, real, lse, total, *shared, **constants)
     return total

@@ -31,18 +31,37 @@ def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None
 
 
 def row_weights(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention rows `[B, H, R, N]` in fp32; arguments as in `row_logits`.
 
     `mask` is bool, broadcastable to `[B, H, R, N]`, True where a row may look; a row that may
-    look nowhere is all zero.
+    look nowhere is all zero. `sinks [H]` are learned logits, as in `AttentionCall.sinks`.
     """
     logits = row_logits(query, key, scaling, softcap)
-    if mask is None:
+    if mask is not None:
+        logits = logits.masked_fill_(~mask, float("-inf"))
+    weights = softmax(logits, None if sinks is None else sinks.view(-1, 1, 1))
+    return weights if mask is None else weights.nan_to_num(0.0)
+
+
+def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension; `sinks`, which broadcast to `[..., 1]`, are one logit more a row.
+
+    What goes to the sink is not returned, so with sinks rows sum to less than 1, and one that sees
+    nothing is all zero.
+    """
+    if sinks is None:
         return logits.softmax(dim=-1)
-    weights = logits.masked_fill_(~mask, float("-inf")).softmax(dim=-1)
-    return weights.nan_to_num(0.0)
+    sinks = sinks.to(logits.dtype)
+    most = torch.maximum(logits.amax(dim=-1, keepdim=True), sinks)
+    weights = (logits - most).exp()
+    return weights / (weights.sum(dim=-1, keepdim=True) + (sinks - most).exp())
 
 
 def causal_rows(rows: Tensor, valid: Tensor) -> Tensor:
@@ -95,6 +114,7 @@ def packed_attention(
     scaling: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention output of one query row per sequence.
 
@@ -104,20 +124,27 @@ def packed_attention(
         scaling: factor of the dot product.
         mask: bool `[B, 1 or Hkv, 1, N]`, or None when every key is seen.
         softcap: logit soft cap, when the model has one.
+        sinks: `[H]` learned logits, as in `AttentionCall.sinks`.
 
     Returns:
         `[B, 1, H, D]`, as transformers' attention functions return it.
     """
     batch, heads, _, size = query.shape
-    if softcap is not None or (_streams(key, heads) and key.numel() >= _MANY):
-        return weighted_values(step_weights(query, key, scaling, mask, softcap), value)
+    plain = softcap is None and sinks is None
+    if not plain or (_streams(key, heads) and key.numel() >= _MANY):
+        return weighted_values(step_weights(query, key, scaling, mask, softcap, sinks), value)
     rows = query.view(batch, key.shape[1], -1, size)
     out: Tensor = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return torch.reshape(out, (batch, 1, heads, value.shape[-1]))
 
 
 def step_weights(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax weights `[B, H, N]` of one query row per sequence, in fp32; arguments as above."""
     batch, heads, _, size = query.shape
@@ -136,7 +163,8 @@ def step_weights(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits.masked_fill_(~mask, float("-inf"))
-    return logits.softmax(dim=-1).view(batch, heads, length)
+    own = None if sinks is None else sinks.view(*logits.shape[1:3], 1)
+    return softmax(logits, own).view(batch, heads, length)
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:

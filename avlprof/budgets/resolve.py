@@ -48,7 +48,11 @@ def resolve(policy: Policy, evidence: Evidence) -> Policy:
 
 
 def resolve_by_depth(policy: Policy, layers: int) -> Policy:
-    """`resolve` with nothing known of the model but its number of layers."""
+    """`resolve` with nothing known of the model but its number of layers.
+
+    Raises:
+        UserError: the allocator looks at more than that.
+    """
     return resolve(policy, Evidence(layers=layers, tokens=FINE))
 
 

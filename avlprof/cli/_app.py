@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Final
 
@@ -13,47 +13,49 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from avlprof.cli._failures import flags_of, sentence
 from avlprof.cli._progress import quiet_libraries
-from avlprof.errors import UserError
+from avlprof.cli._signals import ending_once
+from avlprof.cli._start import prepare
+from avlprof.errors import cut
 
 USER, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
 
 @contextlib.contextmanager
-def reported(debug: bool) -> Iterator[None]:
+def reported(
+    debug: bool, flags: Callable[[], Iterable[str]] = tuple, words: Sequence[str] = ()
+) -> Iterator[None]:
     """Tell what goes wrong inside in one line and leave with its exit code.
 
     With `debug` the traceback comes first. Wrong usage (an unknown option, a value of the wrong
-    type) counts as the user's error.
+    type) counts as the user's error, and so does what the system refuses. `flags` are the options by
+    which the message calls arguments.
     """
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command resumes", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except UserError as error:
-        raise _told(str(error), USER, debug) from None
+        raise typer.Exit(getattr(error, "code", INTERRUPTED)) from None
     except Exception as error:
-        if hasattr(error, "format_message"):
-            said = str(error.format_message()).replace("Value error, ", "").rstrip(".")
-            raise _told(f"{said}{_help(error)}", USER, debug) from None
-        said = " ".join(str(error).split())
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(getattr(error, "ctx").get_help())  # noqa: B009 - typer's own class is private
+            raise typer.Exit from None
+        said = sentence(error, flags(), words)
+        if said is not None:
+            raise _told(said, USER, debug) from None
         hint = "" if debug else "; run 'avlprof --debug ...' to see where"
-        raise _told(f"unexpected {type(error).__name__}: {said}{hint}", UNEXPECTED, debug) from None
+        unexpected = f"unexpected {type(error).__name__}: {cut(str(error))}{hint}"
+        raise _told(unexpected, UNEXPECTED, debug) from None
 
 
 def _told(message: str, code: int, debug: bool) -> typer.Exit:
     if debug:
         traceback.print_exc(file=sys.stderr)
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(f"error: {cut(message, 1000)}", err=True)
     return typer.Exit(code)
-
-
-def _help(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    return f" (see '{context.command_path} --help')" if context is not None else ""
 
 
 COMMANDS: Final[dict[str, str]] = {
@@ -98,10 +100,17 @@ class Commands(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         with reported(debug=False):
-            return super().make_context(info_name, args, parent, **extra)
+            words = list(args)
+            context = super().make_context(info_name, args, parent, **extra)
+            context.meta["words"] = words
+            return context
 
     def invoke(self, ctx: Any) -> Any:
-        with reported(debug=bool(ctx.params.get("debug"))):
+        def flags() -> Iterable[str]:
+            command = self.get_command(ctx, ctx.invoked_subcommand) if ctx.invoked_subcommand else None
+            return flags_of(command)
+
+        with reported(bool(ctx.params.get("debug")), flags, ctx.meta.get("words", ())):
             return super().invoke(ctx)
 
 
@@ -117,6 +126,7 @@ app = typer.Typer(
     cls=Commands,
     help="Trace, tune and run adaptive attention policies for large vision-language models.",
     no_args_is_help=True,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -134,5 +144,10 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 1 (unexpected), 2 (the user's to mend) or 130 (Ctrl-C)."""
-    app(prog_name="avlprof")
+    """Run the command line.
+
+    Exits with 0, 1 (unexpected), 2 (the user's to mend), or 130, 143 or 129 (Ctrl-C, TERM, HUP).
+    """
+    prepare(sys.argv[1:])
+    with ending_once():
+        app(prog_name="avlprof")

@@ -52,6 +52,10 @@ _MODEL = {
     "name": _model_option(("--model", "-m"), "Short name, hub id or local folder.", str),
     "device": _model_option(("--device",), "auto, cpu, cuda, cuda:N or mps.", str),
     "dtype": _model_option(("--dtype",), "auto, float32, bfloat16 or float16.", str),
+    "quantize": _model_option(("--quantize",), "4bit or 8bit weights, by bitsandbytes.", str | None),
+    "attention": _model_option(
+        ("--attention",), "sdpa, eager, flash_attention_2, ... or a kernel of the hub.", str | None
+    ),
     "revision": _model_option(("--revision",), "Branch, tag or commit on the hub.", str | None),
     "trust_remote_code": _model_option(("--trust-remote-code",), "Run code that comes with the model.", bool),
     "device_map": _model_option(
@@ -59,11 +63,15 @@ _MODEL = {
         "Spread a large model over GPUs: auto, balanced, balanced_low_0 or sequential.",
         str | None,
     ),
+    "model_args": _model_option(
+        ("--model-args",), "NAME=VALUE for the model's config or from_pretrained; repeat.", list[str] | None
+    ),
 }
 """Options of `ModelSpec`, by its fields, which hold their defaults."""
 
 
-ModelOption, DeviceOption, DtypeOption, RevisionOption, TrustOption, DeviceMapOption = _MODEL.values()
+DeviceOption, DtypeOption = _MODEL["device"], _MODEL["dtype"]
+"""For commands that load no checkpoint."""
 
 
 def _dataset_option(flag: str, text: str) -> tuple[Any, None]:
@@ -87,20 +95,64 @@ _TASK: Options = {
 
 def model_options(command: Command) -> Command:
     """Gives a command the options that say which model and how to load it, as one `spec`."""
-    standard = defaults(ModelSpec)
-    options = {field: (annotation, standard[field]) for field, annotation in _MODEL.items()}
-    return _with_options(command, "spec", "model", options, lambda values: ModelSpec(**values))
+    return _model_options(command, {})
 
 
 def task_options(command: Command) -> Command:
     """Gives a command the options that say which task and how to read it, as one `source`."""
+    return _with_options(command, "source", "task", _TASK, _source)
 
-    def source(values: dict[str, Any]) -> Any:
-        from avlprof.tasks.spec import TaskSpec
 
-        return TaskSpec(**values)
+def noted_options(command: Command) -> Command:
+    """`model_options` and `task_options` of a command that knows model and task: their names may be left out.
 
-    return _with_options(command, "source", "task", _TASK, source)
+    A name that is left out is the empty one.
+    """
+    named = {"name": (_MODEL["name"], ""), "device_map": (_MODEL["device_map"], None)}
+    task = _TASK | {"name": (_TASK["name"][0], "")}
+    return _model_options(_with_options(command, "source", "task", task, _source), named)
+
+
+def _model_options(command: Command, other: Options) -> Command:
+    standard = defaults(ModelSpec)
+    options = {field: (annotation, standard[field]) for field, annotation in _MODEL.items()} | other
+
+    def spec(values: dict[str, Any]) -> ModelSpec:
+        return ModelSpec(**values | {"model_args": parse_arguments(values["model_args"])})
+
+    return _with_options(command, "spec", "model", options, spec)
+
+
+def _source(values: dict[str, Any]) -> Any:
+    from avlprof.tasks.spec import TaskSpec
+
+    return TaskSpec(**values)
+
+
+def parse_arguments(pairs: Sequence[str] | None) -> dict[str, Any] | None:
+    """Values by name of `NAME=VALUE` pairs, each value as YAML reads it.
+
+    Raises:
+        UserError: another form, a name given twice, or a value that is a list or a mapping.
+    """
+    if not pairs:
+        return None
+    from avlprof.errors import UserError, shortened
+    from avlprof.policy.strict_yaml import read_yaml
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--model-args must be NAME=VALUE, got {shortened(pair)}")
+        if name in values:
+            raise UserError(f"--model-args gives '{name}' twice; keep one of them")
+        value = read_yaml(text, f"--model-args {name}")
+        if not isinstance(value, str | int | float | bool | None):
+            raise UserError(f"--model-args {name} must be one number, word or switch, got {shortened(text)}")
+        values[name] = value
+    return values
 
 
 def _with_options(
@@ -147,6 +199,21 @@ def defaults(parcel: type) -> dict[str, Any]:
     return {field.name: field.default for field in fields(parcel) if field.default is not MISSING}
 
 
+_OF_TASKS = ("task", "metric", "columns", "dataset", "samples", "split", "forced")
+
+
+def refuse_beside_picture(context: typer.Context) -> None:
+    """`UserError` for options of tasks beside a picture of one's own, where they would do nothing."""
+    from avlprof.errors import UserError
+
+    for parameter in context.command.params:
+        name = str(parameter.name).removeprefix("task_")
+        of_tasks = (name == "name" and parameter.name == "task_name") or name.split("_")[0] in _OF_TASKS
+        source = context.get_parameter_source(str(parameter.name))
+        if of_tasks and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{parameter.opts[0]} does nothing beside --image and --prompt; leave it out")
+
+
 def run_or_newest(path: Path | None) -> Run:
     """The run at `path`; else the newest one below `runs/`; else one of the embedded model, made now."""
     from avlprof.cli._progress import bars
@@ -167,12 +234,30 @@ def run_or_newest(path: Path | None) -> Run:
 
 def parse_shares(option: str, text: str) -> list[float]:
     """Shares in (0, 1] with commas between, as in `0.1,0.2`; `UserError` for anything else."""
-    from avlprof.errors import UserError
+    from avlprof.errors import UserError, shortened
 
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
     if not shares or not all(0.0 < share <= 1.0 for share in shares):
-        raise UserError(f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got '{text}'")
+        meant = _as_shares(text)
+        remedy = f"; did you mean {meant}?" if meant else ""
+        raise UserError(
+            f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got {shortened(text)}{remedy}"
+        )
     return shares
+
+
+def _as_shares(text: str) -> str:
+    """Percentages as the shares that they mean; empty where there are none."""
+    if "%" not in text:
+        return ""
+    try:
+        parts = [
+            float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1)
+            for part in text.split(",")
+        ]
+    except ValueError:
+        return ""
+    return ",".join(f"{part:g}" for part in parts)

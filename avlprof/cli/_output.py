@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from avlprof.errors import counted
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -28,6 +30,19 @@ class Format(StrEnum):
 
 FormatOption = Annotated[
     Format, typer.Option("--format", help="How to print the results.", rich_help_panel="Output")
+]
+
+
+class FigureFormat(StrEnum):
+    """How figures are written."""
+
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
+FigureFormatOption = Annotated[
+    FigureFormat, typer.Option("--figure-format", help="How to write figures.", rich_help_panel="Output")
 ]
 
 Row = Mapping[str, Any]
@@ -195,9 +210,9 @@ def print_differences(here: Profile, other: Profile, form: Format) -> None:
 
 def _how(here: Profile, other: Profile, table: pd.DataFrame) -> str:
     if (table["how"] == "paired").all():
-        samples = f"{table['n'].max()} samples that both runs have, each compared with itself"
+        samples = f"{counted(table['n'].max(), 'sample')} that both runs have, each compared with itself"
     else:
-        samples = f"{here.meta.samples} samples against {other.meta.samples} others"
+        samples = f"{counted(here.meta.samples, 'sample')} against {other.meta.samples} others"
     return f"{samples}; * the 95% interval excludes 0; pp: percentage points."
 
 

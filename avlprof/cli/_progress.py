@@ -66,13 +66,16 @@ def _lines(label: str, unit: str, resumes: bool, begun: bool) -> Report:
     began = reported = time.monotonic()
     before: int | None = None if resumes or begun else 0
 
+    def name(count: int) -> str:
+        return unit.removesuffix("s") if count == 1 else unit
+
     def report(done: int, total: int) -> None:
         nonlocal began, reported, before
         now = time.monotonic()
         if before is None:
             before, began, reported = done, now, now
             if resumes and done:
-                note(f"{label}: {done} of {total} {unit} were done before")
+                note(f"{label}: {done} of {total} {name(total)} were done before")
             if not begun or done < total:
                 return
         if done < total and now - reported < EVERY_SECONDS:
@@ -81,7 +84,7 @@ def _lines(label: str, unit: str, resumes: bool, begun: bool) -> Report:
         rate = (done - before) / (now - began) if now > began else 0.0
         left = f", {duration((total - done) / rate)} left" if done < total and rate > 0 else ""
         speed = f", {rate:.3g} {unit}/s" if rate > 0 else ""
-        note(f"{label}: {done} of {total} {unit}{speed}{left}")
+        note(f"{label}: {done} of {total} {name(total)}{speed}{left}")
 
     return report
 
@@ -167,6 +170,7 @@ _UNITS = {
     "finalists": "answers",
     "proof": "answers",
     "knobs": "policies",
+    "types": "types",
     "evaluate": "steps",
     "compare": "answers",
     "bench trace": "prefills",

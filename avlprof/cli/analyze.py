@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,8 @@ from avlprof.analysis.statistics import VIEWS
 from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import (
+    FigureFormat,
+    FigureFormatOption,
     Format,
     FormatOption,
     cells_of,
@@ -23,7 +25,8 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import bars
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
+from avlprof.files import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from avlprof.run import Run
     from avlprof.tasks import Task
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -58,6 +61,7 @@ def analyze(
         str | None, typer.Option("--task", help="Where the pictures are, if the run cannot tell.")
     ] = None,
     form: FormatOption = Format.table,
+    figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
     """Say what each layer attends to; writes RUN/profile/ and RUN/figures/."""
     from avlprof.registry import unknown
@@ -73,12 +77,15 @@ def analyze(
         traced.scores(sample, ["last"])
     if layer is not None and not 0 <= layer < traced.meta.layers:
         raise UserError(f"layer must be in 0 to {traced.meta.layers - 1}, got {layer}")
+    summary = what == VIEWS[0] and against is None
+    drawn = summary if figures is None else figures
+    if drawn:
+        check_figures(traced.path / "figures")
     with bars() as watch:
         profile = traced.profile(watch)
-    wrote = [traced.path / "profile"]
-    summary = what == VIEWS[0] and against is None
-    if summary if figures is None else figures:
-        wrote.append(_draw(traced, profile, sample, pictures, layer))
+    wrote = [traced.path / "profile"] if (traced.path / "profile").is_dir() else []
+    if drawn:
+        wrote.append(_draw(traced, _figures(traced, profile, sample, pictures, layer), figure_format))
     if against is not None:
         print_differences(profile, _other(against), form)
     else:
@@ -86,6 +93,14 @@ def analyze(
     if summary:
         _say(profile, form)
     finished(wrote, f"avlprof derive {traced.path} --budget 0.4")
+
+
+def check_figures(folder: Path) -> None:
+    """`UserError` when figures could not be written, before anything is worked out for them."""
+    try:
+        check_output(folder, folder=True)
+    except UserError as error:
+        raise UserError(f"{error}; or leave figures out (--no-figures)") from None
 
 
 def _other(path: Path) -> Profile:
@@ -105,17 +120,17 @@ def _say(profile: Profile, form: Format) -> None:
 
 def _title(profile: Profile) -> str:
     settings = profile.meta.settings
-    return f"{settings.model} on {settings.task}, {profile.meta.samples} samples"
+    return f"{settings.model} on {settings.task}, {counted(profile.meta.samples, 'sample')}"
 
 
-def _draw(run: Run, profile: Profile, sample: str | None, task: Task | None, layer: int | None) -> Path:
+def _draw(run: Run, figures: Iterable[tuple[str, Callable[[], Figure]]], suffix: str) -> Path:
     """Write every figure that the run has data for, name the others with the reason; the folder."""
     from avlprof.plots import save_figure
 
     folder = run.path / "figures"
-    for name, draw in _figures(run, profile, sample, task, layer):
+    for name, draw in figures:
         try:
-            save_figure(draw(), folder / f"{name}.png")
+            save_figure(draw(), folder / name, suffix)
         except UserError as error:
             note(f"no figure {name}: {error}")
     return folder
@@ -166,6 +181,8 @@ def _words(run: Run, sample: str | None, task: Task | None) -> Figure:
 
     row = _sample_with_tiles(run, sample)
     name = str(row["sample"])
+    if "tokens" not in row:
+        raise UserError(f"run {run.path} has no tokens of its answers; trace into another folder")
     scores = run.scores(name, ["last", "decode"])
     rows = np.concatenate([scores["last"][None], scores["decode"]])
     words, steps = group_words([str(piece) for piece in row["tokens"]][: len(rows)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,10 +23,16 @@ from avlprof.cli._bench_options import (
 )
 from avlprof.cli._output import Format, FormatOption, size
 from avlprof.cli._progress import bars
+from avlprof.files import check_output
+from avlprof.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer(
     help="Time recording, decoding and scoring: ratios, measured in turns in one process.",
     no_args_is_help=True,
+    add_completion=False,
 )
 
 
@@ -51,6 +57,7 @@ def trace(
     """Prefill alone, prefill while tracing, and eager attention that hands out its weights."""
     from avlprof.bench.trace import METHODS, run_trace_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     with bars() as watch:
@@ -101,6 +108,7 @@ def decode(
     """Decoding steps of the stock model, of a mask, of the dense cache and under policies."""
     from avlprof.bench.decode import DecodeBench, run_decode_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     bench = DecodeBench(
@@ -124,17 +132,15 @@ def decode(
 
 
 @app.command()
+@options.model_options
+@options.task_options
 def tune(
-    model: options.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
+    spec: ModelSpec,
+    source: TaskSpec,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples that a trial is judged on.")] = 64,
     trials: Annotated[int, typer.Option("--trials", help="Policies judged in all.")] = 12,
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated at a time.")] = 32,
     single: Annotated[bool, typer.Option("--single/--no-single", help="Generate at batch 1 as well.")] = True,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
@@ -142,16 +148,18 @@ def tune(
     """Trials of a search: one forced forward against generating anew for every policy and sample."""
     from avlprof.bench.tune import TuneBench, run_tune_bench
     from avlprof.models import load_model
-    from avlprof.tasks import load_task
 
+    check_output(out)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    loaded = load_model(model, device=device, dtype=dtype)
-    bench = TuneBench(samples, trials, batch, single=single)
+    task = source.load()
+    task.samples("search", samples)
+    loaded = load_model(spec)
+    bench = TuneBench(samples, trials, batch, max_new_tokens=source.max_new_tokens, single=single)
     with bars() as watch:
-        costs = run_tune_bench(loaded, load_task(task), bench, watch)
+        costs = run_tune_bench(loaded, task, bench, watch)
     rows = [asdict(cost) for cost in costs]
     columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
     columns += ["preparation_s", "break_even", "answer_tokens"]
@@ -177,6 +185,7 @@ def prefill(
     """Prompts of the stock model, under eviction, and with vision tokens dropped on the way."""
     from avlprof.bench.prefill import run_prefill_bench
 
+    check_output(out)
     chosen = shape_of(shape, sizes)
     where, kind = device_and_dtype(device, dtype, threads)
     with bars() as watch:

@@ -12,6 +12,8 @@ import typer
 
 from avlprof.cli._options import model_options, parse_shares, task_options
 from avlprof.cli._output import (
+    FigureFormat,
+    FigureFormatOption,
     Format,
     FormatOption,
     finished,
@@ -21,19 +23,17 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.cli._resolved import Resolver, named_policies
+from avlprof.errors import counted
+from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from avlprof.allocators._base import Evidence
     from avlprof.evaluation import Comparison
-    from avlprof.models import LoadedModel
     from avlprof.policy import Policy
-    from avlprof.tasks import Task
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
-
-TRACED_SAMPLES = 32
+app = typer.Typer(add_completion=False)
 
 
 @app.command("compare")
@@ -78,6 +78,7 @@ def compare_policies(
         typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
     ] = None,
     form: FormatOption = Format.table,
+    figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
     """Dense, all baselines and your policies on the same samples, at equal bytes.
 
@@ -86,32 +87,36 @@ def compare_policies(
     """
     from avlprof.evaluation import AnswerStore, ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
     budgets = parse_shares("--budget", budget)
-    mine = [find_policy(name) for name in policy or []]
+    mine = named_policies(policy or [])
     tuned = _winners(study or [])
     baselines = [find_policy(name) for name in baseline] if baseline else None
     task = source.load()
     task.samples(split, samples)
     label = f"{Path(spec.name).name}-{task.name}-{split}"
     folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
+    check_output(folder, folder=True)
+    lock = FolderLock(folder / "parts")
     loaded = load_model(spec)
+    resolver = Resolver(loaded, task, run)
     settings = ComparisonSettings(
         split=split,
         select_split=None if select_split == "none" else select_split,
         samples=samples,
         batch_size=batch_size,
         baselines=baselines,
-        evidence=lambda: _evidence(loaded, task, run),
+        evidence=lambda: resolver.evidence,
     )
     store = AnswerStore(folder / "parts")
-    with bars() as watch:
+    with lock, bars() as watch:
         comparison = compare(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )
-    wrote = _write(comparison, folder)
+    wrote = _write(comparison, folder, figure_format)
     _print(comparison, form)
     finished(wrote, f"avlprof tune --model {spec.name} --task {source.name} --budget {budgets[0]:g}")
 
@@ -129,27 +134,14 @@ def _winners(folders: list[Path]) -> list[Policy]:
     ]
 
 
-def _evidence(loaded: LoadedModel, task: Task, run: Path | None) -> Evidence:
-    """What the profile of a traced run knows: of the run given, the newest that fits, or a new one."""
-    from avlprof.api.trace import trace
-    from avlprof.run import Run, latest_run
-
-    traced = Run.open(run) if run else latest_run(loaded=loaded, task=task.name)
-    if traced is None:
-        note(f"tracing {TRACED_SAMPLES} samples for the baselines that need a profile")
-        traced = trace(loaded, task, len(task.samples("search", TRACED_SAMPLES)))
-    traced.check_model(loaded)
-    return traced.profile().evidence("store")
-
-
-def _write(comparison: Comparison, folder: Path) -> list[Path]:
+def _write(comparison: Comparison, folder: Path, suffix: str) -> list[Path]:
     from avlprof.plots.budgets import quality_by_budget
     from avlprof.plots.save import save_figure
 
     meta = comparison.meta
     label = f"{str(meta['metric']).replace('_', ' ')} on {meta['task']} ({meta['split']})"
     figure = quality_by_budget(comparison.summary(), score=label[0].upper() + label[1:])
-    return [*comparison.save(folder), save_figure(figure, folder / "compare.png")]
+    return [*comparison.save(folder), save_figure(figure, folder / "compare", suffix)]
 
 
 def _print(comparison: Comparison, form: Format) -> None:
@@ -162,7 +154,7 @@ def _print(comparison: Comparison, form: Format) -> None:
     if form is not Format.table:
         show(rows, form)
     else:
-        about = f"{meta['samples']} samples of {meta['split']}, {meta['metric']}"
+        about = f"{counted(meta['samples'], 'sample')} of {meta['split']}, {meta['metric']}"
         title = f"{meta['model']} on {meta['task']}, {about}"
         shares = dict.fromkeys(("budget", "live_share", "read_share"), percent)
         others = ("dense", "uniform", "strongest") if comparison.strongest else ("dense", "uniform")

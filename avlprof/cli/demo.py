@@ -11,8 +11,9 @@ import typer
 
 from avlprof.cli._output import note
 from avlprof.cli._progress import duration
+from avlprof.files import check_output
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 TASK = "shapes:describe,read,row"
 
@@ -43,8 +44,9 @@ def demo(
             f"--proof-samples {proof_samples} --run {run} --out {study}",
         ),
         ("The policy as a file:", f"export {study} -o {tuned}"),
-        ("The policy at work on one picture, beside dense:", f"run --policy {tuned} --explain"),
+        ("The policy at work on one picture, beside dense:", f"run --policy {tuned} --explain --no-speed"),
     ]
+    check_output(out, folder=True)
     began = time.monotonic()
     for number, (why, line) in enumerate(steps, 1):
         note(f"\n[{number}/{len(steps)}] {why}\n$ avlprof {line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +18,11 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.cli._progress import bars
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
+from avlprof.files import check_output
 from avlprof.policy import RANKING
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -70,7 +72,11 @@ def derive(
     from avlprof.cli._describe import layer_rows
     from avlprof.policy import dump_policy, save_policy
 
+    if str(out) != "-":
+        check_output(out)
     traced = run_or_newest(run)
+    if out is None:
+        check_output(traced.path / "policy.yaml")
     with bars() as watch:
         profile = traced.profile(watch)
     policy = profile.derive(
@@ -86,15 +92,20 @@ def derive(
     if str(out) == "-":
         typer.echo(dump_policy(policy), nl=False)
         return
-    path = save_policy(policy, out or traced.path / f"{policy.name}.yaml")
+    path = save_policy(policy, out or traced.path / f"{file_name(policy.name)}.yaml")
     show(layer_rows(policy, profile.layers), form)
     origin = policy.provenance
     if origin is not None:
         note(
-            f"prompt KV on the {origin.samples} traced samples, as shares of dense: "
+            f"prompt KV on {counted(origin.samples or 0, 'traced sample')}, as shares of dense: "
             f"live {origin.measured_budget:.4g}, read {origin.measured_read_budget:.4g} a step"
         )
     finished([path], f"avlprof run --policy {path} --model {traced.meta.model} --explain")
+
+
+def file_name(name: str) -> str:
+    """A policy's name as that of a file: no folder above it, and no dot in front."""
+    return re.sub(r"[^\w.@+=-]+", "-", name).lstrip(".") or "policy"
 
 
 def _numbers(pairs: list[str]) -> dict[str, float]:

@@ -11,6 +11,8 @@ import typer
 
 from avlprof.cli._options import model_options, task_options
 from avlprof.cli._output import (
+    FigureFormat,
+    FigureFormatOption,
     Format,
     FormatOption,
     finished,
@@ -20,14 +22,18 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.cli._resolved import Resolver, named_policies
+from avlprof.errors import UserError, counted
+from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Evaluation
+    from avlprof.models import LoadedModel
     from avlprof.policy import Policy
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command("evaluate")
@@ -56,11 +62,19 @@ def evaluate_policies(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Seconds and peak memory at batch 1.")
     ] = True,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Traced run for policies with an allocator; by default the newest of this model and task.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default evaluations/<model>-<task>-<split>."),
     ] = None,
     form: FormatOption = Format.table,
+    figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
     """Accuracy, fidelity, KV bytes and speed of policies beside the dense model.
 
@@ -68,6 +82,7 @@ def evaluate_policies(
     """
     from avlprof.evaluation import AnswerStore, EvaluationSettings
     from avlprof.evaluation.evaluate import evaluate
+    from avlprof.locks import FolderLock
     from avlprof.models import load_model
 
     policies = _policies(policy)
@@ -82,11 +97,15 @@ def evaluate_policies(
     task = source.load()
     task.samples(split, samples)
     folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
+    check_output(folder, folder=True)
+    lock = FolderLock(folder / "parts")
     store = AnswerStore(folder / "parts")
     loaded = load_model(spec)
-    with bars() as watch:
+    resolver = Resolver(loaded, task, run)
+    policies = [resolver(one) for one in policies] if policy else _fitting(policies, resolver, loaded)
+    with lock, bars() as watch:
         evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
-    wrote = _write(evaluation, folder)
+    wrote = _write(evaluation, folder, figure_format)
     _print(evaluation, form)
     name = policy[0] if policy else policies[0].name
     finished(wrote, f"avlprof run --policy {name} --image x.png --prompt '...'")
@@ -98,11 +117,25 @@ def _policies(names: list[str] | None) -> list[Policy]:
     from avlprof.runtime.support import unsupported
 
     if names:
-        return [find_policy(name) for name in names]
+        return named_policies(names)
     return [policy for policy in map(find_policy, shipped()) if unsupported(policy) is None]
 
 
-def _write(evaluation: Evaluation, folder: Path) -> list[Path]:
+def _fitting(policies: list[Policy], resolver: Resolver, loaded: LoadedModel) -> list[Policy]:
+    """The shipped policies that fit the model, their shares worked out; a line for each of the others."""
+    fitting = []
+    for policy in policies:
+        try:
+            clear = resolver(policy)
+            clear.check_layers(loaded.adapter.layers)
+        except UserError as error:
+            note(f"left out: {policy.name} ({error})")
+            continue
+        fitting.append(clear)
+    return fitting
+
+
+def _write(evaluation: Evaluation, folder: Path, suffix: str) -> list[Path]:
     from avlprof.plots.pareto import pareto_front
     from avlprof.plots.save import save_figure
 
@@ -113,7 +146,7 @@ def _write(evaluation: Evaluation, folder: Path) -> list[Path]:
     ]
     meta = evaluation.meta
     label = f"{str(meta['metric']).replace('_', ' ')} on {meta['task']} ({meta['split']})"
-    return [*wrote, save_figure(pareto_front(evaluation.pareto(), score=label), folder / "pareto.png")]
+    return [*wrote, save_figure(pareto_front(evaluation.pareto(), score=label), folder / "pareto", suffix)]
 
 
 def _print(evaluation: Evaluation, form: Format) -> None:
@@ -127,9 +160,8 @@ def _print(evaluation: Evaluation, form: Format) -> None:
         show(rows, form)
         return
     meta = evaluation.meta
-    title = (
-        f"{meta['model']} on {meta['task']}, {meta['samples']} samples of {meta['split']}, {meta['metric']}"
-    )
+    about = f"{counted(meta['samples'], 'sample')} of {meta['split']}, {meta['metric']}"
+    title = f"{meta['model']} on {meta['task']}, {about}"
     shares = dict.fromkeys(("agreement", "live_share", "read_share"), percent)
     show(_table(rows), form, title, {**shares, "live_bytes": size})
     drop = summary["detectable"].max()

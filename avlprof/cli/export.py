@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from avlprof.cli._output import finished
+from avlprof.files import check_output
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -28,6 +29,7 @@ def export(
     from avlprof.policy import dump_policy, save_policy
     from avlprof.tuning import export_policy
 
+    check_output(out)
     policy = export_policy(study, trial, max_read)
     if out is None:
         typer.echo(dump_policy(policy), nl=False)

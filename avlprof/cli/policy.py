@@ -15,8 +15,9 @@ from avlprof.cli._output import (
     show,
 )
 from avlprof.errors import UserError
+from avlprof.files import check_output
 
-app = typer.Typer(help="List, show, check and compare policies.", no_args_is_help=True)
+app = typer.Typer(help="List, show, check and compare policies.", no_args_is_help=True, add_completion=False)
 
 PolicyArgument = Annotated[
     str, typer.Argument(metavar="POLICY", help="A YAML file, or a name from 'policy ls'.")
@@ -125,6 +126,7 @@ def resolve_policy(
     from avlprof.cli._output import finished
     from avlprof.policy import dump_policy, find_policy, save_policy
 
+    check_output(out)
     chosen = find_policy(policy)
     if run is not None:
         from avlprof.run import Run
@@ -151,6 +153,7 @@ def schema(
     from avlprof.files import write_text
     from avlprof.policy import Policy
 
+    check_output(out)
     text = json.dumps(Policy.model_json_schema(by_alias=True), indent=2)
     if out is None:
         typer.echo(text)

@@ -11,8 +11,9 @@ from avlprof.cli import _options as options
 from avlprof.cli._options import run_or_newest
 from avlprof.cli._output import finished, size
 from avlprof.cli._progress import bars
+from avlprof.files import check_output
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -41,14 +42,16 @@ def report(
     from avlprof.run import Run
     from avlprof.tasks import load_task
 
+    check_output(out)
     costed = None if policy is None else find_policy(policy)
     other = None if against is None else Run.open(against)
     source = None if task is None else load_task(task)
     traced = run_or_newest(run)
+    path = out or traced.path / "report.html"
+    check_output(path)
     for one in (traced, other):
         if one is not None:
             with bars() as watch:
                 one.profile(watch)
-    path = out or traced.path / "report.html"
     write_report(traced, path, policy=costed, against=other, pictures=pictures, task=source)
     finished([f"{path} ({size(path.stat().st_size)})"], f"open {path.resolve().as_uri()} in a browser")

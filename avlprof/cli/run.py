@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from avlprof.cli._output import (
     show,
     size,
 )
+from avlprof.cli._resolved import Resolver
 from avlprof.errors import UserError
 from avlprof.models.spec import ModelSpec
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from avlprof.runtime import LayerUse
     from avlprof.tasks import Sample
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -41,6 +43,14 @@ def run(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show every layer; with json or csv, only the layers.")
     ] = False,
+    traced: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Traced run for a policy with an allocator; by default the newest of this model.",
+        ),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Show times of the two answers.")] = True,
     captured: Annotated[
         int | None,
         typer.Option(
@@ -70,6 +80,7 @@ def run(
     task = picture_task(image or [], prompt) if own else load_task("shapes")
     sample = task.samples(ALL if own else HELD_OUT, 1)[0]
     loaded = load_model(spec)
+    chosen = Resolver(loaded, load_task("shapes") if own else task, traced)(chosen)
     chosen.check_layers(loaded.adapter.layers)
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     note(f"prompt: {sample.prompt}" + (f" (reference: {sample.answers[0]})" if sample.answers else ""))
@@ -77,10 +88,16 @@ def run(
     dense, ours = (_generate(loaded, one, sample, limit, captured) for one in (DENSE, chosen))
     bytes_in = dict.fromkeys(("live_kv", "allocated_kv", "read_kv_per_step"), size)
     if form is Format.table or not explain:
-        show([_summary("dense", dense), _summary(chosen.name, ours)], form, cells=bytes_in)
+        rows = [_summary("dense", dense), _summary(chosen.name, ours)]
+        if not speed:
+            rows = [{name: value for name, value in row.items() if name not in _TIMES} for row in rows]
+        show(rows, form, cells=bytes_in)
     if explain:
         show(_layers(ours), form, f"layers under {chosen.name}", cells=bytes_in | {"dense_live_kv": size})
     finished([], f"avlprof policy diff dense {policy}" if explain else "the same command with --explain")
+
+
+_TIMES = ("tokens_per_s", "first_token_ms")
 
 
 @dataclass
@@ -119,6 +136,7 @@ def _generate(
 ) -> _Generated:
     import torch
 
+    from avlprof.models.generation import greedy
     from avlprof.runtime.apply import apply
 
     generated = _Generated()
@@ -129,7 +147,7 @@ def _generate(
             generated.prefill = runtime.cache.use() if runtime.cache is not None else []
 
         clock = _Clock(note_prefill)
-        ids = loaded.model.generate(**encoding, max_new_tokens=limit, do_sample=False, streamer=clock)
+        ids = greedy(loaded.model, encoding, [sample.id], max_new_tokens=limit, streamer=clock)
         generated.whole = runtime.cache.use() if runtime.cache is not None else []
     new = ids[:, encoding["input_ids"].shape[1] :]
     generated.tokens, generated.answer = new.shape[1], loaded.adapter.decode(new)[0]

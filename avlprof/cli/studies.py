@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli import _options as options
+from avlprof.cli._options import noted_options
 from avlprof.cli._output import Format, FormatOption, cell, note, percent, show
 from avlprof.cli._progress import bars
+from avlprof.models.spec import ModelSpec
+from avlprof.tuning.settings import Settings
 
-app = typer.Typer(help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from avlprof.tasks.spec import TaskSpec
+
+app = typer.Typer(
+    help="List, show, join and open studies of 'avlprof tune'.", no_args_is_help=True, add_completion=False
+)
 
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study.")]
 
@@ -22,15 +30,14 @@ def list_studies(
     form: FormatOption = Format.table,
 ) -> None:
     """List the studies below a folder: what they search, how far they are, what they found."""
-    from avlprof.tuning.reading import overview, studies_below
+    from avlprof.tuning.reading import rows_below
 
-    rows = [
-        overview(folder).row() | {"name": str(folder.relative_to(root)) if folder != root else folder.name}
-        for folder in studies_below(root)
-    ]
+    rows, broken = rows_below(root)
     if form is Format.table and rows:
         rows = [_short(row) for row in rows]
     show(rows, form, cells={"budget": percent, "read budget": percent})
+    for sentence in broken:
+        note(sentence)
     note("next: avlprof studies show FOLDER" if rows else f"no study below {root}/; avlprof tune makes one")
 
 
@@ -84,36 +91,46 @@ def _joined(row: dict[str, Any], without: tuple[str, ...]) -> str:
 
 
 @app.command("join")
+@noted_options
 def join_study(
     study: StudyArgument,
+    spec: ModelSpec,
+    source: TaskSpec,
     storage: Annotated[
         str | None, typer.Option("--storage", help="PostgreSQL URL, for a study begun on another machine.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The model, if it is elsewhere on this machine."),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", "-t", help="The task, if it is elsewhere on this machine.")
-    ] = None,
-    device: options.DeviceOption = "auto",
-    device_map: options.DeviceMapOption = None,
-    dtype: options.DtypeOption = "auto",
-    revision: options.RevisionOption = None,
-    trust_remote_code: options.TrustOption = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Samples that run together.")
+    ] = Settings.batch_size,
+    prompt_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-bytes",
+            help="Prefilled prompts that stay on the device; by default half of what is free.",
+        ),
+    ] = Settings.prompt_bytes,
 ) -> None:
-    """Work on a study that 'avlprof tune' began, on this machine or another, until its trials are done."""
-    from avlprof.models import ModelSpec, load_model
-    from avlprof.tasks import load_task
+    """Work on a study that 'avlprof tune' began, on this machine or another, until its trials are done.
+
+    Model and task are those of the study; name them where they lie elsewhere on this machine.
+    """
+    from avlprof.models import load_model
     from avlprof.tuning.study import find_storage, stored_meta
     from avlprof.tuning.workers import join
 
-    source = find_storage(study, storage)
-    meta = stored_meta(source)
-    own = meta.dtype if dtype == "auto" else dtype
-    spec = ModelSpec(model or meta.model, device, own, revision, trust_remote_code, device_map)
+    begun = find_storage(study, storage)
+    meta = stored_meta(begun)
+    dtype = meta.dtype if spec.dtype == "auto" else spec.dtype
+    model, task = replace(spec, name=spec.name or meta.model, dtype=dtype), source.name or meta.task
     with bars() as watch:
-        join(load_model(spec), load_task(task or meta.task), source, watch=watch)
+        join(
+            load_model(model),
+            replace(source, name=task).load(),
+            begun,
+            batch_size=batch_size,
+            prompt_bytes=prompt_bytes,
+            watch=watch,
+        )
 
 
 @app.command("open")

@@ -13,7 +13,7 @@ from avlprof.cli._output import (
     show,
 )
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import ImageOption, PromptOption, model_options, task_options
+from avlprof.cli._options import (
+    ImageOption,
+    PromptOption,
+    model_options,
+    refuse_beside_picture,
+    task_options,
+)
 from avlprof.cli._output import (
     Format,
     FormatOption,
@@ -19,6 +25,8 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
+from avlprof.errors import counted
+from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,13 +34,14 @@ if TYPE_CHECKING:
     from avlprof.run import Run
     from avlprof.tasks.spec import TaskSpec
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @model_options
 @task_options
 def trace(
+    context: typer.Context,
     spec: ModelSpec,
     source: TaskSpec,
     samples: Annotated[int, typer.Option("--samples", "-n", help="How many samples.")] = 64,
@@ -75,6 +84,9 @@ def trace(
     from avlprof.tracing.options import RecordOptions, TraceSettings
 
     own = bool(image) or prompt is not None
+    if own:
+        refuse_beside_picture(context)
+    check_output(out, folder=True)
     settings = TraceSettings(
         split=None if own else split,
         max_new_tokens=source.max_new_tokens,
@@ -100,14 +112,17 @@ def trace(
     price = " (every row of each prompt, which is slower)" if rows == "all" else ""
     among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
     most = size(plan.estimated_bytes)
-    note(f"{len(plan.samples)} samples{among} to {plan.out}, at most about {most} on disk{price}")
+    note(f"{counted(len(plan.samples), 'sample')}{among} to {plan.out}, at most about {most} on disk{price}")
     with bars(resumes=True) as watch:
         run = plan.run(watch)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}
     show([_summary(run)], form, cells=cells)
     missing = _missing(plan, run)
     if missing:
-        note(f"{missing} of {len(plan.samples)} samples are not there yet; the other processes write them")
+        note(
+            f"{missing} of {counted(len(plan.samples), 'sample')} {'is' if missing == 1 else 'are'} "
+            "not there yet; the other processes write them"
+        )
     finished([run.path], f"avlprof analyze {run.path}")
 
 
@@ -117,7 +132,7 @@ def _trace_beside(plan: TracePlan) -> None:
     there = len(plan.samples) - _missing(plan, run)
     note(
         f"process {plan.shard.index + 1} of {plan.shard.count} has finished; "
-        f"{there} of {len(plan.samples)} samples are in {run.path}"
+        f"{there} of {counted(len(plan.samples), 'sample')} {'is' if there == 1 else 'are'} in {run.path}"
     )
 
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from avlprof.cli import _options as options
 from avlprof.cli._live import board
-from avlprof.cli._output import Format, FormatOption, finished, note
+from avlprof.cli._options import model_options, parse_shares, task_options
+from avlprof.cli._output import FigureFormat, FigureFormatOption, Format, FormatOption, finished, note
 from avlprof.errors import UserError
+from avlprof.files import check_output
+from avlprof.models.spec import ModelSpec
 from avlprof.tuning.settings import BUDGET, Settings
-from avlprof.tuning.space import Space
 
 if TYPE_CHECKING:
+    from avlprof.tasks.spec import TaskSpec
     from avlprof.tuning import Sweep, Tuned
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
-_SEVERAL = "Several budgets"
+_SEVERAL, _MEMORY = "Several budgets", "Memory"
 
 
 @app.command()
+@model_options
+@task_options
 def tune(
-    model: options.ModelOption = "tiny",
-    task: Annotated[
-        str, typer.Option("--task", "-t", help="Task name, FILE.jsonl, folder or dataset.")
-    ] = "shapes",
+    spec: ModelSpec,
+    source: TaskSpec,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -59,7 +62,7 @@ def tune(
     text: Annotated[
         str,
         typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
-    ] = Space.text,
+    ] = "auto",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -90,7 +93,17 @@ def tune(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the study; by default below studies/.")
     ] = None,
-    max_new_tokens: options.MaxNewTokensOption = Settings.max_new_tokens,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Samples that run together.", rich_help_panel=_MEMORY)
+    ] = Settings.batch_size,
+    prompt_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-bytes",
+            help="Prefilled prompts that stay on the device; by default half of what is free.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = Settings.prompt_bytes,
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
     ] = Settings.prune,
@@ -104,65 +117,76 @@ def tune(
             "--storage", help="PostgreSQL URL for the trials, to share them.", rich_help_panel="Workers"
         ),
     ] = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    revision: options.RevisionOption = None,
-    trust_remote_code: options.TrustOption = False,
     form: FormatOption = Format.table,
+    figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
     """Find the best policy at a budget of prompt KV, and compare it on held-out samples.
 
     The study is a folder; the same command resumes it.
     """
     from avlprof.api import tune as verbs
-    from avlprof.models import ModelSpec
     from avlprof.tuning import Workers
+    from avlprof.tuning.space import Space
 
     if sum(value is not None for value in (budget, budgets, max_drop)) > 1:
         raise UserError("give one of --budget, --budgets and --max-drop")
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
-        margin=margin, max_new_tokens=max_new_tokens, space=Space(text=text),
+        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text),
+        batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
-    spec = ModelSpec(model, device, dtype, revision, trust_remote_code)
+    check_output(out, folder=True)
     by = Workers(workers, storage)
     with board() as watch:
         if budgets is not None:
-            shares = options.parse_shares("--budgets", budgets)
-            swept = verbs.sweep(spec, task, shares, settings, run=run, out=out, workers=by, watch=watch)
+            shares = parse_shares("--budgets", budgets)
+            swept = verbs.sweep(spec, source, shares, settings, run=run, out=out, workers=by, watch=watch)
         elif max_drop is not None:
-            least = verbs.smallest(spec, task, max_drop, settings, run=run, out=out, workers=by, watch=watch)
+            least = verbs.smallest(
+                spec, source, max_drop, settings, run=run, out=out, workers=by, watch=watch
+            )
         else:
             share = BUDGET if budget is None else budget
             watch.budget(share)
-            tuned = verbs.tune(spec, task, share, settings, run=run, out=out, workers=by, watch=watch)
-    evaluate = "avlprof evaluate" + ("" if model == ModelSpec.name else f" --model {model}")
+            tuned = verbs.tune(spec, source, share, settings, run=run, out=out, workers=by, watch=watch)
     if budgets is not None:
-        _show_sweep(swept, form, evaluate, task)
+        _show_sweep(swept, form, (spec, source), figure_format)
     elif max_drop is not None:
-        _show(least.tuned, form, evaluate, task, least.sentence())
+        _show(least.tuned, form, (spec, source), figure_format, least.sentence())
     else:
-        _show(tuned, form, evaluate, task)
+        _show(tuned, form, (spec, source), figure_format)
 
 
-def _show(tuned: Tuned, form: Format, evaluate: str, task: str, sentence: str = "") -> None:
+def _evaluate(spec: ModelSpec, source: TaskSpec, policies: list[Path]) -> str:
+    """The command that evaluates policies on the same model and task."""
+    words = [*spec.words(), *source.words()]
+    if spec == ModelSpec():
+        words = source.words()
+    return shlex.join(
+        ["avlprof", "evaluate", *(word for path in policies for word in ("--policy", str(path))), *words]
+    )
+
+
+def _show(
+    tuned: Tuned, form: Format, on: tuple[ModelSpec, TaskSpec], suffix: str, sentence: str = ""
+) -> None:
     """The figures and the closing table of a study, a last sentence, and what to run next."""
     from avlprof.cli import _tuned
 
-    wrote = _tuned.draw(tuned)
+    wrote = _tuned.draw(tuned, suffix)
     _tuned.print_proof(tuned, form)
     if sentence:
         note(sentence)
     policy = tuned.folder / "policy.yaml"
-    finished([*wrote, tuned.folder / "proof.csv", policy], f"{evaluate} --policy {policy} --task {task}")
+    finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(*on, [policy]))
 
 
-def _show_sweep(swept: Sweep, form: Format, evaluate: str, task: str) -> None:
+def _show_sweep(swept: Sweep, form: Format, on: tuple[ModelSpec, TaskSpec], suffix: str) -> None:
     """The figures and the closing table of a sweep, and what to run next."""
     from avlprof.cli import _tuned
 
-    wrote = _tuned.draw_sweep(swept)
+    wrote = _tuned.draw_sweep(swept, suffix)
     _tuned.print_sweep(swept, form)
-    policies = " ".join(f"--policy {one.folder / 'policy.yaml'}" for one in swept.studies)
-    finished([*wrote, swept.folder / "front.csv"], f"{evaluate} {policies} --task {task}")
+    policies = [one.folder / "policy.yaml" for one in swept.studies]
+    finished([*wrote, swept.folder / "front.csv"], _evaluate(*on, policies))

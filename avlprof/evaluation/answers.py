@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
-from avlprof.attention.session import with_cache
+from avlprof.attention.session import cache_argument
 from avlprof.errors import UserError
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens
+from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
@@ -85,9 +86,11 @@ class SampleSettings:
         return {
             "model": loaded.source,
             "revision": loaded.revision or "",
+            "checkpoint": loaded.settings,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": str(loaded.model.device),
             "task": task.name,
+            "dataset": dict(task.provenance),
             "metric": task.metric,
             "split": self.split,
             "samples": samples,
@@ -145,6 +148,7 @@ def generate_tokens(
     runtime: Runtime | None,
     on_token: OnToken | None = None,
     *,
+    samples: Sequence[str] = (),
     max_new_tokens: int,
     min_new_tokens: int | None = None,
     logits_processor: LogitsProcessor | None = None,
@@ -152,7 +156,8 @@ def generate_tokens(
     """New token ids `[B, T]` of a greedy answer; rows that ended are padded.
 
     `runtime` is what `running` gave. The stock model gets the `DynamicCache` that `generate` would
-    have made by itself, so that it can be looked at. `logits_processor` may look at the logits of
+    have made by itself, so that it can be looked at. `samples` are the ids of the rows, for
+    messages. `logits_processor` may look at the logits of
     every step `[B, V]` and change them.
     """
     if runtime is None:
@@ -160,14 +165,15 @@ def generate_tokens(
     else:
         cache = runtime.new_cache()
     listeners = [_Listener(partial(on_token, cache))] if on_token else []
-    ids: Tensor = loaded.model.generate(
-        **encoding,
-        **with_cache(loaded.model, cache),
+    ids = greedy(
+        loaded.model,
+        encoding,
+        samples,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([logits_processor] if logits_processor else []),
+        processors=[logits_processor] if logits_processor else [],
         stopping_criteria=StoppingCriteriaList(listeners),
+        **{cache_argument(loaded.model): cache},
     )
     return ids[:, encoding["input_ids"].shape[1] :]
 
@@ -258,7 +264,10 @@ def _answer(
 
     runtime: Runtime | None
     with running(loaded, policy) as runtime:
-        new = generate_tokens(loaded, encoding, runtime, look, max_new_tokens=max_new_tokens).tolist()
+        ids = [sample.id for sample in batch]
+        new = generate_tokens(
+            loaded, encoding, runtime, look, samples=ids, max_new_tokens=max_new_tokens
+        ).tolist()
     lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
     texts = loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
     return [

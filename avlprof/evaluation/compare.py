@@ -263,6 +263,8 @@ def compare(
     samples = task.samples(settings.split, settings.samples)
     check_samples(samples)
     answering = settings.answering(loaded, task, samples)
+    if note := loaded.adapter.partly_governed:
+        watch.say(note)
     steps = Steps(watch, "compare", len(samples))
 
     def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:

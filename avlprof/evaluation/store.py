@@ -13,6 +13,7 @@ import pandas as pd
 
 from avlprof.errors import UserError
 from avlprof.files import replacing
+from avlprof.locks import uninterrupted
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
@@ -54,7 +55,8 @@ _Key = tuple[str, str, str, str, int]
 class AnswerStore:
     """A folder of parquet parts, each written whole; many processes may add to one folder.
 
-    An answer is found again for the same checkpoint and precision, the same effect of the policy
+    An answer is found again for the same checkpoint, its settings (`avlprof.models.identity`) and
+    precision, the same effect of the policy
     (its hash), the same sample id and prompt, and the same limit on tokens. Batch size and device
     do not count, though they move sums by rounding. Scores are not stored: they follow from the
     prediction, so another metric needs no new answers. Pictures are known by their sample's id
@@ -89,9 +91,10 @@ class AnswerStore:
         """Write the answers in hand as one part."""
         if not self._pending:
             return
-        with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
-            pd.DataFrame(self._pending).to_parquet(partial, index=False)
-        self._pending = []
+        with uninterrupted():
+            with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
+                pd.DataFrame(self._pending).to_parquet(partial, index=False)
+            self._pending = []
 
     def _read(self, part: Path) -> None:
         try:
@@ -106,8 +109,9 @@ class AnswerStore:
 
 
 def model_key(loaded: LoadedModel) -> str:
-    """Which checkpoint an answer is of, and in which precision."""
-    return f"{loaded.source}@{loaded.revision or 'unknown'}:{str(loaded.model.dtype).removeprefix('torch.')}"
+    """Which checkpoint an answer is of, under which settings of it, and in which precision."""
+    precision = str(loaded.model.dtype).removeprefix("torch.")
+    return f"{loaded.source}@{loaded.revision or 'unknown'}:{precision}:{loaded.settings_hash}"
 
 
 def _prompt_hash(sample: Sample) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from avlprof.attention.gate import LayerRole, check_traced, decoder_of, layer_roles
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
-from avlprof.models.chat import chat_text, processor_inputs
+from avlprof.models.chat import chat_text, lacking, one_line, processor_inputs
 from avlprof.models.tiles import Layout, Tile
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.turn import Message
@@ -85,6 +86,17 @@ class Adapter:
     def roles(self) -> list[LayerRole]:
         """What each layer keeps of its tokens, and whether a policy acts on it."""
         return layer_roles(self.text_config)
+
+    @property
+    def partly_governed(self) -> str:
+        """What a reader of budgets has to know where policies leave layers as they are; else empty."""
+        others = sum(not role.governed for role in self.roles)
+        if not others:
+            return ""
+        return (
+            f"{others} of {self.layers} layers keep a window, a state or other layers' keys, which policies "
+            "leave as they are; budgets count all layers alike, evaluate shows the bytes that are held"
+        )
 
     @property
     def _layer_config(self) -> Any:
@@ -217,14 +229,46 @@ class Adapter:
                 add_special_tokens=not (begin and texts[0].startswith(begin)),
                 return_tensors="pt",
             )
-        except (ValueError, TypeError, IndexError) as error:
-            said = " ".join(str(error).split())
-            raise UserError(f"the processor of '{self.family}' cannot encode this prompt: {said}") from error
-        return {
-            name: self._place(value)
+        except UserError:
+            raise
+        except Exception as error:  # processors are many, and raise what they please
+            names = " and ".join(lacking(processor))
+            hint = f"; give it {names} in processor_config.json" if names else ""
+            raise UserError(
+                f"the processor of '{self.family}' cannot encode this prompt: {one_line(error)}{hint}"
+            ) from error
+        encoding = {
+            name: self._on_device(value)
             for name, value in batch.items()
-            if isinstance(value, Tensor) and name != "labels"  # PaliGemma's; they ask forward for a loss
+            if isinstance(value, Tensor) and self._takes(name)
         }
+        self._check_seen(encoding, chats)
+        return encoding
+
+    def _takes(self, name: str) -> bool:
+        """Whether the model takes a tensor of this name; older exports list more than it does.
+
+        Labels, which PaliGemma's processor makes, would ask it for a loss.
+        """
+        return name != "labels" and (not self._arguments or name in self._arguments)
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        """Names that forward calls and `generate` take; empty where the model does not say."""
+        forward = set(inspect.signature(self.model.forward).parameters)
+        prepare = getattr(self.model, "prepare_inputs_for_generation", None)
+        more = set(inspect.signature(prepare).parameters) if prepare is not None else set()
+        return frozenset(forward | more) if "input_ids" in forward else frozenset()
+
+    def _check_seen(self, encoding: Mapping[str, Tensor], chats: Sequence[Sequence[Message]]) -> None:
+        """`UserError` where a row has pictures, and its prompt no vision token."""
+        tokens = self.vision_mask(encoding["input_ids"]).sum(dim=1).tolist()
+        for chat, count in zip(chats, tokens, strict=True):
+            if not count and any(message.images or message.videos for message in chat):
+                raise UserError(
+                    f"the prompt of '{self.family}' has no place for its pictures; check the chat template "
+                    "and the image token of the model's folder"
+                )
 
     def check_together(self, chats: Sequence[Sequence[Message]]) -> None:
         """Refuses what the family cannot take in one batch (`avlprof.models.chat`); here nothing."""
@@ -234,7 +278,7 @@ class Adapter:
         texts = self._processor().tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
-    def _place(self, value: Tensor) -> Tensor:
+    def _on_device(self, value: Tensor) -> Tensor:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else value.dtype)
 
     def _processor(self) -> Any:

@@ -63,8 +63,8 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
     the bare text of the one message.
 
     Raises:
-        UserError: the processor has no place for videos, or its template is missing or leaves
-            out a message of the conversation.
+        UserError: the processor has no place for videos, or its template is missing, raises
+            something or leaves out a message of the conversation.
     """
     if any(message.videos for message in chat) and getattr(processor, "video_processor", None) is None:
         raise UserError(
@@ -80,7 +80,7 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
         token = str(getattr(processor, "image_token", "<image>"))
         return "".join(token if kind == "image" else text for kind, text in chat[0].parts())
     messages = [{"role": message.role, "content": _content(message)} for message in chat]
-    text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    text = _templated(processor, family, messages)
     lost = next((message for message in chat if not _holds(text, message)), None)
     if lost is not None:
         raise UserError(
@@ -88,6 +88,57 @@ def chat_text(processor: Any, family: str, chat: Sequence[Message]) -> str:
             "use a model whose template takes a whole conversation"
         )
     return text
+
+
+def _templated(processor: Any, family: str, messages: list[dict[str, Any]]) -> str:
+    """Messages in the model's own chat form; what a template raises is told in its own words."""
+    try:
+        text = str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if str(messages[0]["content"]) not in text:  # else the list was printed for a text
+            return text
+    except Exception as error:  # templates run code of their own
+        plain = [message | {"content": _texts(message["content"])} for message in messages]
+        try:
+            processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+        except Exception:
+            raise UserError(
+                f"the chat template of '{family}' refuses this conversation: {one_line(error)}"
+            ) from error
+    raise UserError(
+        f"the chat template of '{family}' takes text alone, without a place for pictures; give the model's "
+        "folder the template that it was trained with (chat_template.jinja)"
+    )
+
+
+def _texts(content: Sequence[dict[str, str]]) -> str:
+    return "".join(part.get("text", "") for part in content)
+
+
+_FROM_CONFIG: Final = ("patch_size", "vision_feature_select_strategy")
+
+
+def complete(processor: Any, config: Any) -> None:
+    """Fill in what an older export of a processor left out and the model's config says."""
+    vision = getattr(config, "vision_config", None)
+    for name in lacking(processor):
+        value = getattr(config, name, None) or getattr(vision, name, None)
+        if value is not None:
+            setattr(processor, name, value)
+    # CLIP's class token is there, whatever the strategy does with it
+    clip = getattr(vision, "model_type", None) == "clip_vision_model"
+    if clip and getattr(processor, "num_additional_image_tokens", None) == 0:
+        processor.num_additional_image_tokens = 1
+
+
+def lacking(processor: Any) -> list[str]:
+    """Fields that a processor has without a value."""
+    return [name for name in _FROM_CONFIG if getattr(processor, name, name) is None]
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def processor_inputs(chats: Sequence[Sequence[Message]]) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,16 +28,29 @@ from transformers.utils import logging as hf_logging
 
 from avlprof.attention.gate import check_config
 from avlprof.errors import UserError
+from avlprof.files import checked_path
 from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
+from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
 from avlprof.models.families.tiny import TinyAdapter
-from avlprof.models.hub import folder_fingerprint, hub_commit, hub_reachable
-from avlprof.models.placement import check_device_map, keep_soft_cap, resolve_device, resolve_dtype
+from avlprof.models.identity import checkpoint_settings, settings_hash
+from avlprof.models.placement import (
+    attention_argument,
+    check_arguments,
+    check_attention,
+    check_device_map,
+    keep_soft_cap,
+    quantization,
+    resolve_device,
+    resolve_dtype,
+)
 from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
 
+_CONNECT_SECONDS = 3.0
+_FINGERPRINTED = 1 << 20  # bytes at each end of a file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BROKEN = (
     OSError,
@@ -55,7 +73,7 @@ class LoadedModel:
     `name` is what was asked for, `source` the hub id or the folder that it stood for ("tiny" for
     the embedded model), which loads the same model again. `revision` is the commit of the hub, or
     for a folder a fingerprint of its config and weights, so that two checkpoints in one place can
-    be told apart.
+    be told apart. `arguments` are the further arguments that it was loaded with.
     """
 
     model: Any
@@ -64,6 +82,17 @@ class LoadedModel:
     source: str
     revision: str | None
     adapter: Adapter
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides answers beside the weights, as it is now: see `avlprof.models.identity`."""
+        return checkpoint_settings(self.model, self.processor)
+
+    @property
+    def settings_hash(self) -> str:
+        """A fingerprint of `settings`."""
+        return settings_hash(self.settings)
 
 
 def load_model(model: str | ModelSpec = "tiny", **options: Unpack[ModelOptions]) -> LoadedModel:
@@ -72,53 +101,64 @@ def load_model(model: str | ModelSpec = "tiny", **options: Unpack[ModelOptions])
     Args:
         model: alias (`avlprof.models.ALIASES`), hub id (`owner/name`), local folder, or a spec.
         options: fields of `ModelSpec` beside a name: device, dtype, revision, trust_remote_code,
-            device_map. Code of a repository is never run unless `trust_remote_code` is set.
+            device_map, quantize, attention, model_args. Code of a repository is never run unless
+            `trust_remote_code` is set.
 
     Raises:
         UserError: unknown name, not a model, unreadable files, no network, absent device, a
-            `revision` of a folder, or a `device_map` beside a device or without accelerate.
+            `revision` of a folder, a `device_map` beside a device or without accelerate, a package
+            that `quantize` or `attention` needs is missing, or a model argument is not known.
     """
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model)
     return _load(replace(spec, **options))
 
 
 def _load(spec: ModelSpec) -> LoadedModel:
-    name, revision, device_map = spec.name, spec.revision, spec.device_map
+    name, revision = spec.name, spec.revision
     source, folder = _locate(name)
     if folder and revision:
         raise UserError(f"revision must be left out for '{name}', which is a folder, got '{revision}'")
-    check_device_map(device_map, spec.device)
+    check_device_map(spec.device_map, spec.device)
+    check_attention(spec.attention)
+    check_arguments(spec.model_args)
     device = resolve_device(spec.device)
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if folder is None:
-        options |= {"revision": revision, "local_files_only": not hub_reachable()}
+        options |= {"revision": revision, "local_files_only": not _hub_reachable()}
     with _explained(name, source, options):
-        config = AutoConfig.from_pretrained(source, **options)
+        config, more = AutoConfig.from_pretrained(
+            source, return_unused_kwargs=True, **options, **(spec.model_args or {})
+        )
         _check_kind(name, config)
         check_config(config)
         dtype = resolve_dtype(spec.dtype, device, config, hub=folder is None)
-        with _quiet(progress=folder is None):
+        arguments = {key: value for key, value in more.items() if key in (spec.model_args or {})}
+        arguments |= attention_argument(spec.attention, config) | quantization(spec.quantize, dtype)
+        # what is quantised goes to its device while it is loaded, and cannot be moved afterwards
+        whole = {"": str(device)} if spec.quantize is not None else None
+        with _quiet(progress=folder is None), _arguments_explained(arguments):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
-                device_map=device_map,
+                device_map=spec.device_map or whole,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **arguments,
                 **options,
             )
-        if device_map is None:
+        if spec.device_map is None and whole is None:
             model = model.to(device)
     _check_complete(name, report)
     keep_soft_cap(model)
-    processor = _processor(name, source, options)
+    processor = _processor(name, source, config, options)
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
-    commit = folder_fingerprint(folder) if folder else hub_commit(source, revision) or revision
+    commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
     adapter = adapter_for(model, processor)
     if folder == WEIGHTS:
         source, adapter = name, TinyAdapter(model, processor)
-    return LoadedModel(model.eval(), processor, name, source, commit, adapter)
+    return LoadedModel(model.eval(), processor, name, source, commit, adapter, dict(spec.model_args or {}))
 
 
 def _locate(name: str) -> tuple[str, Path | None]:
@@ -126,7 +166,7 @@ def _locate(name: str) -> tuple[str, Path | None]:
     if name in ALIASES:
         source = ALIASES[name].source
         return (str(WEIGHTS), WEIGHTS) if source == EMBEDDED else (source, None)
-    path = Path(name).expanduser()
+    path = checked_path(name, "model").expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name} is not a model: it has no config.json")
@@ -158,18 +198,19 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _processor(name: str, source: str, options: dict[str, Any]) -> Any:
+def _processor(name: str, source: str, config: Any, options: dict[str, Any]) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
     except (ImportError, AttributeError) as error:
         hint = "" if find_spec("torchvision") else "; install the torchvision that fits your torch"
-        raise UserError(f"the processor of '{name}' cannot be built: {_line(error)}{hint}") from error
+        raise UserError(f"the processor of '{name}' cannot be built: {one_line(error)}{hint}") from error
     except _BROKEN as error:
         raise _trouble(name, source, options, error) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UserError(
             f"model '{name}' has no processor for images and text; its folder lacks the processor's files"
         )
+    complete(processor, config)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -184,6 +225,22 @@ def _explained(name: str, source: str, options: dict[str, Any]) -> Iterator[None
         raise _trouble(name, source, options, error) from error
 
 
+@contextmanager
+def _arguments_explained(arguments: dict[str, Any]) -> Iterator[None]:
+    """Names the model argument that the model does not take."""
+    try:
+        yield
+    except TypeError as error:
+        wrong = next(
+            (name for name in arguments if f"unexpected keyword argument '{name}'" in str(error)), None
+        )
+        if wrong is None:
+            raise
+        raise UserError(
+            f"model argument '{wrong}' is neither a field of the model's config nor an argument of the model"
+        ) from error
+
+
 def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) -> UserError:
     called = f"'{name}'" if source == name else f"'{name}' ({source})"
     if options.get("local_files_only") and isinstance(error, OSError):
@@ -191,12 +248,7 @@ def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) 
             f"model {called} is not in the local cache and the hub cannot be reached; "
             "connect, give a local folder, or use --model tiny"
         )
-    return UserError(f"model {called} cannot be loaded: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return UserError(f"model {called} cannot be loaded: {one_line(error)}")
 
 
 @contextmanager
@@ -212,3 +264,41 @@ def _quiet(*, progress: bool) -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def _hub_reachable() -> bool:
+    """Whether files can be fetched from the hub; behind a proxy the answer is left to the proxy.
+
+    Asked before a load, because the hub's client retries for half a minute before it turns to
+    the cache.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme in getproxies():
+        return True
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit of a hub model that lies in the local cache; None if it does not."""
+    path = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """12 hex digits over the config and over the size, first and last MiB of every weights file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINTED))
+            file.seek(max(0, size - _FINGERPRINTED))
+            digest.update(file.read(_FINGERPRINTED))
+    return digest.hexdigest()[:12]

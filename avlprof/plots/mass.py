@@ -20,7 +20,7 @@ PANELS = (
     ("prefill", "last", "Prefill: last prompt token"),
     ("decode", "generated", "Decode: generated tokens"),
 )
-STACK = ("vision", "text", "generated", "system")
+STACK = ("vision", "text", "generated", "system", "learned_sink")
 """Vision stands on the axis, so that its share and interval can be read off."""
 LABELLED_LAYERS = 12
 
@@ -134,7 +134,7 @@ def modality_mass(source: Profile | MassInfo) -> Figure:
         axes[0].set_ylabel("Share of attention")
         used = [name for name in STACK if any(name in panel.modalities for panel in info.panels)]
         handles = [axes[0].bar(0, 0, color=MODALITY_COLOURS[name]) for name in used]
-        names = [name.capitalize() for name in used]
+        names = [name.capitalize().replace("_", " ") for name in used]
         figure.legend(handles[::-1], names[::-1], loc="outside right center")
         return figure
 
@@ -166,7 +166,7 @@ def _say(panel: MassPanel, name: str, share: Array, base: Array, ax: Axes) -> No
         elif np.isfinite(high):
             start = max(start, min(high, end))
         if end - start >= 0.06:
-            ink = INK if name in ("text", "system") else "white"
+            ink = "white" if name in ("vision", "generated") else INK
             ax.text(
                 layer,
                 (start + end) / 2,

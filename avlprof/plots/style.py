@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -37,7 +37,13 @@ TUNED, RIVALS = OKABE_ITO[1], tuple(OKABE_ITO[i] for i in (0, 2, 3, 4, 5, 7))
 """The colour of tuned policies in every figure, and those of the policies beside them."""
 
 MODALITY_COLOURS: Mapping[str, str] = MappingProxyType(
-    {"system": "#999999", "vision": "#0072B2", "text": "#E69F00", "generated": "#009E73"}
+    {
+        "system": "#999999",
+        "vision": "#0072B2",
+        "text": "#E69F00",
+        "generated": "#009E73",
+        "learned_sink": "#CC79A7",
+    }
 )
 SUBTITLE = 12.5
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")

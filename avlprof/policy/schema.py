@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from avlprof.errors import UserError
 from avlprof.policy.provenance import Provenance
@@ -15,9 +16,10 @@ from avlprof.policy.provenance import Provenance
 SCHEMA = "avlprof.policy/1"
 EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
 RANKING = "valued:instruction"
-"""The scorer where none is asked for and a policy is made: what is derived, searched first, or shipped as
-`uniform`. It is measured to win (`docs/policies.md`). A policy file without a scorer means `last_query`."""
-
+"""The scorer of what is derived, searched first, or shipped as `uniform`; it was measured to win
+(`docs/policies.md`). A policy file without a scorer means `last_query`."""
+MOST = 10**9
+"""No number of a policy is larger: tokens, steps, layers."""
 N = TypeVar("N", int, float)
 
 Refresh = Literal["full", "score_only"]
@@ -27,6 +29,17 @@ Count = int | tuple[int, ...]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """No field is a switch, which pydantic would take for 0 or 1; and no number is beyond all tokens."""
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, bool):
+                raise PydanticCustomError("no_switch", "Input should not be yes or no")
+            if isinstance(one, int) and abs(one) > MOST:
+                raise PydanticCustomError("too_large", "Input should be a number of at most 10^9")
+        return value
 
 
 def _each(value: Any) -> list[tuple[str, Any]]:
@@ -175,7 +188,7 @@ class Policy(_Part):
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
-    name: str = Field(default="policy", min_length=1)
+    name: str = Field(default="policy", min_length=1, max_length=200)
     description: str = ""
     source: str = ""
     pool: Literal["split", "joint"] = "split"

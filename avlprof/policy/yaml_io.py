@@ -11,9 +11,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from avlprof.errors import UserError
-from avlprof.files import write_text
+from avlprof.errors import UserError, cut, shortened
+from avlprof.files import checked_path, write_text
 from avlprof.policy.schema import DENSE, Policy
+from avlprof.policy.strict_yaml import read_yaml
 from avlprof.registry import unknown
 
 
@@ -48,10 +49,7 @@ def save_policy(policy: Policy, path: Path | str) -> Path:
 
 def parse_policy(text: str, origin: str = "policy") -> Policy:
     """A policy from YAML text; `UserError` names field, value and `origin`."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(text, origin)
     if not isinstance(data, dict):
         raise UserError(f"{origin} must hold a mapping of policy fields, got {type(data).__name__}")
     if "schema" not in data:
@@ -59,18 +57,22 @@ def parse_policy(text: str, origin: str = "policy") -> Policy:
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{_first_problem(error)} ({origin})") from None
+        raise UserError(f"{cut(_first_problem(error))} ({cut(origin, 200)})") from None
+    except (RecursionError, OverflowError) as error:
+        raise UserError(f"{cut(origin, 200)} holds a value that cannot be read: {error}") from None
 
 
 def load_policy(path: Path | str) -> Policy:
     """A policy from a YAML file."""
-    path = Path(path)
+    path = checked_path(path, "policy file")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"policy file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"policy file {path} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"policy file {path} is no text in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"policy file {path} cannot be read: {error.strerror or error}") from None
     return parse_policy(text, str(path))
 
 
@@ -88,7 +90,7 @@ def find_policy(name: str) -> Policy:
     """A policy by file path, by the name of a shipped one, or `dense`."""
     if name == DENSE.name:
         return DENSE
-    path = Path(name)
+    path = checked_path(name, "policy")
     if path.suffix in (".yaml", ".yml") or path.exists():
         return load_policy(path)
     known = shipped()
@@ -104,13 +106,13 @@ def _first_problem(error: ValidationError) -> str:
     first = max(same, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     key = _dotted(first["loc"])
     if first["type"] == "extra_forbidden":
-        return _unknown_key(key)
+        return _unknown_key(cut(key, 100))
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {shortened(first['input'])}"
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:

@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.numpy import safe_open, save_file
 
 from avlprof.errors import UserError
 from avlprof.files import replacing
-from avlprof.locks import FolderLock
+from avlprof.locks import FolderLock, uninterrupted
+from avlprof.runs.columns import check_part
 from avlprof.runs.meta import (
     HEADS,
+    LEARNED_SINK,
     RunMeta,
     check_free,
     read_meta,
@@ -45,7 +48,8 @@ class RunDirectory:
         stats: one row per `sample, layer, head, phase, query`, where `query` names the query
             rows averaged over: `system`, `vision`, `text` or `last` in prefill, `generated`
             while decoding. Columns: `rows` (how many), `mass_system`, `mass_vision`,
-            `mass_text`, `mass_generated` (sum 1), `mass_sink` (first position), `entropy` (nat),
+            `mass_text`, `mass_generated` and `mass_learned_sink` (what the model's learned attention
+            sinks drew; sum 1), `mass_sink` (first position), `entropy` (nat),
             `coverage_50` ... (vision tokens), `text_sink` and `distance` (mass on the first text
             tokens, and list of masses by distance in text tokens on the others), `overlap_1` ...
             (share of the top set kept after that many decoding steps; NaN in prefill).
@@ -59,6 +63,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._checked: set[str] = set()
         if not (self.path / "meta.json").is_file():
             raise UserError(
                 f"{self.path} is not a run directory (no meta.json); make one with 'avlprof trace'"
@@ -70,8 +75,23 @@ class RunDirectory:
         return read_meta(self.path)
 
     def parts(self) -> list[str]:
-        """Names of the finished parts, in order."""
-        return sorted(p.stem.removeprefix("samples-") for p in self.path.glob("samples-*.parquet"))
+        """Names of the finished parts, in order; their columns are checked when they are first seen.
+
+        Raises:
+            UserError: a table lacks a column, or a column holds something else.
+        """
+        parts = sorted(p.stem.removeprefix("samples-") for p in self.path.glob("samples-*.parquet"))
+        for part in parts:
+            if part not in self._checked:
+                check_part(self.path, part, self.meta)
+                self._checked.add(part)
+        return parts
+
+    def check(self) -> None:
+        """`UserError` where a table lacks a column that an analysis asks for, or is none."""
+        meta = self.meta
+        for part in self.parts():
+            check_part(self.path, part, meta, whole=True)
 
     def samples(self) -> pd.DataFrame:
         """One row a traced sample, in the order of the parts."""
@@ -81,10 +101,10 @@ class RunDirectory:
         """Attention statistics, one row per sample, layer, head, phase and kind of query row."""
         return self._table("stats")
 
-    def stats_by_part(self, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-        """Some columns of `stats`, a part at a time, so that a run larger than memory can be read."""
+    def stats_by_part(self, columns: Sequence[str] = ()) -> Iterator[pd.DataFrame]:
+        """Columns of `stats`, by default all, a part at a time: a run may be larger than memory."""
         for part in self.parts():
-            yield _read_table(self.path / f"stats-{part}.parquet", list(columns))
+            yield _read_stats(self.path / f"stats-{part}.parquet", columns)
 
     def ids(self) -> list[str]:
         """Ids of the traced samples, in the order of the parts."""
@@ -130,7 +150,8 @@ class RunDirectory:
         return positions
 
     def _table(self, kind: str) -> pd.DataFrame:
-        parts = [_read_table(self.path / f"{kind}-{part}.parquet") for part in self.parts()]
+        read = _read_stats if kind == "stats" else _read_table
+        parts = [read(self.path / f"{kind}-{part}.parquet") for part in self.parts()]
         if not parts:
             raise UserError(
                 f"run {self.path} holds no finished sample yet; run the same 'avlprof trace' again"
@@ -182,8 +203,11 @@ class RunWriter:
 
     def flush(self) -> None:
         """Write the samples in hand as one part; they stay in hand if the disk refuses."""
-        if not self._samples:
-            return
+        if self._samples:
+            with uninterrupted():
+                self._flush()
+
+    def _flush(self) -> None:
         part = f"{self._prefix}{self._next_part():05d}"
         with replacing(self.path / f"scores-{part}.safetensors") as partial:
             try:
@@ -211,8 +235,20 @@ class RunWriter:
         self._scores: Scores = {}
 
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+def _read_stats(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A part of `stats`; version 0.1.0 knew of no learned sinks, so what they drew counts as 0 there."""
     try:
-        return pd.read_parquet(path, columns=columns)
+        missing = LEARNED_SINK not in parquet.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    table = _read_table(path, [name for name in columns if not (missing and name == LEARNED_SINK)])
+    if missing and (LEARNED_SINK in columns or not columns):
+        table[LEARNED_SINK] = 0.0
+    return table[list(columns)] if columns else table
+
+
+def _read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path, columns=list(columns) or None)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None

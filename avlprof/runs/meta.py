@@ -10,12 +10,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from avlprof.errors import UserError
+from avlprof.models.identity import listed, noted_differences
 
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 COVERAGES = (50, 80, 90, 95, 99)
 LAGS = (1, 2, 4, 8, 16, 32)
 TEXT_SINK = 4
 NAME_AND_HASH = re.compile(r"(.+) ([0-9a-f]{16})", re.DOTALL)
+LEARNED_SINK = "mass_learned_sink"  # a column of stats that runs of 0.1.0 do not have: 0 there
+NOTED = {"checkpoint": "settings of the model", "dataset": "origin of the samples"}
 HEADS = "_heads"  # behind the name of scores: of every query head, not their mean
 
 
@@ -25,7 +28,9 @@ class RunMeta(BaseModel):
     `distances` are the upper edges (exclusive, in text tokens) of the distance histogram, whose
     last bin is open; `top_share` is the share of vision tokens in the sets that overlaps compare.
     With `forced` the answers are the references, and `max_new_tokens` 0 leaves them whole.
-    `policy` and `policy_hash` are empty when the model ran densely, else the policy's.
+    `policy` and `policy_hash` are empty when the model ran densely, else the policy's. `checkpoint`
+    is what decides answers beside the weights (`avlprof.models.identity`), `dataset` where the
+    samples come from; version 0.1.0 noted neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +39,7 @@ class RunMeta(BaseModel):
     model: str
     revision: str = ""
     model_hash: str
+    checkpoint: dict[str, str] = {}
     family: str = ""
     layers: int
     heads: int
@@ -42,6 +48,7 @@ class RunMeta(BaseModel):
     dtype: str
     device: str
     task: str
+    dataset: dict[str, str] = {}
     metric: str = ""
     split: str = ""
     seed: int = 0
@@ -80,16 +87,20 @@ class RunMeta(BaseModel):
     def settings_json(self) -> str:
         """What makes a run what it is, as the hash of its directory takes it; as version 0.1.0 wrote it."""
         joined = self.model_copy(update={"policy": self.policy_label})
-        return joined.model_dump_json(exclude={"created", "policy_hash"})
+        unknown = {name for name in NOTED if not getattr(self, name)}
+        return joined.model_dump_json(exclude={"created", "policy_hash", *unknown})
 
     def differences(self, other: RunMeta) -> list[str]:
         """Fields in which another run's settings differ, as `field: ours, theirs`."""
-        loose = {"created", "versions", "device"}
-        return [
+        loose = {"created", "versions", "device", *NOTED}
+        different = [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
             for name in type(self).model_fields
             if name not in loose and getattr(self, name) != getattr(other, name)
         ]
+        for name, what in NOTED.items():
+            different += noted_differences(what, getattr(self, name), getattr(other, name))
+        return different
 
 
 META = "meta.json"
@@ -111,7 +122,7 @@ def check_free(path: Path, meta: RunMeta) -> None:
     if (path / META).exists():
         different = read_meta(path).differences(meta)
         if different:
-            raise UserError(f"{path} holds another run ({'; '.join(different)}); choose another folder")
+            raise UserError(f"{path} holds another run ({listed(different)}); choose another folder")
     elif path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a run directory; choose another folder")
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
@@ -143,6 +154,8 @@ def settle_meta(path: Path, meta: RunMeta, writer: str = "") -> None:
                 os.replace(partial, file)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+        except ValueError as error:  # half of a character
+            raise UserError(f"{file} cannot be written: {error}") from None
         finally:
             partial.unlink(missing_ok=True)
     check_free(path, meta)

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
-from avlprof.attention.gate import check_traced
+from avlprof.attention.gate import check_traced, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
-from avlprof.attention.wrappers import unwrapped
 from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buffers import BufferedLayer
@@ -67,15 +66,15 @@ class Runtime:
             cache.check_states(call)
         if is_turn:
             return self._turn(forward, cache, layer, call)
-        step = None if layer is None else layer.step_for(call.query, call.scaling, call.softcap)
+        step = None if layer is None else layer.step_for(call.query, call.scaling, call.softcap, call.sinks)
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
         if not step.weighing:
             return packed_attention(
-                call.query, call.key, call.value, call.scaling, step.mask, call.softcap
+                call.query, call.key, call.value, call.scaling, step.mask, call.softcap, call.sinks
             ), view
-        weights = step_weights(call.query, call.key, call.scaling, step.mask, call.softcap)
+        weights = step_weights(call.query, call.key, call.scaling, step.mask, call.softcap, call.sinks)
         out = weighted_values(weights, call.value)
         return out, view._replace(after=partial(layer.after, step, weights))
 

@@ -109,7 +109,9 @@ class BufferedLayer(CacheLayerMixin):
     ) -> None:
         """Let the tokens of a turn compete, and free those that go; here all stay."""
 
-    def step_for(self, query: Tensor, scaling: float, softcap: float | None) -> Step | None:
+    def step_for(
+        self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Step | None:
         """The decoding step that `update` began, of `query [B, H, 1, D]`; None: attend as stock does."""
         return None
 

@@ -223,7 +223,9 @@ class AdaptiveLayer(SlotLayer):
         weighing = whole or self.rule.running is not None
         return Step(slots, start, end, positions, mask, refreshing, weighing)
 
-    def step_for(self, query: Tensor, scaling: float, softcap: float | None) -> Step:
+    def step_for(
+        self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Step:
         """The step that `update` began, of `query [B, H, 1, D]`.
 
         One that only scores picks its core here, before it attends to it.
@@ -231,7 +233,8 @@ class AdaptiveLayer(SlotLayer):
         step = self._present
         if step.refreshing and self.score_only:
             (start, end), mask = self._window(True)
-            self._pick(step_weights(query, self.buffers[0][:, :, start:end], scaling, mask, softcap), start)
+            keys = self.buffers[0][:, :, start:end]
+            self._pick(step_weights(query, keys, scaling, mask, softcap, sinks), start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:

@@ -105,7 +105,7 @@ class TurnPrefill(Prefill):
         if seen.shape[1] > 1:
             seen = seen.repeat_interleave(self.query.shape[1] // seen.shape[1], dim=1)
         key = torch.cat([self.past_key, self.key], dim=2)
-        return row_weights(gather_rows(self.query, rows), key, self.scaling, seen, self.softcap)
+        return row_weights(gather_rows(self.query, rows), key, self.scaling, seen, self.softcap, self.sinks)
 
     def row(self, index: int) -> TurnPrefill:
         """One row of the batch as a batch of its own."""

@@ -21,7 +21,7 @@ class Prefill:
     `query [B, H, N, D]`, `key` and `value [B, Hkv, N, D]` are post-RoPE, `modality [B, N]`
     holds `Modality` codes (padding included), `layer` counts from 0. `mask` is what the layer
     attended by, bool `[B or 1, 1, N, N]`; without one it was causal, or with `causal` False
-    every token saw every other.
+    every token saw every other. `sinks [H]` are learned logits, as in `AttentionCall.sinks`.
     """
 
     query: Tensor
@@ -33,6 +33,7 @@ class Prefill:
     softcap: float | None = None
     mask: Tensor | None = None
     causal: bool = True
+    sinks: Tensor | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, modality: Tensor) -> Prefill:
@@ -47,6 +48,7 @@ class Prefill:
             softcap=call.softcap,
             mask=call.mask,
             causal=bool(getattr(call.module, "is_causal", True)),
+            sinks=call.sinks,
         )
 
     @property
@@ -79,7 +81,8 @@ class Prefill:
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights `[B, H, R, N]` (fp32) of the query rows at `rows [B, R]`."""
         seen = self._seen(rows)
-        return row_weights(gather_rows(self.query, rows), self.key, self.scaling, seen, self.softcap)
+        query = gather_rows(self.query, rows)
+        return row_weights(query, self.key, self.scaling, seen, self.softcap, self.sinks)
 
     def _seen(self, rows: Tensor) -> Tensor:
         """bool `[B, 1, R, N]`: which keys the rows attend to."""

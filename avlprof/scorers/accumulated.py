@@ -30,6 +30,7 @@ class Accumulated(Scorer):
             Seen(valid=prefill.valid, causal=prefill.causal, mask=prefill.mask),
             counted=prefill.valid,
             softcap=prefill.softcap,
+            sinks=prefill.sinks,
             block=self.block or None,
         )
 

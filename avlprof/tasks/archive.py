@@ -12,9 +12,8 @@ from typing import Any
 
 from avlprof.errors import UserError
 from avlprof.tasks.record import Row
-from avlprof.tasks.rows import parse_json
 from avlprof.tasks.source import EncodedPicture
-from avlprof.tasks.text import quoted, shorten
+from avlprof.tasks.text import parse_json, quoted, shorten
 from avlprof.tasks.video import FRAMES
 
 _TEXTS = {"txt": "txt", "cls": "label", "caption": "caption"}

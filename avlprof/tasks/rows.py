@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Final
 
 from avlprof.errors import UserError
 from avlprof.tasks.record import Row
-from avlprof.tasks.text import LONGEST_PATH, listed, printable, quoted, shorten
+from avlprof.tasks.text import LONGEST_PATH, listed, parse_json, printable, quoted, shorten
 
 _LISTS = ("data", "questions", "annotations", "samples", "examples", "rows", "train", "test", "validation")
 _VQA = (("questions", "annotations"), ("OpenEnded_", ""), ("MultipleChoice_", ""))
@@ -82,27 +81,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task file {path} cannot be read as UTF-8 text: {shorten(error)}") from None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; `where` begins the message of `UserError`, also for doubled keys."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{where}: lists within lists, too deep to be read; write it flat") from None
-    except ValueError as error:  # a number of thousands of digits, a key that is there twice
-        raise UserError(f"{where}: not a JSON object that can be read ({shorten(error)})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {quoted(twice)} is there twice")
-    return values
 
 
 def _json_rows(path: Path) -> list[Row]:

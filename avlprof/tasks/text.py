@@ -1,9 +1,12 @@
-"""Texts of users: how a message quotes them, and whether a file can store them."""
+"""Texts of users: how a message quotes them, whether a file can store them, and JSON in them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
+
+from avlprof.errors import UserError
 
 LONGEST = 80
 """Characters of a value that a message quotes; paths may have `LONGEST_PATH`."""
@@ -67,3 +70,24 @@ def storable(value: object) -> bool:
         elif isinstance(item, list | tuple):
             rest += item
     return True
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; `where` begins the message of `UserError`, also for doubled keys."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{where}: lists within lists, too deep to be read; write it flat") from None
+    except ValueError as error:  # a number of thousands of digits, a key that is there twice
+        raise UserError(f"{where}: not a JSON object that can be read ({shorten(error)})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {quoted(twice)} is there twice")
+    return values

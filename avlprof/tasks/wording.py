@@ -30,10 +30,10 @@ class Wording:
     choices: str | None = None
 
     def __post_init__(self) -> None:
-        if (CHOICES in self.places()) != (self.choices is not None):
+        if (CHOICES in self.names()) != (self.choices is not None):
             raise UserError(f"a prompt template needs {{{CHOICES}}} and the column of choices, or neither")
 
-    def places(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Names between braces, in order."""
         try:
             return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name)
@@ -42,7 +42,7 @@ class Wording:
 
     def columns(self) -> set[str]:
         """Columns that prompts and answers are made from."""
-        own = {name for name in self.places() if name != CHOICES}
+        own = {name for name in self.names() if name != CHOICES}
         return own | ({self.choices} if self.choices else set())
 
     def prompt(self, row: Mapping[str, object]) -> str:
@@ -54,8 +54,8 @@ class Wording:
             )
         lines = []
         for line in self.template.split("\n"):
-            places = Wording(line, self.choices if f"{{{CHOICES}}}" in line else None).places()
-            if not places or any(values[name] for name in places):
+            names = Wording(line, self.choices if f"{{{CHOICES}}}" in line else None).names()
+            if not names or any(values[name] for name in names):
                 lines.append(line.format_map(values))
         return "\n".join(lines)
 
@@ -70,10 +70,10 @@ class Wording:
         return _letter(int(text))
 
     def _options(self, row: Mapping[str, object]) -> list[object]:
-        found = row[self.choices] if self.choices else None
-        if not isinstance(found, list | tuple):
-            raise UserError(f"column '{self.choices}' must hold a list of choices, got {found!r}")
-        return list(found)
+        options = row[self.choices] if self.choices else None
+        if not isinstance(options, list | tuple):
+            raise UserError(f"column '{self.choices}' must hold a list of choices, got {options!r}")
+        return list(options)
 
 
 def _letter(index: int) -> str:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from avlprof.attention.session import with_cache
 from avlprof.models.adapter import Adapter
 from avlprof.models.families import adapter_for
+from avlprof.models.generation import greedy
 from avlprof.models.tiles import Layout
 from avlprof.testing.models import TinyCase
 
@@ -158,7 +159,7 @@ class ProcessorConformance:
     def test_answers_are_generated(self) -> None:
         batch = self.adapter.encode(self.prompts, [[picture] for picture in self.pictures])
         with torch.no_grad():
-            out = self.adapter.model.generate(**batch, max_new_tokens=3, do_sample=False)
+            out = greedy(self.adapter.model, batch, max_new_tokens=3)
         assert len(self.adapter.decode(out[:, batch["input_ids"].shape[1] :])) == len(self.prompts)
 
     @property

@@ -24,6 +24,7 @@ from avlprof.testing.models import (
     TinyCase,
     finished,
     image_types,
+    sunk,
 )
 from avlprof.testing.pixels import (
     any_size,
@@ -141,17 +142,12 @@ def random_glm4v(seed: int = 0) -> TinyCase:
 
 def random_internvl(seed: int = 0) -> TinyCase:
     """One square of merged patches a tile, one or three tiles a picture, one a frame."""
-    side = 6 * PATCH
-    config = hf.InternVLConfig(
-        text_config=hf.Qwen2Config(**_text()),
-        vision_config=hf.InternVLVisionConfig(**_tower_sizes(side)),
-        image_token_id=IMAGE,
-        image_seq_length=9,
-        tie_word_embeddings=False,
-    )
-    model = finished(hf.InternVLForConditionalGeneration, config, seed)
-    films = frames_as_pictures(side, 9)
-    return TinyCase("internvl", model, (IMAGE,), squares(side, 9, most=3), videos=films)
+    return _internvl("internvl", hf.Qwen2Config(**_text()), seed)
+
+
+def random_internvl_gpt_oss(seed: int = 0) -> TinyCase:
+    """Learned attention sinks, in sliding layers and a full one."""
+    return _internvl("internvl_gpt_oss", hf.GptOssConfig(**_text() | sunk(SLIDING, WINDOW)), seed)
 
 
 def random_idefics3(seed: int = 0) -> TinyCase:
@@ -240,6 +236,7 @@ def families() -> list[tuple[str, Callable[[], TinyCase]]]:
         ("qwen3_vl", random_qwen3_vl),
         ("glm4v", random_glm4v),
         ("internvl", random_internvl),
+        ("internvl_gpt_oss", random_internvl_gpt_oss),
         ("idefics3", random_idefics3),
         ("smolvlm", random_smolvlm),
         ("mistral3", random_mistral3),
@@ -307,6 +304,19 @@ def _idefics(name: str, kind: Any, config_kind: Any, seed: int) -> TinyCase:
     config = config_kind(text_config=text, vision_config=vision, image_token_id=IMAGE)
     pixels = squares(6 * PATCH, 9, most=3, nested=True)
     return TinyCase(name, finished(kind, config, seed), (IMAGE,), pixels)
+
+
+def _internvl(name: str, text: Any, seed: int) -> TinyCase:
+    side = 6 * PATCH
+    config = hf.InternVLConfig(
+        text_config=text,
+        vision_config=hf.InternVLVisionConfig(**_tower_sizes(side)),
+        image_token_id=IMAGE,
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+    model = finished(hf.InternVLForConditionalGeneration, config, seed)
+    return TinyCase(name, model, (IMAGE,), squares(side, 9, most=3), videos=frames_as_pictures(side, 9))
 
 
 def _paligemma(name: str, text: Any, seed: int) -> TinyCase:

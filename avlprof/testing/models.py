@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
+    GptOssConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -102,20 +103,31 @@ class TinyCase:
 
 
 def random_llava(
-    seed: int = 0, *, heads: int = 4, kv_heads: int = 2, layers: int = 3, head_dim: int = 16, grid: int = 5
+    seed: int = 0,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 3,
+    head_dim: int = 16,
+    grid: int = 5,
+    sinks: bool = False,
 ) -> TinyCase:
-    """A random LLaVA with `grid` x `grid` vision tokens an image; `kv_heads == heads` is plain multi-head."""
+    """A random LLaVA with `grid` x `grid` vision tokens an image; `kv_heads == heads` is plain multi-head.
+
+    With `sinks` its language model is GPT-OSS: each query head has a learned attention sink.
+    """
     patch = 4
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=heads * head_dim,
-        intermediate_size=2 * heads * head_dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=2048,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 2 * heads * head_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 2048,
+    }
+    text = GptOssConfig(**sizes, **sunk(["full_attention"] * layers)) if sinks else LlamaConfig(**sizes)
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -134,7 +146,7 @@ def random_llava(
             "pixel_values": torch.randn(images, 3, side, side, generator=generator)
         }
 
-    name = f"llava-{heads}q{kv_heads}kv"
+    name = f"llava-{heads}q{kv_heads}kv" + "-sinks" * sinks
     return TinyCase(name, finished(LlavaForConditionalGeneration, config, seed), (IMAGE,), pixels)
 
 
@@ -200,6 +212,7 @@ def cases() -> list[tuple[str, Callable[[], TinyCase]]]:
         ("llava-4q2kv", random_llava),
         ("llava-3q3kv", lambda: random_llava(1, heads=3, kv_heads=3, grid=4)),
         ("qwen2_5_vl-6q2kv", random_qwen2_5_vl),
+        ("llava-4q2kv-sinks", lambda: random_llava(2, sinks=True)),
     ]
 
 
@@ -218,6 +231,17 @@ def _row(words: int, media: list[list[int]], generator: torch.Generator) -> list
         begin, end = index * len(rest) // len(media), (index + 1) * len(rest) // len(media)
         row += ids + rest[begin:end]
     return row if media else row + rest
+
+
+def sunk(kinds: list[str], window: int = 128) -> dict[str, Any]:
+    """What a small GPT-OSS config needs beside sizes: kinds of layers, few experts, plain RoPE."""
+    return {
+        "layer_types": kinds,
+        "sliding_window": window,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    } | {"bos_token_id": BOS, "eos_token_id": None, "pad_token_id": PAD}
 
 
 def image_types(name: str) -> Companions:
@@ -246,3 +270,8 @@ def _spread(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
+    for name, value in model.named_parameters():
+        if name.endswith("sinks"):
+            nn.init.normal_(value, mean=4.0)  # a fair share of a row
+        elif name.endswith("router.weight") or (value.ndim == 3 and ".experts." in name):
+            nn.init.normal_(value, std=value.shape[1] ** -0.5)

@@ -70,7 +70,9 @@ _SIZES: Final = tuple(
 _DEPTHS: Final = ("num_hidden_layers", "n_layers", "num_layers", "layers", "decoder_layers", "depth")
 _TEXTS: Final = ("text_config", "thinker_config", "llm_config", "decoder", "vlm_config")
 _LEFT: Final = ("id2label", "label2id", "model_type", "per_layer_config", "rope_parameters", "rope_scaling")
-_PLACES: Final = re.compile(r".*_index(e)?s|.*_indices|.*_attn_idxs|vision_feature_layers?|.*_target_layers")
+_LAYER_NUMBERS: Final = re.compile(
+    r".*_index(e)?s|.*_indices|.*_attn_idxs|vision_feature_layers?|.*_target_layers"
+)
 _TOKENS: Final = re.compile(r".*token_id|.*token_index|.*token_ids|image_patch_id|im_\w+_id")
 _SECTIONS: Final = "mrope_section"
 
@@ -184,7 +186,7 @@ def _small(name: str, value: Any, ids: Iterator[int]) -> Any:
         return False
     if _TOKENS.fullmatch(name):
         return _token(name, value, ids)
-    return _places(value) if _PLACES.fullmatch(name) else _size(name, value)
+    return _layer_numbers(value) if _LAYER_NUMBERS.fullmatch(name) else _size(name, value)
 
 
 def _size(name: str, value: Any) -> Any:
@@ -205,10 +207,10 @@ def _token(name: str, value: Any, ids: Iterator[int]) -> Any:
     return next((token for begin, token in fixed.items() if name.startswith(begin)), None) or next(ids)
 
 
-def _places(value: Any) -> Any:
+def _layer_numbers(value: Any) -> Any:
     """Numbers of layers that `DEPTH` layers have, as many as before where they repeat."""
     if isinstance(value, list | tuple):
-        return [_places(one) for one in value]
+        return [_layer_numbers(one) for one in value]
     return value if type(value) is not int else max(value, -2) if value < 0 else min(value, DEPTH - 1)
 
 

@@ -136,19 +136,19 @@ def give_features(model: Any, seed: int) -> Callable[[], None]:
     drawn = torch.Generator().manual_seed(seed)
     features = torch.randn(_FEATURES, embedding.embedding_dim, generator=drawn)
     vision = torch.tensor(vision_ids(model), dtype=torch.long)
-    shown = torch.zeros(1, 1, dtype=torch.bool)
+    marked = torch.zeros(1, 1, dtype=torch.bool)
 
     def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        nonlocal shown
+        nonlocal marked
         ids = options.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor):
-            shown = torch.isin(ids, vision)
+            marked = torch.isin(ids, vision)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if output.shape[:2] != shown.shape or output.shape[-1] != features.shape[-1]:
+        if output.shape[:2] != marked.shape or output.shape[-1] != features.shape[-1]:
             return output
-        order = shown.cumsum(dim=-1) % _FEATURES
-        return torch.where(shown[..., None], features[order].to(output.dtype), output)
+        order = marked.cumsum(dim=-1) % _FEATURES
+        return torch.where(marked[..., None], features[order].to(output.dtype), output)
 
     handles = (
         model.register_forward_pre_hook(note, with_kwargs=True),
@@ -164,10 +164,10 @@ def give_features(model: Any, seed: int) -> Callable[[], None]:
 
 def _embedding(model: Any) -> nn.Embedding | None:
     try:
-        found = model.get_input_embeddings()
+        embedding = model.get_input_embeddings()
     except NotImplementedError:
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 @torch.no_grad()

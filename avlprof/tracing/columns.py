@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from avlprof.attention.modality import Modality
+from avlprof.attention.modality import MODALITIES, Modality
 from avlprof.tracing import statistics
 from avlprof.tracing.options import RecordOptions
 
@@ -135,13 +135,16 @@ class Selection:
 UNSEEN = -1e30  # logit of a key that a row may not see: finite, and its weight is 0
 
 
-def row_values(logits: Tensor, weights: Tensor, columns: Columns, bins: Tensor) -> tuple[Tensor, Tensor]:
+def row_values(
+    logits: Tensor, weights: Tensor, columns: Columns, bins: Tensor, sunk: bool
+) -> tuple[Tensor, Tensor]:
     """What is known of each row, in the order of `sums.FIXED` and the distance bins.
 
     Args:
         logits: `[H, R, n]` over the first n keys, `UNSEEN` where a row may not look.
         weights: their softmax.
         bins: the rows' `statistics.distance_bins`.
+        sunk: learned sinks took part in the softmax; what the weights lack to 1 is theirs.
 
     Returns:
         `[H, R, C]`, and the weights on text `[H, R, T]`.
@@ -149,7 +152,9 @@ def row_values(logits: Tensor, weights: Tensor, columns: Columns, bins: Tensor) 
     length = weights.shape[-1]
     # groups first: multiplying by so few columns takes three times as long the other way around
     masses = (columns.groups[:, :length] @ weights.view(-1, length).mT).mT.view(*weights.shape[:2], -1)
-    spread = statistics.entropy(logits, weights)[..., None]
+    total = masses[..., : len(MODALITIES)].sum(dim=-1) if sunk else None
+    learned = torch.zeros_like(masses[..., :1]) if total is None else (1.0 - total).clamp(min=0.0)[..., None]
+    spread = statistics.entropy(logits, weights, total)[..., None]
     text = columns.text.of_first(weights)
     sink, distance = statistics.text_distances(text, bins)
-    return torch.cat([masses, spread, sink, distance], dim=-1), text
+    return torch.cat([masses, learned, spread, sink, distance], dim=-1), text

@@ -121,6 +121,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         model=loaded.source,
         revision=loaded.revision or "",
         model_hash=loaded.revision or "",
+        checkpoint=loaded.settings,
         family=adapter.family,
         layers=adapter.layers,
         heads=adapter.heads,
@@ -129,6 +130,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=str(loaded.model.device),
         task=task.name,
+        dataset=dict(task.provenance),
         metric=task.metric,
         split=settings.split_of(task),
         max_new_tokens=settings.answer_limit(task),
@@ -166,6 +168,6 @@ def estimate_bytes(
     scores = vision * (2 + tokens + (meta.rows == "all"))
     if meta.history is not None:
         scores += text + tokens
-    row = 8 * (12 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
+    row = 8 * (13 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)
     heads = meta.heads if meta.per_head else 0
     return samples * meta.layers * (4 * scores * (1 + heads) + 5 * row * max(heads, 1))

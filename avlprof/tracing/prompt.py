@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.weights import head_logits
+from avlprof.attention.weights import head_logits, softmax
 from avlprof.tracing import statistics
 from avlprof.tracing.columns import UNSEEN, Columns, row_values
 from avlprof.tracing.options import RecordOptions
@@ -145,8 +145,9 @@ DEVICE_BLOCK = 1 << 22  # and few launches
 class PromptAttention:
     """What one row of a batch attended with, padding left out.
 
-    `query [H, N, D]` and `key [Hkv, N, D]` are post-RoPE; `mask` is bool `[N, N]`, or None where
-    attention was causal, or (`causal` False) whole.
+    `query [H, N, D]` and `key [Hkv, N, D]` are post-RoPE; `mask` is bool `[N, N]` or `[H, N, N]`, or None
+    where attention was causal, or (`causal` False) whole. `sinks [H]` are learned logits, if there
+    are any.
     """
 
     query: Tensor
@@ -155,6 +156,7 @@ class PromptAttention:
     softcap: float | None
     mask: Tensor | None
     causal: bool
+    sinks: Tensor | None = None
 
 
 @dataclass
@@ -209,16 +211,18 @@ def _measure(
     )
     blind = None
     if attention.mask is not None:
-        allowed = attention.mask[block.rows]
+        allowed = attention.mask[..., block.rows, :]
+        allowed = allowed[heads] if allowed.ndim == 3 else allowed
         logits += (~allowed).float() * UNSEEN  # several times as fast as filling by a mask
         blind = ~allowed.any(dim=-1)
     elif attention.causal:
         logits[..., block.first + 1 :] += block.later
-    weights = logits.softmax(dim=-1)
-    values, text = row_values(logits, weights, columns, block.bins)
+    sinks = None if attention.sinks is None else attention.sinks[heads].view(-1, 1, 1)
+    weights = softmax(logits, sinks)
+    values, text = row_values(logits, weights, columns, block.bins, sinks is not None)
     if blind is not None:
-        weights.masked_fill_(blind[:, None], 0.0)
-        values.masked_fill_(blind[:, None], 0.0)
+        weights.masked_fill_(blind[..., None], 0.0)
+        values.masked_fill_(blind[..., None], 0.0)
     total.sums.add(values, block.kinds, heads, every)
     visible = len(columns.vision) and (attention.mask is not None or seen > columns.vision.positions[0])
     if visible and len(block.covered):

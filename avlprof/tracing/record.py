@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
+from avlprof.models.finite import not_finite
 from avlprof.runs.meta import HEADS
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.options import RecordOptions
@@ -55,10 +56,13 @@ class RowRecord:
         self._grown = torch.cat([self._grown, modality])
         self._columns = {}
 
-    def add_step(self, layer: int, logits: Tensor) -> None:
-        """Take logits `[H, n]` of a decoding step over all tokens so far, `UNSEEN` where it did not look."""
+    def add_step(self, layer: int, logits: Tensor, sinks: Tensor | None = None) -> None:
+        """Take logits `[H, n]` of a decoding step over all tokens so far, `UNSEEN` where it did not look.
+
+        `sinks [H]` are the layer's learned ones, if it has any.
+        """
         self._devices[layer] = logits.device
-        if self._steps[layer].hold(logits):
+        if self._steps[layer].hold(logits, sinks):
             self._measure_steps(layer)
 
     def settle(self) -> None:
@@ -66,13 +70,24 @@ class RowRecord:
         for layer in range(len(self._steps)):
             self._measure_steps(layer)
 
+    def check_finite(self, whose: str = "the prompt") -> None:
+        """`UserError` with the first layer whose weights are not finite numbers; `whose` names the row."""
+        self.settle()
+        for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
+            for sums, when in ((prompt.sums if prompt else None, ""), (steps.sums, " while decoding")):
+                if sums is not None and not sums.is_finite:
+                    raise not_finite(f"the attention weights of {whose} in layer {layer}{when}")
+
     def frame(self) -> list[dict[str, Any]]:
         """Rows of the stats table (without the sample's id).
 
         One a head with `per_head`; else one with `head` -1, the mean over heads, of which those
         without a value (coverage where a head gives vision nothing) are left out.
+
+        Raises:
+            UserError: weights are not finite numbers.
         """
-        self.settle()
+        self.check_finite()
         lists = []
         for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
             for phase, sums in (("prefill", prompt.sums if prompt else None), ("decode", steps.sums)):
@@ -90,8 +105,11 @@ class RowRecord:
 
         With `per_head` each of them stands there head by head as well, as `last_heads [L, H, V]`,
         `decode_heads [steps, L, H, V]` and so on.
+
+        Raises:
+            UserError: weights are not finite numbers.
         """
-        self.settle()
+        self.check_finite()
         text_rows = max(int((self.modality == Modality.TEXT).sum()), 1)
         received = self._received()
         heads = {
@@ -118,10 +136,11 @@ class RowRecord:
     def _decoded(self, shape: torch.Size) -> Tensor:
         """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
         layers, heads, _, vision = shape
-        steps = min(sum(len(part) for part in layer.scores) for layer in self._steps)
-        scores = torch.empty(steps, layers, heads, vision, dtype=torch.float32)
-        if steps:
-            for index, layer in enumerate(self._steps):
+        counts = [sum(len(part) for part in layer.scores) for layer in self._steps]
+        steps = min((count for count in counts if count), default=0)
+        scores = torch.zeros(steps, layers, heads, vision, dtype=torch.float32)
+        for index, layer in enumerate(self._steps if steps else ()):
+            if counts[index]:  # a layer without attention (linear, convolution) has none
                 scores[:, index] = torch.cat(layer.scores)[:steps]
         return scores
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.gate import unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
-from avlprof.attention.wrappers import unwrapped
 from avlprof.errors import UserError
 from avlprof.tracing.columns import UNSEEN, TokenColumns
 from avlprof.tracing.options import RecordOptions
@@ -107,7 +107,8 @@ class Recorder:
             logits = _step_logits(_rows(call, rows), forward.modality.shape[1])
             for row in batch.open:
                 record, columns = batch.rows[row]
-                record.add_step(call.layer, logits[row - rows.start][:, columns.columns(logits.device)])
+                own = logits[row - rows.start][:, columns.columns(logits.device)]
+                record.add_step(call.layer, own, call.sinks)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -157,7 +158,8 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
     columns = own.columns(call.key.device)
     mask = None
     if call.mask is not None:
-        mask = call.mask[row if len(call.mask) > 1 else 0, 0][columns][:, columns]
+        mask = call.mask[row if len(call.mask) > 1 else 0][:, columns][:, :, columns]
+        mask = mask[0] if len(mask) == 1 else mask
     return PromptAttention(
         query=call.query[row][:, columns],
         key=call.key[row][:, columns],
@@ -165,6 +167,7 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
         softcap=call.softcap,
         mask=mask,
         causal=bool(getattr(call.module, "is_causal", True)),
+        sinks=call.sinks,
     )
 
 

@@ -45,15 +45,19 @@ def descending(values: Tensor) -> Tensor:
     return values.sort(dim=-1, descending=True).values
 
 
-def entropy(logits: Tensor, weights: Tensor) -> Tensor:
+def entropy(logits: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
     """Shannon entropy of each row in nat, from the logits and their softmax: `[..., n]` to `[...]`.
 
     It is `lse - sum(w * logit)`, and the log-sum-exp follows from the largest logit and its weight,
-    so no logarithm is taken of every weight. Logits must be finite.
+    so no logarithm is taken of every weight. Logits must be finite. `total [...]` is what the weights
+    sum to where a learned sink has the rest, whose own term is left out: `-sum(w * ln w)` over keys.
     """
     largest = logits.amax(dim=-1)
     mean: Tensor = torch.linalg.vecdot(weights, logits)
-    return largest - weights.amax(dim=-1).log() - mean
+    if total is None:
+        return largest - weights.amax(dim=-1).log() - mean
+    seen = weights.amax(dim=-1).clamp(min=torch.finfo(weights.dtype).tiny)  # a sink may leave nothing
+    return (largest - seen.log()) * total - mean
 
 
 def coverage(ordered: Tensor, shares: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from avlprof.attention.weights import softmax
 from avlprof.tracing import statistics
 from avlprof.tracing.columns import UNSEEN, Columns, row_values
 from avlprof.tracing.options import RecordOptions
@@ -28,11 +29,16 @@ class LayerSteps:
         self.history: Tensor | None = None
         self._options = options
         self._waiting: list[Tensor] = []
+        self._sinks: Tensor | None = None
         self._tops: Tensor | None = None
 
-    def hold(self, logits: Tensor) -> bool:
-        """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure."""
+    def hold(self, logits: Tensor, sinks: Tensor | None) -> bool:
+        """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure.
+
+        `sinks [H]` are the layer's learned ones, the same in all steps.
+        """
         self._waiting.append(logits)
+        self._sinks = None if sinks is None else sinks.view(-1, 1, 1)
         count = len(self._waiting)
         return count >= STEPS_AT_ONCE or count * logits.numel() > self._options.step_logits
 
@@ -45,9 +51,9 @@ class LayerSteps:
         logits = waiting[-1].new_full((heads, len(waiting), length), UNSEEN)
         for step, seen in enumerate(waiting):
             logits[:, step, : seen.shape[1]] = seen
-        weights = logits.softmax(dim=-1)
+        weights = softmax(logits, self._sinks)
         rows = torch.tensor([seen.shape[1] - 1 for seen in waiting])
-        values, text = row_values(logits, weights, columns, columns.bins(rows))
+        values, text = row_values(logits, weights, columns, columns.bins(rows), self._sinks is not None)
         every = torch.ones(1, len(waiting), dtype=torch.float64, device=weights.device)
         whole = slice(0, heads)
         self.sums.kinds["generated"] += len(waiting)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avlprof.attention.modality import MODALITIES
+from avlprof.runs.meta import LEARNED_SINK
 from avlprof.tracing.options import RecordOptions
 
-FIXED = (*(f"mass_{name}" for name in MODALITIES), "mass_sink", "entropy", "text_sink")
+FIXED = (*(f"mass_{name}" for name in MODALITIES), "mass_sink", LEARNED_SINK, "entropy", "text_sink")
 ALL_HEADS = -1
 
 
@@ -41,6 +42,11 @@ class Sums:
         seen = counts == counts
         both = torch.cat([torch.where(seen, counts, 0.0).double(), seen.double()], dim=-1)
         self.coverage = _added(self.coverage, both, kinds, heads, total)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every sum of values is a finite number; waits for the device."""
+        return self.values is None or bool(self.values.isfinite().all())
 
     def frame(self, options: RecordOptions) -> Iterator[dict[str, Any]]:
         """Rows of the stats table: `query, rows, head`, and the columns of the statistics."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from avlprof.attention.modality import prompt_shapes
@@ -18,6 +18,7 @@ from avlprof.attention.session import switched
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
 from avlprof.models.answers import reference, reference_tokens
+from avlprof.models.generation import greedy
 from avlprof.models.tiles import dump_tiles
 from avlprof.runs import RunDirectory, RunWriter, Shard
 from avlprof.runs.directory import Scores
@@ -105,19 +106,22 @@ def trace_batch(
     references = _references(loaded, samples, encoding["input_ids"], limit) if forced else None
     lengths = None if references is None else [len(answer) for answer in references]
     ends = AnswerEnds(loaded.model, recorder, len(samples), lengths)
-    chosen = LogitsProcessorList([] if references is None else [FixedAnswers(references, prompt)])
+    chosen = [] if references is None else [FixedAnswers(references, prompt)]
     with switched(loaded.model, observers=(recorder,)), torch.inference_mode():
-        ids = loaded.model.generate(
-            **encoding,
+        ids = greedy(
+            loaded.model,
+            encoding,
+            [sample.id for sample in samples],
             max_new_tokens=max(lengths) if lengths else limit,
-            do_sample=False,
-            num_beams=1,
             stopping_criteria=StoppingCriteriaList([ends]),
-            logits_processor=chosen,
+            processors=chosen,
         )
         recorder.settle()
-    answers = [ids[row, prompt : prompt + length] for row, length in enumerate(ends.lengths)]
+    whole = ids.tolist()
+    answers = [whole[row][prompt : prompt + length] for row, length in enumerate(ends.lengths)]
     texts = loaded.adapter.decode(answers)
+    for sample, record in zip(samples, recorder.records, strict=True):
+        record.check_finite(f"sample '{sample.id}'")
     tables = [(record, record.frame(), record.scores()) for record in recorder.records]
     seconds = (time.monotonic() - started) / len(samples)
     layouts = loaded.adapter.vision_layout(encoding, chats)
@@ -132,7 +136,7 @@ def trace_batch(
             "prompt": sample.prompt,
             "references": list(sample.answers),
             "answer": text,
-            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer.tolist()),
+            "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer),
             "system": shape.system,
             "vision": shape.vision,
             "text": shape.text,

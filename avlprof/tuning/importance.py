@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ LEAST = 20
 """A forest over fewer trials says little; the starts of the default space are 17."""
 TREES, RESAMPLES = 16, 20
 COLUMNS = ("parameter", "importance", "low", "high", "trials")
+KNOBS = ("knob", "value", "plain", "change", "low", "high")
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from avlprof.tuning.prepared import Prepared
@@ -61,11 +65,24 @@ def parameter_importances(study: optuna.Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def noted_table(path: Path, columns: Sequence[str], dtype: dict[str, type] | None = None) -> pd.DataFrame:
+    """A table that a proof noted; without rows, and with a warning, where the file is damaged."""
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype=dtype)
+        if set(columns) <= set(table.columns):
+            return table
+        reason = f"it has no column '{next(name for name in columns if name not in table.columns)}'"
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    _log.warning("%s is left out: %s", path, reason)
+    return pd.DataFrame(columns=list(columns))
+
+
 def noted_importances(folder: Path, study: optuna.Study) -> pd.DataFrame:
     """The importances that the proof noted, or new ones if trials came since or it is not done."""
     done = trials_in(study, TrialState.COMPLETE)
     if (folder / FILE).exists():
-        noted = pd.read_csv(folder / FILE)
+        noted = noted_table(folder / FILE, COLUMNS)
         if len(noted) and noted["trials"].iloc[0] == len(done):
             return noted
     return parameter_importances(study)
@@ -132,7 +149,7 @@ def knob_effects(
             }
         )
         watch.phase("knobs", done, len(turned))
-    table = pd.DataFrame(rows, columns=["knob", "value", "plain", "change", "low", "high"])
+    table = pd.DataFrame(rows, columns=list(KNOBS))
     return table.sort_values("change", ascending=False, kind="stable", ignore_index=True)
 
 

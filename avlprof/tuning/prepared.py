@@ -16,6 +16,7 @@ from avlprof.errors import UserError
 from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.evaluation.doubts import check_finite
 from avlprof.models import LoadedModel
+from avlprof.models.identity import listed, settings_differences
 from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
@@ -25,8 +26,6 @@ from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
 from avlprof.watch import SILENT, Watch
 
-BATCH = 32
-
 
 class Generated:
     """Greedy answers to a list of samples, judged by a task's metric.
@@ -35,6 +34,7 @@ class Generated:
 
     Args:
         lengths: prompt tokens by sample id; samples of like length share a batch.
+        batch_size: samples that run together.
         limit: the longest answer, in tokens.
     """
 
@@ -46,9 +46,10 @@ class Generated:
         limit: int,
         lengths: Mapping[str, int],
         store: AnswerStore,
+        batch_size: int = 32,
     ) -> None:
         self._loaded, self._task, self._samples = loaded, task, samples
-        self._limit, self._lengths, self._store = limit, lengths, store
+        self._limit, self._lengths, self._store, self._batch = limit, lengths, store, batch_size
 
     @property
     def samples(self) -> list[str]:
@@ -57,12 +58,12 @@ class Generated:
 
     def parts(self, policy: Policy | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
-        for start in range(0, len(self._samples), BATCH):
+        for start in range(0, len(self._samples), self._batch):
             yield generate_answers(
                 self._loaded,
-                self._samples[start : start + BATCH],
+                self._samples[start : start + self._batch],
                 policy,
-                AnswerSettings(self._limit, BATCH, self._task.metric, self._lengths),
+                AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths),
                 store=self._store,
             )
 
@@ -82,6 +83,7 @@ class Prepared:
         limit: the longest answer, in tokens.
         kind: a name of `OBJECTIVES`.
         run, run_hash: the traced run that the evidence is from; a worker that joins knows the hash.
+        batch_size: samples that run together.
     """
 
     loaded: LoadedModel
@@ -93,6 +95,7 @@ class Prepared:
     evidence: Evidence
     run: str = ""
     run_hash: str = ""
+    batch_size: int = 32
     _cheap: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
@@ -115,7 +118,8 @@ class Prepared:
             loaded,
             samples,
             max_new_tokens=limit,
-            batch_size=BATCH,
+            batch_size=settings.batch_size,
+            memory=settings.prompt_bytes,
             answers="reference" if kind == "likelihood" else "dense",
             # another scorer would cost a further run of the prompts
             scorers=[scorer_spec(name) for name in settings.space.scorers],
@@ -127,7 +131,7 @@ class Prepared:
                 f"every {source} answer ends at its first token, which no policy changes; "
                 "choose a task with longer answers"
             )
-        return cls(loaded, task, samples, limit, kind, forced, evidence)
+        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:
         """The same with other evidence."""
@@ -170,7 +174,7 @@ class Prepared:
         lengths = {
             name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
         }
-        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store)
+        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""
@@ -217,4 +221,10 @@ def check_same_model(loaded: LoadedModel, profile: Profile) -> None:
         raise UserError(
             f"the run was traced with another model ({profile.meta.settings.model} {traced}), "
             f"not with {loaded.source} {loaded.revision}; trace this model first"
+        )
+    noted = profile.meta.settings.checkpoint
+    if noted and (different := settings_differences(noted, loaded.settings)):
+        raise UserError(
+            f"the run was traced with other settings of the model ({listed(different)}); "
+            "trace this model first"
         )

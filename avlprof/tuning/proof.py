@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
 from avlprof.evaluation.doubts import (
     Guess,
@@ -159,11 +159,14 @@ def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLi
     sd = sd if known else WORST_SD
     drop = detectable_drop(samples, sd)
     source = (
-        f"sd {sd:.2f} of {who} on {differences.size} search samples"
+        f"sd {sd:.2f} of {who} on {counted(differences.size, 'search sample')}"
         if known
         else f"no search sample tells {who} apart, so this is the worst case"
     )
-    sentence = f"{samples} held-out samples can show a drop of {drop:.3f} (80% power, 5% two-sided; {source})"
+    sentence = (
+        f"{counted(samples, 'held-out sample')} can show a drop of {drop:.3f} "
+        f"(80% power, 5% two-sided; {source})"
+    )
     needed = samples_needed(margin, sd)
     if needed > samples:
         sentence += f"; to show that a tie is within {margin:g} takes about {needed:,}"
@@ -194,7 +197,7 @@ def prove(
             split=settings.proof_split,
             samples=settings.proof_samples,
             max_new_tokens=prepared.limit,
-            batch_size=32,
+            batch_size=settings.batch_size,
             fidelity=False,
             latency=False,
         ),

@@ -11,17 +11,22 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 from avlprof.locks import is_locked
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
-from avlprof.tuning.importance import noted_importances
+from avlprof.tuning.importance import KNOBS, noted_importances, noted_table
 from avlprof.tuning.objective import MEANING
 from avlprof.tuning.storages._base import quiet, trials_in
-from avlprof.tuning.study import StudyMeta, finalists, find_storage, read_meta, read_study
+from avlprof.tuning.study import StudyMeta, begun_study, finalists, find_storage, read_meta, read_study
 from avlprof.tuning.trials import TRIALS
 from avlprof.versions import __version__, versions
 
 POLICY = "policy.yaml"
+ROW = (
+    *("name", "model", "task", "budget", "read budget", "trials"),
+    *("wanted", "objective", "best", "held-out", "state"),
+)
+"""Columns of `Overview.row`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,22 @@ def studies_below(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("**/study.json"))
 
 
+def rows_below(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of a table of the studies at or below a folder, and sentences about those that are broken.
+
+    A broken one has its name and the state `broken`; nothing is written.
+    """
+    rows, sentences = [], []
+    for folder in studies_below(root):
+        name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
+        try:
+            rows.append(overview(folder).row() | {"name": name})
+        except (UserError, OSError) as error:
+            rows.append(dict.fromkeys(ROW) | {"name": name, "state": "broken"})
+            sentences.append(f"study {folder} is broken: {error}")
+    return rows, sentences
+
+
 def overview(folder: Path) -> Overview:
     """A study at a glance; nothing is written.
 
@@ -125,9 +146,9 @@ def overview(folder: Path) -> Overview:
     except UserError:
         return Overview(folder, meta, "out of reach", 0, None, None, winner)
     at_it = is_locked(folder / ".lock")
-    if not begun:
+    study = begun_study(folder) if begun else None
+    if study is None:
         return Overview(folder, meta, "running" if at_it else "new", 0, None, None, winner)
-    study = read_study(folder)
     done = len(trials_in(study, TrialState.COMPLETE))
     trials = study.user_attrs.get(TRIALS)
     best = best_trials(study, 1)
@@ -179,9 +200,7 @@ def knob_sentences(folder: Path) -> list[str]:
     return [
         f"{row['knob']} {row['value']} instead of {row['plain']}: "
         f"{row['change']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-        for row in pd.read_csv(path, keep_default_na=False, dtype={"value": str, "plain": str}).to_dict(
-            "records"
-        )
+        for row in noted_table(path, KNOBS, {"value": str, "plain": str}).to_dict("records")
     ]
 
 
@@ -253,7 +272,7 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
                 read_budget=meta.read_budget,
                 measured_budget=round(trial.user_attrs["live_share"], 6),
                 measured_read_budget=round(trial.user_attrs["read_share"], 6),
-                notes=f"{_score(trial, meta)} on {samples} of {meta.samples} samples of "
+                notes=f"{_score(trial, meta)} on {samples} of {counted(meta.samples, 'sample')} of "
                 f"split '{meta.split}'; not proved on held-out samples",
             ),
         }

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from avlprof.errors import UserError
 from avlprof.registry import unknown
-from avlprof.tuning.objective import check_objective
-from avlprof.tuning.space import Space
 
 if TYPE_CHECKING:
     import optuna
 
     from avlprof.tasks import Task
+    from avlprof.tuning.space import Space
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random")
 STARTUP = {"tpe": 10, "gp": 6, "cmaes": 10}
@@ -65,7 +64,13 @@ def check_budget(name: str, share: float) -> None:
 BUDGET = 0.2
 """The memory budget where none is given: no setting, since a sweep has several."""
 
-_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1}
+_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1, "batch_size": 1}
+
+
+def _space() -> Space:
+    from avlprof.tuning.space import Space
+
+    return Space()
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Settings:
         split, proof_split: of the task; they must differ.
         max_new_tokens: the longest answer; None is the task's.
         space: what the search may choose from.
+        batch_size: samples that run together; changes no score beyond rounding.
+        prompt_bytes: prefilled prompts that stay on the device, in bytes; None is half of what is free.
 
     Raises:
         UserError: a value is out of range or a name not known.
@@ -108,7 +115,9 @@ class Settings:
     split: str = "search"
     proof_split: str = "held-out"
     max_new_tokens: int | None = None
-    space: Space = field(default_factory=Space)
+    space: Space = field(default_factory=_space)
+    batch_size: int = 32
+    prompt_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.read_budget is not None:
@@ -123,10 +132,14 @@ class Settings:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2^32 - 1], got {self.seed}")
+        from avlprof.tuning.objective import check_objective  # and with it numpy
+
         check_objective(self.objective)
         check_sampler(self.sampler)
         if not 0.0 < self.margin < 1.0:
             raise UserError(f"margin must be above 0 and below 1, in units of the metric, got {self.margin}")
+        if self.prompt_bytes is not None and self.prompt_bytes < 0:
+            raise UserError(f"prompt_bytes must be 0 or more, got {self.prompt_bytes}")
         self._check_answers()
 
     def _check_answers(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from avlprof.analysis import Profile
-from avlprof.errors import UserError
+from avlprof.errors import UserError, counted
 from avlprof.evaluation import PairedDifference
 from avlprof.evaluation.doubts import dense_doubt, tie_doubts
 from avlprof.files import write_text
@@ -64,7 +64,7 @@ class Smallest:
         verdict = "is shown" if self.holds else f"is not shown{why}"
         return (
             f"smallest budget {self.budget:g}: tuned - dense is {gap.mean:+.3f} "
-            f"[{gap.low:+.3f}, {gap.high:+.3f}] on {gap.samples} held-out samples; "
+            f"[{gap.low:+.3f}, {gap.high:+.3f}] on {counted(gap.samples, 'held-out sample')}; "
             f"a drop of at most {self.drop:g} {verdict}"
         )
 

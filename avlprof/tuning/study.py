@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avlprof.errors import UserError
 from avlprof.files import write_text
+from avlprof.models.identity import listed, noted_differences
+from avlprof.runs.meta import NOTED
 from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage
@@ -29,14 +31,19 @@ ADDRESS = "storage.txt"
 
 
 class StudyMeta(BaseModel):
-    """What a study searches for; a study is resumed only if this is the same."""
+    """What a study searches for; a study is resumed only if this is the same.
+
+    `checkpoint` and `dataset` are as in `avlprof.runs.RunMeta`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_: str = "avlprof.study/1"
     model: str
     model_hash: str
+    checkpoint: dict[str, str] = {}
     task: str
+    dataset: dict[str, str] = {}
     split: str
     samples: int
     sample_hash: str
@@ -52,11 +59,14 @@ class StudyMeta(BaseModel):
 
     def differences(self, other: StudyMeta) -> list[str]:
         """Fields in which another study differs, which is asked for, in words."""
-        return [
+        different = [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
             for name in type(self).model_fields
-            if getattr(self, name) != getattr(other, name)
+            if name not in NOTED and getattr(self, name) != getattr(other, name)
         ]
+        for name, what in NOTED.items():
+            different += noted_differences(what, getattr(self, name), getattr(other, name))
+        return different
 
 
 def read_meta(folder: Path) -> StudyMeta:
@@ -77,7 +87,12 @@ def stored_meta(storage: StudyStorage) -> StudyMeta:
         return StudyMeta.model_validate_json(text)
     except ValidationError as error:
         source = storage.address or storage.folder / "study.json"
-        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{source} is not the note of a study ({where or 'JSON'}: {first['msg']}); put a copy of it "
+            "back, or begin anew in another folder"
+        ) from None
 
 
 def check_folder(folder: Path, meta: StudyMeta) -> None:
@@ -85,7 +100,7 @@ def check_folder(folder: Path, meta: StudyMeta) -> None:
     if (folder / "study.json").exists():
         different = read_meta(folder).differences(meta)
         if different:
-            raise UserError(f"{folder} holds another study ({'; '.join(different)}); choose another folder")
+            raise UserError(f"{folder} holds another study ({listed(different)}); choose another folder")
     elif folder.exists() and (
         not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
     ):
@@ -106,7 +121,10 @@ def find_storage(folder: Path, url: str | None = None) -> StudyStorage:
         UserError: the folder's trials are elsewhere than the URL says, or it is not PostgreSQL's.
     """
     note = folder / ADDRESS
-    noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    try:
+        noted = note.read_text(encoding="utf-8").strip() if note.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note} cannot be read: {error}") from None
     if url is None:
         return FolderStorage(folder) if noted is None else PostgresStorage(folder, noted)
     storage = PostgresStorage(folder, url)
@@ -138,7 +156,7 @@ def claim_study(storage: StudyStorage, meta: StudyMeta) -> None:
                 raise UserError(f"'{name}' is a study that avlprof did not make; choose another folder")
             storage.write_note(META, meta.model_dump_json(indent=2))
         elif different := stored_meta(storage).differences(meta):
-            raise UserError(f"'{name}' is another study ({'; '.join(different)}); choose another folder")
+            raise UserError(f"'{name}' is another study ({listed(different)}); choose another folder")
     claim_folder(storage.folder, meta)
     if storage.address is not None:
         write_text(storage.folder / ADDRESS, storage.address + "\n")
@@ -156,6 +174,14 @@ def read_study(folder: Path) -> optuna.Study:
     Raises:
         UserError: no trial was begun yet.
     """
+    study = begun_study(folder)
+    if study is None:
+        raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+    return study
+
+
+def begun_study(folder: Path) -> optuna.Study | None:
+    """As `read_study`, but None where no trial was begun yet."""
     storage = find_storage(folder)
     with quiet(), contextlib.suppress(KeyError):
         if storage.exists():
@@ -164,12 +190,12 @@ def read_study(folder: Path) -> optuna.Study:
                 storage=storage.backend(),
                 pruner=optuna.pruners.NopPruner(),
             )
-    raise UserError(f"study {folder} has no trial yet; run the same 'avlprof tune' again")
+    return None
 
 
-def model_of(loaded: LoadedModel) -> dict[str, str]:
+def model_of(loaded: LoadedModel) -> dict[str, Any]:
     """What tells one model from another, as fields of `StudyMeta`."""
-    return {"model": loaded.source, "model_hash": loaded.revision or ""}
+    return {"model": loaded.source, "model_hash": loaded.revision or "", "checkpoint": loaded.settings}
 
 
 def study_meta(
@@ -180,6 +206,7 @@ def study_meta(
     return StudyMeta(
         **model_of(loaded),
         task=task.name,
+        dataset=dict(task.provenance),
         split=settings.split,
         samples=len(samples),
         sample_hash=sample_hash(samples),

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel, ModelSpec
 from avlprof.tasks import Task
+from avlprof.tasks.spec import TaskSpec
 from avlprof.tuning.evidence import read_evidence
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.prepared import Prepared
@@ -32,6 +33,8 @@ from avlprof.tuning.trials import Check, note_goal, read_goal, run_trials
 from avlprof.watch import SILENT, Watch
 
 PARENT = "AVLPROF_PARENT"
+OWN_THREADS = "AVLPROF_THREADS"
+"""Set where the command line, not the user, chose `OMP_NUM_THREADS`."""
 RESTARTS = 2
 """How often in a row a worker may die without having finished a trial, and is started again."""
 
@@ -49,7 +52,7 @@ class Workers:
         storage: URL of a PostgreSQL database for the trials, to share them with other machines; by
             default a journal in the study's folder.
         model: what further processes load; `avlprof.tune` knows it where the model is given by name.
-        task: likewise the name of the task.
+        task: likewise what further processes read as the task.
 
     Raises:
         UserError: less than one worker.
@@ -58,13 +61,13 @@ class Workers:
     count: int = 1
     storage: str | None = None
     model: ModelSpec | None = None
-    task: str | None = None
+    task: TaskSpec | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"workers must be 1 or more, got {self.count}")
 
-    def named(self, model: ModelSpec | None, task: str | None) -> Workers:
+    def named(self, model: ModelSpec | None, task: TaskSpec | None) -> Workers:
         """The same, with the names by which this process found model and task, where none are set.
 
         Raises:
@@ -79,11 +82,14 @@ class Workers:
         """Where the trials of a study are."""
         return find_storage(folder, self.storage)
 
-    def command(self, folder: Path) -> list[str]:
+    def command(self, folder: Path, settings: Settings | None = None) -> list[str]:
         """What starts a further worker of a study on this machine."""
-        model, task = self.model or ModelSpec(), self.task or "shapes"
+        model, task, settings = self.model or ModelSpec(), self.task or TaskSpec(), settings or Settings()
         words = [sys.executable, "-m", "avlprof", "studies", "join", str(folder)]
-        return [*words, *model.words(), "--task", task]
+        words += [*model.words(), *task.words(), "--batch-size", str(settings.batch_size)]
+        if settings.prompt_bytes is not None:
+            words += ["--prompt-bytes", str(settings.prompt_bytes)]
+        return words
 
 
 def run_workers(
@@ -97,22 +103,32 @@ def run_workers(
     note_goal(storage, settings)
     if workers.count == 1:
         return run_trials(storage, settings, objective, watch=watch)
-    with WorkerProcesses(storage, workers.command(storage.folder), workers.count - 1) as others:
+    with WorkerProcesses(storage, workers.command(storage.folder, settings), workers.count - 1) as others:
         return run_trials(storage, settings, objective, shared=True, watch=watch, check=others.check)
 
 
-def join(loaded: LoadedModel, task: Task, storage: StudyStorage, *, watch: Watch = SILENT) -> optuna.Study:
+def join(
+    loaded: LoadedModel,
+    task: Task,
+    storage: StudyStorage,
+    *,
+    batch_size: int = Settings.batch_size,
+    prompt_bytes: int | None = Settings.prompt_bytes,
+    watch: Watch = SILENT,
+) -> optuna.Study:
     """Work on a study until its trials are done; what is searched follows from the study itself.
 
     Args:
         loaded: the study's model; the same checkpoint and precision.
         task: the study's task; the same samples.
+        batch_size, prompt_bytes: as in `Settings`; each worker has its own.
 
     Raises:
         UserError: the study is not begun, or is one of another model or task.
     """
     meta = stored_meta(storage)
-    settings = _settings(meta, *read_goal(storage))
+    noted = _settings(meta, *read_goal(storage))
+    settings = replace(noted, batch_size=batch_size, prompt_bytes=prompt_bytes)
     claim_study(storage, _meta_here(meta, loaded, task, settings))
     prepared = Prepared.make(loaded, task, read_evidence(storage), settings, watch)
     budget = prepared.budget(meta.budget, meta.read_budget)
@@ -170,7 +186,7 @@ class WorkerProcesses:
         self._command = list(command)
         self._count = count
         self._environment = {**os.environ, **storage.secrets(), PARENT: str(os.getpid())}
-        if "OMP_NUM_THREADS" not in os.environ:
+        if "OMP_NUM_THREADS" not in os.environ or OWN_THREADS in os.environ:
             self._environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (count + 1), 1))
         self._started: list[_Process] = []
 

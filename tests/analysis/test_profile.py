@@ -403,3 +403,22 @@ def test_mass_curves_of_a_row_without_mass_are_full() -> None:
         as_shares(np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]])), np.array([0.25, 1 / 3, 0.5, 1.0])
     )
     assert np.allclose(curves, [[1, 1, 1, 1], [0.375, 0.5, 0.75, 1]])
+
+
+def test_learned_sinks_are_a_part_of_the_mass(run: RunDirectory, tmp_path: Path) -> None:
+    """Three quarters of every row go to the model's own sinks; means of a row still sum to 1."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.path, folder)
+    for part in folder.glob("stats-*.parquet"):
+        stats = pd.read_parquet(part)
+        masses = [f"mass_{name}" for name in MODALITIES]
+        stats[masses] *= 0.25
+        stats.assign(mass_learned_sink=0.75).to_parquet(part, index=False)
+    plain, sunk = Profile.from_run(run), Profile.from_run(RunDirectory(folder))
+    assert set(sunk["mass"]["modality"]) == {*MODALITIES, "learned_sink"}
+    assert set(plain["mass"]["modality"]) == set(MODALITIES)
+    keys = ["layer", "phase", "query"]
+    np.testing.assert_allclose(sunk["mass"].groupby(keys)["mean"].sum(), 1.0, atol=1e-6)
+    np.testing.assert_allclose(sunk["mass"].query("modality == 'learned_sink'")["mean"], 0.75)
+    np.testing.assert_allclose(sunk["heads"].query("statistic == 'learned_sink'")["mean"], 0.75)
+    assert (sunk["by_sample"]["mass_learned_sink"] == 0.75).all()

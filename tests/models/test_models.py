@@ -69,6 +69,7 @@ def test_unknown_names(name: str, said: str) -> None:
         load_model(name)
 
 
+@pytest.mark.slow  # a process of its own that loads a model
 def test_offline_hub_ids(tmp_path: Path) -> None:
     """Without network an id in the cache loads, with its commit; any other is one sentence."""
     commit = "0123456789abcdef0123456789abcdef01234567"

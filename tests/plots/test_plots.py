@@ -29,6 +29,7 @@ from avlprof.plots.pareto import unbeaten
 from avlprof.plots.pictures import arrange
 from avlprof.plots.style import MODALITY_COLOURS, THEME, layer_colours, theme
 from avlprof.policy import JointPool, Policy, TextPolicy
+from tests.helpers import thinned
 from tests.synthetic_run import write_run
 
 DEPTHS = (1, 6, 48)
@@ -276,7 +277,7 @@ def words_of(figure: Figure) -> str:
     return "\n".join(" ".join(text.get_text().split()) for text in all_text(figure))
 
 
-@pytest.mark.parametrize("layers", [6, 48])
+@pytest.mark.parametrize("layers", thinned([6, 48], [6]))
 def test_text_stays_inside_the_figure(layers: int) -> None:
     for name, figure in drawn_figures(layers).items():
         width, height = figure.get_size_inches() * figure.dpi
@@ -406,7 +407,7 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
     frame = mass_frame(5)
     info = plots.mass_info(frame)
     assert [panel.title.split(":")[0] for panel in info.panels] == ["Prefill", "Decode"]
-    assert info.panels[0].modalities == ("vision", "text", "system")
+    assert info.panels[0].modalities == ("vision", "text", "system", "learned_sink")
     assert info.note == "mean over 7 samples"
     for panel, query in zip(info.panels, ("last", "generated"), strict=True):
         np.testing.assert_allclose(panel.share.sum(axis=1), 1.0)
@@ -414,6 +415,14 @@ def test_mass_is_what_the_frame_says_and_bars_reach_one() -> None:
             for j, name in enumerate(panel.modalities):
                 chosen = frame[(frame.layer == layer) & (frame["query"] == query) & (frame.modality == name)]
                 assert panel.share[i, j] == pytest.approx(chosen["mean"].item())
+
+
+def test_learned_sinks_are_a_band_of_their_own_where_a_model_has_them() -> None:
+    frame = mass_frame(3)
+    assert "Learned sink" in words_of(plots.modality_mass(plots.mass_info(frame)))
+    without = plots.mass_info(frame[frame["modality"] != "learned_sink"])
+    assert without.panels[1].modalities == ("vision", "text", "generated", "system")
+    assert "Learned sink" not in words_of(plots.modality_mass(without))
 
 
 def test_mass_has_the_interval_of_vision_and_the_horizon_of_its_rows() -> None:

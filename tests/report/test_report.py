@@ -203,6 +203,7 @@ def test_sure_differences_are_counted(run: Run, page: Page) -> None:
     assert "4 samples against 3 others" in page.text
 
 
+@pytest.mark.slow  # two more reports with all figures
 def test_the_same_input_is_the_same_file_but_for_its_date(
     run: Run, other: Run, html: str, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_samples_are_of_many_groups_and_at_most_as_asked(tmp_path: Path) -> None
     assert examples(run, 0) == ((), "None was asked for.")
 
 
+@pytest.mark.slow  # figures of many layers
 def test_a_deep_model_stays_small(tmp_path: Path) -> None:
     write_run(tmp_path, vision=(300, 290), parts=1, averaged=True, layers=48)
     assert len(report_html(Run.open(tmp_path), pictures=0)) < 3_000_000

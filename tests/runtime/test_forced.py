@@ -24,8 +24,8 @@ from avlprof.runtime.forced.score import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import answers_of, steps_and_first, stepwise
-from tests.policies import FORCED, POLICIES
+from tests.helpers import answers_of, steps_and_first, stepwise, thinned
+from tests.policies import FORCED, POLICIES, QUICK
 
 MODELS = dict(cases())
 LENGTHS = (19, 7, 1, 13, 7)
@@ -42,7 +42,7 @@ def ragged(case):
     return inputs, answers_of(LENGTHS)
 
 
-@pytest.mark.parametrize("name", FORCED)
+@pytest.mark.parametrize("name", thinned(FORCED, (*QUICK, "newest grow")))
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs, answers = ragged(case)
     ours = ForcedBatch(case.model, inputs, answers).logits(FORCED[name])

@@ -17,7 +17,7 @@ from tests.oracle import NEAR_TIE, Oracle
 
 MODELS = dict(cases())
 FAMILIES = dict(families())
-SLIDING_BEHIND = ("gemma3", "aya_vision", "paligemma2")
+SLIDING_BEHIND = ("internvl_gpt_oss", "gemma3", "aya_vision", "paligemma2")
 ONE = Policy(vision_keep=0.5, prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),))
 PYRAMID = Policy(
     vision_keep=(0.9, 0.6, 0.25),

@@ -15,6 +15,7 @@ from avlprof.attention.ranking import (
 from avlprof.attention.session import cache_of, with_cache
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import random_llava
+from tests.helpers import thinned
 from tests.oracle import Oracle
 from tests.policies import A_VL
 
@@ -53,7 +54,7 @@ def sets(positions):
     return [set(row.tolist()) for row in positions]
 
 
-@pytest.mark.parametrize("name", list(A_VL))
+@pytest.mark.parametrize("name", thinned(A_VL, ("paper/a-vl", "small minimum")))
 def test_a_vl_step_by_step(case, name):
     policy = A_VL[name]
     for seed in range(3, 12):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,13 +32,17 @@ def plain_weights(prefill, row, head, position):
         [(prefill.query[row, head, position].double() @ prefill.key[row, group, j].double()) for j in valid]
     )
     found = torch.zeros(prefill.modality.shape[1], dtype=torch.double)
-    found[valid] = (logits * prefill.scaling).softmax(0)
+    logits = logits * prefill.scaling
+    if prefill.sinks is not None:
+        logits = torch.cat([logits, prefill.sinks[head, None].double()])
+    found[valid] = logits.softmax(0)[: len(valid)]
     return found
 
 
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1.0, 5.0, 6)], ids=["plain", "sinks"])
 @pytest.mark.parametrize("name", ["last_query", "accumulated", "instruction"])
-def test_attention_scorers_sum_the_right_rows(name):
-    prefill = random_prefill((13, 9), seed=4)
+def test_attention_scorers_sum_the_right_rows(name, sinks):
+    prefill = replace(random_prefill((13, 9), seed=4), sinks=sinks)
     scores = make_scorer(ScorerSpec(name=name)).score(prefill)
     width = prefill.modality.shape[1]
     for row in range(2):

@@ -21,6 +21,7 @@ def trained(work, name, *stops):
     return trainer
 
 
+@pytest.mark.slow  # trains a model twice
 @pytest.mark.parametrize("name", ["tower", "joint"])
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(tmp_path, name):
     for folder in ("whole", "parts"):

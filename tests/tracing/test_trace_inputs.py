@@ -424,6 +424,7 @@ def test_the_model_is_as_before(error, under, tmp_path):
     assert RunDirectory(tmp_path).ids() == [sample.id for sample in samples[: 2 if error else 4]]
 
 
+@pytest.mark.slow  # 160 samples
 def test_memory_stays_flat(tmp_path):
     """160 samples: the tensors alive after each part do not grow in number, nor the process in size."""
     loaded, samples = wordy(random_llava(layers=2, grid=3)), questions(160)

@@ -110,6 +110,7 @@ def test_nonsense_in_the_environment_is_refused(environment, said):
 # --- two processes
 
 
+@pytest.mark.slow  # torchrun starts two processes, which import and load all anew
 def test_two_processes_of_torchrun_give_the_run_of_one(tmp_path, whole):
     """Through the command line: one table, one progress, and a directory like that of one process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
@@ -215,6 +216,7 @@ def _begin(path, index, count, layers, start, said):
         said.put(layers)
 
 
+@pytest.mark.slow  # four processes each
 @pytest.mark.parametrize("odd", [False, True])
 def test_processes_that_begin_at_once_agree_on_the_settings(tmp_path, odd):
     """The first one's settings stand; a process with others is told what differs."""

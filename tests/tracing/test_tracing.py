@@ -31,6 +31,7 @@ from tests.helpers import Largest, generate_words, one_row
 MODELS = dict(cases())
 STEPS = 20
 SYSTEM, VISION, TEXT, GENERATED = range(4)
+MASSES = (*MODALITIES, "learned_sink")
 EDGES = (1, 2, 4, 7, 12)
 LEVELS = (50, 90, 100)
 LAGS = (1, 3, 8)
@@ -103,11 +104,12 @@ class Seen:
 def eager(case, inputs, steps=STEPS):
     """Tokens and weights of eager attention; its logits must be those of the model as loaded."""
     stock = generate_words(case, inputs, steps)
+    before = case.model.config.text_config._attn_implementation
     case.model.set_attn_implementation({"text_config": "eager"})
     try:
         out = generate_words(case, inputs, steps, output_attentions=True)
     finally:
-        case.model.set_attn_implementation({"text_config": "sdpa"})
+        case.model.set_attn_implementation({"text_config": before})
     assert torch.equal(out.sequences, stock.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(stock.logits), atol=1e-4, rtol=1e-4)
     return out
@@ -159,7 +161,7 @@ def query_rows(seen, options):
 def row_statistics(row, at, seen, options):
     """Continuous statistics of one attention row `row [N]` at position `at`."""
     out = {f"mass_{name}": 0.0 for name in MODALITIES}
-    out |= {"mass_sink": row[0], "entropy": 0.0, "text_sink": 0.0}
+    out |= {"mass_sink": row[0], "mass_learned_sink": 1.0 - sum(row), "entropy": 0.0, "text_sink": 0.0}
     distance = [0.0] * (len(EDGES) + 1)
     for i, weight in enumerate(row):
         if weight == 0:
@@ -214,7 +216,7 @@ def check(recorded, seen, options):
                     want = sum(values[name] for values, _ in found) / len(found)
                     assert abs(got[name] - want) < 1e-5, (layer, phase, query, head, name)
                 np.testing.assert_allclose(got["distance"], np.mean([d for _, d in found], axis=0), atol=1e-5)
-                assert sum(got[f"mass_{name}"] for name in MODALITIES) == pytest.approx(1, abs=1e-5)
+                assert sum(got[f"mass_{name}"] for name in MASSES) == pytest.approx(1, abs=1e-5)
                 of_text = got["mass_text"] + got["mass_generated"]
                 assert got["text_sink"] + sum(got["distance"]) == pytest.approx(of_text, abs=1e-5)
                 if not vision:
@@ -541,6 +543,7 @@ def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case,
             )
 
 
+@pytest.mark.slow  # a trace for each size of a block
 @pytest.mark.parametrize("per_head", [False, True])
 def test_blocks_and_holding_back_change_nothing(case, per_head):
     inputs = case.inputs(2, seed=3, pad=True, text=13, images_per_row=2)
@@ -576,7 +579,7 @@ def test_looking_in_while_generating_changes_nothing(case):
     with record(case.model, FEW) as quiet:
         generate_words(case, inputs, STEPS)
     with record(case.model, FEW) as peeked:
-        generate_words(case, inputs, stopping_criteria=[Reader()])
+        generate_words(case, inputs, STEPS, stopping_criteria=[Reader()])
     ours, theirs = (pd.DataFrame(r.records[0].frame()).drop(columns="distance") for r in (peeked, quiet))
     pd.testing.assert_frame_equal(ours, theirs, rtol=0, atol=1e-6)
 
@@ -607,7 +610,7 @@ def test_prompts_follow_one_another(case):
         "turns of several tokens are not rows"
     )
     for frame in decoded:
-        np.testing.assert_allclose(frame[[f"mass_{name}" for name in MODALITIES]].sum(axis=1), 1, atol=1e-5)
+        np.testing.assert_allclose(frame[[f"mass_{name}" for name in MASSES]].sum(axis=1), 1, atol=1e-5)
     assert (decoded[1]["mass_text"] > 0).all()
 
 

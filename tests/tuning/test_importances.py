@@ -63,6 +63,7 @@ def test_a_parameter_that_the_sampler_settled_counts_in_full():
     assert table.loc["kind", "importance"] > 0.6
 
 
+@pytest.mark.slow  # forests of 100 trials and more
 def test_few_trials_are_less_sure_than_many():
     wide, narrow = (parameter_importances(study(count, scored)).set_index("parameter") for count in (20, 80))
     spread = [table.loc["x", "high"] - table.loc["x", "low"] for table in (wide, narrow)]

@@ -29,6 +29,7 @@ from avlprof.tuning.settings import SAMPLERS, make_sampler
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.study import read_study
 from avlprof.tuning.trials import run_trials
+from tests.helpers import thinned
 from tests.watching import Notes
 
 LAYERS = 4
@@ -115,7 +116,7 @@ def installed(name):
     return name != "cmaes" or importlib.util.find_spec("cmaes") is not None
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", thinned(SAMPLERS, ("tpe", "cmaes", "random")))
 def test_every_sampler_is_seeded_and_stays_in_the_space(name, tmp_path):
     if not installed(name):
         with pytest.raises(UserError, match="needs the package cmaes"):

@@ -119,6 +119,7 @@ def meta(**changed):
     return StudyMeta(**(values | changed))
 
 
+@pytest.mark.slow  # three processes, and heartbeats to wait for
 def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
     """Nobody here watches them; another one hangs for longer than the grace, and comes back."""
     trials = 9

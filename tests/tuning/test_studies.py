@@ -354,6 +354,7 @@ def outcome(study):
     return [(t.params, t.value, t.user_attrs["policy"]) for t in study.trials if t.state.name == "COMPLETE"]
 
 
+@pytest.mark.slow  # the search once more
 def test_who_joins_searches_what_the_study_says(tuned, tmp_path):
     """One worker that joins, without run or settings, runs the very trials of `avlprof.tune`."""
     loaded, _, study = tuned

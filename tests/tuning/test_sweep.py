@@ -80,6 +80,7 @@ def trials_below(folder):
     return {study: [trial.value for trial in read_study(study).get_trials()] for study in studies}
 
 
+@pytest.mark.slow  # the sweep once more
 def test_the_same_sweep_resumes_without_a_new_trial(swept, tiny, run):
     before = trials_below(swept.folder)
     assert [len(values) for values in before.values()] == [5, 2, 5, 2]

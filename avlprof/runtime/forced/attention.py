@@ -144,5 +144,5 @@ def _attended(rows: AnswerRows, visible: Visible) -> Tensor:
     for block in rows.blocks(range(rows.steps)):
         logits = rows.logits(block)
         logits.masked_fill_(~visible(block).unsqueeze(3), float("-inf"))
-        outputs.append(rows.mixed(logits.softmax(dim=-1)))
+        outputs.append(rows.mixed(rows.weights(logits)))
     return rows.joined(outputs)

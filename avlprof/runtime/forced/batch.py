@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched, with_cache
+from avlprof.models.finite import first_layer, named, not_finite
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced.packing import (
@@ -80,9 +81,18 @@ class ForcedBatch:
         """Bytes held of prefilled prompts."""
         return self._prefixes.nbytes
 
+    @property
+    def parked(self) -> int:
+        """Bytes held of them on the host."""
+        return self._prefixes.parked
+
     def drop(self) -> None:
         """Let the prefilled prompts go; they run again when next needed."""
         self._prefixes.drop()
+
+    def park(self) -> None:
+        """Move the prefilled prompts to the host until they are next needed."""
+        self._prefixes.park()
 
     @torch.inference_mode()
     def logits(self, policy: Policy) -> Tensor:
@@ -119,11 +129,22 @@ class ForcedBatch:
                         ours = self._hidden([policies[i] for i in part], groups)
                         close = closeness(self._head, self._dense_hidden(number), ours, targets)
                         sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
+        self._check_finite(sums[0], policies, samples)
         by_policy = sums.permute(1, 2, 0).tolist()
         return [
             [ForcedScore.mean(*row) for row in zip(samples, self.lengths, by_row, strict=True)]
             for by_row in by_policy
         ]
+
+    def _check_finite(self, kl: Tensor, policies: Sequence[Policy], samples: Sequence[str]) -> None:
+        """`UserError` where a divergence `[P, B]` is not finite."""
+        broken = (~kl.isfinite()).nonzero().tolist()
+        if broken:
+            number, row = broken[0]
+            layer = first_layer(self.model, self._prefixes.inputs)
+            since = "" if layer is None else f", from layer {layer} on,"
+            under = f" under policy '{policies[number].name}'" if layer is None else ""
+            raise not_finite(f"the logits of {named(samples, row)}{under}{since}")
 
     def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
         """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""

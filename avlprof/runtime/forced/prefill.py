@@ -92,6 +92,7 @@ class Prefixes:
         self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
         self._prompts: dict[str, Prompts] = {}
+        self._parked: dict[str, Prompts] = {}
         self._views: dict[tuple[str, int, int], Prompts] = {}
 
     @property
@@ -99,10 +100,24 @@ class Prefixes:
         """Bytes held."""
         return sum(prompts.nbytes for prompts in self._prompts.values())
 
+    @property
+    def parked(self) -> int:
+        """Bytes held on the host."""
+        return sum(prompts.nbytes for prompts in self._parked.values())
+
     def drop(self) -> None:
-        """Let all prompts go; they run again when needed."""
+        """Let all prompts go from the device; what is not parked runs again when needed."""
         self._prompts.clear()
         self._views.clear()
+
+    def park(self) -> None:
+        """Move all prompts to the host, from where they come back when needed."""
+        for key, prompts in self._prompts.items():
+            known = self._parked.get(key)
+            # what came back from the host unchanged lies there still
+            if known is None or known.parts != prompts.parts:
+                self._parked[key] = prompts.moved()
+        self.drop()
 
     def keep(self, capture: Capture, policy: Policy) -> None:
         """Take what a run of the prompts under a policy's prefill filter has left."""
@@ -116,7 +131,10 @@ class Prefixes:
 
     def prepare(self, policies: Sequence[Policy]) -> None:
         """Run the prompts unless all that the policies need is there; they share a prefill filter."""
-        prompts = self._prompts.get(prefix_key(policies[0]))
+        key = prefix_key(policies[0])
+        if key not in self._prompts and key in self._parked:
+            self._prompts[key] = self._parked[key].moved(self.order.device)
+        prompts = self._prompts.get(key)
         specs = scorers_of(policies)
         text = any(policy.text.scored for policy in policies)
         if prompts is None:

@@ -85,6 +85,11 @@ class Prompts:
         kept = [*self.text, *(s for layers in self.scores.values() for s in layers)]
         return sum(layer.nbytes for layer in self.layers) + sum(t.numel() * t.element_size() for t in kept)
 
+    @property
+    def parts(self) -> tuple[frozenset[str], bool]:
+        """Which scores there are, and whether text weights are."""
+        return frozenset(self.scores), bool(self.text)
+
     def rows(self, rows: slice) -> Prompts:
         """Some of the prompts, as views, without the columns that are padding in all of them."""
         return self._mapped(lambda t: t[rows], trim=True)
@@ -92,6 +97,10 @@ class Prompts:
     def reordered(self, order: Tensor) -> Prompts:
         """The prompts in another order; a copy."""
         return self._mapped(lambda t: _ordered(t, order), trim=False)
+
+    def moved(self, device: torch.device | str = "cpu") -> Prompts:
+        """The prompts on another device, by default the host."""
+        return self._mapped(lambda t: t.to(device), trim=False)
 
     def with_scores(self, scores: dict[str, list[Tensor]], text: list[Tensor], order: Tensor) -> Prompts:
         """The same prompts with more scores and, if there are any, text weights, given in another order."""

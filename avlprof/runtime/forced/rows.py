@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall
+from avlprof.attention.weights import softmax
 from avlprof.policy import Policy, PromptShape, broadcast, sizes, text_room
 from avlprof.runtime.forced.prompt import PromptLayer
 
@@ -117,6 +118,7 @@ class AnswerRows:
         self.query = query.permute(0, 2, 1, 3, 4, 5).float()
         self.key, self.value = (states[:, :, :, 0].transpose(1, 2).float() for states in (key, value))
         self._key, self._value = prompt.key.float(), prompt.value.float()
+        self._sinks = None if call.sinks is None else call.sinks.view(groups, 1, -1, 1)
         self.length, self.steps = prompt.key.shape[2], call.key.shape[2]
 
     @property
@@ -143,6 +145,11 @@ class AnswerRows:
         if self.call.softcap is not None:
             logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
         return logits
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Softmax of logits `[B, Hkv, P, g, N + T]` of a row, or `[B, Hkv, P, g, R, N + T]` of some."""
+        sinks = self._sinks
+        return softmax(logits, sinks if sinks is None or logits.ndim == 5 else sinks.unsqueeze(-1))
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Output `[B, Hkv, P, g, R, D]` of rows with weights `[B, Hkv, P, g, R, N + T]`."""

@@ -17,9 +17,12 @@ from torch import Tensor
 from avlprof.attention.session import switched
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens, reference_tokens
+from avlprof.models.context import check_context
+from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
+from avlprof.runtime.forced.room import Room, prompt_bytes, say_room
 from avlprof.runtime.forced.score import ForcedScore, Head
 from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
@@ -30,9 +33,9 @@ Answers = Literal["dense", "reference"]
 class ForcedSet:
     """Samples with known answers, scored policy by policy or for many policies at once.
 
-    The prefilled prompts of all samples stay in memory as far as `memory` bytes allow (None: all of
-    them). Batches beyond that run their prompts anew each time they are scored, which many policies
-    in one call share.
+    The prefilled prompts of all samples stay on the device as far as there is room. Batches beyond that
+    wait on the host, where that is another memory and has room, or run their prompts anew each time
+    they are scored, which many policies in one call share. Scores do not depend on it.
     """
 
     def __init__(
@@ -40,9 +43,9 @@ class ForcedSet:
         samples: list[str],
         answers: list[list[int]],
         batches: list[tuple[list[int], ForcedBatch]],
-        memory: int | None = None,
+        room: Room | None = None,
     ) -> None:
-        self.samples, self.answers, self._batches, self._memory = samples, answers, batches, memory
+        self.samples, self.answers, self._batches, self.room = samples, answers, batches, room or Room()
 
     @classmethod
     @torch.inference_mode()
@@ -65,13 +68,18 @@ class ForcedSet:
         Args:
             scorers: scorers of policies that will be scored; each one that is not named here costs
                 another run of the prompts.
-            memory: bytes of prefilled prompts that may stay.
-            watch: its phase `dense answers` counts samples.
+            memory: bytes of prefilled prompts that may stay on the device; None is half of what is
+                free, and then batches are made smaller where one alone would take more.
+            watch: its phase `dense answers` counts samples; it is told the bytes beforehand.
 
         Raises:
             UserError: a picture cannot be read, or a sample has no reference.
         """
-        forced = cls([sample.id for sample in samples], [], [], memory)
+        room, each = Room.of(loaded, memory), prompt_bytes(loaded, samples)
+        wanted = batch_size
+        batch_size = room.batch(wanted, each) if memory is None else wanted
+        say_room(watch, room, each, len(samples), batch_size, wanted)
+        forced = cls([sample.id for sample in samples], [], [], room)
         head = Head(loaded.model)
         watch.phase("dense answers", 0, len(samples))
         for start in range(0, len(samples), batch_size):
@@ -83,9 +91,10 @@ class ForcedSet:
                 lasts = inputs["input_ids"][:, -1].tolist()
                 whole = [reference_tokens(loaded, s, last) for s, last in zip(part, lasts, strict=True)]
                 tokens = [answer[:max_new_tokens] for answer in whole]
+                check_context(loaded.model, inputs, [s.id for s in part], max(map(len, tokens)))
             else:
                 capture = Capture(list(scorers))
-                tokens = _dense_answers(loaded, inputs, max_new_tokens, capture, head)
+                tokens = _dense_answers(loaded.model, inputs, part, max_new_tokens, capture, head)
             forced.answers += tokens
             batch = ForcedBatch(loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture)
             forced._batches.append((rows, batch))
@@ -132,19 +141,33 @@ class ForcedSet:
                 own.extend(more)
         return scores
 
+    @property
+    def parked(self) -> int:
+        """Bytes of them that wait on the host."""
+        return sum(batch.parked for _, batch in self._batches)
+
     def _make_room(self, number: int) -> None:
-        """Drop the prompts of a batch where all that is held is too much: the first ones stay."""
-        if self._memory is not None and self.nbytes > self._memory:
-            self._batches[number][1].drop()
+        """Park or drop the prompts of a batch where all that is held is too much: the first ones stay."""
+        if self.room.device is None or self.nbytes <= self.room.device:
+            return
+        batch = self._batches[number][1]
+        if self.room.host != 0 and self.room.fits_host(self.parked - batch.parked + batch.nbytes):
+            batch.park()
+        else:
+            batch.drop()
 
 
 def _dense_answers(
-    loaded: LoadedModel, inputs: dict[str, Tensor], max_new_tokens: int, capture: Capture, head: Head
+    model: Any,
+    inputs: dict[str, Tensor],
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    capture: Capture,
+    head: Head,
 ) -> list[list[int]]:
-    model: Any = loaded.model
     ends = end_tokens(model)
     with switched(model, observers=(capture,)), capture.reading_last(head):
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = greedy(model, inputs, [sample.id for sample in samples], max_new_tokens=max_new_tokens)
     new = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: answer_length(row, ends)] for row in new]
 

@@ -104,7 +104,7 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
 
     def weigh(logits: Tensor, vision: Tensor) -> Tensor:
         seen = pool.seen | vision | fixed
-        return logits.masked_fill(~seen.unsqueeze(3), float("-inf")).softmax(dim=-1)
+        return rows.weights(logits.masked_fill(~seen.unsqueeze(3), float("-inf")))
 
     def picked(weights: Tensor) -> Tensor:
         ranked = head_mean(weights, kept.shape[1]).masked_fill(~kept, float("-inf"))

@@ -65,7 +65,7 @@ def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, always: Tensor, bl
     """Core `[B, G, P, R, N]` that each refresh row of a block picks among the kept tokens."""
     logits = rows.logits(block)
     seen = with_prompt(always[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
-    weights = logits.masked_fill_(~seen.unsqueeze(3), float("-inf")).softmax(dim=-1)
+    weights = rows.weights(logits.masked_fill_(~seen.unsqueeze(3), float("-inf")))
     scores = head_mean(weights[..., : rows.length], kept.shape[1])
     rank = ranks(scores.masked_fill(~kept[:, :, :, None], float("-inf")))
     return rank < cores[:, None, :, None, None]

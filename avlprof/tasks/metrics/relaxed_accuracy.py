@@ -26,10 +26,10 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def _correct(prediction: str, answer: str) -> float:
     prediction, answer = prediction.strip(), answer.strip()
-    found, wanted = _number(prediction), _number(answer)
-    if found is None or not wanted:
+    number, reference = _number(prediction), _number(answer)
+    if number is None or not reference:
         return float(prediction.lower() == answer.lower())
-    return float(abs(found - wanted) / abs(wanted) <= _TOLERANCE)
+    return float(abs(number - reference) / abs(reference) <= _TOLERANCE)
 
 
 def _number(text: str) -> float | None:

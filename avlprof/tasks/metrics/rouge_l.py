@@ -27,10 +27,10 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(prediction: str, answer: str) -> float:
-    found, wanted = (_WORD.findall(spaced(text.lower())) for text in (prediction, answer))
-    if not found or not wanted:
-        return float(found == wanted)
-    return 2 * _common(found, wanted) / (len(found) + len(wanted))
+    words, reference = (_WORD.findall(spaced(text.lower())) for text in (prediction, answer))
+    if not words or not reference:
+        return float(words == reference)
+    return 2 * _common(words, reference) / (len(words) + len(reference))
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
@@ -38,8 +38,8 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     row = [0] * (len(b) + 1)
     for word in a:
         before = 0
-        for place, other in enumerate(b, start=1):
-            above = row[place]
-            row[place] = before + 1 if word == other else max(above, row[place - 1])
+        for index, other in enumerate(b, start=1):
+            above = row[index]
+            row[index] = before + 1 if word == other else max(above, row[index - 1])
             before = above
     return row[-1]

@@ -32,10 +32,10 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(prediction: str, answer: str) -> float:
-    found, wanted = Counter(_words(prediction)), Counter(_words(answer))
-    if not found or not wanted:
-        return float(found == wanted)
-    return 2 * (found & wanted).total() / (found.total() + wanted.total())
+    words, reference = Counter(_words(prediction)), Counter(_words(answer))
+    if not words or not reference:
+        return float(words == reference)
+    return 2 * (words & reference).total() / (words.total() + reference.total())
 
 
 def _words(text: str) -> list[str]:

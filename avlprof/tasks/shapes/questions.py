@@ -90,9 +90,9 @@ def count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> Question | None:
-    shown = sorted({item.color for item in scene.items})
-    absent = sorted(set(COLORS) - set(shown))
-    pool, answer = (shown, "yes") if rng.random() < 0.5 or not absent else (absent, "no")
+    present = sorted({item.color for item in scene.items})
+    absent = sorted(set(COLORS) - set(present))
+    pool, answer = (present, "yes") if rng.random() < 0.5 or not absent else (absent, "no")
     return f"is there a {pool[int(rng.integers(len(pool)))]} object?", answer
 
 

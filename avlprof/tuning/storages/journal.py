@@ -17,6 +17,7 @@ from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.locks import HAS_LOCKS, is_locked, locked
 from avlprof.tuning.storages._base import META, WORKER, StudyStorage, trials_in, worker_name
+from avlprof.tuning.storages.records import STUDY, MendedJournal
 
 JOURNAL = "journal.log"
 BLOCK = 65536
@@ -24,7 +25,7 @@ BLOCK = 65536
 
 def journal(path: Path) -> JournalFileBackend:
     """Optuna's journal in a file, which is made when it is missing."""
-    return JournalFileBackend(str(path), lock_obj=_MendingLock(path))
+    return MendedJournal(str(path), lock_obj=_MendingLock(path))
 
 
 class _MendingLock:
@@ -79,13 +80,20 @@ class FolderStorage(StudyStorage):
     way; who finds the lock free knows that the worker is dead.
     """
 
-    study_name = "avlprof"
+    study_name = STUDY
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def backend(self) -> BaseStorage:
-        return JournalStorage(journal(self.folder / JOURNAL))
+        path = self.folder / JOURNAL
+        try:
+            return JournalStorage(journal(path))
+        except (OSError, ValueError, KeyError, AssertionError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(
+                f"{path} cannot be read: {reason}; put a copy of it back, or begin anew"
+            ) from None
 
     def exists(self) -> bool:
         return (self.folder / JOURNAL).exists()
