@@ -103,7 +103,7 @@ class Session:
         self._thread = _Thread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """A copy of the model is a stock model: its hooks find that it is not the one of this session."""
+        """A copy of the model is a stock model: its hooks find that it is another one."""
         if self.single:
             raise UserError("a model with captured steps cannot be copied; copy it before the context")
         return self
