@@ -12,6 +12,8 @@ import avlprof
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
+FEW = ("llava_next", "qwen3_vl", "idefics3", "gemma3")
+"""Families for a large matrix where time is short: tiles, positions in three dimensions, sliding windows."""
 
 
 def thinned(names, quick):

@@ -18,6 +18,7 @@ IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit_learn": "sklearn"}
 """Import names of packages that are not called like their distribution."""
 
 INDIRECT = {
+    "bitsandbytes": "transformers quantises with it",
     "sklearn": "Optuna's fANOVA, the importances of a study, is a random forest of it",
     "psycopg": "the driver that SQLAlchemy loads for postgresql://",
     "ipykernel": "the kernel that nbclient starts for a notebook",
@@ -25,6 +26,7 @@ INDIRECT = {
 """Packages that nothing here imports by name, and who needs them."""
 
 UNDECLARED = {
+    "kernels": "fetches attention kernels by name; asked for by find_spec before it is used",
     "triton": "comes with CUDA builds of torch, and is asked for by find_spec before it is imported",
     "torchvision": "some processors of transformers need it; it must fit the torch that is installed",
 }

@@ -62,29 +62,45 @@ def test_a_run_is_opened(old):
 
 
 def test_a_run_gives_the_policy_that_it_gave(old):
-    """The profile of today's code, and what it derives, down to the token."""
+    """The profile of today's code, and what it derives with A-VL's ranking, the default of 0.1.0.
+
+    The query `answer` adds weights since, which moves one token of 196 from one layer to another.
+    """
     written = avlprof.load_policy("derived.yaml")
-    derived = avlprof.Run.open("run").profile().derive(budget=0.4, read_budget=0.3, refresh_interval=2)
-    assert derived.hash == written.hash
+    derived = (
+        avlprof.Run.open("run")
+        .profile()
+        .derive(budget=0.4, read_budget=0.3, refresh_interval=2, scorer="last_query")
+    )
+    moved = [round(196 * (a - b)) for a, b in zip(derived.vision_keep, written.vision_keep, strict=True)]
+    assert moved == [0, -1, 0, 0, 0, 1]
+    assert derived.model_copy(update={"vision_keep": written.vision_keep}).hash == written.hash
     assert derived.provenance.run_hash == written.provenance.run_hash
 
 
-def test_a_run_goes_on(tiny, old):
-    invoke(*TRACE, "--samples", 3, "--out", "run")
-    run = avlprof.Run.open("run")
-    assert len(run.samples()) == 3
-    assert run.meta.versions["avlprof"] == "0.1.0"
+BEGUN = "not noted by avlprof 0.1.0, which began this"
 
 
-def test_a_run_under_a_policy_is_opened_and_goes_on(old):
+def refused(*arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="avlprof")
+    assert done.exit_code == 2, done.output
+    assert BEGUN in done.output
+
+
+def test_a_run_is_not_gone_on_with(old):
+    """What decides its answers beside the weights was not noted, so what is added might differ."""
+    refused(*TRACE, "--samples", 3, "--out", "run")
+    assert len(avlprof.Run.open("run").samples()) == 2
+
+
+def test_a_run_under_a_policy_is_opened(old):
     run = avlprof.Run.open("under-a-policy")
     policy = avlprof.load_policy("derived.yaml")
     noted = json.dumps(run.meta.model_dump(mode="json"))
     assert policy.name in noted
     assert policy.hash in noted
     assert len(run.profile().per_layer()) == 6
-    invoke(*TRACE, "--samples", 2, "--policy", "derived.yaml", "--out", "under-a-policy")
-    assert len(avlprof.Run.open("under-a-policy").samples()) == 2
+    refused(*TRACE, "--samples", 2, "--policy", "derived.yaml", "--out", "under-a-policy")
 
 
 @pytest.mark.parametrize(("path", "name"), [("derived.yaml", "derived"), ("study/policy.yaml", "tuned")])
@@ -103,7 +119,8 @@ def test_a_policy_is_loaded(old, path, name):
 
 def test_a_study_is_shown(old):
     (row,) = json.loads(invoke("studies", "ls", ".", "--format", "json").stdout)
-    assert (row["name"], row["trials"], row["wanted"], row["state"]) == ("study", 4, 4, "proved")
+    # its proof said yes of 4 samples without any difference, which shows nothing
+    assert (row["name"], row["trials"], row["wanted"], row["state"]) == ("study", 4, 4, "not shown")
     rows = json.loads(invoke("studies", "show", "study", "--format", "json").stdout)
     assert [row["trial"] for row in rows] == [0, 3, 1, 2]
     assert [row["allocator"] for row in rows] == ["uniform", "coverage", "pyramid", "sigmoid"]
@@ -113,31 +130,8 @@ def test_a_study_is_shown(old):
     assert avlprof.load_policy("third.yaml").provenance.trial == 3
 
 
-@pytest.mark.slow  # the proof and its figures once more
-def test_a_study_that_is_done_stays_as_it_is(old):
-    """The same command finds the trials and all answers that were not deleted."""
-    before, answers = avlprof.load_policy("study/policy.yaml"), set(Path("study/answers").iterdir())
-    invoke(*TUNE, "--trials", 4, "--out", "study", "--run", "run")
-    after = avlprof.load_policy("study/policy.yaml")
-    assert after.hash == before.hash
-    assert after.provenance.trial == before.provenance.trial
-    assert after.provenance.scores == before.provenance.scores
-    assert len(set(Path("study/answers").iterdir()) - answers) == 3
-    (row,) = json.loads(invoke("studies", "ls", ".", "--format", "json").stdout)
-    assert (row["trials"], row["wanted"], row["state"]) == (4, 4, "proved")
-
-
-@pytest.mark.slow  # two trials and another proof
-def test_a_study_goes_on(old):
+def test_a_study_is_not_gone_on_with(old):
     before = json.loads(invoke("studies", "show", "study", "--format", "json").stdout)
-    invoke(*TUNE, "--trials", 6, "--out", "study", "--run", "run")
-    after = json.loads(invoke("studies", "show", "study", "--format", "json").stdout)
-    assert sorted(row["trial"] for row in after) == list(range(6))
-    assert [row for row in after if row["trial"] < 4] == before
-
-
-def test_another_worker_may_join(old):
-    """There is nothing left to do, but it reads all that the first one wrote."""
-    invoke("studies", "join", "study", "--device", "cpu")
-    (row,) = json.loads(invoke("studies", "ls", ".", "--format", "json").stdout)
-    assert row["trials"] == 4
+    refused(*TUNE, "--trials", 6, "--out", "study", "--run", "run")
+    refused("studies", "join", "study", "--device", "cpu")
+    assert json.loads(invoke("studies", "show", "study", "--format", "json").stdout) == before

@@ -17,7 +17,7 @@ from avlprof.analysis.window import windows_for
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
 from avlprof.errors import UserError
-from avlprof.policy import Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
+from avlprof.policy import RANKING, Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
 from avlprof.versions import __version__
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def derived_name(
     default.
     """
     plain = Spread(spread.allocator)
-    parts = [how, scorer, f"{share:g}"]
+    parts = [how, scorer.replace(":", "-"), f"{share:g}"]
     parts += [f"{name}{value:g}" for name, value in sorted(spread.options.items())]
     parts += [
         f"{name}{getattr(spread, name):g}"
@@ -203,10 +203,12 @@ def derived_name(
 
 def check_scorer(name: str) -> None:
     """`UserError` for an unknown scorer; the default needs no look-up, which would import torch."""
-    if name != ScorerSpec().name:
-        from avlprof.scorers import SCORERS
+    if name != RANKING:
+        from avlprof.scorers import SCORERS, make_scorer
 
-        SCORERS.get(name)
+        spec = ScorerSpec.of(name)
+        make_scorer(spec)
+        SCORERS.get(str(spec.options.get("of", spec.name)))
 
 
 def provenance(

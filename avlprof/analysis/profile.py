@@ -33,7 +33,7 @@ from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite,
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
-from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy
+from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy
 from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.watch import SILENT, Watch
@@ -80,11 +80,13 @@ class ProfileMeta(BaseModel):
 
     `samples` counts those that the profile is of. `not_finite` more were left out, whose attention
     holds numbers that are not finite; None in a profile of version 0.1.0, which did not look.
+
+    Those of 0.1.0 were `avlprof.profile/1`: the query `answer` added shares of steps. They are made anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_: Literal["avlprof.profile/1"] = "avlprof.profile/1"
+    schema_: Literal["avlprof.profile/2"] = "avlprof.profile/2"
     run: str
     run_hash: str
     samples: int
@@ -223,7 +225,7 @@ class Profile:
         coverage: float | None = None,
         allocator: str | Spread = "coverage",
         refresh_interval: int | None = None,
-        scorer: str = "last_query",
+        scorer: str = RANKING,
         text: TextPolicy | float | None = None,
         name: str | None = None,
     ) -> Policy:
@@ -240,7 +242,7 @@ class Profile:
             allocator: how a budget is spread over layers: a name of `avlprof.allocators`, or a
                 `Spread`, which sets its knobs, its weight against uniform and the floor as well.
             refresh_interval: steps between refreshes of the core; by default `refresh_from_drift`.
-            scorer: how the runtime ranks vision tokens.
+            scorer: how the runtime ranks vision tokens; `valued:instruction` is `valued` over `instruction`.
             text: what stays of text at a budget, by default all of it; a share gives each layer the
                 smallest recorded text window that holds so much of its text attention beside the
                 first text tokens.
@@ -273,7 +275,7 @@ class Profile:
             policy = at_coverage(self, coverage, spread.floor, every)
             label = derived_name("holding", spread, scorer, coverage, None, refresh_interval)
         origin = provenance(self, policy, budget, read_budget)
-        ranked = ScorerSpec(name=scorer)
+        ranked = ScorerSpec.of(scorer)
         return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})
 
     @property

@@ -117,7 +117,8 @@ class Scanned:
     `curves`: `layer, query, share_kept`; `overlap`: `layer_a, layer_b, query`; `concentration`:
     `layer, query, statistic`; `heads`: as in `head_overlap`, empty in a run of head averages. Of
     the queries, `step` is a single decoding step (mean over steps), `answer` what all steps of an
-    answer attend to taken together.
+    answer attend to taken together: their weights are added up and not renormalised step by step,
+    so that a step that hardly looks at the picture counts as little as it looks.
     """
 
     curves: pd.DataFrame
@@ -150,7 +151,7 @@ def scan_scores(run: RunDirectory, samples: Sequence[str], most: int, watch: Wat
             "last": _recorded(scores["last"][None]),
             "instruction": _recorded(scores["instruction"][None]),
             "step": steps,
-            "answer": as_shares(steps.sum(axis=0, keepdims=True)) if len(steps) else steps,
+            "answer": as_shares(scores["decode"].sum(axis=0, keepdims=True, dtype=np.float64))[: len(steps)],
         }
         curves.add(np.stack([_mean_curve(rows[name], grid) for name in CURVES], axis=1))
         overlaps.add(np.stack([layer_overlap(rows[name], run.meta.top_share) for name in SETS], axis=2))

@@ -148,6 +148,7 @@ def main() -> None:
 
     Exits with 0, 1 (unexpected), 2 (the user's to mend), or 130, 143 or 129 (Ctrl-C, TERM, HUP).
     """
+    prepare(sys.argv[1:])
     with ending_once():
         prepare(sys.argv[1:])
         app(prog_name="avlprof")

@@ -90,7 +90,7 @@ class Board(Watch):
                 f"{row.done}/{row.total}" if row.total else "-",
                 f"{60 * row.rate:.0f}" if row.rate else "-",
                 duration(row.left) if row.left else "-",
-                row.phase or "proved",
+                row.phase or "done",
             ]
             for row in self.rows
         ]

@@ -146,6 +146,8 @@ def _write(comparison: Comparison, folder: Path, suffix: str) -> list[Path]:
 
 def _print(comparison: Comparison, form: Format) -> None:
     summary, meta = comparison.summary(), comparison.meta
+    for line in comparison.warnings():
+        note(line)
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
     ]

@@ -20,6 +20,7 @@ from avlprof.cli._output import (
 from avlprof.cli._progress import bars
 from avlprof.errors import UserError, counted
 from avlprof.files import check_output
+from avlprof.policy import RANKING
 
 app = typer.Typer(add_completion=False)
 
@@ -55,7 +56,7 @@ def derive(
         int | None,
         typer.Option("--refresh-interval", help="Steps between refreshes; by default from the drift."),
     ] = None,
-    scorer: Annotated[str, typer.Option("--scorer", help="How vision tokens are ranked.")] = "last_query",
+    scorer: Annotated[str, typer.Option("--scorer", help="How vision tokens are ranked.")] = RANKING,
     text_share: Annotated[
         float | None,
         typer.Option("--text-share", help="Give each layer the text window that holds this share of text."),

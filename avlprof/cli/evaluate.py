@@ -151,6 +151,8 @@ def _write(evaluation: Evaluation, folder: Path, suffix: str) -> list[Path]:
 
 def _print(evaluation: Evaluation, form: Format) -> None:
     summary = evaluation.summary()
+    for line in evaluation.warnings():
+        note(line)
     rows: list[dict[str, Any]] = [
         {str(name): value for name, value in row.items()} for row in summary.to_dict("records")
     ]

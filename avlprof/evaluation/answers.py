@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import cache_argument
 from avlprof.errors import UserError
+from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
 from avlprof.models import LoadedModel
@@ -224,9 +226,10 @@ def generate_answers(
     finally:
         if store:
             store.flush()
+    scores = np.array([judge(known[sample.id].prediction, sample.answers) for sample in samples], float)
+    check_finite(scores, settings.metric, [sample.id for sample in samples])
     return [
-        replace(known[sample.id], score=judge(known[sample.id].prediction, sample.answers))
-        for sample in samples
+        replace(known[sample.id], score=float(score)) for sample, score in zip(samples, scores, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import SampleSettings, Steps, generate_answers
+from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.lineup import Entry, LineUp, line_up, seeded, shipped_baselines
@@ -149,6 +150,10 @@ class Comparison:
         rest = frame[~dense].sort_values(["budget", "score"], ascending=[True, False], kind="stable")
         return pd.concat([frame[dense], rest], ignore_index=True)
 
+    def warnings(self) -> list[str]:
+        """What these samples cannot show, a sentence each: too few of them, or dense scores nothing."""
+        return sample_warnings(self._by_sample(1.0, "dense")["score"].to_numpy(dtype=float))
+
     def left_out(self) -> pd.DataFrame:
         """One row per method and budget that could not be compared: `method, kind, budget, floor, reason`."""
         columns = ["method", "kind", "budget", "floor", "reason"]
@@ -174,7 +179,7 @@ class Comparison:
         ]
         tables = {"summary": summary, "left_out": self.left_out()}
         records = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-        whole = {"meta": self.meta, **records, "policies": policies}
+        whole = {"meta": self.meta, "warnings": self.warnings(), **records, "policies": policies}
         write_text(folder / "compare.json", json.dumps(whole, indent=2) + "\n")
         return [*paths, folder / "compare.json"]
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import AnswerSettings, SampleSettings, Steps, generate_answers
+from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
 from avlprof.evaluation.lineup import PolicyRow, policy_rows, with_baselines
@@ -66,6 +67,10 @@ class Evaluation:
         rows = [self._row(label, dense) for label in dict.fromkeys(self.answers["policy"])]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
+    def warnings(self) -> list[str]:
+        """What these samples cannot show, a sentence each: too few of them, or dense scores nothing."""
+        return sample_warnings(self._by_sample("dense")["score"].to_numpy(dtype=float))
+
     def pareto(self) -> pd.DataFrame:
         """What the Pareto figure draws: `policy, family, score, low, high, live_share, read_share, n`."""
         columns = ["policy", "family", "score", "low", "high", "live_share", "read_share", "samples"]
@@ -87,10 +92,11 @@ class Evaluation:
         return Path(path)
 
     def to_json(self, path: Path | str) -> Path:
-        """Write `meta`, summary and latencies as JSON (NaN as null); returns the path."""
+        """Write `meta`, warnings, summary and latencies as JSON (NaN as null); returns the path."""
         tables = {"summary": self.summary(), "latencies": self.latency_frame()}
         records = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-        write_text(Path(path), json.dumps({"meta": self.meta, **records}, indent=2) + "\n")
+        whole = {"meta": self.meta, "warnings": self.warnings(), **records}
+        write_text(Path(path), json.dumps(whole, indent=2) + "\n")
         return Path(path)
 
     def to_parquet(self, path: Path | str) -> Path:

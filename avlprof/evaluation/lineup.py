@@ -13,6 +13,7 @@ from avlprof.budgets import OverBudgetError, ReadBudget, meet_budget, meet_read_
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
+    RANKING,
     Policy,
     PromptShape,
     ScorerSpec,
@@ -90,14 +91,16 @@ def equal_bytes(
 ) -> list[Policy]:
     """`uniform` and `random` with the live bytes and the read bytes of `policy`, never above.
 
-    They share the policy's text part, refreshes and, uniform only, its scorer; a core that
-    is refreshed is re-picked by attention in both. What the policy is already is left out; so is
+    They share the policy's text part, refreshes and, uniform only, its scorer (`RANKING` where it has
+    none of its own: a joint pool, or one that ranks by `random`); a core that is refreshed is re-picked by
+    attention in both. What the policy is already is left out; so is
     everything, with a warning, where a joint pool keeps less than the prompt's text alone needs.
     Counts are exact over `prompts`, to one token, with `answer_tokens` decoding steps.
     """
     joint = policy.joint is not None
     text = TextPolicy() if joint else policy.text
-    scorer = ScorerSpec() if joint or policy.scorer.name == "random" else policy.scorer
+    own = not joint and policy.scorer.name != "random"
+    scorer = policy.scorer if own else ScorerSpec.of(RANKING)
     flat = (1.0,) * layers
     try:
         keep = meet_budget(flat, prompts, live_share(policy, prompts, layers), text)

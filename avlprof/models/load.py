@@ -33,6 +33,7 @@ from avlprof.models.adapter import Adapter
 from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
 from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
+from avlprof.models.families.tiny import TinyAdapter
 from avlprof.models.identity import checkpoint_settings, settings_hash
 from avlprof.models.placement import (
     attention_argument,
@@ -154,9 +155,9 @@ def _load(spec: ModelSpec) -> LoadedModel:
     if not is_tested(config.model_type):
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
     commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
-    if folder == WEIGHTS:
-        source = name
     adapter = adapter_for(model, processor)
+    if folder == WEIGHTS:
+        source, adapter = name, TinyAdapter(model, processor)
     return LoadedModel(model.eval(), processor, name, source, commit, adapter, dict(spec.model_args or {}))
 
 

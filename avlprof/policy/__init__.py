@@ -4,6 +4,7 @@ from avlprof.policy.provenance import Provenance, Score
 from avlprof.policy.schema import (
     DENSE,
     EVICTING,
+    RANKING,
     AllocatorSpec,
     JointPool,
     Policy,
@@ -19,6 +20,7 @@ from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_
 __all__ = [
     "DENSE",
     "EVICTING",
+    "RANKING",
     "AllocatorSpec",
     "JointPool",
     "LayerSizes",

@@ -31,7 +31,8 @@ class Proof(BaseModel):
     """What held-out samples said of a tuned policy.
 
     `strongest` is the hand-set rival that was best on the search split; `non_inferior` says whether
-    the interval against it lies above `-margin`. `detectable` is the smallest drop against it that
+    the interval against it lies above `-margin` and nothing is in `doubts`, which says what kept
+    the samples from showing it. `detectable` is the smallest drop against it that
     the samples could show (80% power, 5% two-sided). `rank_correlation` is Spearman's between the
     cheap score and the metric, over `rank_policies` policies on the search split.
     """
@@ -43,10 +44,18 @@ class Proof(BaseModel):
     strongest: str
     margin: float
     non_inferior: bool
+    doubts: tuple[str, ...] = ()
     detectable: float | None = None
     differences: dict[str, Difference] = {}
     rank_correlation: float | None = None
     rank_policies: int | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether not being inferior is shown; files of 0.1.0 said so of intervals without width, too."""
+        against = self.differences.get(self.strongest)
+        degenerate = against is not None and against.low == against.high
+        return self.non_inferior and not self.doubts and not degenerate
 
 
 class Provenance(BaseModel):

@@ -15,6 +15,9 @@ from avlprof.policy.provenance import Provenance
 
 SCHEMA = "avlprof.policy/1"
 EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
+RANKING = "valued:instruction"
+"""The scorer of what is derived, searched first, or shipped as `uniform`; it was measured to win
+(`docs/policies.md`). A policy file without a scorer means `last_query`."""
 MOST = 10**9
 """No number of a policy is larger: tokens, steps, layers."""
 N = TypeVar("N", int, float)
@@ -60,6 +63,12 @@ class ScorerSpec(_Part):
 
     name: str = "last_query"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str) -> ScorerSpec:
+        """The scorer of a name; `valued:instruction` is `valued` over `instruction`, and so on."""
+        outer, _, inner = name.partition(":")
+        return cls(name=outer, options={"of": inner} if inner else {})
 
     @property
     def key(self) -> str:
@@ -248,13 +257,6 @@ class Policy(_Part):
         layers = [0, *(step.after_layer for step in self.prefill_filter)]
         if any(later <= before for before, later in pairwise(layers)):
             raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
-
-    def _check_compute(self, layers: int) -> None:
-        for layer, (stored, computed) in enumerate(zip(self.keep(layers), self.compute(layers), strict=True)):
-            if computed > stored + 1e-9:
-                raise ValueError(
-                    f"vision_compute[{layer}] must not exceed vision_keep[{layer}], got {computed} > {stored}"
-                )
 
     def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
         return {

@@ -96,8 +96,9 @@ def _proof(origin: Provenance) -> str:
         if against
         else ""
     )
-    verdict = "was shown to be" if proof.non_inferior else "was not shown to be"
+    verdict = "was shown to be" if proof.holds else "was not shown to be"
+    why = f" Why not: {'; '.join(proof.doubts)}." if proof.doubts else ""
     return (
         f"On {proof.samples} {proof.split} samples it {verdict} as good, within {proof.margin:g}, as "
-        f"“{proof.strongest}”, the hand-set policy that was best on the search split.{by}"
+        f"“{proof.strongest}”, the hand-set policy that was best on the search split.{by}{why}"
     )

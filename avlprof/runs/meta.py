@@ -17,8 +17,8 @@ COVERAGES = (50, 80, 90, 95, 99)
 LAGS = (1, 2, 4, 8, 16, 32)
 TEXT_SINK = 4
 NAME_AND_HASH = re.compile(r"(.+) ([0-9a-f]{16})", re.DOTALL)
-NOTED = {"checkpoint": "settings of the model", "dataset": "origin of the samples"}
 LEARNED_SINK = "mass_learned_sink"  # a column of stats that runs of 0.1.0 do not have: 0 there
+NOTED = {"checkpoint": "settings of the model", "dataset": "origin of the samples"}
 HEADS = "_heads"  # behind the name of scores: of every query head, not their mean
 
 

@@ -14,7 +14,7 @@ from avlprof.bisection import largest
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import Policy, PromptShape, ScorerSpec, TextPolicy, live_share
+from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
 
 
 def spread_reads(
@@ -67,9 +67,8 @@ class Budget:
 
 
 def scorer_spec(name: str) -> ScorerSpec:
-    """The scorer of a name; `valued:instruction` is `valued` over `instruction`, and so on."""
-    outer, _, inner = name.partition(":")
-    return ScorerSpec(name=outer, options={"of": inner} if inner else {})
+    """The scorer of a name, as `ScorerSpec.of`."""
+    return ScorerSpec.of(name)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Candidate:
     temperature: float = 1.0
     floor: float = 0.0
     midpoint: float = 0.5
-    scorer: str = "last_query"
+    scorer: str = RANKING
     heads: str = "shared"
     refresh_interval: int = 8
     refresh: str = "full"

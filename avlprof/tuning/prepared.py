@@ -14,6 +14,7 @@ from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
+from avlprof.evaluation.doubts import check_finite
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
 from avlprof.policy import Policy, live_share
@@ -181,9 +182,11 @@ class Prepared:
             return self.generated(store).metric(None)
         judge = load_metric(self.task.metric)
         texts = self.loaded.adapter.decode(self.forced.answers)
-        return np.array(
-            [judge(text, sample.answers) for text, sample in zip(texts, self.samples, strict=True)]
+        scores = np.array(
+            [judge(text, sample.answers) for text, sample in zip(texts, self.samples, strict=True)], float
         )
+        check_finite(scores, self.task.metric, [sample.id for sample in self.samples])
+        return scores
 
     def cheap(self, policy: Policy) -> NDArray[np.float64]:
         """Forced score `[n]` of a policy, lower is better; KL to dense where trials generate."""

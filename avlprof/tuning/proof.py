@@ -6,16 +6,25 @@ import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from avlprof.errors import counted
+from avlprof.errors import UserError, counted
 from avlprof.evaluation import AnswerStore, Evaluation, PairedDifference, detectable_drop, paired_difference
+from avlprof.evaluation.doubts import (
+    Guess,
+    best_guess,
+    check_finite,
+    dense_doubt,
+    few_samples,
+    samples_needed,
+    tie_doubts,
+)
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
+from avlprof.tasks import Sample, Task
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
@@ -33,7 +42,8 @@ class Verdict:
     """The winner minus each rival on the same held-out samples, and the one test that was set before.
 
     `strongest` was chosen on the search split. The winner is `non_inferior` to it when the 95%
-    interval of their difference lies above `-margin`. Intervals are of a paired bootstrap,
+    interval of their difference lies above `-margin` and nothing is said in `doubts`, which
+    names what keeps these samples from showing anything. Intervals are of a paired bootstrap,
     p-values of a two-sided sign-flip test, not adjusted for the number of rivals.
     """
 
@@ -41,6 +51,7 @@ class Verdict:
     strongest: str
     margin: float
     differences: Mapping[str, PairedDifference]
+    doubts: tuple[str, ...] = ()
 
     @property
     def against_strongest(self) -> PairedDifference:
@@ -49,8 +60,20 @@ class Verdict:
 
     @property
     def non_inferior(self) -> bool:
-        """Whether the winner loses at most the margin to the strongest rival, with 97.5% confidence."""
-        return self.against_strongest.difference.low > -self.margin
+        """Whether the winner is shown (97.5% confidence) to lose at most the margin to the strongest."""
+        return not self.doubts and self.against_strongest.difference.low > -self.margin
+
+    @property
+    def answer(self) -> str:
+        """`yes`, `no` when it is shown to lose more, or `not shown` and why."""
+        gap = self.against_strongest.difference
+        if self.non_inferior:
+            return "yes"
+        if self.doubts:
+            return f"not shown: {'; '.join(self.doubts)}"
+        if gap.high < -self.margin:
+            return "no"
+        return f"not shown: the interval reaches below {-self.margin:g}"
 
     @property
     def detectable(self) -> float | None:
@@ -64,23 +87,68 @@ class Verdict:
             f"{self.winner} - {rival}: {_interval(paired)}, p {paired.p_value:.3g}"
             for rival, paired in self.differences.items()
         ]
-        answer = "yes" if self.non_inferior else "no"
         lines.append(
             f"not inferior to {self.strongest}, the strongest on the search split, by more than "
-            f"{self.margin:g}: {answer} ({_interval(self.against_strongest)})"
+            f"{self.margin:g}: {self.answer} ({_interval(self.against_strongest)})"
         )
         return lines
 
 
-def verdict(proof: Evaluation, winner: str, strongest: str, margin: float) -> Verdict:
-    """Compare the winner with every other row of a proof, sample by sample, means over seeds."""
+def verdict(
+    proof: Evaluation, winner: str, strongest: str, margin: float, guess: Guess | None = None
+) -> Verdict:
+    """Compare the winner with every other row of a proof, sample by sample, means over seeds.
+
+    Args:
+        guess: what is scored on these samples without looking, which dense must exceed.
+
+    Raises:
+        UserError: a score is not finite, or the strongest rival has no row of its own.
+    """
+    scores = proof.answers["score"].to_numpy(dtype=float)
+    check_finite(scores, str(proof.meta.get("metric", "")), list(proof.answers["sample"]))
     table = proof.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
     ours = table[winner].to_numpy()
     names = [name for name in proof.answers["policy"].unique() if name != winner]
     differences = {name: paired_difference(ours, table[name].to_numpy()) for name in names}
     # several seeds are one row, named after their number
-    label = next(name for name in names if name == strongest or name.startswith(f"{strongest} x"))
-    return Verdict(winner, label, margin, differences)
+    label = next((name for name in names if name == strongest or name.startswith(f"{strongest} x")), None)
+    if label is None:
+        raise UserError(
+            f"{strongest}, the strongest rival, has no row in the proof: "
+            f"it is the same policy as {winner} or as the dense model"
+        )
+    doubts = [
+        *([text] if "dense" in names and (text := dense_doubt(table["dense"].to_numpy(), guess)) else []),
+        *([text] if (text := _same(proof, winner, label)) else []),
+        *tie_doubts(differences[label], margin, table[label].to_numpy(), label),
+    ]
+    return Verdict(winner, label, margin, differences, tuple(doubts))
+
+
+def _same(proof: Evaluation, winner: str, rival: str) -> str | None:
+    """A sentence when the two do not only score alike but are alike."""
+    table = proof.answers
+    if {"policy_hash", "prediction"} <= set(table):
+        ours, theirs = (table[table["policy"] == name].sort_values("sample") for name in (winner, rival))
+        if set(ours["policy_hash"]) == set(theirs["policy_hash"]):
+            return f"{rival} is the same policy as {winner}"
+        if list(ours["prediction"]) == list(theirs["prediction"]):
+            return f"{rival} gives the same answers as {winner}, word for word"
+    return None
+
+
+def dense_sentence(dense: NDArray[np.float64], task: Task, split: str, samples: Sequence[Sample]) -> str:
+    """A loud line when the search split itself says that nothing can be shown; else empty."""
+    if text := dense_doubt(dense, best_guess(task.metric, samples)):
+        where = f"split '{split}', {len(dense)} samples"
+        return f"WARNING: {text} ({where}): no policy can be judged by {task.metric}"
+    if len(dense) > 1 and np.ptp(dense) == 0.0:
+        return (
+            f"WARNING: dense scores {dense[0]:.3f} on every one of the {len(dense)} samples of split "
+            f"'{split}': {task.metric} tells policies apart only by what they lose"
+        )
+    return ""
 
 
 def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLike, who: str) -> str:
@@ -105,17 +173,10 @@ def power_sentence(samples: int, margin: float, ours: ArrayLike, theirs: ArrayLi
     return sentence
 
 
-def samples_needed(margin: float, sd: float, power: float = 0.8) -> int:
-    """Samples with which a policy that is just as good is shown not to be inferior, mostly.
-
-    `((z(0.975) + z(power)) * sd / margin)^2`, the inverse of `detectable_drop`.
-    """
-    normal = NormalDist()
-    return math.ceil(((normal.inv_cdf(0.975) + normal.inv_cdf(power)) * sd / margin) ** 2)
-
-
 def _interval(paired: PairedDifference) -> str:
     gap = paired.difference
+    if few_samples(gap.samples):
+        return f"{gap.mean:+.3f}, n = {gap.samples} is too small for an interval"
     return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
@@ -189,6 +250,9 @@ def with_provenance(
                 objective=settings.objective,
                 sampler=settings.sampler,
                 proof=_proof(shortlist, verdict, settings),
+                notes=""
+                if verdict.non_inferior
+                else f"not inferior to {verdict.strongest} by more than {verdict.margin:g}: {verdict.answer}",
             ),
         }
     )
@@ -202,6 +266,7 @@ def _proof(shortlist: Shortlist, verdict: Verdict, settings: Settings) -> Proof:
         strongest=verdict.strongest,
         margin=verdict.margin,
         non_inferior=verdict.non_inferior,
+        doubts=verdict.doubts,
         detectable=round(verdict.detectable, 6) if verdict.detectable is not None else None,
         differences={name: _difference(paired) for name, paired in verdict.differences.items()},
         rank_correlation=None if math.isnan(correlation) else round(correlation, 4),

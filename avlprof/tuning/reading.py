@@ -34,9 +34,10 @@ class Overview:
     """A study: what it searches, how far it is and what it found.
 
     `best` is the lowest score of a trial that saw all samples, in units of the objective; `winner`
-    the proved policy. `done` of `trials` are finished. `state` is `new` (no trial yet), `running`,
+    the policy of the proof. `done` of `trials` are finished. `state` is `new` (no trial yet), `running`,
     `stopped` (the same command goes on), `unproved` (the trials are done, the proof is not),
-    `proved` or `out of reach` (its database cannot be read).
+    `proved` (the winner is shown not to be inferior), `not shown` (it was tested and is not) or
+    `out of reach` (its database cannot be read).
     """
 
     folder: Path
@@ -155,8 +156,16 @@ def overview(folder: Path) -> Overview:
     if at_it or storage.busy(study):
         state = "running"
     elif trials is not None and done >= trials:
-        state = "unproved" if winner is None else "proved"
+        state = _outcome(winner)
     return Overview(folder, meta, state, done, trials, best[0].value if best else None, winner)
+
+
+def _outcome(winner: Policy | None) -> str:
+    """What became of a study whose trials are done."""
+    if winner is None:
+        return "unproved"
+    proof = winner.provenance.proof if winner.provenance else None
+    return "proved" if proof is not None and proof.holds else "not shown"
 
 
 def best_trials(study: optuna.Study, count: int | None = None) -> list[FrozenTrial]:

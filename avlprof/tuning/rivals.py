@@ -13,6 +13,7 @@ from avlprof.budgets import meet_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
 from avlprof.policy import (
+    RANKING,
     Policy,
     PromptShape,
     ScorerSpec,
@@ -24,26 +25,33 @@ from avlprof.policy import (
 from avlprof.runtime.support import unsupported
 from avlprof.tuning.candidate import Budget, spread_reads
 
-PLAIN_SCORER = "last_query"
+ROW = "last_query"
+"""A-VL's own ranking, by the last row of the prompt."""
+
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
+LAST = f"uniform, {ROW}"
 FOLDER = "baselines"
 
 
 def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     """The rivals of every proof, at the winner's bytes, without those that do what the winner does.
 
-    `uniform` ranks by A-VL's own scorer (`last_query`, one set a layer), `uniform, same scorer`
-    as the winner does; both have the winner's text and refreshes. `random` ranks by chance. Where
-    reads are limited, `static core` spreads memory and reads evenly and never re-picks its core.
+    `uniform` ranks as the shipped policy of that name does (`RANKING`, one set a layer), `uniform,
+    same scorer` as the winner does, `uniform, last_query` as A-VL does; all have the winner's text and
+    refreshes. `random` ranks by chance. Where reads are limited, `static core` spreads memory and reads
+    evenly and never re-picks its core.
     """
     prompts, steps = budget.prompts, budget.answer_tokens
-    plain = winner.model_copy(update={"scorer": ScorerSpec(name=PLAIN_SCORER), "heads": "shared"})
-    uniform, same = (
+    plain, row = (
+        winner.model_copy(update={"scorer": ScorerSpec.of(name), "heads": "shared"})
+        for name in (RANKING, ROW)
+    )
+    uniform, same, last = (
         next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
-        for policy in (plain, winner)
+        for policy in (plain, winner, row)
     )
     random = [p for p in equal_bytes(winner, prompts, layers, steps) if p.name == RANDOM]
-    named = [(UNIFORM, uniform), (SAME, same), *((RANDOM, p) for p in random)]
+    named = [(UNIFORM, uniform), (SAME, same), (LAST, last), *((RANDOM, p) for p in random)]
     if budget.read is not None:
         named.append((STATIC, static_core(winner, budget, layers)))
     hashes = {winner.hash}

@@ -12,6 +12,7 @@ import numpy as np
 from avlprof.analysis import Profile
 from avlprof.errors import UserError, counted
 from avlprof.evaluation import PairedDifference
+from avlprof.evaluation.doubts import dense_doubt, tie_doubts
 from avlprof.files import write_text
 from avlprof.models import LoadedModel
 from avlprof.tasks import Task
@@ -46,12 +47,21 @@ class Smallest:
     @property
     def holds(self) -> bool:
         """Whether the held-out drop is shown to be at most `drop`, with 97.5% confidence."""
-        return self.against_dense.difference.low > -self.drop
+        return not self.doubts and self.against_dense.difference.low > -self.drop
+
+    @property
+    def doubts(self) -> list[str]:
+        """What keeps the held-out samples from showing it, as in a `Verdict`."""
+        table = self.tuned.proof.answers
+        dense = table.loc[table["policy"] == "dense", "score"].to_numpy(dtype=float)
+        nothing = dense_doubt(dense)
+        return [*([nothing] if nothing else []), *tie_doubts(self.against_dense, self.drop, dense, "dense")]
 
     def sentence(self) -> str:
         """The budget, and what held-out samples say of it."""
         gap = self.against_dense.difference
-        verdict = "is shown" if self.holds else "is not shown"
+        why = f": {'; '.join(self.doubts)}" if self.doubts else ""
+        verdict = "is shown" if self.holds else f"is not shown{why}"
         return (
             f"smallest budget {self.budget:g}: tuned - dense is {gap.mean:+.3f} "
             f"[{gap.low:+.3f}, {gap.high:+.3f}] on {counted(gap.samples, 'held-out sample')}; "

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.evaluation import AnswerStore, Evaluation
+from avlprof.evaluation.doubts import best_guess
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
@@ -24,7 +25,14 @@ from avlprof.tuning.importance import FILE as IMPORTANCES
 from avlprof.tuning.importance import knob_effects, parameter_importances
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.prepared import Prepared, answer_store, check_same_model, prepare
-from avlprof.tuning.proof import Verdict, power_sentence, prove, verdict, with_provenance
+from avlprof.tuning.proof import (
+    Verdict,
+    dense_sentence,
+    power_sentence,
+    prove,
+    verdict,
+    with_provenance,
+)
 from avlprof.tuning.refine import refine
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings, check_budget
@@ -212,7 +220,10 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
     lock = FolderLock(done.folder)
     try:
         proof = prove(prepared, winner.policy, others, settings, answer_store(done.folder), watch)
-        outcome = verdict(proof, winner.policy.name, strongest.name, settings.margin)
+        guess = best_guess(
+            prepared.task.metric, prepared.task.samples(settings.proof_split, settings.proof_samples)
+        )
+        outcome = verdict(proof, winner.policy.name, strongest.name, settings.margin, guess)
         name = done.folder.resolve().name
         policy = with_provenance(prepared, settings, done.budget, shortlist, proof, outcome, name)
         knobs = knob_effects(done.candidate, prepared, done.budget, watch)
@@ -238,4 +249,6 @@ def _say_power(
     """Before anything is searched: what the proof will be able to show, from a first look at uniform."""
     uniform = objective.space.starts()[0].policy(prepared.evidence, objective.budget, "uniform")
     dense, plain = prepared.dense_metric(store), prepared.generated(store).metric(uniform)
+    if loud := dense_sentence(dense, prepared.task, settings.split, prepared.samples):
+        watch.say(loud)
     watch.say(power_sentence(settings.proof_samples, settings.margin, plain, dense, "uniform - dense"))

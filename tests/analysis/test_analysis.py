@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -367,7 +368,7 @@ def test_findings_name_the_layers_that_look_and_the_horizon(profile: Profile) ->
     )
     assert said[1] == "The horizon is layer 3: from there on vision gets less than 1% of the attention."
     said = findings(with_vision(profile, [0.5, 0.1, 0.0, 0.0]))
-    assert said[0].startswith("Layer 0 looks at the image most, with 50% of its attention, layer 2 least")
+    assert said[0].startswith("Layer 0 looks at the image most, with 50% of its attention, layers 2-3 least")
     assert said[1].startswith("The horizon is layer 2:")
     said = findings(with_vision(profile, [0.5, 0.1, 0.3, 0.7]))
     assert said[0].startswith("Layers 0, 3 look at the image most, with 50% to 70%")
@@ -378,13 +379,94 @@ def test_findings_name_the_layers_that_look_and_the_horizon(profile: Profile) ->
     ]
 
 
+def with_intervals(profile: Profile, **frames: list[tuple[float, float, float]]) -> Profile:
+    """A profile with these means and intervals, a layer each, in every row of the frames."""
+    changed = dict(profile.frames)
+    for name, layers in frames.items():
+        table = changed[name].copy()
+        for column, values in zip(("mean", "low", "high"), zip(*layers, strict=True), strict=True):
+            table[column] = table["layer"].map(dict(enumerate(values)))
+        changed[name] = table
+    return replace(profile, frames=changed)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (
+            [(0.5, 0.4, 0.6), (0.4, 0.35, 0.5), (0.3, 0.2, 0.39), (0.2, 0.1, 0.3)],
+            "The image gets 20% to 50% of a layer's attention (while decoding); "
+            "the samples do not show which layer looks more than another.",
+        ),
+        (
+            [(0.5, 0.45, 0.6), (0.48, 0.4, 0.5), (0.2, 0.15, 0.25), (0.19, 0.1, 0.3)],
+            "Layers 0-1 look at the image most, with 48% to 50% of their attention, "
+            "layers 2-3 least, with 19% to 20% (while decoding).",
+        ),
+        (
+            [(0.5, 0.45, 0.6), (0.1, 0.05, 0.15), (0.2, 0.15, 0.25), (0.01, 0.0, 0.02)],
+            "Layer 0 looks at the image most, with 50% of its attention, layer 3 least, with 1.0% "
+            "(while decoding).",
+        ),
+        (
+            [(0.5, math.nan, math.nan)] * 4,
+            "The image gets 50% of a layer's attention (while decoding); "
+            "the samples do not show which layer looks more than another.",
+        ),
+    ],
+)
+def test_findings_tell_layers_apart_only_where_intervals_part(
+    profile: Profile, layers: list[tuple[float, float, float]], said: str
+) -> None:
+    assert findings(with_intervals(profile, mass=layers))[0] == said
+
+
+def test_the_foremost_layer_is_named_only_where_its_interval_parts(profile: Profile) -> None:
+    apart = [(0.9, 0.85, 0.95), (0.5, 0.4, 0.6), (0.5, 0.4, 0.6), (0.5, 0.4, 0.6)]
+    two = [(0.9, 0.85, 0.95), (0.8, 0.7, 0.9), (0.5, 0.4, 0.6), (0.5, 0.4, 0.6)]
+    chain = [(0.9, 0.85, 0.95), (0.8, 0.7, 0.9), (0.65, 0.5, 0.75), (0.5, 0.4, 0.6)]
+    curve = profile["window_curve"]
+    curve.loc[(curve["layer"] > 0) & (curve["distance"] >= 8), "mean"] = 0.97  # so that windows differ
+    profile = replace(profile, frames=dict(profile.frames) | {"window_curve": curve})
+    names = ("coverage", "window", "sinks")
+    said = " ".join(findings(with_intervals(profile, **dict.fromkeys(names, apart))))
+    for words in ("; layer 0 needs the most.", "; layer 0 reaches furthest.", ", most in layer 0."):
+        assert words in said
+    said = " ".join(findings(with_intervals(profile, **dict.fromkeys(names, two))))
+    for words in ("; layers 0-1 need the most.", "; layers 0-1 reach furthest.", ", most in layers 0-1."):
+        assert words in said
+    said = " ".join(findings(with_intervals(profile, **dict.fromkeys(names, chain))))
+    for words in ("the most.", "furthest", ", most in"):
+        assert words not in said
+
+
+@pytest.mark.parametrize(("count", "advised"), [(2, False), (9, False), (10, True), (40, True)])
+def test_advice_needs_ten_answers(profile: Profile, count: int, advised: bool) -> None:
+    table = profile["drift"].assign(n=count)
+    changed = replace(profile, frames=dict(profile.frames) | {"drift": table})
+    said = next(sentence for sentence in findings(changed) if "Of the" in sentence)
+    if advised:
+        assert "refresh a core every" in said
+    else:
+        assert f": {count} answers, too few to say how often to refresh a core (" in said
+        assert f"({10 - count} more of such length needed)." in said
+
+
+def test_the_embedded_model_is_believed_about_its_own_pictures_alone(tmp_path: Path) -> None:
+    def first(path: str, model: str, task: str) -> str:
+        return findings(Profile.from_run(write_run(tmp_path / path, (9, 8), model=model, task=task)))[0]
+
+    assert first("a", "tiny", "pets").startswith("Beware: the embedded model knows only pictures such as")
+    for number, (model, task) in enumerate((("tiny", "shapes:count"), ("tiny", "shapes"), ("llava", "pets"))):
+        assert "embedded" not in first(f"own{number}", model, task)
+
+
 def test_findings_give_the_window_that_derive_would_set(profile: Profile) -> None:
     said = " ".join(findings(profile))
     windows = profile.derive(budget=0.9, text=0.95).text.window
     assert isinstance(windows, tuple)
     assert f"lies on the newest {min(windows)}" in said
     assert str(max(windows)) in said
-    assert "rests on" not in said
 
 
 def test_findings_say_what_a_run_cannot_show(tmp_path: Path) -> None:

@@ -184,6 +184,10 @@ def test_a_text_window_makes_a_small_budget_feasible(profile: Profile) -> None:
         ({"budget": 0.5, "spread": {"mix": -1}}, r"mix must be in \[0, 1\], got -1"),
         ({"budget": 0.5, "refresh_interval": -2}, "refresh_interval must be 0 or more steps, got -2"),
         ({"budget": 0.5, "allocator": "coverge"}, "unknown allocator 'coverge'; did you mean coverage"),
+        (
+            {"budget": 0.5, "scorer": "pooled:last_quary"},
+            "unknown scorer 'last_quary'; did you mean last_query",
+        ),
         ({"budget": 0.5, "scorer": "last_quary"}, "unknown scorer 'last_quary'; did you mean last_query"),
     ],
 )

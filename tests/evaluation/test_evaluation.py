@@ -32,6 +32,7 @@ from avlprof.evaluation.lineup import policy_rows, with_baselines
 from avlprof.models.answers import answer_length
 from avlprof.policy import (
     DENSE,
+    RANKING,
     JointPool,
     Policy,
     PromptShape,
@@ -265,7 +266,7 @@ def test_baselines_refresh_as_the_policy_does():
 
 def test_baselines_that_do_what_another_row_does_are_left_out():
     uniform, random = (
-        Policy(name="u", vision_keep=0.2),
+        Policy(name="u", vision_keep=0.2, scorer=ScorerSpec.of(RANKING)),
         Policy(name="r", vision_keep=0.2, scorer=ScorerSpec(name="random")),
     )
     found = with_baselines(policy_rows([uniform, random]), SHAPES, 6, 20)

@@ -26,7 +26,7 @@ from avlprof.testing.adapters import FamilyConformance, decoder_inputs
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
 from avlprof.tracing import RecordOptions, record
-from tests.helpers import generate_words, stepwise
+from tests.helpers import FEW, generate_words, stepwise, thinned
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import PLAIN
 
@@ -41,7 +41,7 @@ def built(name):
     return FAMILIES[name]()
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=thinned(FAMILIES, FEW))
 def case(request):
     return built(request.param)
 
@@ -66,7 +66,7 @@ def test_keep_all_is_the_stock_model(case):
                 break
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", thinned(FAMILIES, FEW))
 def test_keep_all_is_bit_equal_in_bf16(name):
     case = FAMILIES[name]()
     case.model.to(torch.bfloat16)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avlprof.errors import UserError
 from avlprof.models import ALIASES, LoadedModel, adapter_for, load_model
 from avlprof.models.tiny import WEIGHTS
+from avlprof.tasks import load_task
 from avlprof.testing.adapters import FamilyConformance, ProcessorConformance
 from avlprof.testing.models import TinyCase, cases, random_llava, random_qwen2_5_vl
 from tests.helpers import ROOT
@@ -231,6 +232,25 @@ def test_untested_family_warns_once(
 
 
 # encoding
+
+
+def test_the_embedded_model_warns_once_of_pictures_it_does_not_know(
+    tiny_copy: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own pictures, a photograph, a page of black on white, and none."""
+    own = load_task("shapes").samples("held-out", 60)
+    for sample in own:
+        tiny_copy.adapter.encode_samples([sample])
+    shown = Image.open(ROOT / "docs" / "images" / "shapes.png")
+    tiny_copy.adapter.encode(["describe the image.", "2 + 2?"], [[shown], []])
+    assert not caplog.records
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    page = Image.new("RGB", (112, 112), "white")
+    page.paste((0, 0, 0), (20, 20, 60, 30))
+    for picture in (page, Image.fromarray(noise), page):
+        tiny_copy.adapter.encode(["describe the image."], [[picture]])
+    (warning,) = caplog.records
+    assert "knows only pictures such as its own task 'shapes' draws" in warning.getMessage()
 
 
 def test_prompt_is_the_training_form(tiny: LoadedModel) -> None:

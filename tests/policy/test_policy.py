@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
+    RANKING,
     JointPool,
     Policy,
     PrefillFilter,
@@ -118,6 +119,21 @@ def test_shipped_policy(path):
     assert policy.description
     assert policy.source
     assert find_policy(policy.name) == policy
+
+
+def test_a_file_without_a_scorer_means_what_it_did():
+    """That of A-VL, as in 0.1.0; what is made today names its ranking."""
+    text = "schema: avlprof.policy/1\nname: mine\nvision_keep: 0.2\n"
+    policy = parse_policy(text)
+    assert policy.scorer == ScorerSpec(name="last_query") == Policy().scorer
+    assert policy.hash == "4bab60249f00227a"
+    assert dump_policy(policy) == text
+
+    for name in ("paper/a-vl", "paper/a-vl-vision", "a-vl"):
+        assert find_policy(name).scorer.name == "last_query"
+    uniform = find_policy("uniform")
+    assert uniform.scorer == ScorerSpec.of(RANKING) != policy.scorer
+    assert parse_policy(dump_policy(uniform)) == uniform
 
 
 def test_what_ships_and_what_of_it_runs():

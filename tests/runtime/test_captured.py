@@ -14,7 +14,7 @@ from avlprof.policy import DENSE, Policy
 from avlprof.runtime.graph import capture
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import generate, thinned
+from tests.helpers import FEW, generate, thinned
 from tests.policies import CORE, KEEP, POLICIES, SCORED
 
 MODELS, FAMILIES = dict(cases()), dict(families())
@@ -66,7 +66,7 @@ def test_kept_and_core_sets_are_the_same(case):
             assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("family", thinned(FAMILIES, ("llava_next", "qwen3_vl", "gemma3")))
+@pytest.mark.parametrize("family", thinned(FAMILIES, FEW))
 def test_families_are_captured_or_refused(family):
     case = FAMILIES[family]()
     policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)

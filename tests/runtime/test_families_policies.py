@@ -14,7 +14,7 @@ import avlprof
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
-from tests.helpers import generate_words, thinned
+from tests.helpers import FEW, generate_words, thinned
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import SCORING
 
@@ -29,7 +29,7 @@ def built(family):
 
 
 @pytest.mark.parametrize("kind", thinned(SCORING, ("history", "h2o")))
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", thinned(FAMILIES, FEW))
 def test_agrees_with_the_dense_oracle(family, kind):
     case, policy = built(family), SCORING[kind]
     types = {"token_type_ids": int(family in BOTH_WAYS)}

@@ -14,11 +14,14 @@ import pytest
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import Evaluation
+from avlprof.evaluation.doubts import Guess, best_guess
 from avlprof.policy import Policy, PromptShape, ScorerSpec, live_share, read_share, sizes
+from avlprof.policy.provenance import Proof
+from avlprof.tasks import Sample, load_metric, load_task
 from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Space
 from avlprof.tuning.candidate import spread_reads
-from avlprof.tuning.proof import power_sentence, samples_needed, verdict
+from avlprof.tuning.proof import dense_sentence, power_sentence, samples_needed, verdict
 from avlprof.tuning.rivals import rivals, shipped_rivals, static_core
 from avlprof.tuning.shortlist import Shortlist, ShortlistEntry, coverage_of, rank_correlation
 
@@ -59,7 +62,8 @@ def test_a_verdict_is_the_paired_test_of_each_rival(seed):
         wanted = np.mean([total >= abs(gaps.sum()) - 1e-9 for total in signs])
         assert found.differences[name].difference.mean == pytest.approx(gaps.mean())
         assert found.differences[name].p_value == pytest.approx(wanted)
-    assert found.non_inferior == (found.against_strongest.difference.low > -0.05)
+    assert not found.non_inferior
+    assert any("9 samples are too few" in doubt for doubt in found.doubts)
 
 
 def test_not_inferior_needs_the_interval_above_the_margin():
@@ -68,12 +72,170 @@ def test_not_inferior_needs_the_interval_above_the_margin():
     lost = theirs.copy()
     lost[np.flatnonzero(theirs)[:8]] = 0.0  # 2% of the samples
     same, worse = (evaluation({"tuned": [*ours], "rival": [*theirs]}) for ours in (theirs, lost))
-    assert verdict(same, "tuned", "rival", 0.001).non_inferior
+    none = verdict(same, "tuned", "rival", 0.001)
+    assert not none.non_inferior, "an interval without width shows nothing"
+    assert none.doubts == ("no sample tells the two apart, so the interval has no width",)
     assert not verdict(worse, "tuned", "rival", 0.02).non_inferior
     assert not verdict(worse, "tuned", "rival", 0.03).non_inferior
     assert verdict(worse, "tuned", "rival", 0.05).non_inferior
+    assert verdict(worse, "tuned", "rival", 0.005).answer.startswith("not shown: 400 samples, where a tie")
     assert "by more than 0.05: yes (-0.020" in verdict(worse, "tuned", "rival", 0.05).sentences()[-1]
-    assert "by more than 0.02: no (-0.020" in verdict(worse, "tuned", "rival", 0.02).sentences()[-1]
+    said = verdict(worse, "tuned", "rival", 0.02).sentences()[-1]
+    assert "by more than 0.02: not shown: the interval reaches below -0.02 (-0.020" in said
+    lost[np.flatnonzero(theirs)[:80]] = 0.0
+    worst = verdict(evaluation({"tuned": [*lost], "rival": [*theirs]}), "tuned", "rival", 0.1)
+    assert worst.answer == "no"
+
+
+def answers(scores, **columns):
+    """`evaluation` with the columns that its answers have, one value or a function of the policy."""
+    found = evaluation(scores)
+    for name, value in columns.items():
+        found.answers[name] = found.answers["policy"].map(value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scores", "guess", "why"),
+    [
+        (
+            {"dense": [0.0] * 8, "tuned": [0.0] * 8, "rival": [0.0] * 8},
+            None,
+            ["dense scores 0 on every sample", "8 samples are too few", "no sample tells the two apart"],
+        ),
+        (
+            {"dense": [1.0] * 4, "tuned": [1.0] * 4, "rival": [1.0] * 4},
+            None,
+            ["4 samples are too few", "no sample tells the two apart"],
+        ),
+        ({"dense": [1.0], "tuned": [1.0], "rival": [0.0]}, None, ["1 sample is too few"]),
+        (
+            {"dense": [0.0] * 100, "tuned": [1.0, 0.0] * 50, "rival": [0.0] * 100},
+            None,
+            ["dense scores 0 on every sample"],
+        ),
+        (
+            {"dense": [1.0, 0.0] * 50, "tuned": [1.0, 0.0] * 50, "rival": [0.0, 0.0] * 49 + [1.0, 0.0]},
+            Guess("yes", 0.52),
+            ["dense scores 0.500, no more than 'yes' as the answer to everything (0.520)"],
+        ),
+        (
+            {"dense": [1.0] * 30, "tuned": [0.5] * 30, "rival": [0.0] * 30},
+            None,
+            ["all differences are equal, so the interval has no width"],
+        ),
+        (
+            {"dense": [1.0] * 100, "tuned": [0.0] * 99 + [1.0], "rival": [1.0] + [0.0] * 99},
+            None,
+            ["a margin of 0.05 is all that rival scores (0.010)"],
+        ),
+        (
+            {"dense": [1.0] * 40, "tuned": [1.0, 0.0] * 20, "rival": [1.0, 0.0, 0.0, 1.0] * 10},
+            None,
+            ["40 samples, where a tie within 0.05 takes about 1,"],
+        ),
+    ],
+)
+def test_what_shows_nothing_is_not_shown(scores, guess, why):
+    """Too few, all alike, nothing to lose, no better than a guess, or a margin that allows all."""
+    found = verdict(evaluation(scores), "tuned", "rival", 0.05, guess)
+    assert not found.non_inferior
+    assert found.answer.startswith("not shown: ")
+    for text in why:
+        assert any(text in doubt for doubt in found.doubts), (text, found.doubts)
+    assert "not shown: " in found.sentences()[-1]
+    few = len(scores["dense"]) < 10
+    assert all(("too small for an interval" in line) == few for line in found.sentences())
+
+
+def test_a_plain_win_needs_no_more_samples_than_it_has():
+    """The estimate is what a tie takes; an interval above zero asks for none."""
+    rng = np.random.default_rng(3)
+    theirs = rng.integers(0, 2, 60).astype(float)
+    ours = np.where(rng.random(60) < 0.6, 1.0, theirs)
+    proof = evaluation({"dense": [1.0] * 60, "tuned": [*ours], "rival": [*theirs]})
+    found = verdict(proof, "tuned", "rival", 0.02)
+    assert samples_needed(0.02, found.against_strongest.sd) > 60
+    assert found.non_inferior and found.answer == "yes"
+
+
+def test_a_rival_that_is_the_winner_is_named():
+    scores = {"tuned": [1.0, 0.0] * 20, "rival": [1.0, 0.0] * 20}
+
+    def doubts(**columns):
+        return verdict(answers(scores, **columns), "tuned", "rival", 0.05).doubts
+
+    assert "rival is the same policy as tuned" in doubts(policy_hash=lambda n: "a", prediction=lambda n: "x")
+    alike = doubts(policy_hash=lambda n: n, prediction=lambda n: "x")
+    assert "rival gives the same answers as tuned, word for word" in alike
+    other = doubts(policy_hash=lambda n: n, prediction=lambda n: n)
+    assert not any("same" in doubt for doubt in other)
+    with pytest.raises(UserError, match="gone, the strongest rival, has no row in the proof: it is the same"):
+        verdict(evaluation(scores), "tuned", "gone", 0.05)
+
+
+def test_a_metric_that_gives_no_number_is_named():
+    proof = evaluation({"tuned": [1.0, math.nan, 0.0], "rival": [1.0, 1.0, 0.0]})
+    with pytest.raises(UserError, match=r"gave nan for sample 's1' \(1 of 6 samples\)"):
+        verdict(proof, "tuned", "rival", 0.05)
+
+
+def test_the_best_guess_is_the_best_constant_answer():
+    def sample(name, *references):
+        return Sample(id=name, images=(), prompt="?", answers=references)
+
+    samples = [sample(str(n), text) for n, text in enumerate(["yes", "no", "yes", "4"])]
+    assert best_guess("exact_match", samples) == Guess("yes", 0.5)
+    samples = [sample("0", "red circle"), sample("1", "red square"), sample("2", "blue star")]
+    known = best_guess("token_f1", samples)
+    judge = load_metric("token_f1")
+    every = [text for one in samples for text in one.answers]
+    assert known.score == max(np.mean([judge(text, one.answers) for one in samples]) for text in every)
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        ([1.0, 0.0] * 5, []),
+        ([1.0, 0.0], ["2 samples are too few for an interval (10 or more are needed)"]),
+        ([0.0] * 12, ["dense scores 0 on every sample, so no policy can lose anything"]),
+        ([0.0], ["1 sample is too few", "dense scores 0"]),
+    ],
+)
+def test_a_table_says_what_its_samples_cannot_show(dense, said):
+    found = evaluation({"dense": dense, "mine": dense})
+    for name in ("kl", "agreement", "generated_tokens", "live_bytes", "dense_bytes", "allocated_bytes"):
+        found.answers[name] = 1.0
+    found.answers["read_bytes_per_step"] = 1.0
+    assert len(found.warnings()) == len(said)
+    assert all(text in line for text, line in zip(said, found.warnings(), strict=True))
+
+
+def test_dense_that_shows_nothing_is_said_aloud_before_the_search():
+    task = load_task("shapes:count")
+    samples = task.samples("search", 12)
+    said = dense_sentence(np.zeros(12), task, "search", samples)
+    assert said.startswith("WARNING: dense scores 0 on every sample")
+    assert "no policy can be judged by exact_match" in said
+    said = dense_sentence(np.ones(12), task, "search", samples)
+    assert said.startswith("WARNING: dense scores 1.000 on every one of the 12 samples of split 'search'")
+    assert dense_sentence(np.array([1.0] * 11 + [0.0]), task, "search", samples) == ""
+
+
+@pytest.mark.parametrize(
+    ("proof", "holds"),
+    [
+        ({"non_inferior": True}, True),
+        ({"non_inferior": False}, False),
+        ({"non_inferior": True, "doubts": ("too few",)}, False),
+        ({"non_inferior": True, "differences": {"r": {"mean": 0, "low": 0, "high": 0, "p_value": 1}}}, False),
+        ({"non_inferior": True, "differences": {"r": {"mean": 0, "low": -1, "high": 1, "p_value": 1}}}, True),
+    ],
+)
+def test_a_noted_proof_holds_only_with_evidence(proof, holds):
+    """Files of 0.1.0 said yes to intervals without width."""
+    noted = Proof(split="held-out", samples=100, strongest="r", margin=0.02, **proof)
+    assert noted.holds is holds
 
 
 @pytest.mark.parametrize(("sd", "margin"), [(0.3, 0.05), (0.5, 0.1), (1.0, 0.15)])

@@ -24,6 +24,7 @@ from avlprof.allocators import Evidence
 from avlprof.cli.studies import app
 from avlprof.errors import UserError
 from avlprof.policy import Policy, Provenance, Score, dump_policy, load_policy, save_policy
+from avlprof.policy.provenance import Proof
 from avlprof.tasks import load_task
 from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
@@ -66,12 +67,14 @@ def run(folder, trials, **changed):
     return run_trials(FolderStorage(folder), Settings(trials=trials, prune=False), Noted())
 
 
-def prove(folder):
+def prove(folder, **proof):
+    """A winner as the proof writes it."""
     scores = {
         "tuned": Score(mean=0.75, low=0.7, high=0.8, samples=9),
         "dense": Score(mean=0.9, low=0.8, high=1.0, samples=9),
     }
-    origin = Provenance(metric="exact_match", scores=scores)
+    noted = {"split": "held-out", "samples": 9, "strongest": "uniform", "margin": 0.02, "non_inferior": True}
+    origin = Provenance(metric="exact_match", scores=scores, proof=Proof(**noted | proof))
     save_policy(Policy(name="tuned", vision_keep=0.5, provenance=origin), folder / "policy.yaml")
     (folder / "knobs.csv").write_text("knob,value,plain,change,low,high\nscorer,b,None,0.5,0.25,0.75\n")
 
@@ -150,6 +153,22 @@ def test_show_gives_the_best_whole_trials(root):
     assert "10 of 10 trials, proved" in table.stderr
     assert "scorer b instead of None: +0.5000 [+0.2500, +0.7500]" in table.stderr
     assert str(root / "done" / "policy.yaml") in table.stderr
+
+
+@pytest.mark.parametrize(
+    "proof",
+    [
+        {"non_inferior": False},
+        {"non_inferior": False, "doubts": ("dense scores 0 on every sample",)},
+        {"differences": {"uniform": {"mean": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}}},
+    ],
+)
+def test_a_study_whose_proof_shows_nothing_is_not_proved(tmp_path, proof):
+    run(tmp_path / "done", 2)
+    prove(tmp_path / "done", **proof)
+    (row,) = json.loads(invoke("ls", tmp_path, "--format", "json").stdout)
+    assert (row["state"], row["held-out"]) == ("not shown", 0.75)
+    assert "2 of 2 trials, not shown" in invoke("show", tmp_path / "done").stderr
 
 
 def test_a_study_is_opened_and_read(root):

@@ -197,7 +197,7 @@ def test_the_board_counts_this_process_only():
     assert len(row) == len(HEADINGS)
     assert row == ["0.2", "0.5", "coverage, instruction, mix 0.25", "16/20", "12", "20 s", "trials 16/20"]
     live.phase("knobs", 3, 3)
-    assert live.cells()[0][-1] == "proved"
+    assert live.cells()[0][-1] == "done"
     live.budget(0.4)
     assert [cells[0] for cells in live.cells()] == ["0.2", "0.4"]
 

@@ -12,10 +12,13 @@ from optuna.trial import TrialState
 
 from avlprof.errors import UserError
 from avlprof.policy import (
+    RANKING,
     Policy,
     PromptShape,
     ScorerSpec,
     live_share,
+    load_policy,
+    shipped,
 )
 from avlprof.runtime.forced import ForcedScore
 from avlprof.tuning import Budget, Candidate, Settings, Space, read_study
@@ -230,15 +233,18 @@ def test_rivals_have_equal_bytes_and_differ(allocator, scorer, heads, read):
     winner = start.policy(probed_evidence(4, 30, 2), budget)
     others = {policy.name: policy for policy in rivals(winner, budget, 4)}
     assert others["random"].scorer.name == "random"
-    # a uniform winner is its own baseline, unless it ranks in another way than A-VL
-    plain = scorer == "last_query"
-    assert ("uniform" in others) == (allocator != "uniform" or not plain)
-    assert ("uniform, same scorer" in others) == (allocator != "uniform" and not plain)
+    # a uniform winner is its own baseline, unless it ranks in another way than that does
+    flat = allocator == "uniform"
+    assert "uniform" in others
+    assert ("uniform, same scorer" in others) == (not flat)
+    assert ("uniform, last_query" in others) == (scorer != "last_query")
     hashes = {policy.hash for policy in (winner, *others.values())}
     assert len(hashes) == 1 + len(others)
     for name, policy in others.items():
         assert live_share(policy, budget.prompts, 4) <= live_share(winner, budget.prompts, 4)
         if name == "uniform":
+            assert (policy.scorer, policy.heads) == (ScorerSpec.of(RANKING), "shared")
+        if name == "uniform, last_query":
             assert (policy.scorer.name, policy.heads) == ("last_query", "shared")
         if name == "uniform, same scorer":
             assert (policy.scorer.name, policy.heads) == (scorer, heads)
@@ -246,8 +252,10 @@ def test_rivals_have_equal_bytes_and_differ(allocator, scorer, heads, read):
 
 def test_a_flat_winner_with_another_scorer_still_meets_plain_uniform():
     budget = Budget(0.5, None, (PromptShape(1, 30, 5),), 6)
-    winner = Policy(name="tuned", vision_keep=(0.4,) * 4, scorer=ScorerSpec(name="instruction"))
+    winner = Policy(name="tuned", vision_keep=(0.4,) * 4, scorer=ScorerSpec(name="accumulated"))
     others = {policy.name: policy for policy in rivals(winner, budget, 4)}
-    assert set(others) == {"uniform", "random"}
-    assert others["uniform"].scorer.name == "last_query"
+    assert set(others) == {"uniform", "uniform, last_query", "random"}
+    assert others["uniform"].scorer == load_policy(shipped()["uniform"]).scorer == ScorerSpec.of(RANKING)
     assert others["uniform"].keep(4) == winner.keep(4)
+    plain = winner.model_copy(update={"scorer": ScorerSpec.of(RANKING)})
+    assert {policy.name for policy in rivals(plain, budget, 4)} == {"uniform, last_query", "random"}

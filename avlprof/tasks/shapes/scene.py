@@ -42,6 +42,7 @@ CELLS = (
 IMAGE_SIZE = 112
 PATCH_SIZE = 8
 _FONTS = ("DejaVuSansMono-Bold.ttf", "DejaVuSans-Bold.ttf")
+_LIGHTEST = 232  # the darkest ground of a picture
 _INK_OF_A_LABEL = 5.0  # pixels of full ink before a patch counts as showing an item
 _GLYPHS = {name: i + 1 for i, name in enumerate((*SHAPES, *LETTERS, *DIGITS))}
 
@@ -97,6 +98,22 @@ def render(scene: Scene) -> Image.Image:
     return _draw(scene)[0]
 
 
+def is_drawn(picture: Image.Image) -> bool:
+    """Whether a picture looks like one of `render`: a light grey ground and the ink of `COLORS`.
+
+    Size does not count. Of the pixels, most are of one tone, and of the others most are pure ink; the
+    rest are the blurred edges.
+    """
+    pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    colors, counts = np.unique(pixels, axis=0, return_counts=True)
+    tone = colors[counts.argmax()]
+    if tone.min() < _LIGHTEST or np.ptp(tone) or counts.max() < 0.7 * len(pixels):
+        return False
+    inks = np.array(list(COLORS.values()))
+    pure = (colors[:, None, :] == inks).all(axis=2).any(axis=1)
+    return bool(counts[pure].sum() >= 0.1 * (len(pixels) - counts.max()))
+
+
 def patch_labels(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
     """The picture and, for each patch in row-major order, what it shows.
 
@@ -114,7 +131,7 @@ def label_sizes() -> tuple[int, int, int, int, int]:
 
 def _draw(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
     rng = np.random.default_rng((*scene.seed, 1))
-    tone = int(rng.integers(232, 256))
+    tone = int(rng.integers(_LIGHTEST, 256))
     picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (tone, tone, tone))
     grid = IMAGE_SIZE // PATCH_SIZE
     owner = np.zeros((grid * grid, 5), dtype=np.int64)

@@ -1,0 +1,31 @@
+"""The embedded model: a LLaVA that knows one kind of picture, and says so of others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from avlprof.models.families.llava import LlavaAdapter
+from avlprof.models.tiny import FOREIGN
+from avlprof.tasks.shapes.scene import is_drawn
+from avlprof.tasks.turn import Message
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TinyAdapter(LlavaAdapter):
+    """LLaVA 1.5 whose first picture of another kind than task `shapes` draws gives one warning."""
+
+    _warned: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> dict[str, Tensor]:
+        if not self._warned:
+            pictures = (picture for chat in chats for message in chat for picture in message.pictures())
+            if not all(is_drawn(picture) for picture in pictures):
+                self._warned.append(FOREIGN)
+                _log.warning(FOREIGN)
+        return super().encode_chats(chats)
