@@ -363,7 +363,7 @@ def test_runs_of_other_inputs_do_not_mix(tmp_path):
     traced(loaded, samples, tmp_path, max_new_tokens=3)
     with pytest.raises(UserError, match="forced: False here, True asked"):
         traced(loaded, samples, tmp_path, max_new_tokens=3, forced=True)
-    with pytest.raises(UserError, match=f"policy: '' here, 'half {POLICY.hash}' asked"):
+    with pytest.raises(UserError, match=f"policy_hash: '' here, '{POLICY.hash}' asked"):
         traced(loaded, samples, tmp_path, max_new_tokens=3, policy=POLICY)
     traced(loaded, samples, tmp_path, max_new_tokens=3, batch_size=2)
 
