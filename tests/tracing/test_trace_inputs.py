@@ -102,7 +102,7 @@ def questions(count, seed=0, images=(1,), answers=()):
         Sample(
             f"s{number}",
             tuple(
-                Image.new("RGB", (int(rng.integers(1, 999)), 1)) for _ in range(images[number % len(images)])
+                Image.new("RGB", (int(rng.integers(1, 999)), 30)) for _ in range(images[number % len(images)])
             ),
             words(6, 18),
             tuple(words(*span) for span in answers),
