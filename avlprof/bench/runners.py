@@ -135,6 +135,7 @@ class Runner:
             return
         with apply(self.model, self.policy, captured=self.captured) as runtime:
             self.cache = runtime.new_cache()
+            self.cache.active = True  # no model runs here that would say so
             forward = Forward(modality, ids.shape[1], 0)
             for index, layer in enumerate(self.model.get_decoder().layers):
                 query, key, value = states.layer(index)
@@ -152,6 +153,7 @@ class Runner:
                     options={},
                 )
                 runtime.attend(forward, self.cache, call)
+            self.cache.active = False
         if self.batch > 1:
             self.cache.batch_repeat_interleave(self.batch)
 

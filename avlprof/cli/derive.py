@@ -20,7 +20,6 @@ from avlprof.cli._output import (
 from avlprof.cli._progress import bars
 from avlprof.errors import UserError, counted
 from avlprof.files import check_output
-from avlprof.policy import RANKING
 
 app = typer.Typer(add_completion=False)
 
@@ -56,7 +55,10 @@ def derive(
         int | None,
         typer.Option("--refresh-interval", help="Steps between refreshes; by default from the drift."),
     ] = None,
-    scorer: Annotated[str, typer.Option("--scorer", help="How vision tokens are ranked.")] = RANKING,
+    scorer: Annotated[
+        str | None,
+        typer.Option("--scorer", help="How vision tokens are ranked; by default as won most."),
+    ] = None,
     text_share: Annotated[
         float | None,
         typer.Option("--text-share", help="Give each layer the text window that holds this share of text."),
@@ -70,7 +72,7 @@ def derive(
     """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
     from avlprof.analysis import Spread
     from avlprof.cli._describe import layer_rows
-    from avlprof.policy import dump_policy, save_policy
+    from avlprof.policy import RANKING, dump_policy, save_policy
 
     if str(out) != "-":
         check_output(out)
@@ -85,7 +87,7 @@ def derive(
         coverage=coverage,
         allocator=Spread(allocator, _numbers(option or []), mix, floor),
         refresh_interval=refresh_interval,
-        scorer=scorer,
+        scorer=scorer or RANKING,
         text=text_share,
         name=name,
     )

@@ -154,7 +154,7 @@ def test_trace_over_references_under_a_policy(tmp_path):
 
 def test_trace_of_your_own_picture_has_no_reference(picture, tmp_path):
     command = ["trace", "--image", picture, "--prompt", "what?", "--forced", "--out", tmp_path / "run"]
-    assert "has no reference answer" in refused(invoke(*command))
+    assert "--forced does nothing beside --image" in refused(invoke(*command))
     assert not (tmp_path / "run").exists()
 
 
@@ -441,7 +441,7 @@ def test_policy_commands(tmp_path):
     result = invoke("policy", "diff", path, "uniform")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "act alike" in result.stderr
-    save_policy(Policy(vision_keep=(0.2, 0.3)), path)
+    save_policy(Policy(vision_keep=(0.2, 0.3), scorer=load_policy(path).scorer), path)
     assert json.loads(invoke("policy", "diff", "uniform", path, "--format", "json").stdout) == [
         {"field": "vision_keep", "layer": 1, "uniform": 0.2, str(path): 0.3},
     ]

@@ -350,7 +350,7 @@ def test_sliding_layers_are_left_as_they_are(name):
 
 
 def test_sliding_families_are_among_them():
-    assert set(SLIDING) == {"gemma3", "aya_vision", "paligemma2"}
+    assert set(SLIDING) == {"gemma3", "aya_vision", "paligemma2", "internvl_gpt_oss"}
 
 
 def test_a_model_of_sliding_layers_alone_has_nothing_for_a_policy():

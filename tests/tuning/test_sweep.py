@@ -132,7 +132,9 @@ def searched(drops, monkeypatch, tmp_path, drop, least=0.06):
     def prove_winner(done, watch):
         tested.append(done.memory)
         gap = paired_difference(np.full(30, 1 - drops(done.memory)), np.ones(30))
-        return SimpleNamespace(verdict=SimpleNamespace(differences={"dense": gap}))
+        scores = pd.DataFrame({"policy": "dense", "score": np.resize([0.0, 1.0], 30)})
+        proof = SimpleNamespace(answers=scores)
+        return SimpleNamespace(verdict=SimpleNamespace(differences={"dense": gap}), proof=proof)
 
     monkeypatch.setattr(module, "search", search)
     monkeypatch.setattr(module, "prove_winner", prove_winner)

@@ -181,7 +181,7 @@ def test_what_is_no_study_is_left_alone(study, tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not empty and not a study"):
         tuned(tiny, study.run, tmp_path)
-    with pytest.raises(UserError, match="is not empty and not a study"):
+    with pytest.raises(UserError, match="is a file; give a folder"):
         tuned(tiny, study.run, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -288,7 +288,10 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
         *("trials.png", "layers.png", "proof.png", "knobs.png")
     }
     last = result.stderr.rstrip().splitlines()[-1]
-    assert last == f"next: avlprof evaluate --policy {folder / 'policy.yaml'} --task {TASK}"
+    assert (
+        last
+        == f"next: avlprof evaluate --policy {folder / 'policy.yaml'} --task {TASK} --max-new-tokens {LIMIT}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,7 @@ def test_export_refuses(study, tmp_path):
         "export", study.folder, "--trial", 99
     )
     assert "not both" in refused("export", study.folder, "--trial", 1, "--max-read", 0.3)
-    assert "max_read must be in [0, 1]" in refused("export", study.folder, "--max-read", 2)
+    assert "--max-read must be in [0, 1]" in refused("export", study.folder, "--max-read", 2)
     said = refused("export", study.folder, "--max-read", 0.01)
     enough = float(said.rsplit(" ", 1)[1])
     assert export_policy(study.folder, max_read=enough).provenance.trial is not None
