@@ -317,7 +317,7 @@ def _installed(model: PreTrainedModel) -> Session:
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(eagerly())
-        stack.enter_context(overheard(modules, name, session.attend))
+        stack.enter_context(overheard(modules, name, lambda call: session.attend(call)))
         for hook in (
             model.register_forward_pre_hook(session.before, with_kwargs=True),
             model.register_forward_hook(session.after, with_kwargs=True, always_call=True),

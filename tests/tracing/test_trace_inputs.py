@@ -153,7 +153,7 @@ def assert_same_numbers(left: RunDirectory, right: RunDirectory):
 @pytest.mark.parametrize(("name", "build"), cases())
 def test_a_batch_gives_the_numbers_of_its_samples_alone(name, build, tmp_path):
     """Rows of 0, 1 and 2 pictures that end at steps of their own, or not at all."""
-    loaded = wordy(build(), ends=list(range(FIRST_WORD, FIRST_WORD + 12)))
+    loaded = wordy(build(), ends=list(range(FIRST_WORD, FIRST_WORD + 24)))
     samples = questions(9, seed=3, images=(1, 0, 2))
     alone = traced(loaded, samples, tmp_path / "alone", max_new_tokens=9)
     for size in (3, 7):

@@ -288,10 +288,8 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
         *("trials.png", "layers.png", "proof.png", "knobs.png")
     }
     last = result.stderr.rstrip().splitlines()[-1]
-    assert (
-        last
-        == f"next: avlprof evaluate --policy {folder / 'policy.yaml'} --task {TASK} --max-new-tokens {LIMIT}"
-    )
+    command = f"avlprof evaluate --policy {folder / 'policy.yaml'} --model tiny --device cpu"
+    assert last == f"next: {command} --task {TASK} --max-new-tokens {LIMIT}"
 
 
 @pytest.mark.parametrize(
@@ -370,5 +368,5 @@ def test_export_refuses(study, tmp_path):
     assert "has no trial yet" in refused("export", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
     (tmp_path / "study.json").write_text("{}")
-    assert "study.json cannot be read" in refused("export", tmp_path)
+    assert "is not the note of a study" in refused("export", tmp_path)
     assert read_meta(study.folder).model == "tiny"
