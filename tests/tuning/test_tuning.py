@@ -288,8 +288,8 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
         *("trials.png", "layers.png", "proof.png", "knobs.png")
     }
     last = result.stderr.rstrip().splitlines()[-1]
-    command = f"avlprof evaluate --policy {folder / 'policy.yaml'} --model tiny --device cpu"
-    assert last == f"next: {command} --task {TASK} --max-new-tokens {LIMIT}"
+    line = f"avlprof evaluate --policy {folder / 'policy.yaml'} --model tiny --device cpu"
+    assert last == f"next: {line} --task {TASK} --max-new-tokens {LIMIT}"
 
 
 @pytest.mark.parametrize(
