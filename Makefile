@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lmms format lint types notebooks docs build check clean
+.PHONY: help demo quick test slow lmms format lint types notebooks docs build check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +31,11 @@ demo: $(VENV)/ready ## the whole loop on the embedded model: trace, analyse, der
 quick: $(VENV)/ready ## the inner loop: tests that are neither slow nor for a GPU; `make quick ARGS=tests/test_docs.py`
 	$(PYTEST) -m '$(QUICK)' $(ARGS)
 
-test: $(VENV)/ready ## all tests
-	$(PYTEST) $(ARGS)
+test: $(VENV)/ready ## all tests but the slow ones; those for a GPU are skipped without one
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+slow: $(VENV)/ready ## the slow tests: large matrices, campaigns of damaged files, kills
+	$(PYTEST) -m slow $(ARGS)
 
 lmms: $(VENV)/lmms ## lmms-eval, for the tests of its plug-in; they are skipped without it
 
