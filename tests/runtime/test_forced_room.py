@@ -31,7 +31,11 @@ def samples():
 
 @pytest.fixture(scope="module")
 def whole(tiny, samples):
-    return ForcedSet.prepare(tiny, samples, max_new_tokens=6, batch_size=2)
+    """Without a limit, and with all that the policies need, whichever test comes first."""
+    forced = ForcedSet.prepare(tiny, samples, max_new_tokens=6, batch_size=2)
+    for policy in POLICIES:
+        forced.score(policy)
+    return forced
 
 
 @pytest.mark.parametrize("allowed", [0, 0.4, 0.7])
