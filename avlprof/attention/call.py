@@ -18,6 +18,8 @@ class AttentionCall(NamedTuple):
     `[B, 1, q, kv]` or None; `positions [B, 1 or Hkv, n]` are the logical positions of the key
     columns, or None when column and position are the same. `after` is what the runtime does once
     the observers have seen the call: until then nothing moves in the buffers that it views.
+    `appended`: the cache makes a new tensor of the old keys and the new ones at each step and leaves
+    the old ones as they are.
     """
 
     layer: int
@@ -33,6 +35,7 @@ class AttentionCall(NamedTuple):
     positions: Tensor | None = None
     valid: Tensor | None = None
     after: Callable[[], None] | None = None
+    appended: bool = False
 
     @property
     def sinks(self) -> Tensor | None:
@@ -57,7 +60,8 @@ class Forward:
     `modality [B, n]` covers every position seen so far, this pass included; the last `new`
     are this pass's. `step` is 0 in prefill and counts decoding passes from 1. `conversation` stands
     for the cache: it is the same object in all passes over one. `begun` is for a runtime to note
-    that a layer has attended.
+    that a layer has attended. `moved`: the cache's keys are not those that the pass before left
+    (rows were chosen, as beams are, or tokens cut off).
     """
 
     modality: Tensor
@@ -65,6 +69,7 @@ class Forward:
     step: int
     conversation: object = None
     begun: bool = False
+    moved: bool = False
 
 
 class Observer(Protocol):

@@ -8,12 +8,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
 from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
@@ -100,6 +101,7 @@ class Session:
         self.contexts = contextlib.ExitStack()
         self.users = 0
         self._states: WeakKeyDictionary[Any, Passed] = WeakKeyDictionary()
+        self._left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
         self._thread = _Thread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -149,7 +151,9 @@ class Session:
         if cache is not None:
             self._states[cache] = state
         self._enter(cache, True)
-        self._thread.now = _Pass(Forward(state.modality, state.length - past, state.steps, state), cache)
+        moved = past > 0 and bool(self.observers) and self._moved(cache)
+        forward = Forward(state.modality, state.length - past, state.steps, state, moved=moved)
+        self._thread.now = _Pass(forward, cache)
         for observer in self.observers:
             observer.begin(self._thread.now.forward)
         return (), values
@@ -209,11 +213,22 @@ class Session:
             return
         self._enter(now.cache, False)
         self._thread.now = None
+        if self.observers and now.cache is not None:
+            self._left[now.cache] = [None if keys is None else ref(keys) for keys in _keys(now.cache)]
         if output is not None and not now.layers and not self.single:
             raise UserError(
                 f"the layers of {type(self.model).__name__} do not ask transformers' attention interface, so "
                 "their attention cannot be followed"
             )
+
+    def _moved(self, cache: Any) -> bool:
+        """Whether a cache's keys are other tensors than the latest pass left."""
+        left = self._left.get(cache)
+        same = left is not None and all(
+            keys is None if before is None else before() is keys
+            for before, keys in zip(left, _keys(cache), strict=True)
+        )
+        return not same
 
     def _enter(self, cache: Any, active: bool) -> None:
         """Tell a policy's cache that a pass of its context is at work, or over."""
@@ -249,6 +264,7 @@ class Session:
         now.layers.add(call.layer)
         if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
             call = as_long_as(call, now.forward.modality.shape[1])
+            call = call._replace(appended=_appends(now.cache, call.layer))
         if runtime is None:
             out = call.stock()
         else:
@@ -264,6 +280,17 @@ class Session:
         if call.after is not None:
             call.after()
         return out
+
+
+def _keys(cache: Any) -> list[Tensor | None]:
+    """The keys of each layer of a cache, None where it has none yet."""
+    return [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
+
+
+def _appends(cache: Any, layer: int) -> bool:
+    """Whether a cache never writes into the keys that a layer has attended to."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and type(layers[layer]) is DynamicLayer
 
 
 @contextlib.contextmanager

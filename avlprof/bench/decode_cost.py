@@ -84,7 +84,7 @@ def measured(
     speedup, low, high = median_interval(others / ours)
     inside = np.array(attention[runner.name])
     ordinary, packed = _ordinary(inside), _ordinary(np.array(attention[PACKED]))
-    weights = _weight_bytes(model)
+    weights = weight_bytes(model)
     dense = dense_bytes(model, shape, runner)
     row = PromptShape(1, vision, ids.shape[1] - vision - 1)
     read = dense * read_share(policy, [row], 1, REFRESH)
@@ -143,7 +143,7 @@ def _ordinary(times: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.median(times[:, : REFRESH - 1], axis=1))
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that a decoding step reads: decoder layers and the head."""
     parts = (model.get_decoder().layers, model.get_output_embeddings())
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -190,6 +191,21 @@ class Runner:
                 self.model(**inputs)
                 seconds.append(clock.now() - began)
         return seconds
+
+    @torch.inference_mode()
+    def event_steps(self, count: int) -> list[float]:
+        """Take steps one behind the other; seconds of each by the device's own clock, without a wait."""
+        device = self.model.device
+        if device.type != "cuda":
+            return self.steps(count)
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
+        with self._engine():
+            events[0].record()
+            for event in events[1:]:
+                self.model(**self._step_inputs())
+                event.record()
+            torch.cuda.synchronize(device)
+        return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)]
 
     @torch.inference_mode()
     def attention_steps(self, count: int) -> list[float]:

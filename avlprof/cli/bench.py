@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,9 +22,9 @@ from avlprof.cli._bench_options import (
     print_costs,
     shape_of,
 )
-from avlprof.cli._output import Format, FormatOption, size
+from avlprof.cli._output import Format, FormatOption, finished, size
 from avlprof.cli._progress import bars
-from avlprof.files import check_output
+from avlprof.files import check_output, write_text
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -203,3 +204,47 @@ def prefill(
     columns = ["tokens", "method", "seconds", "speedup", "speedup_low", "speedup_high", "cap"]
     columns += ["peak_bytes", "kv_bytes"]
     print_costs([asdict(cost) for cost in costs], columns, form, out, {"peak_bytes": size, "kv_bytes": size})
+
+
+@app.command()
+def gpu(
+    layers: LayersOption = None,
+    rounds: RoundsOption = 4,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=1, help="No further part begins after so many.")
+    ] = 220.0,
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="Two shapes, of batch 1 and 8 and of batch 1 and 32.")
+    ] = "llava-next-7b,qwen2.5-vl-7b",
+    device: Annotated[str, typer.Option("--device", help="A CUDA device, or cpu to try it out.")] = "cuda",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the numbers to this file: .json, .csv or .md.")
+    ] = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """All that a GPU can prove in four minutes: recording, decoding, first tokens, kernels."""
+    from avlprof.bench.gpu import GpuBench, gpu_markdown, run_gpu_bench
+
+    check_output(out)
+    first, _, second = shapes.partition(",")
+    chosen = (shape_of(first, None), shape_of(second or first, None))
+    small = device == "cpu"
+    bench = GpuBench(
+        shapes=chosen,
+        tokens=(256,) if small else (1024, 3072),
+        cells=((0, 1, 64),) if small else GpuBench.cells,
+        layers=layers,
+        rounds=rounds,
+        device=device,
+        dtype=device_and_dtype(device, "auto", None)[1],
+        seconds=seconds,
+    )
+    with bars() as watch:
+        costs = list(run_gpu_bench(bench, watch))
+    describe(chosen[0], layers, device, bench.dtype)
+    rows = [asdict(cost) for cost in costs]
+    if out is not None and out.suffix == ".md":
+        write_text(out, gpu_markdown(costs, device))
+        finished([out])
+        out = None
+    print_costs(rows, ["section", "case", "measure", "value", "unit", "aim"], form, out, {})

@@ -84,12 +84,15 @@ class Columns:
             self.device, non_blocking=True
         )
 
-    def bins(self, rows: Tensor) -> Tensor:
-        """`statistics.distance_bins` of the rows at these positions, which lie on the host."""
+    def bin_bounds(self, rows: Tensor) -> Tensor:
+        """`statistics.distance_bins` of the rows at these positions, on the host as they are."""
         count = len(self.text)
         first = min(self.options.text_sink, count)
-        bins = statistics.distance_bins(self.order[rows], self.options.distances, first, count)
-        return bins.to(self.device, non_blocking=True)
+        return statistics.distance_bins(self.order[rows], self.options.distances, first, count)
+
+    def bins(self, rows: Tensor) -> Tensor:
+        """`bin_bounds` on the device."""
+        return self.bin_bounds(rows).to(self.device, non_blocking=True)
 
     @cached_property
     def vision(self) -> Selection:

@@ -45,7 +45,7 @@ class RecordOptions:
     distances: tuple[int, ...] = DISTANCES
     lags: tuple[int, ...] = LAGS
     block: int | None = None  # weights of a prompt that exist at a time; None: what suits the device
-    step_logits: int = 1 << 18  # logits of decoding steps held back a layer, to measure them together
+    step_logits: int | None = None  # of decoding steps that a layer measures together; None: as suits
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:

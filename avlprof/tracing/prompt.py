@@ -18,6 +18,7 @@ from avlprof.tracing.sums import Sums
 
 KINDS = {"system": Modality.SYSTEM, "vision": Modality.VISION, "text": Modality.TEXT}
 RECEIVED = ("last", "instruction", "all")
+LAST, INSTRUCTION, ALL = range(len(RECEIVED))
 WORTH_A_BLOCK = 1 << 14  # weights a head that a further block must save
 MOST_ROWS = 256  # of a block: longer ones would form many weights that no row may see
 
@@ -67,8 +68,8 @@ class MeasuredRows:
         return {kind: len(rows) for kind, rows in self._by_kind.items()}
 
     @cached_property
-    def _marks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """bool `[K, R]` kinds and covered rows of each kind, and `[3, R]` received."""
+    def marks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """On the host: bool `[K, R]` kinds and covered rows of each kind, and `[3, R]` received."""
         by_kind = self._by_kind.values()
         kinds = torch.stack([torch.isin(self.rows, rows) for rows in by_kind])
         sparse = [_spread(rows, self.options.coverage_rows) for rows in by_kind]
@@ -106,7 +107,7 @@ class MeasuredRows:
 
     def _block(self, start: int, stop: int) -> Block:
         device = self.columns.device
-        kinds, covered, received = (marks[:, start:stop] for marks in self._marks)
+        kinds, covered, received = (marks[:, start:stop] for marks in self.marks)
         rows = self.rows[start:stop]
         first, last = int(rows[0]), int(rows[-1])
         chosen = covered.any(dim=0).nonzero()[:, 0]
@@ -162,11 +163,15 @@ class PromptAttention:
 @dataclass
 class PromptSums:
     """Sums over the rows: `received` fp32 `[H, 3, V]`, what each vision token got from `RECEIVED`;
-    `history` fp64 `[H, T]`, where it was asked for. Without `per_head` H is 1, the mean over heads."""
+    `history` fp64 `[H, T]`, where it was asked for. Without `per_head` H is 1, the mean over heads.
+
+    With `columns`, on the host, `received [H, 3, N]` is of all tokens, and these are vision's.
+    """
 
     sums: Sums
     received: Tensor
     history: Tensor | None
+    columns: Tensor | None = None
 
 
 def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums:

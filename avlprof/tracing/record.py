@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,17 @@ from avlprof.models.finite import not_finite
 from avlprof.runs.meta import HEADS
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.prompt import RECEIVED, MeasuredRows, PromptAttention, PromptSums, measure_prompt
+from avlprof.tracing.prompt import (
+    ALL,
+    INSTRUCTION,
+    LAST,
+    RECEIVED,
+    MeasuredRows,
+    PromptAttention,
+    PromptSums,
+    measure_prompt,
+)
 from avlprof.tracing.steps import LayerSteps
-
-LAST, INSTRUCTION, ALL = range(len(RECEIVED))
 
 
 class RowRecord:
@@ -42,13 +51,21 @@ class RowRecord:
         self._plans: dict[torch.device, MeasuredRows] = {}
         self._columns: dict[torch.device, Columns] = {}
         self._devices: list[torch.device | None] = [None] * layers
+        self.before_settling: Callable[[], None] = lambda: None  # hands over what others hold back
+
+    def plan(self, device: torch.device) -> MeasuredRows:
+        """The rows of the prompt that are measured, made once for a device."""
+        if device not in self._plans:
+            self._plans[device] = MeasuredRows(Columns(self.modality, device, self.options))
+        return self._plans[device]
 
     def add_prompt(self, layer: int, attention: PromptAttention) -> None:
         """Measure the chosen rows of a layer that has attended to the prompt."""
-        device = attention.key.device
-        if device not in self._plans:
-            self._plans[device] = MeasuredRows(Columns(self.modality, device, self.options))
-        self._prompt[layer] = measure_prompt(attention, self._plans[device])
+        self._prompt[layer] = measure_prompt(attention, self.plan(attention.key.device))
+
+    def take_prompt(self, layer: int, sums: PromptSums) -> None:
+        """Take what the rows of `plan` came to in a layer."""
+        self._prompt[layer] = sums
 
     def grow(self, modality: Tensor) -> None:
         """A pass with further tokens starts; `modality [n]` of them, padding left out, on the host."""
@@ -65,14 +82,21 @@ class RowRecord:
         if self._steps[layer].hold(logits, sinks):
             self._measure_steps(layer)
 
+    def add_steps(self, layer: int, logits: Tensor, sinks: Tensor | None) -> None:
+        """Take and measure logits `[H, S, n]` of the latest steps, `n` tokens at the newest of them."""
+        self._devices[layer] = logits.device
+        self._steps[layer].measure_block(logits, sinks, self._columns_on(logits.device))
+
     def settle(self) -> None:
         """Measure the decoding steps that are held back, and let go of their logits."""
+        self.before_settling()
         for layer in range(len(self._steps)):
             self._measure_steps(layer)
 
     def check_finite(self, whose: str = "the prompt") -> None:
         """`UserError` with the first layer whose weights are not finite numbers; `whose` names the row."""
         self.settle()
+        self._land()
         for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
             for sums, when in ((prompt.sums if prompt else None, ""), (steps.sums, " while decoding")):
                 if sums is not None and not sums.is_finite:
@@ -126,12 +150,32 @@ class RowRecord:
             scores |= {f"{name}{HEADS}": values for name, values in heads.items()}
         return {name: np.ascontiguousarray(values.numpy()) for name, values in scores.items()}
 
+    def _land(self) -> None:
+        """Copy what the prompt came to from devices to the host, all layers together; wait for copies."""
+        for device in {device for device in self._devices if device is not None and device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()
+        prompts = [prompt for prompt in self._prompt if prompt is not None]
+        places: list[tuple[Any, str]] = [
+            (one.sums, name) for one in prompts for name in ("values", "coverage")
+        ]
+        places += [(one, name) for one in prompts for name in ("received", "history")]
+        together: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
+        for owner, name in places:
+            tensor = getattr(owner, name)
+            if tensor is not None and tensor.device.type != "cpu":
+                together[tensor.device, tensor.dtype, tensor.shape].append((owner, name))
+        for group in together.values():
+            landed = torch.stack([getattr(owner, name) for owner, name in group]).cpu()
+            for (owner, name), tensor in zip(group, landed, strict=True):
+                setattr(owner, name, tensor)
+
     def _received(self) -> Tensor:
         """fp32 `[L, H, 3, V]` of `RECEIVED`; 0 in layers that did not attend."""
         vision = int((self.modality == Modality.VISION).sum())
-        shape = next((p.received.shape for p in self._prompt if p), (1, len(RECEIVED), vision))
+        found = [None if p is None else _vision_columns(p) for p in self._prompt]
+        shape = next((one.shape for one in found if one is not None), (1, len(RECEIVED), vision))
         none = torch.zeros(shape, dtype=torch.float32)
-        return torch.stack([none if p is None else p.received.cpu() for p in self._prompt])
+        return torch.stack([none if one is None else one for one in found])
 
     def _decoded(self, shape: torch.Size) -> Tensor:
         """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
@@ -158,6 +202,16 @@ class RowRecord:
         device = self._devices[layer]
         if device is None:
             return
+        self._steps[layer].measure(self._columns_on(device))
+
+    def _columns_on(self, device: torch.device) -> Columns:
+        """Columns of all tokens so far."""
         if device not in self._columns:
             self._columns[device] = Columns(self._grown, device, self.options)
-        self._steps[layer].measure(self._columns[device])
+        return self._columns[device]
+
+
+def _vision_columns(sums: PromptSums) -> Tensor:
+    """fp32 `[H, 3, V]`, on the host."""
+    received = sums.received.cpu()
+    return received if sums.columns is None else received[..., sums.columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,9 @@ from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
 from avlprof.errors import UserError
+from avlprof.tracing.batch import BatchRows, measure_batch, serves
 from avlprof.tracing.columns import UNSEEN, TokenColumns
+from avlprof.tracing.held import HeldSteps
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptAttention
 from avlprof.tracing.record import RowRecord
@@ -27,10 +29,26 @@ from avlprof.tracing.record import RowRecord
 
 @dataclass
 class _Batch:
-    """The rows of one prompt; `open` are those that are still recorded."""
+    """The rows of one prompt; `open` are those that are still recorded, `real [B, N]` marks tokens."""
 
     rows: list[tuple[RowRecord, TokenColumns]]
     open: list[int]
+    real: Tensor
+    plans: dict[torch.device, BatchRows] = field(default_factory=dict)
+    held: dict[int, HeldSteps] = field(default_factory=dict)
+
+    def plan(self, device: torch.device) -> BatchRows:
+        """What kernels measure of the prompt, made once for a device."""
+        if device not in self.plans:
+            rows = [record.plan(device) for record, _ in self.rows]
+            self.plans[device] = BatchRows.of(rows, self.real, device)
+        return self.plans[device]
+
+    @torch.no_grad()
+    def measure_held(self) -> None:
+        """Hand the steps that are held back as queries to their records."""
+        for held in self.held.values():
+            held.measure(self.rows)
 
     def settle(self) -> None:
         """Measure what is held back, which frees it."""
@@ -62,8 +80,10 @@ class Recorder:
     def begin(self, forward: Forward) -> None:
         """A forward pass starts: a prompt opens new records, a step extends those that are open."""
         total = forward.modality.shape[1]
-        # the one wait for a device in a pass; positions and counts are worked out on the host
-        fresh = forward.modality[:, total - forward.new :].cpu()
+        if forward.step and forward.new == 1:
+            fresh = torch.full((len(forward.modality), 1), int(Modality.GENERATED), dtype=torch.int8)
+        else:  # the one wait for a device in a pass; positions and counts are worked out on the host
+            fresh = forward.modality[:, total - forward.new :].cpu()
         real = fresh != Modality.PAD
         if forward.step == 0:
             self._open(forward, fresh, real)
@@ -71,6 +91,8 @@ class Recorder:
         batch = self._batches[forward.conversation]
         if forward.new > 1:
             _check_turn(forward.step, fresh)
+        if forward.new > 1 or forward.moved:
+            batch.measure_held()
         for row in batch.open:
             record, columns = batch.rows[row]
             record.grow(fresh[row][real[row]])
@@ -86,7 +108,9 @@ class Recorder:
             (RowRecord(codes[own], self._layers, self._options), TokenColumns(own))
             for codes, own in zip(fresh, real, strict=True)
         ]
-        batch = _Batch(rows, list(range(len(rows))))
+        batch = _Batch(rows, list(range(len(rows))), real)
+        for record, _ in rows:
+            record.before_settling = batch.measure_held
         self._latest.batch = self._batches[forward.conversation] = batch
         self._unsettled.append(batch)
         self.records.extend(record for record, _ in rows)
@@ -97,10 +121,18 @@ class Recorder:
         batch = self._batches[forward.conversation]
         if not batch.open:
             return
-        if forward.step == 0:
+        if forward.step == 0 and serves(call, self._options) and len(batch.open) == len(batch.rows):
+            measured = measure_batch(call, batch.plan(call.key.device))
+            for (record, _), sums in zip(batch.rows, measured, strict=True):
+                record.take_prompt(call.layer, sums)
+        elif forward.step == 0:
             for row in batch.open:
                 record, columns = batch.rows[row]
                 record.add_prompt(call.layer, _prompt(call, row, columns))
+        elif forward.new == 1 and call.appended and call.key.shape[2] == forward.modality.shape[1]:
+            held = batch.held.setdefault(call.layer, HeldSteps(self._options.step_logits))
+            if held.hold(call, batch.open):
+                held.measure(batch.rows)
         elif forward.new == 1:
             # a slice, which copies no keys: closed rows in between are measured in vain
             rows = slice(batch.open[0], batch.open[-1] + 1)

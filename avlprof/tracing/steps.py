@@ -13,6 +13,7 @@ from avlprof.tracing.statistics import history
 from avlprof.tracing.sums import Sums
 
 STEPS_AT_ONCE = 32  # decoding steps measured at once, at most
+MOST_LOGITS = 1 << 18  # that are held back
 
 
 class LayerSteps:
@@ -40,7 +41,8 @@ class LayerSteps:
         self._waiting.append(logits)
         self._sinks = None if sinks is None else sinks.view(-1, 1, 1)
         count = len(self._waiting)
-        return count >= STEPS_AT_ONCE or count * logits.numel() > self._options.step_logits
+        most = self._options.step_logits or MOST_LOGITS
+        return count >= STEPS_AT_ONCE or count * logits.numel() > most
 
     def measure(self, columns: Columns) -> None:
         """Measure the held steps at once, and let go of them; `columns` cover the newest."""
@@ -51,12 +53,24 @@ class LayerSteps:
         logits = waiting[-1].new_full((heads, len(waiting), length), UNSEEN)
         for step, seen in enumerate(waiting):
             logits[:, step, : seen.shape[1]] = seen
-        weights = softmax(logits, self._sinks)
         rows = torch.tensor([seen.shape[1] - 1 for seen in waiting])
+        self._measure(logits, rows, columns)
+
+    def measure_block(self, logits: Tensor, sinks: Tensor | None, columns: Columns) -> None:
+        """Measure logits `[H, S, n]` of consecutive steps, the newest over all of `columns`."""
+        self.measure(columns)
+        self._sinks = None if sinks is None else sinks.view(-1, 1, 1)
+        length = logits.shape[2]
+        self._measure(logits, torch.arange(length - logits.shape[1], length), columns)
+
+    def _measure(self, logits: Tensor, rows: Tensor, columns: Columns) -> None:
+        """Add steps, by logits `[H, S, n]`; `rows [S]`, on the host, are the positions of their tokens."""
+        heads, steps, _ = logits.shape
+        weights = softmax(logits, self._sinks)
         values, text = row_values(logits, weights, columns, columns.bins(rows), self._sinks is not None)
-        every = torch.ones(1, len(waiting), dtype=torch.float64, device=weights.device)
+        every = torch.ones(1, steps, dtype=torch.float64, device=weights.device)
         whole = slice(0, heads)
-        self.sums.kinds["generated"] += len(waiting)
+        self.sums.kinds["generated"] += steps
         self.sums.add(values, every, whole, heads)
         if self._options.history is not None:
             order = columns.order[rows].to(weights.device)
@@ -66,8 +80,7 @@ class LayerSteps:
         vision = columns.vision.of_first(weights)
         ordered = statistics.descending(vision)
         self.sums.add_coverage(statistics.coverage(ordered, columns.shares), every, whole, heads)
-        # contiguous: a view would hold on to the weights of all keys
-        self.scores.append(self._kept(vision).transpose(0, 1).contiguous().cpu())
+        self.scores.append(_on_host(self._kept(vision).transpose(0, 1)))
         self._add_overlaps(statistics.top_sets(vision, self._options.top_share, ordered))
 
     def _kept(self, values: Tensor) -> Tensor:
@@ -95,3 +108,11 @@ class LayerSteps:
         else:
             grown = added.shape[-1] - self.history.shape[-1]
             self.history = torch.nn.functional.pad(self.history, (0, grown)) + added
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """A copy in host memory; of a device's values it is there once the device has got so far."""
+    if values.device.type != "cuda":
+        return values.contiguous().cpu()  # a view would hold on to the weights of all keys
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
