@@ -116,6 +116,11 @@ class Session:
         now = self._thread.now
         return now is not None and now.forward.step > 0 and now.forward.new == 1
 
+    def begin_again(self) -> None:
+        """The pass at work runs once more, as before a capture."""
+        if self._thread.now is not None:
+            self._thread.now.layers.clear()
+
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
         self._states[cache] = Passed(modality)

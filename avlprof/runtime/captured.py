@@ -142,6 +142,7 @@ class CapturedSteps:
 
         def step() -> Tensor:
             nonlocal output
+            self._session.begin_again()
             output = self._forward(**others, **{name: known.inputs[name] for name in tensors})
             logits: Tensor = output.logits
             return logits
