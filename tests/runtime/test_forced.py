@@ -24,14 +24,14 @@ from avlprof.runtime.forced.score import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import FEW_MODELS, answers_of, few, steps_and_first, stepwise, thinned
+from tests.helpers import answers_of, few, steps_and_first, stepwise, thinned
 from tests.policies import FORCED, POLICIES, TESTED
 
 MODELS = dict(cases())
 LENGTHS = (19, 7, 1, 13, 7)
 
 
-@pytest.fixture(scope="module", params=few(MODELS, FEW_MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, ("qwen2_5_vl-6q2kv",)))
 def case(request):
     return MODELS[request.param]()
 

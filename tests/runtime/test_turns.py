@@ -13,7 +13,7 @@ from avlprof.attention.session import with_cache
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import VOCABULARY, cases, random_llava
-from tests.helpers import FEW_MODELS, few, one_row
+from tests.helpers import few, one_row
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import TURNS
 
@@ -21,7 +21,7 @@ MODELS = dict(cases())
 STEPS = 7
 
 
-@pytest.fixture(scope="module", params=few(MODELS, FEW_MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, ("llava-4q2kv-sinks",)))
 def case(request):
     return MODELS[request.param]()
 

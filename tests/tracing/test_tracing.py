@@ -26,7 +26,7 @@ from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
 from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 from tests import oracle
-from tests.helpers import FEW_MODELS, Largest, few, generate_words, one_row
+from tests.helpers import Largest, few, generate_words, one_row
 
 MODELS = dict(cases())
 STEPS = 20
@@ -61,7 +61,7 @@ ALL = RecordOptions(
 )
 
 
-@pytest.fixture(scope="module", params=few(MODELS, FEW_MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, ("llava-4q2kv-sinks",)))
 def case(request):
     return MODELS[request.param]()
 
