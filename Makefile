@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 
 # Which tests `make quick` runs, as pytest's -m takes it; ARGS goes to pytest as it is (a file, -k name, -x).
-QUICK ?= not slow and not gpu
+QUICK ?= not slow and not gpu and not full
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
@@ -28,7 +28,7 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 demo: $(VENV)/ready ## the whole loop on the embedded model: trace, analyse, derive, tune, prove, run
 	$(BIN)/avlprof demo --out demo
 
-quick: $(VENV)/ready ## the inner loop: tests that are neither slow nor for a GPU; `make quick ARGS=tests/test_docs.py`
+quick: $(VENV)/ready ## the inner loop: tests that are not full, slow or for a GPU; `make quick ARGS=tests/test_docs.py`
 	$(PYTEST) -m '$(QUICK)' $(ARGS)
 
 test: $(VENV)/ready ## all tests but the slow ones; those for a GPU are skipped without one

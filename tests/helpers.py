@@ -12,14 +12,35 @@ import avlprof
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
+FEW_MODELS = ("qwen2_5_vl-6q2kv", "llava-4q2kv-sinks")
+"""Two random models for `make quick`: positions in three dimensions; grouped heads and sinks."""
 FEW = ("llava_next", "qwen3_vl", "idefics3", "gemma3")
 """Families for a large matrix where time is short: tiles, positions in three dimensions, sliding windows."""
 
 
-def thinned(names, quick):
-    """All of `names` as parameters of a large matrix; those that are not `quick` are marked slow."""
-    assert set(quick) <= set(names)
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def few(values, quick):
+    """All of `values` as parameters; `make quick` runs those of `quick`, or the first so many."""
+    values = list(values)
+    kept = range(quick) if isinstance(quick, int) else [values.index(value) for value in quick]
+    return [
+        value if index in kept else pytest.param(value, marks=pytest.mark.full)
+        for index, value in enumerate(values)
+    ]
+
+
+def thinned(names, tested, quick=None):
+    """All of `names` as parameters of a large matrix.
+
+    `make test` runs those that are `tested`, the others are marked slow; `make quick` runs those of them
+    that are `quick`, the others are marked full. Without `quick` it runs all of them.
+    """
+    quick = tested if quick is None else quick
+    assert set(quick) <= set(tested) <= set(names)
+    untested = [name for name in names if name not in tested]
+    marks = dict.fromkeys(untested, pytest.mark.slow) | {
+        name: pytest.mark.full for name in tested if name not in quick
+    }
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]
 
 
 def generate(model, inputs, steps=STEPS, **options):

@@ -70,8 +70,11 @@ POLICIES = {
     ),
 }
 
-QUICK = ("core and window", "per head", "history", "h2o", "filter")
-"""One of each part: what a large matrix runs where time is short."""
+TESTED = ("core and window", "per head", "history", "h2o", "filter")
+"""One of each part: what `make test` runs of a large matrix."""
+
+QUICK = ("core and window", "history", "h2o")
+"""What `make quick` runs of that: a core and a window, text by score, one pool."""
 
 SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
 """Those that evict by score while decoding, which captured steps cannot."""

@@ -278,6 +278,7 @@ def test_every_module_says_what_it_is():
 # --- what starts quickly
 
 
+@pytest.mark.full  # a process of its own
 def test_light_parts_import_nothing_heavy():
     program = f"""
 import sys

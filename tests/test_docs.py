@@ -25,7 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("page", thinned(RUN, ("docs/runtime.md", "README.md")))
+@pytest.mark.parametrize("page", thinned(RUN, ("docs/runtime.md", "README.md"), ()))
 def test_the_blocks_of_a_page_run(page, elsewhere):
     text = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "__main__"}

@@ -84,6 +84,7 @@ def test_a_front_and_the_smallest_budget(tiny, run):
     assert least.tuned.policy.provenance.budget == least.budget
 
 
+@pytest.mark.full  # an evaluation with its latencies
 def test_policies_are_judged_against_dense(tiny, task, policy):
     rows = avlprof.evaluate(tiny, task, [policy]).summary()
     assert {"dense", policy.name} <= set(rows["policy"])

@@ -25,12 +25,15 @@ from avlprof.errors import UserError
 from avlprof.policy import Policy, PromptShape, TextPolicy, live_share, read_share, tokens
 from avlprof.testing.allocators import AllocatorConformance, random_evidence
 
+# `make quick` runs two of them: one without evidence, one of a profile.
+
 
 class TestUniform(AllocatorConformance):
     def make(self) -> Allocator:
         return Uniform()
 
 
+@pytest.mark.full
 class TestPyramid(AllocatorConformance):
     def make(self) -> Allocator:
         return Pyramid()
@@ -41,36 +44,43 @@ class TestCoverage(AllocatorConformance):
         return Coverage()
 
 
+@pytest.mark.full
 class TestSensitivity(AllocatorConformance):
     def make(self) -> Allocator:
         return Sensitivity()
 
 
+@pytest.mark.full
 class TestSigmoid(AllocatorConformance):
     def make(self) -> Allocator:
         return Sigmoid(midpoint=0.3, steepness=25.0)
 
 
+@pytest.mark.full
 class TestSparsity(AllocatorConformance):
     def make(self) -> Allocator:
         return Sparsity()
 
 
+@pytest.mark.full
 class TestEntropy(AllocatorConformance):
     def make(self) -> Allocator:
         return Entropy()
 
 
+@pytest.mark.full
 class TestStrength(AllocatorConformance):
     def make(self) -> Allocator:
         return Strength()
 
 
+@pytest.mark.full
 class TestSharp(AllocatorConformance):
     def make(self) -> Allocator:
         return Sharp(Pyramid(), 2.5)
 
 
+@pytest.mark.full
 class TestBlend(AllocatorConformance):
     def make(self) -> Allocator:
         return Blend(Coverage(), 0.3)

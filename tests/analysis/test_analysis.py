@@ -452,6 +452,7 @@ def test_advice_needs_ten_answers(profile: Profile, count: int, advised: bool) -
         assert f"({10 - count} more of such length needed)." in said
 
 
+@pytest.mark.full  # runs of two models
 def test_the_embedded_model_is_believed_about_its_own_pictures_alone(tmp_path: Path) -> None:
     def first(path: str, model: str, task: str) -> str:
         return findings(Profile.from_run(write_run(tmp_path / path, (9, 8), model=model, task=task)))[0]

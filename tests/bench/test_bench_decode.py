@@ -55,6 +55,7 @@ def test_every_way_is_there(costs):
     assert costs[STOCK].speedup == 1.0
 
 
+@pytest.mark.full  # a bench of its own
 def test_captured_steps_stand_beside_the_others():
     found = run_decode_bench(SHAPE, DecodeBench(visions=(VISION,), rounds=2, attentions=False, captured=True))
     replayed = [cost for cost in found if cost.method.endswith(", captured")]

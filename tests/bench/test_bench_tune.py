@@ -53,6 +53,7 @@ def bench(tiny):
     return {row.method: row for row in rows}, judged
 
 
+@pytest.mark.full  # a bench of its own
 def test_every_way_judges_the_same_policies(bench):
     rows, judged = bench
     names = [[f"trial {i}" for i in part] for part in ((0, 1), (2, 3))]
@@ -63,6 +64,7 @@ def test_every_way_judges_the_same_policies(bench):
     assert [row.batch for row in rows.values()] == [2, 2, 2, 1]
 
 
+@pytest.mark.full  # a bench of its own
 def test_the_arithmetic_of_a_row(bench):
     rows, _ = bench
     naive = rows["generate, batch 2"]

@@ -174,6 +174,7 @@ CASES = {
 }
 
 
+@pytest.mark.full  # hundreds of broken inputs
 @pytest.mark.parametrize("case", CASES)
 def test_campaign(case, aside):
     strategy, check, times = CASES[case]

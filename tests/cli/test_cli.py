@@ -158,6 +158,7 @@ def test_trace_of_your_own_picture_has_no_reference(picture, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full  # processes of their own
 def test_trace_by_two_processes(tmp_path):
     """One table in all, from the first process, which says what is still missing."""
     out = tmp_path / "run"
@@ -288,6 +289,7 @@ def test_interrupted(monkeypatch, tmp_path):
     assert len(avlprof.Run.open(tmp_path / "run").samples()) == 4
 
 
+@pytest.mark.full  # a process of its own, waited for and killed
 def test_killed_and_resumed(tmp_path):
     out, wanted = tmp_path / "run", 48
     command = ["trace", "--samples", str(wanted), "--max-new-tokens", "1", "--out", str(out)]
@@ -312,6 +314,7 @@ def test_killed_and_resumed(tmp_path):
     assert sorted(traced) == sorted(s.id for s in load_task("shapes").samples("search", wanted))
 
 
+@pytest.mark.full  # every figure of a run
 def test_analyze_and_derive(run, tmp_path):
     result = invoke("analyze", run, "--format", "csv")
     assert result.exit_code == 0, result.output
@@ -375,6 +378,7 @@ def test_run_prints_dense_and_policy():
     assert sum(row["live_kv"] for row in layers) == ours["live_kv"]
 
 
+@pytest.mark.full  # a trace with its figures, and another trace
 def test_own_picture_is_traced_and_found_again(picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["trace", "--image", picture.name, "--prompt", "what color?", "--max-new-tokens", "2"]

@@ -273,6 +273,7 @@ def test_a_readonly_run_can_be_read(readonly, tmp_path):
     assert "not yours to write" in refused(invoke("derive", readonly, "--budget", "0.8"))
 
 
+@pytest.mark.full  # every figure of a run, in each format
 @pytest.mark.parametrize("kind", ["svg", "pdf"])
 def test_figures_in_other_formats(run, kind):
     result = invoke("analyze", run, "--figure-format", kind)

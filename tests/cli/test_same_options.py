@@ -11,6 +11,7 @@ from avlprof.models import ModelSpec
 from avlprof.tasks.spec import TaskSpec
 from avlprof.tuning import Settings, Workers
 from tests.cli_runner import invoke, refused
+from tests.helpers import few
 
 MODEL = ("--model", "--device", "--dtype", "--revision", "--trust-remote-code", "--device-map", "--quantize")
 MODEL = (*MODEL, "--attention", "--model-args")
@@ -25,7 +26,7 @@ def flags(command):
     return set(re.findall(r"--[a-z][a-z-]+", result.output))
 
 
-@pytest.mark.parametrize("command", LOADING)
+@pytest.mark.parametrize("command", few(LOADING, 3))
 def test_the_same_options(command):
     there = flags(command)
     assert set(MODEL) <= there
@@ -35,7 +36,9 @@ def test_the_same_options(command):
         assert "--batch-size" in there
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "studies join", "bench tune", "policy show"])
+@pytest.mark.parametrize(
+    "command", few([*COMMANDS, "studies join", "bench tune", "policy show"], ["trace", "bench tune"])
+)
 def test_no_completion_options(command):
     assert not {flag for flag in flags(command) if "completion" in flag}
     assert not {flag for flag in flags("") if "completion" in flag}

@@ -267,6 +267,7 @@ def found(tiny, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Compari
     return table
 
 
+@pytest.mark.full  # every answer once more
 def test_table_has_what_generating_each_policy_gives(found: Comparison, tiny, task: Task) -> None:
     summary = found.summary()
     assert list(summary["method"][:1]) == ["dense"]
@@ -321,6 +322,7 @@ def test_differences_are_to_the_named_method(found: Comparison) -> None:
     assert rows.loc["mine", "score"] == rows.loc["first", "score"]
 
 
+@pytest.mark.full  # every answer once more
 def test_strongest_is_the_best_mean_on_the_split_of_selection(found: Comparison, tiny, task: Task) -> None:
     candidates = [e.policy for e in found.lineup.at(0.6, "baseline")]
     settings = ComparisonSettings(samples=COUNT, max_new_tokens=LIMIT, batch_size=4)
@@ -369,6 +371,7 @@ def test_compare_names_what_is_wrong(change: dict, message: str, tiny, task: Tas
         )
 
 
+@pytest.mark.full  # every baseline, at the settings that are the default
 def test_the_public_calls_need_no_settings(tiny) -> None:
     """On a task of one sample: all baselines take part, or are listed with what they lack."""
     one = replace(load_task("shapes:count", max_new_tokens=2), default_samples=1)
@@ -426,6 +429,7 @@ def test_figure_puts_own_methods_first_and_leaves_gaps() -> None:
         budgets_info(frame.drop(columns="strongest"))
 
 
+@pytest.mark.full  # a comparison by the command
 def test_command_writes_a_table_a_figure_and_what_was_left_out(tmp_path: Path) -> None:
     mine = save_policy(Policy(name="mine", vision_keep=0.5), tmp_path / "mine.yaml")
     args = [

@@ -43,6 +43,7 @@ from avlprof.policy import (
     sizes,
 )
 from avlprof.tasks import load_task
+from tests.helpers import few
 from tests.watching import Counted
 
 LAYERED = Policy(
@@ -159,7 +160,7 @@ def test_answers_are_those_of_plain_generate_whatever_the_batch(tiny, samples):
         assert a.system + a.vision + a.text == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("policy", [LAYERED, WINDOWED], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", few([LAYERED, WINDOWED], 1), ids=lambda policy: policy.name)
 def test_live_bytes_are_those_of_sizes_and_read_bytes_those_that_the_runtime_counts(tiny, samples, policy):
     token = tiny.adapter.kv_bytes_per_token_per_layer()
     answers = generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 3))
@@ -413,6 +414,7 @@ def test_bad_input_is_one_sentence(tiny, options, message):
         evaluate(tiny, task, policies, EvaluationSettings(**({"samples": 2} | options)))
 
 
+@pytest.mark.full  # an evaluation by the command
 def test_command_writes_its_results_and_resumes(tmp_path):
     arguments = ["--policy", "uniform", "--task", "shapes:count", "-n", "2", "--max-new-tokens", "4"]
     arguments += [

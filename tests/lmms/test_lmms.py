@@ -143,6 +143,7 @@ def responses(results: Any, task: str) -> list[str]:
     return [sample["resps"][0][0] for sample in logged]
 
 
+@pytest.mark.full  # lmms-eval loads and runs a model
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("name", ["dense", "cut"])
 def test_answers_are_those_of_the_project_s_own_evaluation(
@@ -160,6 +161,7 @@ def test_answers_are_those_of_the_project_s_own_evaluation(
     assert sorted(c["output_tokens"] for c in counts) == sorted(a.generated_tokens for a in wanted)
 
 
+@pytest.mark.full  # lmms-eval loads and runs a model
 def test_choices_are_weighed_under_the_policy(
     tiny: LoadedModel, harness: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -190,6 +192,7 @@ def plain_loss(loaded: Any, sample: Sample, continuation: str) -> float:
     return total / len(tokens)
 
 
+@pytest.mark.full  # lmms-eval loads and runs a model
 def test_cache_is_used_for_the_same_policy_and_not_for_a_changed_one(harness: Any, tmp_path: Path) -> None:
     """The file keeps its name while its content changes: the answers must not be the old ones."""
     path = save_policy(CUT, tmp_path / "mine.yaml")

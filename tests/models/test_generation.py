@@ -17,6 +17,7 @@ from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
 from avlprof.tracing import trace_samples
 from avlprof.tracing.options import TraceSettings
+from tests.helpers import few
 
 LIMIT = 6
 FIELDS = {
@@ -144,7 +145,9 @@ def test_plain_answers_are_stock_greedy_ones(changed, samples, plain):
     assert all(answers == texts for answers in plain.values())
 
 
-@pytest.mark.parametrize("name", ["use_cache", "return_dict_in_generate", "stop_strings", "num_beams"])
+@pytest.mark.parametrize(
+    "name", few(["use_cache", "return_dict_in_generate", "stop_strings", "num_beams"], ["num_beams"])
+)
 def test_every_verb_answers_the_same(changed, samples, plain, name, tmp_path):
     ask(changed.model, {name: FIELDS[name][0]})
     assert verbs(changed, samples, tmp_path) == plain
@@ -157,7 +160,9 @@ def test_every_verb_answers_the_same_under_any_field(changed, samples, plain, fi
     assert verbs(changed, samples, tmp_path) == plain
 
 
-@pytest.mark.parametrize("fields", [{name: value} for name, value in CASES] + mixtures(20, seed=1), ids=str)
+@pytest.mark.parametrize(
+    "fields", few([{name: value} for name, value in CASES] + mixtures(20, seed=1), 6), ids=str
+)
 def test_greedy_answers_take_nothing_over(changed, fields):
     batch = changed.adapter.encode_samples(load_task("shapes:describe").samples("search", 1))
     ask(changed.model, {})

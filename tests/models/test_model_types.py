@@ -35,7 +35,7 @@ TEXTS = (
     "qwen3_next",
 )
 BEFORE_SINKS = ("llava:granite_swa",)  # eager reports weights without them: see tests/tracing/test_sinks.py
-QUICK = (
+TESTED = (
     "llava",
     "aya_vision",
     "gemma4",
@@ -59,6 +59,15 @@ QUICK = (
     "qwen3_vl_moe",
     "t5gemma2",
     "unlimited_ocr",
+)
+QUICK = (
+    "llava",
+    "gemma4",
+    "inkling_mm_model",
+    "instructblip",
+    "llava:diffllama",
+    "minimax_m3_vl:sparse",
+    "mllama",
 )
 NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 PACKED = Policy(vision_keep=1.0, text=TextPolicy(window=500))
@@ -89,9 +98,10 @@ NOT_RECORDED = {
 
 
 def rows():
-    """All types and variants; those that are not quick are slow."""
+    """All types and variants; those that are not quick are full or slow."""
     for name in (*model_types(), *VARIANTS, *(f"llava:{text}" for text in TEXTS)):
-        yield pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        left_out = [pytest.mark.full] if name in TESTED else [pytest.mark.slow]
+        yield pytest.param(name, marks=[] if name in QUICK else left_out)
 
 
 @cache

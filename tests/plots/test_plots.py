@@ -29,10 +29,15 @@ from avlprof.plots.pareto import unbeaten
 from avlprof.plots.pictures import arrange
 from avlprof.plots.style import MODALITY_COLOURS, THEME, layer_colours, theme
 from avlprof.policy import JointPool, Policy, TextPolicy
-from tests.helpers import thinned
+from tests.helpers import few, thinned
 from tests.synthetic_run import write_run
 
 DEPTHS = (1, 6, 48)
+FORMATS = [
+    ("png", b"\x89PNG"),
+    pytest.param("svg", b"<?xml", marks=pytest.mark.full),
+    pytest.param("pdf", b"%PDF", marks=pytest.mark.full),
+]
 CAPTION = plots.Caption("s17", "What is left of the $5 note?\n" + "Look well. " * 30, "the last prompt token")
 
 
@@ -251,7 +256,7 @@ def test_figures_are_labelled_and_leave_nothing_behind(layers: int) -> None:
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("layers", DEPTHS)
+@pytest.mark.parametrize("layers", few(DEPTHS, (6,)))
 def test_legends_do_not_grow_with_depth(layers: int) -> None:
     for name, figure in every_figure(layers).items():
         entries = sum(len(legend.get_texts()) for legend in figure.legends)
@@ -277,7 +282,7 @@ def words_of(figure: Figure) -> str:
     return "\n".join(" ".join(text.get_text().split()) for text in all_text(figure))
 
 
-@pytest.mark.parametrize("layers", thinned([6, 48], [6]))
+@pytest.mark.parametrize("layers", thinned([6, 48], [6], []))
 def test_text_stays_inside_the_figure(layers: int) -> None:
     for name, figure in drawn_figures(layers).items():
         width, height = figure.get_size_inches() * figure.dpi
@@ -346,7 +351,7 @@ def test_the_front_has_equal_bytes_at_one_place_and_tells_policies_apart() -> No
         np.testing.assert_allclose(ends, np.stack([line.low, line.high], axis=1))
 
 
-@pytest.mark.parametrize("families", [2, 4, 14])
+@pytest.mark.parametrize("families", few([2, 4, 14], [4]))
 def test_the_pareto_figure_has_true_costs_and_a_named_interval_for_each_policy(families: int) -> None:
     info = plots.pareto_info(equal_bytes(families))
     figure = plots.pareto_front(info)
@@ -554,6 +559,7 @@ def test_one_sample_has_differences_but_none_that_is_sure() -> None:
     assert isinstance(plots.layer_diff(info), Figure)
 
 
+@pytest.mark.full  # profiles of several runs
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     def profile(name: str, **changes: str) -> Profile:
         return Profile.from_run(write_run(tmp_path / name, vision=(5, 4), **changes))
@@ -902,7 +908,7 @@ def test_bad_input_is_one_sentence(call: object, says: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("suffix", "start"), FORMATS)
 def test_saved_figures_are_whole_and_repeatable(tmp_path: Path, suffix: str, start: bytes) -> None:
     paths = [tmp_path / "a" / f"one.{suffix}", tmp_path / f"two.{suffix}"]
     for path in paths:
@@ -1059,7 +1065,7 @@ def test_a_colour_is_one_layer_in_every_panel_of_coverage() -> None:
     assert np.isfinite(step.attention[1:]).all()
 
 
-@pytest.mark.parametrize("size", [6, 32, 40])
+@pytest.mark.parametrize("size", few([6, 32, 40], [32]))
 def test_maps_are_never_crowded(size: int) -> None:
     figure = plots.head_maps(plots.head_info(head_frame(size, heads=size)))
     FigureCanvasAgg(figure).draw()
@@ -1094,6 +1100,7 @@ def test_heatmaps_say_sample_prompt_and_rows() -> None:
     assert "2 heads" in words_of(heads)
 
 
+@pytest.mark.full  # every figure is drawn twice
 def test_long_prompts_are_cut_and_stand_below_the_title() -> None:
     for name in ("heatmap", "words", "head heatmaps"):
         figure = drawn_figures(6)[name]
@@ -1120,6 +1127,7 @@ def test_twenty_three_of_thirty_words_are_said_to_be_so() -> None:
 # -- seaborn, settings, files -----------------------------------------------------------------
 
 
+@pytest.mark.full  # every figure
 def test_each_figure_leaves_the_settings_as_they_were() -> None:
     with mpl.rc_context({"font.size": 9.0, "axes.grid": False, "lines.linewidth": 5.0}):
         mine = settings()
@@ -1172,6 +1180,7 @@ for name in plots.__all__:
 """
 
 
+@pytest.mark.full  # a process of its own
 def test_seaborn_is_loaded_by_who_draws_and_changes_no_setting() -> None:
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -1204,7 +1213,7 @@ def test_a_gap_in_a_line_stays_a_gap() -> None:
     np.testing.assert_array_equal(lines[2].get_ydata(), plots.drift_info(drift).overlap[3])
 
 
-@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("suffix", "start"), FORMATS)
 def test_a_format_replaces_that_of_the_name(tmp_path: Path, suffix: str, start: bytes) -> None:
     figure = plots.knob_effects(knobs_frame())
     for name in ("knobs.png", "front-0.2", "plain"):

@@ -235,6 +235,7 @@ def test_lost_pictures_leave_a_note(tmp_path: Path) -> None:
     assert note.startswith(f"A picture is missing: the pictures of run {tmp_path}")
 
 
+@pytest.mark.full  # two more reports
 def test_samples_are_of_many_groups_and_at_most_as_asked(tmp_path: Path) -> None:
     write_run(tmp_path, vision=(6,) * 4, averaged=True, decode=False, parts=1)
     run = pictured(tmp_path)
@@ -327,6 +328,7 @@ def test_shares_are_short(share: float, text: str) -> None:
     assert percent(share) == text
 
 
+@pytest.mark.full  # one more report
 def test_the_command_writes_beside_the_run_and_says_how_to_open_it(tmp_path: Path) -> None:
     write_run(tmp_path / "run", vision=(0, 0), decode=False, averaged=True, parts=1)
     done = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--pictures", "0"])

@@ -14,6 +14,7 @@ from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.runs import RunDirectory
 from avlprof.runs.columns import SAMPLES, STATS
+from tests.helpers import few
 
 OLD = Path(__file__).parents[1] / "data" / "0.1.0" / "run"
 LEVELS = ("coverage_90", "overlap_1")
@@ -65,7 +66,7 @@ def test_a_column_that_is_missing_is_named(folder, kind, name):
     ("kind", "name"),
     [*(("samples", name) for name in SAMPLES), *(("stats", name) for name in (*STATS, *LEVELS))],
 )
-@pytest.mark.parametrize("value", ["x", 1.5, b"\xff", [[1]], np.datetime64("2026-01-01"), None])
+@pytest.mark.parametrize("value", few(["x", 1.5, b"\xff", [[1]], np.datetime64("2026-01-01"), None], 2))
 def test_a_column_of_another_kind_is_named_or_read(folder, kind, name, value):
     change(folder, kind, lambda table: table.assign(**{name: [value] * len(table)}))
     for look in looks(folder)[:4]:

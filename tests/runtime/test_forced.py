@@ -24,14 +24,14 @@ from avlprof.runtime.forced.score import Head
 from avlprof.tasks import load_task
 from avlprof.testing.families import families, random_gemma3, random_paligemma2
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import answers_of, steps_and_first, stepwise, thinned
-from tests.policies import FORCED, POLICIES, QUICK
+from tests.helpers import answers_of, few, steps_and_first, stepwise, thinned
+from tests.policies import FORCED, POLICIES, TESTED
 
 MODELS = dict(cases())
 LENGTHS = (19, 7, 1, 13, 7)
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, ("qwen2_5_vl-6q2kv",)))
 def case(request):
     return MODELS[request.param]()
 
@@ -42,7 +42,7 @@ def ragged(case):
     return inputs, answers_of(LENGTHS)
 
 
-@pytest.mark.parametrize("name", thinned(FORCED, (*QUICK, "newest grow")))
+@pytest.mark.parametrize("name", thinned(FORCED, (*TESTED, "newest grow"), ("history", "filter")))
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs, answers = ragged(case)
     ours = ForcedBatch(case.model, inputs, answers).logits(FORCED[name])
@@ -53,7 +53,7 @@ def test_forced_is_the_stepwise_runtime(case, name):
         assert not ours[row, len(answer) - 1 :].any()
 
 
-@pytest.mark.parametrize("name", ["core, k=3", "h2o", "filter", "dense"])
+@pytest.mark.parametrize("name", few(["core, k=3", "h2o", "filter", "dense"], 1))
 def test_scores_are_their_formulas(case, name):
     """The first token counts: only a prefill filter changes it."""
     inputs, answers = ragged(case)
@@ -113,7 +113,7 @@ def near(policy, share):
 MIXED = ("evict", "core, k=3", "score only", "history", "heavy", "streaming", "tova", "snapkv", "filter")
 
 
-@pytest.mark.parametrize("limits", [(1 << 20, 1024), (1, 1), (3000, 60)])
+@pytest.mark.parametrize("limits", few([(1 << 20, 1024), (1, 1), (3000, 60)], [(3000, 60)]))
 def test_policies_together_score_as_one_by_one(limits, monkeypatch):
     """Whatever parts memory allows: of rows, of policies, of answers."""
     case = random_llava(layers=2)
@@ -278,6 +278,7 @@ def samples():
     return load_task(TASK).samples("search", 7)
 
 
+@pytest.mark.full  # every score twice
 def test_a_set_is_its_batches(tiny, samples):
     """Answers come from the run that noted the prompts; batches of any size score alike."""
     policies = [Policy(vision_keep=0.2, scorer="instruction"), DENSE]
@@ -298,6 +299,7 @@ def test_a_set_is_its_batches(tiny, samples):
     assert [score.kl for score in large.score(DENSE)] == pytest.approx([0.0] * 7, abs=1e-6)
 
 
+@pytest.mark.full  # every score twice
 def test_memory_is_bounded_and_scores_stay(tiny, samples):
     policy = Policy(vision_keep=0.2)
     free = ForcedSet.prepare(tiny, samples, max_new_tokens=9, batch_size=2)

@@ -119,7 +119,7 @@ SCORED = Policy(
 FAMILIES = dict(families())
 
 
-@pytest.mark.parametrize("name", thinned(FAMILIES, FEW))
+@pytest.mark.parametrize("name", thinned(FAMILIES, FEW, ("qwen3_vl", "gemma3")))
 def test_every_family_agrees_with_its_runtime(name):
     case = FAMILIES[name]()
     inputs = case.inputs(2, seed=21, pad=True, text=11)

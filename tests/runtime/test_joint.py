@@ -8,7 +8,7 @@ import torch
 import avlprof
 from avlprof.policy import JointPool, Policy, ScorerSpec, sizes
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import generate
+from tests.helpers import few, generate
 from tests.oracle import Oracle
 
 MODELS = dict(cases())
@@ -66,9 +66,9 @@ def test_a_growing_pool_keeps_what_is_generated():
         assert {0, 1, *range(prompt - 3, prompt + STEPS - 1)} <= held
 
 
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", few(MODELS, ("llava-4q2kv-sinks",)))
 @pytest.mark.parametrize("keep", [0.001, 1.0])
-@pytest.mark.parametrize("scorer", ["position", "last_query", "accumulated"])
+@pytest.mark.parametrize("scorer", few(["position", "last_query", "accumulated"], ["accumulated"]))
 def test_pools_of_one_token_and_of_all(model, keep, scorer):
     case = MODELS[model]()
     policy = pool(scorer, keep=keep, sink=1)

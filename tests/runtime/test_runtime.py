@@ -30,20 +30,20 @@ from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan, Windows, slot_classes
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import generate, one_row, thinned
+from tests.helpers import FEW_MODELS, few, generate, one_row, thinned
 from tests.oracle import NEAR_TIE, Oracle
-from tests.policies import POLICIES, QUICK
+from tests.policies import POLICIES, QUICK, TESTED
 
 MODELS = dict(cases())
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, FEW_MODELS))
 def case(request):
     return MODELS[request.param]()
 
 
 @pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", few([1, 4], [4]))
 def test_keep_all_is_the_stock_model(case, batch, pad):
     inputs = case.inputs(batch=batch, pad=pad, seed=3)
     stock = generate(case.model, inputs)
@@ -73,7 +73,7 @@ def test_keep_all_is_bit_equal_in_bf16(case, pad):
         case.model.to(torch.float32)
 
 
-@pytest.mark.parametrize("name", thinned(POLICIES, QUICK))
+@pytest.mark.parametrize("name", thinned(POLICIES, TESTED, QUICK))
 def test_agrees_with_the_dense_oracle(case, name):
     policy = POLICIES[name]
     oracle = Oracle(case.model, policy, case.vision_token_ids)
@@ -97,7 +97,7 @@ def test_agrees_with_the_dense_oracle(case, name):
         assert [set(row.tolist()) for row in layer.text_positions(0)] == trace.text[index][-1]
 
 
-@pytest.mark.parametrize("name", thinned(POLICIES, QUICK))
+@pytest.mark.parametrize("name", thinned(POLICIES, TESTED, ("core and window",)))
 def test_a_row_of_a_batch_is_the_row_alone(case, name):
     policy = POLICIES[name]
     oracle = Oracle(case.model, policy, case.vision_token_ids)
@@ -256,7 +256,9 @@ def test_beams_and_returned_sequences_keep_their_rows_apart(case):
     assert torch.equal(stock, ours)
 
 
-@pytest.mark.parametrize("name", ["core and window", "history", "heavy", "h2o", "tova", "newest share"])
+@pytest.mark.parametrize(
+    "name", few(["core and window", "history", "heavy", "h2o", "tova", "newest share"], 2)
+)
 def test_beams_take_their_state_along(name):
     """Reordered rows go on as if each had been alone: against the oracle of the winning answer."""
     case, policy = random_llava(), POLICIES[name]

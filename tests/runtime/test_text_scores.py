@@ -15,7 +15,7 @@ from avlprof.attention.ranking import (
 from avlprof.attention.session import cache_of, with_cache
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import random_llava
-from tests.helpers import thinned
+from tests.helpers import few, thinned
 from tests.oracle import Oracle
 from tests.policies import A_VL
 
@@ -27,7 +27,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=few(MODELS, 1))
 def case(request):
     return MODELS[request.param]()
 

@@ -1053,6 +1053,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.full  # a campaign
 def test_damaged_lines(folder: Path) -> None:
     campaign(given(line=damaged_lines())(lambda line: check_line(folder, line)), 150)()
 
@@ -1064,6 +1065,7 @@ def test_damaged_json(folder: Path) -> None:
     campaign(test, 60)()
 
 
+@pytest.mark.full  # a campaign
 def test_damaged_pictures(folder: Path) -> None:
     campaign(given(**DAMAGE)(lambda **edits: check_picture(folder, **edits)), 150)()
 

@@ -147,6 +147,7 @@ def test_entry_points_add_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         load_task("mine").samples("all")
 
 
+@pytest.mark.full  # a process of its own
 def test_tasks_import_without_torch_transformers_or_datasets() -> None:
     code = (
         "import sys; from avlprof.tasks import load_task\n"

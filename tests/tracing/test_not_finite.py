@@ -22,6 +22,7 @@ from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
 from avlprof.tracing import RecordOptions, record, trace_samples
 from avlprof.tracing.options import TraceSettings
+from tests.helpers import few
 
 HALF = Policy(name="half", vision_keep=0.5)
 
@@ -57,7 +58,7 @@ def verbs(loaded, samples, task, out):
     }
 
 
-@pytest.mark.parametrize("verb", verbs(None, None, None, None))
+@pytest.mark.parametrize("verb", few(verbs(None, None, None, None), 3))
 def test_every_verb_stops(overflowing, task, tmp_path, verb):
     samples = task.samples("search", 2)
     with pytest.raises(UserError, match="layer 3 on") as error:

@@ -32,9 +32,13 @@ from avlprof.tracing import RecordOptions, record, trace_samples
 from avlprof.tracing.options import TraceSettings
 from avlprof.tracing.trace import FLUSH_SAMPLES
 from avlprof.watch import SILENT
+from tests.helpers import few
 from tests.watching import Counts
 
 KEYS = ["sample", "layer", "head", "phase", "query"]
+MODELS = [
+    case if case[0] == "qwen2_5_vl-6q2kv" else pytest.param(*case, marks=pytest.mark.full) for case in cases()
+]
 POLICY = Policy(name="half", vision_keep=0.5, vision_compute=0.25, refresh_interval=3)
 
 
@@ -150,7 +154,7 @@ def assert_same_numbers(left: RunDirectory, right: RunDirectory):
 # --- batches
 
 
-@pytest.mark.parametrize(("name", "build"), cases())
+@pytest.mark.parametrize(("name", "build"), MODELS)
 def test_a_batch_gives_the_numbers_of_its_samples_alone(name, build, tmp_path):
     """Rows of 0, 1 and 2 pictures that end at steps of their own, or not at all."""
     loaded = wordy(build(), ends=list(range(FIRST_WORD, FIRST_WORD + 24)))
@@ -188,6 +192,7 @@ def test_a_batch_under_a_policy_gives_the_numbers_of_its_samples_alone(tmp_path,
     assert ("decode_heads" in runs[0].scores("s0")) == per_head
 
 
+@pytest.mark.full  # two more traces
 def test_a_batch_of_the_embedded_model(tiny, tmp_path):
     task = avlprof.load_task("shapes")
     samples = task.samples("search", 5)
@@ -239,8 +244,8 @@ def teacher_forced_weights(loaded, sample, answer):
     return [layer[0].numpy() for layer in weights], prompt, (ids[0] == IMAGE).numpy()
 
 
-@pytest.mark.parametrize(("name", "build"), cases())
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("name", "build"), MODELS)
+@pytest.mark.parametrize("size", few([1, 4], [4]))
 def test_given_answers_are_traced_to_their_end(name, build, size, tmp_path):
     """The oracle is one forward over prompt and answer, in which nothing is generated."""
     loaded = wordy(build(), ends=[FIRST_WORD])
@@ -286,6 +291,7 @@ def test_given_answers_can_be_cut(tmp_path):
     assert list(run.samples()["generated"]) == [4, 4]
 
 
+@pytest.mark.full  # two traces
 def test_the_own_answer_given_back_is_the_same_trace(tiny, tmp_path):
     task = avlprof.load_task("shapes")
     samples = task.samples("search", 4)
@@ -402,7 +408,7 @@ def state(model):
     )
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", few([None, KeyboardInterrupt, RuntimeError], 2))
 @pytest.mark.parametrize("under", [None, POLICY])
 def test_the_model_is_as_before(error, under, tmp_path):
     """Also when it fails, or is stopped, in the middle of an answer."""
@@ -447,6 +453,7 @@ def test_memory_stays_flat(tmp_path):
 # --- devices
 
 
+@pytest.mark.full  # two more traces
 def test_a_device_map_changes_no_number(tiny, tmp_path):
     """Half of the weights lie on disk, so that accelerate's hooks are at work as they are on GPUs."""
     pytest.importorskip("accelerate", reason="a device map needs accelerate")

@@ -139,6 +139,7 @@ def _of_slurm(environment, loaded, task, out, start):
     traced(loaded, task, out, Shard.from_environment(environment), batch_size=2)
 
 
+@pytest.mark.full  # processes of their own
 def test_two_processes_of_slurm_at_the_same_time(tmp_path, tiny, task, whole):
     start = FORK.Barrier(2)
     base = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0"}

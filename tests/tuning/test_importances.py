@@ -55,6 +55,7 @@ def test_shares_are_those_of_a_variance_that_is_known():
     assert (table["trials"] == 60).all()
 
 
+@pytest.mark.full  # forests of trials
 def test_a_parameter_that_the_sampler_settled_counts_in_full():
     """Nine of ten trials have the good kind; over the whole space it decides all the same."""
     settled = study(60, lambda p: scored(p) if p["kind"] == "a" else 0.1 * p["x"], lambda rng: rng.beta(2, 1))
@@ -76,6 +77,7 @@ def test_too_few_or_equal_trials_have_no_importances():
     assert parameter_importances(study(40, lambda p: 1.0)).empty
 
 
+@pytest.mark.full  # forests of trials
 def test_what_the_proof_noted_is_shown_until_trials_come(tmp_path):
     made = study(20, scored)
     noted = parameter_importances(made)

@@ -90,6 +90,7 @@ def test_likelihood_is_that_of_the_references(tiny, few):
     assert tiny.adapter.decode([forced.answers[0]])[0].startswith(reference[:3])
 
 
+@pytest.mark.full  # a whole search
 def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     task = load_task("shapes:read,color")
     lengths = {sample.id: 200 for sample in few}
@@ -116,7 +117,7 @@ def installed(name):
     return name != "cmaes" or importlib.util.find_spec("cmaes") is not None
 
 
-@pytest.mark.parametrize("name", thinned(SAMPLERS, ("tpe", "cmaes", "random")))
+@pytest.mark.parametrize("name", thinned(SAMPLERS, ("tpe", "cmaes", "random"), ("tpe",)))
 def test_every_sampler_is_seeded_and_stays_in_the_space(name, tmp_path):
     if not installed(name):
         with pytest.raises(UserError, match="needs the package cmaes"):
@@ -142,7 +143,7 @@ def test_every_sampler_is_seeded_and_stays_in_the_space(name, tmp_path):
 # --- the second stage ---
 
 
-@pytest.mark.parametrize("read", [None, 0.3])
+@pytest.mark.parametrize("read", thinned([None, 0.3], [None, 0.3], [0.3]))
 def test_refinement_starts_from_the_winner_and_improves_on_it(tmp_path, read):
     budget = replace(BUDGET, read=read)
     space = SPACE.within(budget, LAYERS)

@@ -137,10 +137,12 @@ def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
     assert {trial.number for trial in lost} == numbers
 
 
+@pytest.mark.full  # a server of its own
 def test_a_dead_worker_of_this_machine_is_replaced_at_once(server, folder):
     check_replacement(storage_of(folder, server))
 
 
+@pytest.mark.full  # a server of its own
 def test_several_workers_never_run_one_too_many(server, folder):
     errors = []
 
@@ -161,6 +163,7 @@ def test_several_workers_never_run_one_too_many(server, folder):
     assert len(study.trials) == 15
 
 
+@pytest.mark.full  # a server of its own
 def test_a_trial_without_any_sign_of_life_is_run_again(server, folder):
     """Its worker died between asking for it and the first heartbeat."""
     storage = storage_of(folder, server)
@@ -172,6 +175,7 @@ def test_a_trial_without_any_sign_of_life_is_run_again(server, folder):
     assert [trial.number for trial in check_complete(done, 7)] == [0]
 
 
+@pytest.mark.full  # a server of its own
 def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
     storage = PostgresStorage(folder, server)
     claim_study(storage, meta())
@@ -190,6 +194,7 @@ def test_another_study_of_the_name_is_refused(server, folder, tmp_path):
     assert read_study(elsewhere.folder).study_name == folder.name
 
 
+@pytest.mark.full  # a server of its own
 def test_notes_of_version_0_1_0_are_read(server, folder):
     """What the study is about as a user attribute, not as text; evidence as a system attribute."""
     storage = PostgresStorage(folder, server)
@@ -204,12 +209,14 @@ def test_notes_of_version_0_1_0_are_read(server, folder):
         stored_meta(PostgresStorage(folder.with_name(f"{folder.name}-2"), server))
 
 
+@pytest.mark.full  # a server of its own
 def test_a_foreign_study_is_refused(server, folder):
     PostgresStorage(folder, server).open().ask()
     with pytest.raises(UserError, match="is a study that avlprof did not make"):
         claim_study(PostgresStorage(folder, server), meta())
 
 
+@pytest.mark.full  # a server of its own
 def test_the_folder_remembers_the_database_and_not_its_password(server, folder):
     secret = server.replace("tester@", "tester:hush@")
     claim_study(find_storage(folder, secret), meta())
@@ -223,12 +230,14 @@ def test_the_folder_remembers_the_database_and_not_its_password(server, folder):
     assert len(read_study(folder).trials) == 3
 
 
+@pytest.mark.full  # a server of its own
 def test_a_journal_does_not_move_into_a_database(server, tmp_path):
     FolderStorage(tmp_path).open()
     with pytest.raises(UserError, match="are in its journal; leave the storage out"):
         find_storage(tmp_path, server)
 
 
+@pytest.mark.full  # a server of its own
 def test_workers_share_the_evidence_of_the_first(server, folder, tmp_path):
     rng = np.random.default_rng(0)
     mine = Evidence(2, 30, coverage=rng.random((2, 30)))

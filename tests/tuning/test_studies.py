@@ -257,6 +257,7 @@ def opened(tmp_path):
         server.wait()
 
 
+@pytest.mark.full  # starts the dashboard
 def test_the_dashboard_shows_trials_note_and_figures(opened):
     from avlprof.tuning.dashboard import attach
 
@@ -363,6 +364,7 @@ def test_who_joins_searches_what_the_study_says(tuned, tmp_path):
     assert len(outcome(found)) == 9
 
 
+@pytest.mark.full  # needs a study with its proof
 def test_another_task_or_a_study_not_begun_is_refused(tuned, tmp_path):
     loaded, _, study = tuned
     storage = begun(tuned, tmp_path / "here")

@@ -46,6 +46,7 @@ def swept(tiny, run, tmp_path_factory):
     return SimpleNamespace(result=result, folder=folder, began=notes.budgets)
 
 
+@pytest.mark.full  # needs a sweep over two budgets
 def test_budgets_run_upwards_and_each_starts_from_the_one_before(swept):
     assert swept.began == [0.15, 0.4]
     assert sorted(path.name for path in swept.folder.iterdir()) == ["b0.15", "b0.4", "front.csv"]
@@ -61,6 +62,7 @@ def test_budgets_run_upwards_and_each_starts_from_the_one_before(swept):
         assert policy.provenance.proof.strongest in policy.provenance.scores
 
 
+@pytest.mark.full  # needs a sweep over two budgets
 def test_the_front_holds_every_proof_and_dense_once(swept):
     front = pd.read_csv(swept.folder / "front.csv")
     assert (front["policy"] == "dense").sum() == 1
@@ -101,6 +103,7 @@ def test_sweeps_refuse_budgets_before_anything_runs(tiny, run, tmp_path):
         parse_shares("--budgets", "0.1;0.2")
 
 
+@pytest.mark.full  # needs a sweep over two budgets
 def test_the_front_is_drawn_with_tuned_first(swept):
     info = budget_front_info(swept.result.front())
     assert info.lines[0].name == "tuned"

@@ -82,6 +82,7 @@ def forced(tiny):
     return ForcedSet.prepare(tiny, load_task(TASK).samples("search", SAMPLES), max_new_tokens=LIMIT)
 
 
+@pytest.mark.full  # needs a whole study
 def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
     trials = study.tuned.study.get_trials()
     assert len(trials) == 15
@@ -98,6 +99,7 @@ def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
     assert study.phases == ["dense answers", "probe", "trials", "finalists", "proof", "knobs"]
 
 
+@pytest.mark.full  # needs a whole study
 def test_the_metric_decides_among_the_finalists(study, tiny):
     best = finalists(study.tuned.study, 3)
     task = load_task(TASK)
@@ -110,6 +112,7 @@ def test_the_metric_decides_among_the_finalists(study, tiny):
     assert study.tuned.policy.provenance.trial == best[int(np.argmax(scores))].number
 
 
+@pytest.mark.full  # needs a whole study
 def test_the_winner_is_proved_on_held_out_samples(study):
     proof, winner = study.tuned.proof, study.tuned.policy
     held_out = {sample.id for sample in load_task(TASK).samples("held-out", 4)}
@@ -132,6 +135,7 @@ def test_the_winner_is_proved_on_held_out_samples(study):
     assert lines[-1].startswith(f"not inferior to {note.proof.strongest}")
 
 
+@pytest.mark.full  # the search once more
 def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
     again = tuned(tiny, study.run, tmp_path / "again", trials=3)
     first = outcome(study.tuned.study)[:3]
@@ -142,6 +146,7 @@ def test_the_same_seed_in_a_fresh_folder_finds_the_same(study, tiny, tmp_path):
     assert len(more.study.get_trials()) == 15
 
 
+@pytest.mark.full  # needs a whole study
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -165,6 +170,7 @@ def test_another_study_in_the_folder_is_refused(study, tiny, changes, said):
     assert (study.folder / "study.json").read_text() == before
 
 
+@pytest.mark.full  # needs a whole study
 def test_another_model_is_refused(study, tiny, tmp_path):
     other = replace(tiny, revision="0123")
     with pytest.raises(UserError, match=r"was traced on tiny .*, the model here is tiny 0123"):
@@ -177,6 +183,7 @@ def test_another_model_is_refused(study, tiny, tmp_path):
         tuned(other, None, study.folder)
 
 
+@pytest.mark.full  # needs a whole study
 def test_what_is_no_study_is_left_alone(study, tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not empty and not a study"):
@@ -186,6 +193,7 @@ def test_what_is_no_study_is_left_alone(study, tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.full  # needs a whole study
 def test_an_infeasible_budget_makes_no_folder(study, tiny, tmp_path):
     with pytest.raises(UserError, match=r"^budget 0\.01 is below 0\.\d+, what system and text alone need"):
         tuned(tiny, study.run, tmp_path / "new", budget=0.01)
@@ -194,6 +202,7 @@ def test_an_infeasible_budget_makes_no_folder(study, tiny, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.full  # needs a whole study
 def test_a_folder_that_is_worked_on_is_left_alone(study, tiny):
     lock = FolderLock(study.folder)
     try:
@@ -256,6 +265,7 @@ def killed(arguments, reports, said):
         os._exit(1)
 
 
+@pytest.mark.full  # processes of their own, one of them killed
 def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
     """The process dies with two samples of its fourth trial reported; then the same command."""
     folder = tmp_path / "killed"
@@ -308,6 +318,7 @@ def test_tune_refuses(arguments, said, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.full  # needs a whole study
 def test_tune_refuses_a_folder_of_another_study(study):
     said = refused(*command(study, study.folder, "--seed", 9))
     assert said == f"{study.folder} holds another study (seed: 0 here, 9 asked); choose another folder"
@@ -316,6 +327,7 @@ def test_tune_refuses_a_folder_of_another_study(study):
 # --- export ---
 
 
+@pytest.mark.full  # needs a whole study
 def test_export_gives_the_proved_winner(study, tmp_path):
     result = invoke("export", study.folder, "-o", tmp_path / "winner.yaml")
     assert result.exit_code == 0, result.output
@@ -327,6 +339,7 @@ def test_export_gives_the_proved_winner(study, tmp_path):
     assert load_policy(tmp_path / "winner.yaml") == study.tuned.policy
 
 
+@pytest.mark.full  # needs a whole study
 def test_export_gives_any_trial_with_its_origin(study):
     for trial in (0, 2, 14):
         text = invoke("export", study.folder, "--trial", trial).stdout
@@ -343,6 +356,7 @@ def test_export_gives_any_trial_with_its_origin(study):
         assert "not proved" in note.notes
 
 
+@pytest.mark.full  # needs a whole study
 def test_export_gives_a_point_of_the_front(study):
     trials = study.tuned.study.get_trials()
     for limit in sorted({trial.user_attrs["read_share"] for trial in trials}):
@@ -353,6 +367,7 @@ def test_export_gives_a_point_of_the_front(study):
         assert policy.provenance.trial == wanted.number
 
 
+@pytest.mark.full  # needs a whole study
 def test_export_refuses(study, tmp_path):
     assert "has no finished trial 99; the 15 finished ones are below 15" in refused(
         "export", study.folder, "--trial", 99

@@ -44,6 +44,7 @@ def gone(process):
     return False
 
 
+@pytest.mark.full  # three processes, one of them killed
 def test_kill_9_of_one_of_three_loses_and_repeats_no_trial(tmp_path):
     trials, killed = 12, []
 
@@ -161,6 +162,7 @@ def test_an_error_of_the_score_is_not_mistaken_for_that(tmp_path):
         run_trials(FolderStorage(tmp_path), Settings(trials=3), Wrong())
 
 
+@pytest.mark.full  # three processes, stopped and started again
 def test_ctrl_c_stops_all_workers_and_the_study_goes_on(tmp_path):
     def interrupt(study):
         stop_midway(study, workers.processes[0], signal.SIGCONT)
@@ -187,6 +189,7 @@ def test_ctrl_c_in_a_trial_keeps_its_parameters(tmp_path):
     assert [trial.number for trial in check_complete(work(tmp_path, 12), 12)] == [9]
 
 
+@pytest.mark.full  # processes that are killed
 def test_workers_leave_when_their_starter_is_killed(tmp_path):
     starter = os.fork()
     if not starter:
@@ -263,6 +266,7 @@ def test_a_writer_that_was_killed_with_the_lock_in_hand_blocks_nobody(tmp_path):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.full  # four workers
 def test_pruning_pairs_samples_across_workers(tmp_path):
     """Stopped trials saw less, and none of them looks better than the best whole one."""
 
