@@ -47,6 +47,6 @@ def fetched_folder() -> Path:
     folder = small_folder()
     if mark_of(folder) is None:
         raise UserError(
-            f"model '{NAME}' is not fetched yet (no model in {folder}); run 'avlprof models fetch {NAME}' first"
+            f"model '{NAME}' is not fetched yet: no model in {folder}; run 'avlprof models fetch {NAME}'"
         )
     return folder

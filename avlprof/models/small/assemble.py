@@ -54,7 +54,7 @@ def assemble(gguf: Path, deltas: Path, folder: Path, watch: Watch = SILENT) -> N
     language = LanguageModel(gguf)
     try:
         weights = merged(language.weights(), changes)
-        model = build_model(model_config(language, about), weights)
+        model = _to_save(model_config(language, about), weights)
     except (KeyError, RuntimeError) as error:
         what = " ".join(str(error).split())[:160]
         raise UserError(f"deltas {deltas} do not fit the language model: {what}") from None
@@ -85,10 +85,17 @@ def model_config(language: LanguageModel, about: dict[str, Any]) -> LlavaConfig:
     )
 
 
-def build_model(config: LlavaConfig, weights: dict[str, Tensor]) -> LlavaForConditionalGeneration:
-    """A model of these weights, in fp16; `RuntimeError` where names or shapes do not fit."""
+def _to_save(config: LlavaConfig, weights: dict[str, Tensor]) -> LlavaForConditionalGeneration:
+    """A model of these weights in fp16, to be saved: what is not saved with it is empty.
+
+    Raises:
+        RuntimeError: names or shapes do not fit.
+    """
     width = config.vision_config.hidden_size
-    unused = {"weight": torch.ones(width), "bias": torch.zeros(width)}  # LLaVA reads the tower before this norm
+    unused = {
+        "weight": torch.ones(width),
+        "bias": torch.zeros(width),
+    }  # LLaVA reads the tower before this norm
     state = weights | {f"model.vision_tower.post_layernorm.{name}": value for name, value in unused.items()}
     state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -98,7 +105,7 @@ def build_model(config: LlavaConfig, weights: dict[str, Tensor]) -> LlavaForCond
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=2, pad_token_id=0, do_sample=False
     )
-    return model.eval()
+    return model
 
 
 def build_processor(language: LanguageModel, about: dict[str, Any]) -> LlavaProcessor:

@@ -70,7 +70,9 @@ def load_deltas(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             about = json.loads(file.metadata()["about"])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"deltas {path} cannot be read ({type(error).__name__}); get the file again") from None
+        raise UserError(
+            f"deltas {path} cannot be read ({type(error).__name__}); get the file again"
+        ) from None
     tensors = {
         name: dequantised(tensor, stored[name + SCALE]) if tensor.dtype == torch.int8 else tensor.float()
         for name, tensor in stored.items()

