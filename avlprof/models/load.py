@@ -138,7 +138,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
         arguments |= attention_argument(spec.attention, config) | quantization(spec.quantize, dtype)
         # what is quantised goes to its device while it is loaded, and cannot be moved afterwards
         whole = {"": str(device)} if spec.quantize is not None else None
-        with _quiet(progress=folder is None), _arguments_explained(arguments):
+        with quiet_transformers(progress=folder is None), _arguments_explained(arguments):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
@@ -261,7 +261,7 @@ def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) 
 
 
 @contextmanager
-def _quiet(*, progress: bool) -> Iterator[None]:
+def quiet_transformers(*, progress: bool) -> Iterator[None]:
     """Without the library's own report of the weights, and without its progress bar unless wanted."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from avlprof.errors import UserError
+from avlprof.models.load import quiet_transformers
 from avlprof.models.small.deltas import load_deltas, merged
 from avlprof.models.small.language import LanguageModel
 from avlprof.watch import SILENT, Watch
@@ -59,7 +60,8 @@ def assemble(gguf: Path, deltas: Path, folder: Path, watch: Watch = SILENT) -> N
         what = " ".join(str(error).split())[:160]
         raise UserError(f"deltas {deltas} do not fit the language model: {what}") from None
     watch.phase("assemble", 1, 3)
-    model.save_pretrained(folder)
+    with quiet_transformers(progress=False):
+        model.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = "float32"  # CPUs are slow in 16 bits, and this is where the model is run mostly

