@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -76,9 +78,9 @@ def test_the_fetched_model_computes_what_the_trained_one_does(language, tmp_path
         name: dequantised(*quantised(value)) if value.ndim > 1 else value.half().float()
         for name, value in trained(trainer.model).items()
     }
-    names = {name.removesuffix(f"weight.{end}") + end: value for name, value in rounded.items()
-             for end in ("up", "down") if name.endswith(f"weight.{end}")}  # fmt: skip
-    trainer.model.load_state_dict(rounded | names, strict=False)
+    for name in [name for name in rounded if name.endswith((".weight.up", ".weight.down"))]:
+        rounded[name.replace(".weight.", ".")] = rounded.pop(name)
+    trainer.model.load_state_dict(rounded, strict=False)
     page = draw_page(77, 2)
     packed, _ = trainer.packer(page.questions[:3])
     batch, images = collate([packed], 0), pictures([page])["images"]
@@ -116,8 +118,6 @@ def test_low_rank_is_a_sum_of_outer_products():
 
 def test_a_row_of_questions_begins_evenly():
     questions = draw_page(77, 3).questions
-    from random import Random
-
     rows = [chosen(questions, Random(seed)) for seed in range(40)]
     long = sum(row[0].group in LONG for row in rows)
     assert 10 < long < 30
