@@ -27,6 +27,7 @@ INDIRECT = {
 
 UNDECLARED = {
     "kernels": "fetches attention kernels by name; asked for by find_spec before it is used",
+    "pip": "downloads the language model of `small`; asked for by find_spec before it is run",
     "triton": "comes with CUDA builds of torch, and is asked for by find_spec before it is imported",
     "torchvision": "some processors of transformers need it; it must fit the torch that is installed",
 }

@@ -10,7 +10,7 @@ import pandas as pd
 from avlprof.analysis.profile import answered
 from avlprof.analysis.tables import refresh_from_drift
 from avlprof.analysis.window import windows_for
-from avlprof.models.tiny import FOREIGN
+from avlprof.models import small, tiny
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENOUGH = 10
 """Samples, and long answers, from which on there is advice."""
 
+_OWN = {"tiny": ("shapes", tiny.FOREIGN), small.NAME: ("pages", small.FOREIGN)}
 _WHEN = {"generated": "while decoding", "last": "in the last prompt row"}
 
 
@@ -52,11 +53,10 @@ def findings(profile: Profile) -> list[str]:
 
 
 def _foreign(profile: Profile) -> list[str]:
-    """A warning where the embedded model was shown what it does not know."""
+    """A warning where a model that knows one task alone was shown what it does not know."""
     settings = profile.meta.settings
-    if settings.model != "tiny" or settings.task.partition(":")[0] == "shapes":
-        return []
-    return [f"Beware: {FOREIGN}."]
+    own, sentence = _OWN.get(settings.model, ("", ""))
+    return [] if settings.task.partition(":")[0] == own or not own else [f"Beware: {sentence}."]
 
 
 def _looking(profile: Profile) -> str:

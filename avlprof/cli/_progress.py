@@ -171,6 +171,7 @@ _UNITS = {
     "proof": "answers",
     "knobs": "policies",
     "types": "types",
+    "assemble": "steps",
     "evaluate": "steps",
     "compare": "answers",
     "bench trace": "prefills",

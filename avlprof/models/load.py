@@ -30,9 +30,10 @@ from avlprof.attention.gate import check_config
 from avlprof.errors import UserError
 from avlprof.files import checked_path
 from avlprof.models.adapter import Adapter
-from avlprof.models.aliases import ALIASES, EMBEDDED, is_tested
+from avlprof.models.aliases import ALIASES, EMBEDDED, FETCHED, is_tested
 from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
+from avlprof.models.families.small import SmallAdapter
 from avlprof.models.families.tiny import TinyAdapter
 from avlprof.models.identity import checkpoint_settings, settings_hash
 from avlprof.models.placement import (
@@ -45,6 +46,7 @@ from avlprof.models.placement import (
     resolve_device,
     resolve_dtype,
 )
+from avlprof.models.small import fetched_folder, mark_of
 from avlprof.models.spec import ModelOptions, ModelSpec
 from avlprof.models.tiny import WEIGHTS
 from avlprof.registry import unknown
@@ -70,8 +72,8 @@ _log = logging.getLogger(__name__)
 class LoadedModel:
     """A model in eval mode with its processor and adapter.
 
-    `name` is what was asked for, `source` the hub id or the folder that it stood for ("tiny" for
-    the embedded model), which loads the same model again. `revision` is the commit of the hub, or
+    `name` is what was asked for, `source` the hub id or the folder that it stood for (the name
+    itself for `tiny` and `small`), which loads the same model again. `revision` is the commit of the hub, or
     for a folder a fingerprint of its config and weights, so that two checkpoints in one place can
     be told apart. `arguments` are the further arguments that it was loaded with.
     """
@@ -136,7 +138,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
         arguments |= attention_argument(spec.attention, config) | quantization(spec.quantize, dtype)
         # what is quantised goes to its device while it is loaded, and cannot be moved afterwards
         whole = {"": str(device)} if spec.quantize is not None else None
-        with _quiet(progress=folder is None), _arguments_explained(arguments):
+        with quiet_transformers(progress=folder is None), _arguments_explained(arguments):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
@@ -157,7 +159,11 @@ def _load(spec: ModelSpec) -> LoadedModel:
     commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
     adapter = adapter_for(model, processor)
     if folder == WEIGHTS:
-        source, adapter = name, TinyAdapter(model, processor)
+        adapter = TinyAdapter(model, processor)
+    elif folder is not None and mark_of(folder) is not None:
+        adapter = SmallAdapter(model, processor)
+    if folder is not None and name in ALIASES:
+        source = name
     return LoadedModel(model.eval(), processor, name, source, commit, adapter, dict(spec.model_args or {}))
 
 
@@ -165,7 +171,10 @@ def _locate(name: str) -> tuple[str, Path | None]:
     """The source to load from, and the folder if it is one."""
     if name in ALIASES:
         source = ALIASES[name].source
-        return (str(WEIGHTS), WEIGHTS) if source == EMBEDDED else (source, None)
+        if source not in (EMBEDDED, FETCHED):
+            return source, None
+        path = WEIGHTS if source == EMBEDDED else fetched_folder()
+        return str(path), path
     path = checked_path(name, "model").expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -252,7 +261,7 @@ def _trouble(name: str, source: str, options: dict[str, Any], error: Exception) 
 
 
 @contextmanager
-def _quiet(*, progress: bool) -> Iterator[None]:
+def quiet_transformers(*, progress: bool) -> Iterator[None]:
     """Without the library's own report of the weights, and without its progress bar unless wanted."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

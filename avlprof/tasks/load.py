@@ -22,7 +22,13 @@ from avlprof.tasks.text import printable, shorten
 TaskFactory = Callable[[str], Task]
 """Makes a task from what follows the first `:` of its name, empty when nothing does."""
 
-TASKS: Registry[TaskFactory] = Registry("task", {"shapes": "avlprof.tasks.shapes.task:shapes_task"})
+TASKS: Registry[TaskFactory] = Registry(
+    "task",
+    {
+        "shapes": "avlprof.tasks.shapes.task:shapes_task",
+        "pages": "avlprof.tasks.pages.task:pages_task",
+    },
+)
 
 _PAGE = re.compile(r"^(?:hf:)?https?:/+huggingface\.co/datasets/([\w.-]+(?:/[\w.-]+)?)/?$")
 _LONGEST_NAME = 200  # the Hub allows 96 characters and a name of an organisation before them

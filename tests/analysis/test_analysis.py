@@ -458,6 +458,8 @@ def test_the_embedded_model_is_believed_about_its_own_pictures_alone(tmp_path: P
         return findings(Profile.from_run(write_run(tmp_path / path, (9, 8), model=model, task=task)))[0]
 
     assert first("a", "tiny", "pets").startswith("Beware: the embedded model knows only pictures such as")
+    assert first("a2", "small", "shapes").startswith("Beware: the model 'small' knows only pictures such as")
+    assert not first("a3", "small", "pages:describe").startswith("Beware")
     for number, (model, task) in enumerate((("tiny", "shapes:count"), ("tiny", "shapes"), ("llava", "pets"))):
         assert "embedded" not in first(f"own{number}", model, task)
 

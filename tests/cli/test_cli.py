@@ -98,7 +98,7 @@ def test_wrong_usage(arguments, said):
     [
         (["--model", "tinny"], "unknown model 'tinny'; did you mean tiny?"),
         (["--model", "./no/such/folder"], "does not exist"),
-        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes?"),
+        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes or pages?"),
         (["--task", "none.jsonl"], "task file none.jsonl does not exist"),
         (["--split", "serch"], "did you mean search?"),
         (["--samples", "0"], "at least 1, got 0"),

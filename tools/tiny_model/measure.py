@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,33 +18,52 @@ from avlprof.evaluation.answers import AnswerSettings, generate_answers
 from avlprof.models import LoadedModel, load_model
 from avlprof.policy import Policy, ScorerSpec
 from avlprof.tasks import Sample, load_task
+from avlprof.tasks.shapes.questions import QUESTIONS
+from avlprof.tasks.shapes.task import LISTS
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
-LONG = ("describe", "read", "row", "colors")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model's own task, its types with long answers, and how these are judged.
+
+    `blank` is the side of a picture in pixels and the tone of one that shows nothing.
+    """
+
+    task: str
+    long: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    blank: tuple[int, int]
+    batch_size: int = 32
+
+
+TINY = Subject("shapes", LISTS, "token_f1", 72, (112, 244))
 
 
 def by_group(
-    loaded: LoadedModel, samples: Sequence[Sample], policy: Policy | None, metric: str
+    loaded: LoadedModel, samples: Sequence[Sample], policy: Policy | None, subject: Subject, metric: str
 ) -> dict[str, float]:
     """Mean score of each question type, in the order of first appearance."""
-    answers = generate_answers(loaded, samples, policy, AnswerSettings(72, 32, metric))
+    settings = AnswerSettings(subject.max_new_tokens, subject.batch_size, metric)
+    answers = generate_answers(loaded, samples, policy, settings)
     groups = dict.fromkeys(sample.group for sample in samples)
     return {g: float(np.mean([a.score for a in answers if a.group == g])) for g in groups}
 
 
-def without_pictures(samples: Sequence[Sample]) -> list[Sample]:
+def without_pictures(samples: Sequence[Sample], subject: Subject) -> list[Sample]:
     """The same questions about a blank picture."""
-    blank = Image.new("RGB", (112, 112), (244, 244, 244))
+    side, tone = subject.blank
+    blank = Image.new("RGB", (side, side), (tone, tone, tone))
     return [replace(sample, images=(blank,)) for sample in samples]
 
 
-def types_table(loaded: LoadedModel, per_type: int) -> str:
-    """Markdown: exact match with the picture and without it."""
-    task = load_task("shapes")
-    count = len({sample.group for sample in task.samples("held-out", 60)})
-    samples = task.samples("held-out", per_type * count)
-    seen = by_group(loaded, samples, None, "exact_match")
-    blind = by_group(loaded, without_pictures(samples), None, "exact_match")
+def types_table(loaded: LoadedModel, subject: Subject, count: int) -> str:
+    """Markdown: exact match of `count` held-out samples, by type, with the picture and without it."""
+    samples = load_task(subject.task).samples("held-out", count)
+    seen = by_group(loaded, samples, None, subject, "exact_match")
+    blind = by_group(loaded, without_pictures(samples, subject), None, subject, "exact_match")
     lines = ["| question | exact match | blank picture |", "|---|---|---|"]
     lines += [f"| {group} | {seen[group]:.2f} | {blind[group]:.2f} |" for group in seen]
     means = [float(np.mean(list(table.values()))) for table in (seen, blind)]
@@ -52,23 +71,34 @@ def types_table(loaded: LoadedModel, per_type: int) -> str:
     return "\n".join(lines)
 
 
-def drop_table(loaded: LoadedModel, per_type: int) -> str:
-    """Markdown: token F1 of the long answers as vision KV is dropped at random, and layer by layer."""
-    task = load_task(f"shapes:{','.join(LONG)}")
-    samples = task.samples("held-out", per_type * len(LONG))
-    lines = [f"| vision KV kept | {' | '.join(LONG)} |", f"|---|{'---|' * len(LONG)}"]
-
-    def line(label: str, keep: float | tuple[float, ...]) -> str:
-        policy = Policy(vision_keep=keep, scorer=ScorerSpec(name="random"))
-        found = by_group(loaded, samples, policy, "token_f1")
-        return f"| {label} | {' | '.join(f'{found[g]:.2f}' for g in LONG)} |"
-
-    lines += [line(f"random {share:.0%} of every layer", share) for share in SHARES]
-    layers = loaded.adapter.layers
-    for layer in range(layers):
-        keep = tuple(0.0 if other == layer else 1.0 for other in range(layers))
-        lines.append(line(f"none in layer {layer}, all elsewhere", keep))
+def drop_table(loaded: LoadedModel, subject: Subject, count: int, policies: dict[str, Policy]) -> str:
+    """Markdown: score of the long answers to `count` samples, a row a policy."""
+    long = subject.long
+    samples = load_task(f"{subject.task}:{','.join(long)}").samples("held-out", count)
+    lines = [f"| vision KV kept | {' | '.join(long)} |", f"|---|{'---|' * len(long)}"]
+    for label, policy in policies.items():
+        found = by_group(loaded, samples, policy, subject, subject.metric)
+        lines.append(f"| {label} | {' | '.join(f'{found[g]:.2f}' for g in long)} |")
     return "\n".join(lines)
+
+
+def random_shares(shares: Sequence[float] = SHARES) -> dict[str, Policy]:
+    """Policies that keep a random share of vision KV in every layer."""
+    return {f"random {share:.0%} of every layer": _keeping(share) for share in shares}
+
+
+def without_one_layer(layers: int) -> dict[str, Policy]:
+    """Policies that drop all vision KV of one layer, and nothing elsewhere."""
+    return {
+        f"none in layer {layer}, all elsewhere": _keeping(
+            tuple(0.0 if other == layer else 1.0 for other in range(layers))
+        )
+        for layer in range(layers)
+    }
+
+
+def _keeping(share: float | tuple[float, ...]) -> Policy:
+    return Policy(vision_keep=share, scorer=ScorerSpec(name="random"))
 
 
 def main() -> None:
@@ -79,8 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_model(args.model)
     with torch.inference_mode():
-        print(types_table(loaded, args.per_type), "\n")
-        print(drop_table(loaded, max(args.per_type // 2, 1)))
+        print(types_table(loaded, TINY, args.per_type * len(QUESTIONS)), "\n")
+        policies = random_shares() | without_one_layer(loaded.adapter.layers)
+        print(drop_table(loaded, TINY, max(args.per_type // 2, 1) * len(LISTS), policies))
 
 
 if __name__ == "__main__":

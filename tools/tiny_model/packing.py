@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from avlprof.tasks.shapes.questions import QUESTIONS
 from avlprof.tasks.shapes.scene import Scene
@@ -96,3 +97,34 @@ def collate(batch: list[Packed], pad: int) -> dict[str, Tensor]:
         "weights": weights,
         "mask": (seen & causal)[:, None],
     }
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, features: Tensor, sequences: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[tokens, vocabulary]` of all answer tokens of a batch, the tokens, and their weights.
+
+    Args:
+        model: any LLaVA.
+        features: the tower's, `[B, patches, width]`.
+        sequences: what `collate` gives.
+    """
+    inner, ids = model.model, sequences["ids"]
+    embeds = inner.get_input_embeddings()(ids)
+    vision = inner.multi_modal_projector(features).to(embeds.dtype)
+    at = ids == model.config.image_token_id
+    hidden = inner.language_model(
+        inputs_embeds=embeds.masked_scatter(at[..., None], vision),
+        position_ids=sequences["positions"],
+        attention_mask=sequences["mask"],
+        use_cache=False,
+    ).last_hidden_state
+    weights = sequences["weights"][:, 1:]
+    wanted = weights > 0
+    return model.lm_head(hidden[:, :-1][wanted]), ids[:, 1:][wanted], weights[wanted]
+
+
+def weighted_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy, each token with its weight."""
+    each = F.cross_entropy(logits.float(), target, reduction="none")
+    return (each * weights).sum() / weights.sum()

@@ -31,7 +31,7 @@ from avlprof.files import replacing, write_text
 from avlprof.tasks.shapes.scene import label_sizes, patch_labels, sample_scene
 from tools.tiny_model.build import build_model, build_processor
 from tools.tiny_model.muon import Muon
-from tools.tiny_model.packing import Packer, collate
+from tools.tiny_model.packing import Packer, answer_logits, collate, weighted_loss
 
 TRAIN_SPLIT = 1
 
@@ -101,25 +101,9 @@ class Trainer:
 
     def answer_loss(self, features: Tensor, sequences: dict[str, Tensor]) -> tuple[Tensor, float]:
         """Weighted cross-entropy of the answer tokens, and their unweighted accuracy."""
-        inner = self.model.model
-        ids = sequences["ids"]
-        embeds = inner.get_input_embeddings()(ids)
-        vision = inner.multi_modal_projector(features)
-        at = ids == self.model.config.image_token_id
-        embeds = embeds.masked_scatter(at[..., None], vision)
-        hidden = inner.language_model(
-            inputs_embeds=embeds,
-            position_ids=sequences["positions"],
-            attention_mask=sequences["mask"],
-            use_cache=False,
-        ).last_hidden_state
-        weights = sequences["weights"][:, 1:]
-        wanted = weights > 0
-        logits = self.model.lm_head(hidden[:, :-1][wanted])
-        target = ids[:, 1:][wanted]
-        each = F.cross_entropy(logits, target, reduction="none")
+        logits, target, weights = answer_logits(self.model, features, sequences)
         right = (logits.argmax(-1) == target).float().mean().item()
-        return (each * weights[wanted]).sum() / weights[wanted].sum(), right
+        return weighted_loss(logits, target, weights), right
 
     def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
         """Muon for hidden matrices; AdamW for embeddings, convolution, heads, norms, biases."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from PIL import Image
 from torch import Tensor
 
 from avlprof.models.families.llava import LlavaAdapter
@@ -22,10 +23,15 @@ class TinyAdapter(LlavaAdapter):
 
     _warned: list[str] = field(default_factory=list, repr=False, compare=False)
 
+    def foreign(self, picture: Image.Image) -> str | None:
+        """What to say of a picture that the model does not know; None for those of its own kind."""
+        return None if is_drawn(picture) else FOREIGN
+
     def encode_chats(self, chats: Sequence[Sequence[Message]]) -> dict[str, Tensor]:
         if not self._warned:
             pictures = (picture for chat in chats for message in chat for picture in message.pictures())
-            if not all(is_drawn(picture) for picture in pictures):
-                self._warned.append(FOREIGN)
-                _log.warning(FOREIGN)
+            said = next(filter(None, map(self.foreign, pictures)), None)
+            if said is not None:
+                self._warned.append(said)
+                _log.warning(said)
         return super().encode_chats(chats)
