@@ -258,7 +258,7 @@ def _steps(
     dense, weights = dense_bytes(runner.model, shape, runner), weight_bytes(runner.model)
     plain = (policy or DENSE).model_copy(update={"refresh_interval": 0})
     read = weights + dense * read_share(plain, [row], 1, 1)
-    bound = read / ceiling * 2  # the ceiling counts each byte twice, read and written
+    bound = read / ceiling
     yield GpuCost(DECODING, case, f"{runner.name}: step", 1000 * step, "ms")
     aim = "<= 1.25" if policy is not None else ""
     yield GpuCost(DECODING, case, f"{runner.name}: step / its bytes", step / bound, "", aim)
@@ -291,7 +291,7 @@ def _kernels(bench: GpuBench, shape: DecoderShape, ceiling: float) -> Iterator[G
         for name, work, cost in kernels.parts():
             work()
             seconds = min(elapsed(device, work, 5) for _ in range(3))
-            expected = max(cost.bytes / (ceiling / 2), cost.operations / _OPERATIONS) * 1e6 + _LAUNCH_US
+            expected = max(cost.bytes / ceiling, cost.operations / _OPERATIONS) * 1e6 + _LAUNCH_US
             case = f"{shape.name}, {tokens} tokens, {rows} rows"
             yield GpuCost(KERNELS, case, f"{name} (predicted {expected:.0f})", 1e6 * seconds, "us")
         whole = min(elapsed(device, kernels.run, 5) for _ in range(3))

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-_WARM_UP = 2  # calls before a CUDA graph is captured, in which libraries set themselves up
+_WARM_UP = 2  # calls before a capture, in which CUDA libraries set themselves up
 _ASK_THE_HOST = (
     "_local_scalar_dense",
     "equal",
@@ -66,6 +66,8 @@ def _cuda_graph(function: Callable[[], Tensor], device: torch.device) -> tuple[T
 
 
 def _recorded(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+    for _ in range(_WARM_UP):  # as a graph does, so that what cannot run again shows on a CPU too
+        function()
     with Recording() as recording:
         output = function()
     return output, recording.finished(output)
