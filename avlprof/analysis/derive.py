@@ -53,14 +53,21 @@ def evidence(profile: Profile, use: Use = "store") -> Evidence:
         index="layer", columns="statistic", values="mean"
     )
     mass = _of(profile.frames["mass"].query("modality == 'vision'"), _TRACED[use])
+
+    def of_layers(column: pd.Series[float]) -> Array:
+        """`[layers]`; 0 of a layer without attention, which nothing was recorded of."""
+        whole = column.reindex(range(profile.layers), fill_value=0.0)
+        return np.asarray(whole, dtype=np.float64)
+
     return Evidence(
         layers=profile.layers,
         tokens=tokens,
         coverage=_coverage(curves, use, tokens),
-        vision_mass=mass.set_index("layer")["mean"].to_numpy(np.float64),
-        entropy=spread["entropy"].to_numpy(np.float64),
-        sparsity=spread["sparsity"].to_numpy(np.float64),
-        skewness=spread["skewness"].to_numpy(np.float64),
+        vision_mass=of_layers(mass.set_index("layer")["mean"]),
+        entropy=of_layers(spread["entropy"]),
+        sparsity=of_layers(spread["sparsity"]),
+        skewness=of_layers(spread["skewness"]),
+        governed=profile.governed,
     )
 
 

@@ -255,7 +255,8 @@ def _answer(
 ) -> list[Answer]:
     encoding = _encode(loaded, batch)
     vision = vision_token_ids(loaded.model.config)
-    rows = prompt_shapes(modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision))
+    modality = modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision)
+    rows = prompt_shapes(modality, loaded.adapter.governed)
     measured: list[Footprint] = []
 
     def look(cache: Any) -> None:

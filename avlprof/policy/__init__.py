@@ -14,7 +14,18 @@ from avlprof.policy.schema import (
     TextPolicy,
     broadcast,
 )
-from avlprof.policy.sizes import LayerSizes, PromptShape, live_share, read_share, sizes, text_room, tokens
+from avlprof.policy.sizes import (
+    LayerSizes,
+    PromptShape,
+    counted_layers,
+    dense_tokens,
+    live_share,
+    read_share,
+    said_governed,
+    sizes,
+    text_room,
+    tokens,
+)
 from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_policy, save_policy, shipped
 
 __all__ = [
@@ -33,12 +44,15 @@ __all__ = [
     "ScorerSpec",
     "TextPolicy",
     "broadcast",
+    "counted_layers",
+    "dense_tokens",
     "dump_policy",
     "find_policy",
     "live_share",
     "load_policy",
     "parse_policy",
     "read_share",
+    "said_governed",
     "save_policy",
     "shipped",
     "sizes",

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
-from avlprof.attention.gate import check_traced, unwrapped
+from avlprof.attention.gate import check_traced, governed_layers, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
@@ -137,7 +137,7 @@ def apply(
         policy = find_policy(str(policy))
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
-    policy = resolve_by_depth(policy, text_config.num_hidden_layers)
+    policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
     runtime = Runtime(policy, text_config, captured=captured is not None)
     check_supported(policy)
     cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs
