@@ -16,6 +16,7 @@ from avlprof.allocators.coverage import covering_shares
 from avlprof.analysis.window import windows_for
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
+from avlprof.budgets.meet import in_place
 from avlprof.errors import UserError
 from avlprof.policy import RANKING, Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
 from avlprof.versions import __version__
@@ -157,7 +158,11 @@ def at_coverage(profile: Profile, coverage: float, floor: float, interval: int) 
     kept = counts(store.coverage)
     core = [min(few, count) for few, count in zip(counts(single.coverage), kept, strict=True)]
     text = text_windows(profile, coverage)
-    keep, compute = (tuple(ratio_of(count, tokens) for count in each) for each in (kept, core))
+    own = range(profile.layers) if profile.governed is None else profile.governed
+    keep, compute = (
+        in_place([ratio_of(each[layer], tokens) for layer in own], own, (1.0,) * profile.layers)
+        for each in (kept, core)
+    )
     return _two_level(keep, compute, interval, text)
 
 
@@ -240,5 +245,6 @@ def provenance(
         read_budget=read_budget,
         measured_budget=round(live_share(policy, prompts, layers), 6),
         measured_read_budget=round(read_share(policy, prompts, layers, steps), 6),
+        governed=profile.governed,
         answer_tokens=steps,
     )

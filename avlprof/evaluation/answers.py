@@ -82,8 +82,12 @@ class SampleSettings:
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
     def about(self, loaded: LoadedModel, task: Task, samples: int) -> dict[str, Any]:
-        """Model, task, split, counts, versions and time: the part of `meta` that all results have."""
-        return {
+        """Model, task, split, counts, versions and time: the part of `meta` that all results have.
+
+        With the layers that shares are of, where policies leave others as they are.
+        """
+        own = loaded.adapter.governed
+        return ({} if own is None else {"governed": list(own)}) | {
             "model": loaded.source,
             "revision": loaded.revision or "",
             "checkpoint": loaded.settings,

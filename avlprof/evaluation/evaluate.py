@@ -201,6 +201,8 @@ def evaluate(
     settings = settings or EvaluationSettings()
     samples = task.samples(settings.split, settings.samples)
     _check(loaded, policies, samples)
+    if note := loaded.adapter.partly_governed:
+        watch.say(note)
     rows = policy_rows(policies)
     steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
     answering = settings.answering(loaded, task, samples)

@@ -17,6 +17,7 @@ from avlprof.policy.schema import (
 from avlprof.policy.sizes import (
     LayerSizes,
     PromptShape,
+    acts_on,
     counted_layers,
     dense_tokens,
     live_share,
@@ -43,6 +44,7 @@ __all__ = [
     "Score",
     "ScorerSpec",
     "TextPolicy",
+    "acts_on",
     "broadcast",
     "counted_layers",
     "dense_tokens",

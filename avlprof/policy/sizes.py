@@ -37,6 +37,11 @@ def counted_layers(prompts: Sequence[PromptShape], layers: int) -> tuple[int, ..
     return prompts[0].layers(layers) if prompts else tuple(range(layers))
 
 
+def acts_on(policy: Policy) -> tuple[int, ...] | None:
+    """The layers that a policy acts on, as its provenance says, where its model has others too; None: all."""
+    return policy.provenance.governed if policy.provenance else None
+
+
 def said_governed(governed: tuple[int, ...] | None, layers: int) -> str:
     """Which layers budgets and shares are of, in words; empty where they are of all."""
     if governed is None:
