@@ -87,6 +87,7 @@ class RowRecord:
         self._devices[layer] = logits.device
         self._steps[layer].measure_block(logits, sinks, self._columns_on(logits.device))
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Measure the decoding steps that are held back, and let go of their logits."""
         self.before_settling()
