@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer

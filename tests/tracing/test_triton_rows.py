@@ -18,6 +18,7 @@ from avlprof.tracing.batch import BatchRows
 from avlprof.tracing.columns import Columns
 from avlprof.tracing.fused import measure_batch
 from avlprof.tracing.prompt import MeasuredRows, PromptAttention, measure_prompt
+from avlprof.tracing.sums import frames
 from tests.helpers import Counted
 
 RUNNABLE = find_spec("triton") is not None and (
@@ -173,7 +174,7 @@ def test_the_kernels_equal_the_plain_way(name, monkeypatch):
         torch.testing.assert_close(received, wanted.received, atol=20 * close, rtol=close)
         if wanted.history is not None:
             torch.testing.assert_close(sums.history.cpu(), wanted.history, atol=20 * close, rtol=close)
-        for ours, its in zip(sums.sums.frame(plan.options), wanted.sums.frame(plan.options), strict=True):
+        for ours, its in zip(*(frames([part.sums], plan.options)[0] for part in (sums, wanted)), strict=True):
             for level in plan.options.coverages:
                 name = f"coverage_{level}"
                 assert np.isnan(ours[name]) == np.isnan(its[name]), (ours["query"], name)
