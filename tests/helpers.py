@@ -126,3 +126,22 @@ class Largest(TorchDispatchMode):
             if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
                 self.elements = max(self.elements, made.numel())
         return out
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that a device would be handed: not views, nor what only takes memory."""
+
+    QUIET = (
+        *("empty", "view", "slice", "select", "expand", "transpose", "split", "unsqueeze", "squeeze", "t."),
+        *("permute", "alias", "detach", "as_strided", "unbind", "_unsafe_view", "narrow"),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(self.QUIET):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

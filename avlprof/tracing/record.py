@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ from avlprof.tracing.prompt import (
     measure_prompt,
 )
 from avlprof.tracing.steps import LayerSteps
+from avlprof.tracing.sums import Sums, all_finite, frames
+
+PREFILL, DECODE = "prefill", "decode"
 
 
 class RowRecord:
@@ -87,6 +90,7 @@ class RowRecord:
         self._devices[layer] = logits.device
         self._steps[layer].measure_block(logits, sinks, self._columns_on(logits.device))
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Measure the decoding steps that are held back, and let go of their logits."""
         self.before_settling()
@@ -97,10 +101,19 @@ class RowRecord:
         """`UserError` with the first layer whose weights are not finite numbers; `whose` names the row."""
         self.settle()
         self._land()
+        if all_finite([sums for _, _, sums in self._sums()]):
+            return
+        for layer, phase, sums in self._sums():
+            if not sums.is_finite:
+                when = " while decoding" if phase == DECODE else ""
+                raise not_finite(f"the attention weights of {whose} in layer {layer}{when}")
+
+    def _sums(self) -> Iterator[tuple[int, str, Sums]]:
+        """What was measured, by layer and phase."""
         for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
-            for sums, when in ((prompt.sums if prompt else None, ""), (steps.sums, " while decoding")):
-                if sums is not None and not sums.is_finite:
-                    raise not_finite(f"the attention weights of {whose} in layer {layer}{when}")
+            if prompt is not None:
+                yield layer, PREFILL, prompt.sums
+            yield layer, DECODE, steps.sums
 
     def frame(self) -> list[dict[str, Any]]:
         """Rows of the stats table (without the sample's id).
@@ -112,11 +125,14 @@ class RowRecord:
             UserError: weights are not finite numbers.
         """
         self.check_finite()
-        lists = []
-        for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
-            for phase, sums in (("prefill", prompt.sums if prompt else None), ("decode", steps.sums)):
-                if sums is not None:
-                    lists += [{"layer": layer, "phase": phase} | row for row in sums.frame(self.options)]
+        known = list(self._sums())
+        lists = [
+            {"layer": layer, "phase": phase} | row
+            for (layer, phase, _), rows in zip(
+                known, frames([sums for _, _, sums in known], self.options), strict=True
+            )
+            for row in rows
+        ]
         return sorted(lists, key=lambda row: (row["layer"], row["phase"], row["query"], row["head"]))
 
     def scores(self) -> dict[str, NDArray[np.float32]]:

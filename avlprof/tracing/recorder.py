@@ -19,8 +19,9 @@ from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
 from avlprof.errors import UserError
-from avlprof.tracing.batch import BatchRows, measure_batch, serves
+from avlprof.tracing.batch import BatchRows
 from avlprof.tracing.columns import UNSEEN, TokenColumns
+from avlprof.tracing.fused import measure_batch, serves
 from avlprof.tracing.held import HeldSteps
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptAttention
@@ -121,9 +122,9 @@ class Recorder:
         batch = self._batches[forward.conversation]
         if not batch.open:
             return
-        if forward.step == 0 and serves(call, self._options) and len(batch.open) == len(batch.rows):
-            measured = measure_batch(call, batch.plan(call.key.device))
-            for (record, _), sums in zip(batch.rows, measured, strict=True):
+        plan = batch.plan(call.key.device) if forward.step == 0 and serves(call, self._options) else None
+        if plan is not None and plan.fits:
+            for (record, _), sums in zip(batch.rows, measure_batch(call, plan), strict=True):
                 record.take_prompt(call.layer, sums)
         elif forward.step == 0:
             for row in batch.open:

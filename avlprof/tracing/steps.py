@@ -94,12 +94,16 @@ class LayerSteps:
         if self.sums.overlap is None:
             self.sums.overlap = torch.zeros(len(now), 1, len(lags), dtype=torch.float64, device=now.device)
             self.sums.pairs = [0] * len(lags)
+        shared, count = statistics.set_overlaps(tops), tops.shape[1]
+        sums = []
         for index, lag in enumerate(lags):
-            first = max(tops.shape[1] - now.shape[1], lag)
-            if first < tops.shape[1]:
-                overlap = statistics.set_overlap(tops[:, first:], tops[:, first - lag : -lag])
-                self.sums.overlap[:, 0, index] += overlap.sum(dim=1, dtype=torch.float64)
-                self.sums.pairs[index] += overlap.shape[1]
+            # a lag's pairs are a diagonal; those whose later step is old have been counted
+            pairs = shared.diagonal(-lag, dim1=1, dim2=2) if lag < count else shared[:, 0, :0]
+            pairs = pairs[:, max(count - now.shape[1] - lag, 0) :]
+            sums.append(pairs.sum(dim=1))
+            self.sums.pairs[index] += pairs.shape[1]
+        if sums:
+            self.sums.overlap += torch.stack(sums, dim=-1)[:, None]
         self._tops = tops[:, -max(lags, default=1) :]
 
     def _add_history(self, added: Tensor) -> None:

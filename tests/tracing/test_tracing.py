@@ -662,8 +662,8 @@ def test_statistics_of_rows_that_can_be_worked_out():
     assert statistics.top_sets(tied, 0.4).tolist() == [False, True, True, False, False]
     assert statistics.top_sets(tied, 1.0).all()
     assert statistics.top_sets(tied, 0.01).sum() == 1
-    a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
-    assert statistics.set_overlap(a, b) == 0.5
+    sets = torch.tensor([[[True, True, False], [False, True, True], [True, True, False]]])
+    assert statistics.set_overlaps(sets).tolist() == [[[1, 0.5, 1], [0.5, 1, 0.5], [1, 0.5, 1]]]
 
 
 @pytest.mark.parametrize(
