@@ -32,6 +32,16 @@ class LayerSteps:
         self._waiting: list[Tensor] = []
         self._sinks: Tensor | None = None
         self._tops: Tensor | None = None
+        self._blind = 0
+
+    @property
+    def seeing(self) -> bool:
+        """Whether there was a picture to look at in some step."""
+        return bool(self.scores)
+
+    def blind(self, heads: int) -> Tensor:
+        """Weights `[S, heads, 0]` of the steps before the first picture."""
+        return torch.zeros(self._blind, heads, 0)
 
     def hold(self, logits: Tensor, sinks: Tensor | None) -> bool:
         """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure.
@@ -76,6 +86,7 @@ class LayerSteps:
             order = columns.order[rows].to(weights.device)
             self._add_history(self._kept(history(text, order, self._options.history, decoding=True)))
         if not len(columns.vision):
+            self._blind += steps
             return
         vision = columns.vision.of_first(weights)
         ordered = statistics.descending(vision)
@@ -90,6 +101,8 @@ class LayerSteps:
     def _add_overlaps(self, now: Tensor) -> None:
         """Compare the top sets `[H, S, V]` of these steps with those `lags` steps before each."""
         lags = self._options.lags
+        if self._tops is not None and self._tops.shape[-1] != now.shape[-1]:
+            self._tops = None  # sets of more tokens, since a picture has come
         tops = now if self._tops is None else torch.cat([self._tops, now], dim=1)
         if self.sums.overlap is None:
             self.sums.overlap = torch.zeros(len(now), 1, len(lags), dtype=torch.float64, device=now.device)

@@ -50,6 +50,34 @@ class Sums:
         return self.values is None or bool(self.values.isfinite().all())
 
 
+def joined_sums(before: Sums, latest: Sums, anew: str) -> Sums:
+    """The sums of both, kind by kind; of the kind `anew`, which stands last, those of `latest` alone."""
+    kept = {kind: count for kind, count in before.kinds.items() if kind != anew}
+    names = [kind for kind in dict.fromkeys([*kept, *latest.kinds]) if kind != anew]
+    names += [anew] if anew in latest.kinds else []
+    whole = Sums({kind: kept.get(kind, 0) + latest.kinds.get(kind, 0) for kind in names})
+    for name in ("values", "coverage"):
+        parts = [
+            (own, table.to(_device(latest)))
+            for own, table in ((kept, getattr(before, name)), (latest.kinds, getattr(latest, name)))
+            if table is not None
+        ]
+        if parts:
+            nothing = torch.zeros_like(parts[0][1][:, 0])
+            # `kept` lacks `anew`, which stands last, so its numbers are those of the table
+            columns = [
+                sum((table[:, list(own).index(kind)] for own, table in parts if kind in own), nothing)
+                for kind in names
+            ]
+            setattr(whole, name, torch.stack(columns, dim=1))
+    return whole
+
+
+def _device(sums: Sums) -> torch.device:
+    assert sums.values is not None
+    return sums.values.device
+
+
 def all_finite(many: Sequence[Sums]) -> bool:
     """Whether every sum of values of all layers is a finite number; waits once for each device."""
     together: dict[Any, list[Tensor]] = defaultdict(list)
