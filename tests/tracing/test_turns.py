@@ -15,10 +15,10 @@ from avlprof.testing import families
 from avlprof.testing.models import random_llava
 from avlprof.tracing import record
 from avlprof.tracing.options import RecordOptions
+from tests import eager_rows as plain
 from tests import oracle
+from tests.eager_rows import EDGES, GENERATED, LAGS, LEVELS, TEXT, VISION
 from tests.helpers import generate_words
-from tests.tracing import test_tracing as plain
-from tests.tracing.test_tracing import EDGES, GENERATED, LAGS, LEVELS, TEXT, VISION
 
 WHOLE = RecordOptions(
     rows="all", coverage_rows=1000, per_head=True, history=0.4, lags=LAGS, coverages=LEVELS, distances=EDGES
