@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -74,11 +75,17 @@ class CoreSlots:
         )
         return pad(chosen, (start, 0)) if start else chosen
 
-    def exchange(self, new: Tensor, buffers: tuple[Tensor, ...], fixed: bool) -> None:
+    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
         """Make `new [B, groups, n]` the core: exchange slots of all buffers.
 
-        `fixed`: exchange as many pairs as could be needed, so that the host need not ask how many.
+        `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
+        changes; else as many pairs are exchanged as could be needed.
         """
+        if new.is_cuda and find_spec("triton") is not None:
+            from avlprof.runtime.triton_exchange import triton_exchange
+
+            triton_exchange(buffers, self.core, new, self.exchanges)
+            return
         if not fixed:
             exchange_counted(buffers, self.core, new)
             return
