@@ -99,7 +99,7 @@ def test_kernels_compile_for_a_gpu(name, capability, tmp_path, monkeypatch):
     found = compiled(name, capability)
     assert found.metadata.shared <= 100 * 1024  # two programs a processor
     # a few registers may spill in the pass over rows: with 8 warps none do, and it takes 1.6 times as long
-    assert spilled(found.asm["cubin"], tmp_path) <= (512 if name in ("rows", "masked rows") else 0)
+    assert spilled(found.asm["cubin"], tmp_path) <= (512 if name in ("rows", "masked rows") else 32)
     tile = KERNELS[name][3].get("key_block") and KERNELS[name][3]["row_block"]
     if tile:
         products = r"wgmma\.mma_async" if capability == 90 and tile == 64 else r"mma\.sync"
