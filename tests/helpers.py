@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,23 @@ class Counted(TorchDispatchMode):
         if not name.startswith(self.QUIET):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def waits():
+    """Lists the calls that would make the host wait for a device, were the tensors on one."""
+    found = []
+
+    def noting(name):
+        own = getattr(torch.Tensor, name)
+
+        def waiting(self, *arguments, **options):
+            found.append(name)
+            return own(self, *arguments, **options)
+
+        return waiting
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, noting(name))
+        yield found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ class Runtime:
             positions = positions.gather(-1, columns[:, None])
         pool = as_joint(modality) if self.policy.joint else modality
         turn = None if layer is None else layer.turn_for(call, pool, positions)
+        if turn is not None:
+            turn = replace(turn, texts=tuple(shape.text for shape in cache.turn))
         if layer is None or turn is None:
             if call.layer + 1 in self.short.steps:
                 self.short.choose(Prefill.of(call, modality), self.policy, cache.turn, call.layer)
