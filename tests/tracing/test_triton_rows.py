@@ -27,7 +27,7 @@ RUNNABLE = find_spec("triton") is not None and (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = {
     "short": "s1 v20 t7",
-    "long": "s3 v70 t9 v40 t11",
+    "long": "s3 v50 t9 v30 t11",
     "no vision": "s9",
     "no text": "s2 v30",
     "one": "v1",
@@ -54,6 +54,9 @@ CASES = {
     "none covered": PLAIN | {"options": {"coverage_rows": 0}},
     "one token": PLAIN | {"prompts": ("one",)},
 }
+
+
+FIRST = ("grouped", "padded behind", "window", "sinks", "history", "half")  # the others are slow
 
 
 def codes_of(prompt):
@@ -122,23 +125,20 @@ def plain(call, plan, row, real):
     )
 
 
-@pytest.mark.full
+@pytest.mark.parametrize(
+    ("marks", "count"),
+    [
+        pytest.param("not slow", len(FIRST), marks=pytest.mark.full),
+        pytest.param("slow", len(CASES) - len(FIRST), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(RUNNABLE, reason="the kernels run in this process")
-def test_the_kernels_in_the_interpreter():
+def test_the_kernels_in_the_interpreter(marks, count):
     """Triton chooses between compiler and interpreter when it is imported, so a process of its own."""
+    only = ["-m", marks, "-k", "kernels_equal or launches"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "equal or launches",
-        ],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, *only],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -146,11 +146,14 @@ def test_the_kernels_in_the_interpreter():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES) + 2} passed" in done.stdout
+    launches = 2 if marks == "not slow" else 0
+    assert f"{count + launches} passed" in done.stdout
 
 
 @pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_kernels_equal_the_plain_way(name, monkeypatch):
     if name != "grouped":  # one part of the keys, as where rows are many
         monkeypatch.setattr("avlprof.tracing.triton_rows._LEAST_PART", 50)
