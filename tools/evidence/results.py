@@ -1,0 +1,189 @@
+"""What the folders of a model hold, as numbers with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from avlprof import Policy, Run, load_policy
+from avlprof.analysis import Profile, findings
+from avlprof.evaluation import PairedDifference, mean_interval, paired_difference
+from avlprof.policy import Score
+from avlprof.policy.provenance import Proof
+from avlprof.tuning.rivals import LAST, RANDOM, SAME, UNIFORM
+from tools.evidence.measure import BY_CHANCE, NO_LAYER, OTHER_HEADS, OTHER_RANKING, strongest
+from tools.evidence.plan import Plan, memory_budget
+
+NOTHING, HALF = 0.01, 0.5
+"""Below the first a layer keeps next to no vision KV; from the second on it keeps half or more."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What one thing that the search can turn is worth: KL saved by it, above 0 when it helps."""
+
+    name: str
+    gap: PairedDifference
+
+
+@dataclass(frozen=True)
+class AtShare:
+    """One budget: the proved winner with its answers, and methods at its bytes on held-out samples.
+
+    `table` is what `compare` wrote, None where it is not done.
+    """
+
+    share: float
+    policy: Policy
+    proof: pd.DataFrame
+    table: pd.DataFrame | None
+
+    @property
+    def proved(self) -> Proof:
+        """What the proof of the study says of answers that were generated."""
+        assert self.policy.provenance is not None and self.policy.provenance.proof is not None
+        return self.policy.provenance.proof
+
+    @cached_property
+    def strongest(self) -> str:
+        """The rival that was closest to dense on the samples of the search."""
+        assert self.table is not None
+        return strongest(self.table)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that were scored on held-out samples."""
+        return list(dict.fromkeys(self._held_out["method"]))
+
+    @property
+    def live_share(self) -> float:
+        """Prompt KV of the winner on held-out samples, over dense."""
+        rows = self._held_out
+        return float(rows.loc[rows["method"] == "tuned", "live_share"].iloc[0])
+
+    @property
+    def flat(self) -> str:
+        """The method that differs from the winner in its layers alone."""
+        return SAME if SAME in self.methods else UNIFORM
+
+    def of(self, method: str, column: str = "kl") -> Score:
+        """Mean of a method over held-out samples, with its interval."""
+        return mean_interval(self.values(method, column))
+
+    def saved(self, method: str, than: str = "tuned") -> PairedDifference:
+        """KL of a method less that of another, paired by sample: above 0 when the other is closer."""
+        return paired_difference(self.values(method), self.values(than))
+
+    def values(self, method: str, column: str = "kl") -> np.ndarray:
+        """One number a held-out sample, in the order of their ids."""
+        rows = self._held_out[self._held_out["method"] == method]
+        return rows.sort_values("sample")[column].to_numpy(dtype=float)
+
+    def knobs(self) -> list[Knob]:
+        """What layers, ranking and heads are worth in the winner."""
+        here = set(self.methods)
+        ranking = self.policy.scorer
+        name = ":".join([ranking.name, *map(str, ranking.options.values())])
+        kind = {"kv_head": "a set of tokens for each KV head", "shared": "one set of tokens a layer"}
+        wanted = [
+            ("layers: its shares, not the same in every layer", self.flat, "tuned"),
+            ("layers, where tokens are kept by chance", RANDOM, BY_CHANCE),
+            ("ranking: its own, not by chance", BY_CHANCE, "tuned"),
+            (f"ranking: `{name}`, not A-VL's `last_query`", OTHER_RANKING, "tuned"),
+            (f"heads: {kind[self.policy.heads]}, not the other way", OTHER_HEADS, "tuned"),
+        ]
+        return [Knob(text, self.saved(a, b)) for text, a, b in wanted if {a, b} <= here]
+
+    @property
+    def _held_out(self) -> pd.DataFrame:
+        assert self.table is not None
+        return self.table[self.table["split"] == "held-out"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that is known of a model; `layers` is None where that step is not done."""
+
+    plan: Plan
+    profile: Profile
+    damage: pd.DataFrame | None
+    budgets: tuple[AtShare, ...]
+    missing: tuple[float, ...]
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.profile.layers
+
+    @property
+    def vision(self) -> int:
+        """Vision tokens of a prompt, mean over those traced."""
+        return round(float(self.profile["samples"]["vision"].mean()))
+
+    @property
+    def compared(self) -> list[AtShare]:
+        """Budgets at which methods were scored on held-out samples."""
+        return [at for at in self.budgets if at.table is not None]
+
+    def sentences(self) -> list[str]:
+        """What the profile says in words."""
+        return findings(self.profile)
+
+    def attention(self) -> pd.DataFrame:
+        """Attention on vision by layer while decoding: `layer, mean, low, high, n`."""
+        mass = self.profile["mass"]
+        rows = mass[(mass["modality"] == "vision") & (mass["query"] == "generated")]
+        return rows.sort_values("layer")[["layer", "mean", "low", "high", "n"]]
+
+    def layer_damage(self) -> list[Score]:
+        """KL to dense when one layer alone has no vision KV, layer by layer; the last is of all layers."""
+        assert self.damage is not None
+        order = [*range(self.layers), NO_LAYER]
+        return [mean_interval(self.damage.loc[self.damage["layer"] == layer, "kl"]) for layer in order]
+
+    def agreement(self) -> tuple[float, float, float, int]:
+        """Rank correlation of layers' attention on vision with what they lose, its 95%, and how many."""
+        looks = self.attention()["mean"].to_numpy(dtype=float)
+        loses = np.array([score.mean for score in self.layer_damage()[:-1]])
+        rng, again = np.random.default_rng(0), []
+        for _ in range(RESAMPLES):
+            pick = rng.integers(len(looks), size=len(looks))
+            if np.ptp(looks[pick]) > 0 and np.ptp(loses[pick]) > 0:
+                again.append(float(spearmanr(looks[pick], loses[pick]).statistic))
+        low, high = np.percentile(again, (2.5, 97.5))
+        return float(spearmanr(looks, loses).statistic), float(low), float(high), len(looks)
+
+
+def read(plan: Plan, folder: Path, shares: Sequence[float]) -> Measured | None:
+    """What a folder holds of a plan; None where not even a run is there."""
+    if not (folder / "run" / "meta.json").exists():
+        return None
+    profile = Run.open(folder / "run").profile()
+    budgets, missing = [], []
+    for share in shares:
+        study = folder / "studies" / f"b{memory_budget(profile, share):g}"
+        if not (study / "policy.yaml").exists():
+            missing.append(share)
+            continue
+        table = folder / f"compared-{share:g}.csv"
+        budgets.append(
+            AtShare(
+                share,
+                load_policy(study / "policy.yaml"),
+                pd.read_csv(study / "proof.csv"),
+                pd.read_csv(table) if table.exists() else None,
+            )
+        )
+    layers = folder / "layers.csv"
+    damage = pd.read_csv(layers) if layers.exists() else None
+    return Measured(plan, profile, damage, tuple(budgets), tuple(missing))
+
+
+__all__ = ["LAST", "AtShare", "Knob", "Measured", "read"]
