@@ -171,7 +171,7 @@ def everyone(bench: Bench, winner: Policy, forced: ForcedSet) -> tuple[list[Poli
     named = rivals(winner, budget, evidence.layers)
     shipped, _ = shipped_rivals(winner, budget, evidence, named)
     # a prefill filter needs a prefill of its own for each policy, and is no part of what is searched
-    return named, [policy for policy in shipped if policy.prefill_filter is None]
+    return named, [policy for policy in shipped if not policy.prefill_filter]
 
 
 def derived(bench: Bench, winner: Policy) -> Policy:

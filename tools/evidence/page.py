@@ -62,8 +62,8 @@ def _summary(known: Iterable[Measured]) -> list[str]:
     for measured in known:
         for at in measured.compared:
             cells = [f"`{measured.plan.model}`", f"{at.share:.0%}", _score(at.of("tuned"))]
-            cells += [_gap(at.saved(name)) for name in (UNIFORM, RANDOM) if name in at.methods]
-            cells += [f"{_gap(at.saved(at.strongest))} `{at.strongest}`"]
+            cells += [_saved(at, name) for name in (UNIFORM, RANDOM)]
+            cells += [f"{_saved(at, at.strongest)} `{at.strongest}`"]
             rows.append("| " + " | ".join(cells) + " |")
         if measured.compared:
             sentences.append(f"- {_layers_pay(measured)}")
@@ -73,8 +73,8 @@ def _summary(known: Iterable[Measured]) -> list[str]:
 def _layers_pay(measured: Measured) -> str:
     """Whether uneven layers pay, and whether the strongest rival is beaten."""
     name = f"On `{measured.plan.model}`"
-    flat = {at.share: _word(at.saved(at.flat)) for at in measured.compared}
-    rival = {at.share: _word(at.saved(at.strongest)) for at in measured.compared}
+    flat = {at.share: _against(at, at.flat) for at in measured.compared}
+    rival = {at.share: _against(at, at.strongest) for at in measured.compared}
     layers = _told(
         flat, "uneven layers are worth something", "cost something", "are not shown to be worth anything"
     )
@@ -281,6 +281,15 @@ def _word(gap: PairedDifference) -> str:
     if gap.difference.low > 0:
         return "better"
     return "worse" if gap.difference.high < 0 else "same"
+
+
+def _against(at: AtShare, method: str) -> str:
+    """As `_word`, of tuned against a method; one that is the tuned policy itself has no row."""
+    return _word(at.saved(method)) if method in at.methods else "same"
+
+
+def _saved(at: AtShare, method: str) -> str:
+    return _gap(at.saved(method)) if method in at.methods else "the same policy"
 
 
 def _score(score: Score) -> str:
