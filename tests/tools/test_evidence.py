@@ -10,8 +10,8 @@ import avlprof
 from avlprof.evaluation import paired_difference
 from tools.evidence.__main__ import main
 from tools.evidence.measure import COLUMNS, strongest
-from tools.evidence.page import _told, _word
 from tools.evidence.plan import PLANS, plans
+from tools.evidence.words import shown, told
 
 
 def table(kls):
@@ -34,15 +34,16 @@ def test_the_strongest_rival_is_no_tuned_policy_and_not_picked_on_held_out_sampl
 def test_a_word_needs_an_interval_that_leaves_out_0(shift, word):
     noise = np.random.default_rng(0).normal(0, 0.1, 40)
     noise -= noise.mean()
-    assert _word(paired_difference(noise + shift, np.zeros(40))) == word
+    assert shown(paired_difference(noise + shift, np.zeros(40))) == word
 
 
 def test_sentences_name_budgets():
-    words = {0.1: "better", 0.2: "same", 0.4: "same"}
-    said = _told(words, "tuned beats the rival", "loses to it", "is not told apart from it")
-    assert said == "tuned beats the rival at 10%, is not told apart from it at 20% and 40%"
-    said = _told({0.1: "worse"}, "tuned beats the rival", "loses to the rival", "")
-    assert said == "tuned loses to the rival at 10%"
+    texts = {"better": "wins", "worse": "loses", "same": "ties"}
+    assert (
+        told("tuned", {0.1: "better", 0.2: "same", 0.4: "same"}, texts)
+        == "tuned wins at 10%, ties at 20% and 40%"
+    )
+    assert told("tuned", {0.1: "worse"}, texts) == "tuned loses at 10%"
 
 
 def test_plans_take_sizes_and_other_models():
@@ -56,7 +57,7 @@ def test_plans_take_sizes_and_other_models():
 @pytest.mark.full  # traces, tunes and compares, though at the smallest size
 def test_the_whole_loop_runs_once_and_says_what_is_missing(tmp_path):
     out, page = tmp_path / "evidence", tmp_path / "docs" / "evidence.md"
-    sizes = {"traced": 2, "samples": 3, "generated": 2, "held-out": 2, "trials": 3, "refine": 1}
+    sizes = {"traced": 2, "heads": 1, "samples": 3, "generated": 2, "held-out": 2, "trials": 3, "refine": 1}
     sized = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     words = ["--models", "tiny", "--out", str(out), "--page", str(page), *sized, "--finalists", "1"]
     main([*words, "--shares", "0.3"])
@@ -71,4 +72,4 @@ def test_the_whole_loop_runs_once_and_says_what_is_missing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert page.read_text(encoding="utf-8") == first
     main([*words, "--shares", "0.3,0.5", "--steps", "page"])
-    assert "**Not finished:** 50% is not tuned" in page.read_text(encoding="utf-8")
+    assert "**Not finished:** not searched at 50%" in page.read_text(encoding="utf-8")

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from avlprof import UserError
 from avlprof.cli._progress import bars, duration
-from tools.evidence.measure import Bench, compare, tune
+from tools.evidence.measure import Bench, compare, find, prove
 from tools.evidence.page import write_page
 from tools.evidence.plan import PLANS, SHARES, SIZES, plans
 
-STEPS = ("trace", "tune", "compare", "page")
+STEPS = ("trace", "search", "compare", "prove", "page")
+ORDER = (("search", find), ("compare", compare), ("prove", prove), ("compare", compare))
+"""A proof may choose another of the finalists, which is then compared anew."""
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
@@ -51,11 +53,10 @@ def main(words: Sequence[str] | None = None) -> None:
             bench = Bench(plan, given.out / plan.model, shares, watch)
             benches.append(bench)
             if "trace" in steps:
-                _ = bench.run
-            if "tune" in steps:
-                tune(bench)
-            if "compare" in steps:
-                compare(bench)
+                _ = bench.run, bench.by_head()
+            for name, step in ORDER:
+                if name in steps:
+                    step(bench)
         print(f"{plan.model}: {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
     if "page" in steps:
         print(write_page([(bench.plan, bench.folder) for bench in benches], shares, given.page))

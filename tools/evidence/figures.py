@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from avlprof.plots.style import (
     INK,
@@ -97,9 +98,9 @@ def budgets_figure(measured: Measured) -> Figure:
     """KL to dense and tokens that are dense's, by budget and method."""
     kinds = {
         "tuned": "tuned",
-        "strongest": "strongest rival",
-        "flat": "uniform, tuned ranking",
-        LAST: "uniform, A-VL's ranking",
+        "strongest": "strongest\nrival",
+        "flat": "uniform,\nwinner's ranking",
+        LAST: "uniform,\nA-VL's ranking",
         RANDOM: "random",
     }
     with theme():
@@ -107,7 +108,7 @@ def budgets_figure(measured: Measured) -> Figure:
             f"n = {measured.plan.held_out} held-out samples; bars: 95% interval; equal bytes within a budget"
         )
         title = f"{measured.plan.model}: how close to dense at equal bytes"
-        figure = new_figure(title, note, (12.0, 5.6))
+        figure = new_figure(title, note, (13.0, 5.4))
         left, right = figure.subplots(1, 2)
         for ax, column in ((left, "kl"), (right, "agreement")):
             for rank, kind in enumerate(kinds):
@@ -116,11 +117,13 @@ def budgets_figure(measured: Measured) -> Figure:
             ax.set_xlabel("Vision KV that stays")
             ax.grid(False, axis="x")
         left.set_yscale("log")
+        for show in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            show(FuncFormatter(lambda value, _: f"{value:g}"))
         left.set_title("KL to dense (nat a token, log scale)")
         right.set_title("Tokens that are dense's own")
         percent_axis(right, "y", full=False)
         handles, _ = left.get_legend_handles_labels()
-        figure.legend(handles, list(kinds.values()), loc="outside lower center", ncols=len(kinds))
+        figure.legend(handles, list(kinds.values()), loc="outside right center")
         return figure
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 import pandas as pd
 
 import avlprof
-from avlprof import Policy, Run, UserError, load_policy
+from avlprof import Policy, Run, TraceSettings, UserError
 from avlprof.evaluation.lineup import seeded, shipped_baselines
 from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.policy import RANKING, ScorerSpec, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Task
+from avlprof.tracing import RecordOptions
 from avlprof.tuning import Budget
 from avlprof.tuning.rivals import ROW, rivals, shipped_rivals
 from avlprof.watch import Watch
 from tools.evidence.plan import Plan, memory_budget
+from tools.evidence.search import best_known, search
 
 COLUMNS = ("method", "kind", "split", "sample", "kl", "agreement", "live_share", "policy")
 LAYER_COLUMNS = ("layer", "sample", "kl", "agreement")
@@ -57,14 +59,24 @@ class Bench:
             self.loaded, self.task, self.plan.traced, out=self.folder / "run", watch=self.watch
         )
 
+    def by_head(self) -> Run:
+        """A run of fewer samples that keeps every head apart."""
+        settings = TraceSettings(record=RecordOptions(per_head=True))
+        out, count = self.folder / "heads", self.plan.heads
+        return avlprof.trace(self.loaded, self.task, count, settings, out=out, watch=self.watch)
+
     @property
     def studies(self) -> Path:
         """The folder of the searches."""
         return self.folder / "studies"
 
-    def winner_path(self, share: float) -> Path:
-        """The tuned policy at a share of the vision KV, there or not."""
-        return self.studies / f"b{memory_budget(self.run.profile(), share):g}" / "policy.yaml"
+    def budget(self, share: float) -> float:
+        """The budget of prompt KV that leaves a share of the vision KV."""
+        return memory_budget(self.run.profile(), share)
+
+    def winner(self, share: float) -> Policy | None:
+        """The tuned policy at a share of the vision KV, if it is found."""
+        return best_known(self.studies / f"b{self.budget(share):g}")
 
     def forced(self, split: str, count: int) -> ForcedSet:
         """Samples of a split with dense answers, prefilled."""
@@ -96,11 +108,20 @@ class Bench:
         return self.forced("held-out", self.plan.held_out)
 
 
-def tune(bench: Bench) -> None:
-    """Tune and prove at every budget, unless all winners are there."""
-    if all(bench.winner_path(share).exists() for share in bench.shares):
+def find(bench: Bench) -> None:
+    """The trials at every budget."""
+    budgets = [bench.budget(share) for share in bench.shares]
+    search(
+        bench.loaded, bench.task, bench.run.profile(), bench.studies, budgets,
+        bench.plan.settings(), bench.watch,
+    )  # fmt: skip
+
+
+def prove(bench: Bench) -> None:
+    """Prove the winner of every budget on generated answers, unless all are proved."""
+    budgets = [bench.budget(share) for share in bench.shares]
+    if all((bench.studies / f"b{budget:g}" / "policy.yaml").exists() for budget in budgets):
         return
-    budgets = [memory_budget(bench.run.profile(), share) for share in bench.shares]
     avlprof.sweep(
         bench.loaded, bench.task, budgets, bench.plan.settings(),
         run=bench.run, out=bench.studies, watch=bench.watch,
@@ -113,10 +134,9 @@ def compare(bench: Bench) -> None:
     if not is_whole(path, bench.plan.held_out, ()):
         write(path, layer_damage(bench.held_out, bench.loaded.adapter.layers, bench.watch))
     for number, share in enumerate(bench.shares):
-        winner = bench.winner_path(share)
-        path = bench.folder / f"compared-{share:g}.csv"
-        if winner.exists() and not is_whole(path, bench.plan.held_out, (load_policy(winner).hash,)):
-            write(path, at_equal_bytes(bench, load_policy(winner)))
+        winner, path = bench.winner(share), bench.folder / f"compared-{share:g}.csv"
+        if winner and not is_whole(path, bench.plan.held_out, (winner.hash,)):
+            write(path, at_equal_bytes(bench, winner))
         bench.watch.phase("budgets", number + 1, len(bench.shares))
 
 

@@ -26,6 +26,7 @@ class Plan:
 
     Attributes:
         traced: samples of the search split that are traced.
+        heads: how many of them are traced head by head as well, which takes more room.
         samples: samples of the search split that trials are scored on.
         generated: held-out samples that winner and rivals answer for real.
         held_out: held-out samples on which all methods are scored against dense.
@@ -36,6 +37,7 @@ class Plan:
     model: str
     task: str
     traced: int
+    heads: int
     samples: int
     generated: int
     held_out: int
@@ -75,11 +77,11 @@ class Plan:
 SIZES = tuple(field.name for field in fields(Plan) if field.type == "int" and field.name != "seed")
 """Fields of a plan that the command line can set."""
 
-QUICK = Plan("tiny", "shapes:describe,read,row", 64, 64, 240, 240, 60, 20, 3, space=Space())
+QUICK = Plan("tiny", "shapes:describe,read,row", 64, 16, 64, 240, 240, 60, 20, 3, space=Space())
 """The embedded model: a trial takes a quarter of a second."""
 
 LONG = "pages:describe,paragraph,read_fields,read_chart,read_table"
-SLOW = Plan("small", LONG, 12, 12, 16, 24, 24, 6, 2, batch=16)
+SLOW = Plan("small", LONG, 12, 6, 12, 10, 16, 18, 4, 1, batch=16)
 """576 vision tokens and 30 layers: a trial takes 3 to 5 seconds of one CPU thread, an answer 2 to 4."""
 
 PLANS: Mapping[str, Plan] = {plan.model: plan for plan in (QUICK, SLOW)}

@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from avlprof import Policy, Run, load_policy
+from avlprof import Policy, Run
 from avlprof.analysis import Profile, findings
 from avlprof.evaluation import PairedDifference, mean_interval, paired_difference
 from avlprof.policy import Score
 from avlprof.policy.provenance import Proof
-from avlprof.tuning.rivals import LAST, RANDOM, SAME, UNIFORM
+from avlprof.tuning.rivals import RANDOM, SAME, UNIFORM
 from tools.evidence.measure import BY_CHANCE, NO_LAYER, OTHER_HEADS, OTHER_RANKING, strongest
 from tools.evidence.plan import Plan, memory_budget
+from tools.evidence.search import best_known
 
 NOTHING, HALF = 0.01, 0.5
 """Below the first a layer keeps next to no vision KV; from the second on it keeps half or more."""
@@ -29,27 +30,33 @@ RESAMPLES = 2000
 class Knob:
     """What one thing that the search can turn is worth: KL saved by it, above 0 when it helps."""
 
+    short: str
     name: str
     gap: PairedDifference
 
 
 @dataclass(frozen=True)
 class AtShare:
-    """One budget: the proved winner with its answers, and methods at its bytes on held-out samples.
+    """One budget: the tuned policy, methods at its bytes on held-out samples, and its proof.
 
-    `table` is what `compare` wrote, None where it is not done.
+    `table` is what was compared and `proof` what was generated; None where that is not done.
     """
 
     share: float
     policy: Policy
-    proof: pd.DataFrame
+    proof: pd.DataFrame | None
     table: pd.DataFrame | None
 
     @property
-    def proved(self) -> Proof:
-        """What the proof of the study says of answers that were generated."""
-        assert self.policy.provenance is not None and self.policy.provenance.proof is not None
-        return self.policy.provenance.proof
+    def proved(self) -> Proof | None:
+        """What the proof of the study says of answers that were generated; None before it is done."""
+        return self.policy.provenance.proof if self.policy.provenance else None
+
+    def scores(self) -> dict[str, Score]:
+        """The task's metric of each policy of the proof."""
+        assert self.proof is not None
+        columns = self.proof[["policy", "score", "low", "high", "samples"]].itertuples(index=False)
+        return {str(n): Score(mean=m, low=a, high=b, samples=int(c)) for n, m, a, b, c in columns}
 
     @cached_property
     def strongest(self) -> str:
@@ -93,13 +100,18 @@ class AtShare:
         name = ":".join([ranking.name, *map(str, ranking.options.values())])
         kind = {"kv_head": "a set of tokens for each KV head", "shared": "one set of tokens a layer"}
         wanted = [
-            ("layers: its shares, not the same in every layer", self.flat, "tuned"),
-            ("layers, where tokens are kept by chance", RANDOM, BY_CHANCE),
-            ("ranking: its own, not by chance", BY_CHANCE, "tuned"),
-            (f"ranking: `{name}`, not A-VL's `last_query`", OTHER_RANKING, "tuned"),
-            (f"heads: {kind[self.policy.heads]}, not the other way", OTHER_HEADS, "tuned"),
+            ("layers", "layers: its shares, not the same in every layer", self.flat, "tuned"),
+            ("layers under chance", "layers under chance: the same, tokens by chance", RANDOM, BY_CHANCE),
+            ("ranking over chance", "ranking over chance: its own, not by chance", BY_CHANCE, "tuned"),
+            (
+                "ranking over A-VL's",
+                f"ranking over A-VL's: `{name}`, not `last_query`",
+                OTHER_RANKING,
+                "tuned",
+            ),
+            ("heads", f"heads: {kind[self.policy.heads]}, not the other way", OTHER_HEADS, "tuned"),
         ]
-        return [Knob(text, self.saved(a, b)) for text, a, b in wanted if {a, b} <= here]
+        return [Knob(short, text, self.saved(a, b)) for short, text, a, b in wanted if {a, b} <= here]
 
     @property
     def _held_out(self) -> pd.DataFrame:
@@ -109,10 +121,11 @@ class AtShare:
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that is known of a model; `layers` is None where that step is not done."""
+    """Everything that is known of a model; what is None is not measured yet."""
 
     plan: Plan
     profile: Profile
+    heads: Profile | None
     damage: pd.DataFrame | None
     budgets: tuple[AtShare, ...]
     missing: tuple[float, ...]
@@ -128,6 +141,11 @@ class Measured:
         return round(float(self.profile["samples"]["vision"].mean()))
 
     @property
+    def proved(self) -> list[AtShare]:
+        """Budgets at which answers were generated."""
+        return [at for at in self.budgets if at.proof is not None and at.proved is not None]
+
+    @property
     def compared(self) -> list[AtShare]:
         """Budgets at which methods were scored on held-out samples."""
         return [at for at in self.budgets if at.table is not None]
@@ -135,6 +153,18 @@ class Measured:
     def sentences(self) -> list[str]:
         """What the profile says in words."""
         return findings(self.profile)
+
+    def head_shares(self) -> pd.DataFrame:
+        """Attention on vision of each head while decoding, `layer, head, mean, low, high, n`, most first."""
+        assert self.heads is not None
+        rows = self.heads["heads"].query("query == 'generated' and statistic == 'vision'")
+        return rows.sort_values("mean", ascending=False, ignore_index=True)
+
+    def head_overlap(self) -> pd.DataFrame:
+        """Overlap of each head's top tokens with its layer's own set, by layer: `mean, low, high, n`."""
+        assert self.heads is not None
+        table = self.heads["head_overlap"].query("query == 'step' and layer_a == layer_b and head_b < 0")
+        return table.sort_values("mean", ignore_index=True)
 
     def attention(self) -> pd.DataFrame:
         """Attention on vision by layer while decoding: `layer, mean, low, high, n`."""
@@ -169,21 +199,15 @@ def read(plan: Plan, folder: Path, shares: Sequence[float]) -> Measured | None:
     budgets, missing = [], []
     for share in shares:
         study = folder / "studies" / f"b{memory_budget(profile, share):g}"
-        if not (study / "policy.yaml").exists():
+        policy = best_known(study)
+        if policy is None:
             missing.append(share)
             continue
-        table = folder / f"compared-{share:g}.csv"
-        budgets.append(
-            AtShare(
-                share,
-                load_policy(study / "policy.yaml"),
-                pd.read_csv(study / "proof.csv"),
-                pd.read_csv(table) if table.exists() else None,
-            )
-        )
-    layers = folder / "layers.csv"
-    damage = pd.read_csv(layers) if layers.exists() else None
-    return Measured(plan, profile, damage, tuple(budgets), tuple(missing))
+        proof = _table(study / "proof.csv") if (study / "policy.yaml").exists() else None
+        budgets.append(AtShare(share, policy, proof, _table(folder / f"compared-{share:g}.csv")))
+    heads = Run.open(folder / "heads").profile() if (folder / "heads" / "meta.json").exists() else None
+    return Measured(plan, profile, heads, _table(folder / "layers.csv"), tuple(budgets), tuple(missing))
 
 
-__all__ = ["LAST", "AtShare", "Knob", "Measured", "read"]
+def _table(path: Path) -> pd.DataFrame | None:
+    return pd.read_csv(path) if path.exists() else None
