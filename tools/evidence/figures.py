@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from avlprof.plots.style import (
     INK,
@@ -117,8 +117,9 @@ def budgets_figure(measured: Measured) -> Figure:
             ax.set_xlabel("Vision KV that stays")
             ax.grid(False, axis="x")
         left.set_yscale("log")
-        for show in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-            show(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.yaxis.set_minor_formatter(NullFormatter())
         left.set_title("KL to dense (nat a token, log scale)")
         right.set_title("Tokens that are dense's own")
         percent_axis(right, "y", full=False)

@@ -77,7 +77,7 @@ def needs(measured: Measured) -> list[str]:
     guide = "a fair" if low > FAIR and count >= FEWEST else "no sure"
     lines = [
         f"Held-out samples, n = {whole.samples}. Without any vision KV the KL is {score_text(whole)}. With "
-        f"none in one layer alone it is shown to stay below {NOTHING:g} for {free} of {measured.layers} layers. "
+        f"none in one layer alone it is shown to stay below {NOTHING:g} for {free} of {measured.layers}. "
         f"Attention is {guide} guide to which: over layers, the rank correlation of attention on vision with "
         f"this loss is {rho:+.2f} ({sure}n = {count} layers).",
         "",
@@ -108,7 +108,8 @@ def _spread(at: AtShare, layers: int) -> str:
     half = [layer for layer, share in enumerate(keep) if share >= HALF]
     none = sum(share < NOTHING for share in keep)
     held = sum(keep[layer] for layer in half) / max(sum(keep), 1e-9)
-    where = f"layers {listed(map(str, half))} ({held:.0%} of what stays)" if half else "no layer"
+    named = f"layer{'s' if len(half) > 1 else ''} {listed(map(str, half))}"
+    where = f"{named} ({held:.0%} of what stays)" if half else "no layer"
     return (
         f"At {at.share:.0%} the search keeps half or more of the vision KV in {where}; it leaves {none} of "
         f"{layers} layers with less than {NOTHING:.0%}."
