@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from avlprof import Policy, Run
+from avlprof import Policy, Run, Study
 from avlprof.analysis import Profile, findings
 from avlprof.evaluation import PairedDifference, mean_interval, paired_difference
 from avlprof.policy import Score
@@ -36,6 +36,39 @@ class Knob:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a tuned policy comes from: the best scalar trial, and whether its layers were moved after it.
+
+    `start`: the trial is one of the fixed first ones, which no sampler proposed.
+    """
+
+    trial: int
+    allocator: str
+    start: bool
+    refined: bool
+
+    @classmethod
+    def of(cls, study: Study, policy: Policy, starts: int) -> Origin:
+        """That of a study's policy; `starts` fixed trials come first."""
+        trials, proved = study.trials(), policy.provenance
+        number = int(trials["trial"].iloc[0])  # what was refined is the best
+        if proved is not None and proved.trial is not None:
+            refined = proved.refined
+            number = number if refined else proved.trial
+        else:
+            refined = study.export(trial=number).hash != policy.hash
+        best = trials[trials["trial"] == number].iloc[0]
+        return cls(number, str(best["allocator"]), number < starts, refined)
+
+    @property
+    def sentence(self) -> str:
+        """Who found it, in words."""
+        who = "one of the fixed starts, which needs no sampler" if self.start else "proposed by the sampler"
+        moved = "; then its layers were moved one by one" if self.refined else ""
+        return f"its shares are allocator `{self.allocator}`'s, trial {self.trial}: {who}{moved}"
+
+
+@dataclass(frozen=True)
 class AtShare:
     """One budget: the tuned policy, methods at its bytes on held-out samples, and its proof.
 
@@ -46,6 +79,7 @@ class AtShare:
     policy: Policy
     proof: pd.DataFrame | None
     table: pd.DataFrame | None
+    origin: Origin
 
     @property
     def proved(self) -> Proof | None:
@@ -204,7 +238,9 @@ def read(plan: Plan, folder: Path, shares: Sequence[float]) -> Measured | None:
             missing.append(share)
             continue
         proof = _table(study / "proof.csv") if (study / "policy.yaml").exists() else None
-        budgets.append(AtShare(share, policy, proof, _table(folder / f"compared-{share:g}.csv")))
+        starts = len(plan.space.starts()) + (study / "starts.json").exists()
+        origin = Origin.of(Study.open(study), policy, starts)
+        budgets.append(AtShare(share, policy, proof, _table(folder / f"compared-{share:g}.csv"), origin))
     heads = Run.open(folder / "heads").profile() if (folder / "heads" / "meta.json").exists() else None
     return Measured(plan, profile, heads, _table(folder / "layers.csv"), tuple(budgets), tuple(missing))
 

@@ -67,8 +67,9 @@ def _heads(measured: Measured) -> list[str]:
 
 def needs(measured: Measured) -> list[str]:
     """Where vision KV is needed, whether attention tells, and where the search puts it."""
+    spread = [f"- {_spread(at, measured.layers)}" for at in measured.budgets]
     if measured.damage is None:
-        return []
+        return [*spread, ""]
     *single, whole = measured.layer_damage()
     order = sorted(range(measured.layers), key=lambda layer: -single[layer].mean)
     free = sum(score.high < NOTHING for score in single)
@@ -95,7 +96,7 @@ def needs(measured: Measured) -> list[str]:
         lines.append(row(str(layer), score_text(single[layer]), score_text(seen, percent=True), *kept))
     if measured.layers > LISTED:
         lines += ["", f"The other {measured.layers - LISTED} layers lose less than these."]
-    return [*lines, "", *(f"- {_spread(at, measured.layers)}" for at in measured.budgets), ""]
+    return [*lines, "", *spread, ""]
 
 
 def _kept_columns(budgets: tuple[AtShare, ...]) -> list[str]:
@@ -112,7 +113,7 @@ def _spread(at: AtShare, layers: int) -> str:
     where = f"{named} ({held:.0%} of what stays)" if half else "no layer"
     return (
         f"At {at.share:.0%} the search keeps half or more of the vision KV in {where}; it leaves {none} of "
-        f"{layers} layers with less than {NOTHING:.0%}."
+        f"{layers} layers with less than {NOTHING:.0%}. Of the winner, {at.origin.sentence}."
     )
 
 
