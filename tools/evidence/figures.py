@@ -76,7 +76,7 @@ def _kept(ax: Axes, where: Array, measured: Measured) -> None:
     ax.set_title("Vision KV that the tuned policy keeps")
     percent_axis(ax, "y")
     if measured.budgets:
-        ax.legend(loc="upper left", ncols=count, framealpha=0.9, frameon=True, edgecolor="none")
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=count)
 
 
 def methods_of(at: AtShare) -> list[tuple[str, str]]:
@@ -139,4 +139,4 @@ def _points(ax: Axes, budgets: list[AtShare], column: str, kind: str, rank: int,
     low, high = (np.array([getattr(s, end) for s in scores]) for end in ("low", "high"))
     interval_bars(ax, where, low, high, color=colour, linewidth=2.4, alpha=0.8)
     means = [score.mean for score in scores]
-    ax.plot(where, means, MARKERS[rank], color=colour, markersize=9, markeredgecolor="white", label=kind)
+    ax.plot(where, means, MARKERS[rank], color=colour, markersize=7, markeredgecolor="white", label=kind)

@@ -19,6 +19,7 @@ from tools.evidence.words import (
     row,
     score_text,
     shown,
+    side,
     told,
 )
 
@@ -227,7 +228,21 @@ def in_short(measured: Measured) -> str:
             "same": "ties with random tokens",
         },
     )
-    return f"{layers}; {best}, {chance} (n = {measured.plan.held_out})."
+    return f"{layers}; {best}, {chance} (KL, n = {measured.plan.held_out}).{_generated(measured)}"
+
+
+def _generated(measured: Measured) -> str:
+    """Whether generated answers tell the tuned policy from its strongest rival."""
+    gaps = {at.share: at.proved.differences[at.proved.strongest] for at in measured.proved if at.proved}
+    if not gaps:
+        return ""
+    found = {share: side(gap.low, gap.high) for share, gap in gaps.items()}
+    texts: dict[Shown, str] = {
+        "better": "better than the strongest rival's",
+        "worse": "worse than the strongest rival's",
+        "same": "not told apart from the strongest rival's",
+    }
+    return f" {told('Its generated answers are', found, texts)} (n = {measured.plan.generated})."
 
 
 def answers(measured: Measured) -> list[str]:

@@ -15,9 +15,14 @@ KINDS: tuple[Shown, ...] = ("better", "worse", "same")
 
 def shown(gap: PairedDifference) -> Shown:
     """What a saving shows: `better`, `worse`, or `same` where its interval holds 0."""
-    if gap.difference.low > 0:
+    return side(gap.difference.low, gap.difference.high)
+
+
+def side(low: float, high: float) -> Shown:
+    """On which side of 0 an interval lies; `same` where it holds 0."""
+    if low > 0:
         return "better"
-    return "worse" if gap.difference.high < 0 else "same"
+    return "worse" if high < 0 else "same"
 
 
 def score_text(score: Score, percent: bool = False) -> str:
@@ -39,7 +44,7 @@ def noted_text(gap: Difference | None) -> str:
     if gap is None:
         return ""
     text = f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-    return f"**{text}**" if gap.low > 0 or gap.high < 0 else text
+    return text if side(gap.low, gap.high) == "same" else f"**{text}**"
 
 
 def told(subject: str, found: Mapping[float, Shown], texts: Mapping[Shown, str]) -> str:
