@@ -226,7 +226,7 @@ class Measured:
 
 
 def read(plan: Plan, folder: Path, shares: Sequence[float]) -> Measured | None:
-    """What a folder holds of a plan; None where not even a run is there."""
+    """What a folder holds of a plan, with the samples that are there; None where not even a run is."""
     if not (folder / "run" / "meta.json").exists():
         return None
     profile = Run.open(folder / "run").profile()
@@ -242,7 +242,10 @@ def read(plan: Plan, folder: Path, shares: Sequence[float]) -> Measured | None:
         origin = Origin.of(Study.open(study), policy, starts)
         budgets.append(AtShare(share, policy, proof, _table(folder / f"compared-{share:g}.csv"), origin))
     heads = Run.open(folder / "heads").profile() if (folder / "heads" / "meta.json").exists() else None
-    return Measured(plan, profile, heads, _table(folder / "layers.csv"), tuple(budgets), tuple(missing))
+    damage = _table(folder / "layers.csv")
+    counted = {"traced": profile.meta.samples, "heads": heads.meta.samples if heads else None}
+    counted["held_out"] = None if damage is None else int(damage["sample"].nunique())
+    return Measured(plan.sized(counted), profile, heads, damage, tuple(budgets), tuple(missing))
 
 
 def _table(path: Path) -> pd.DataFrame | None:
