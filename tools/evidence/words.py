@@ -35,7 +35,9 @@ def score_text(score: Score, percent: bool = False) -> str:
 
 def gap_text(gap: PairedDifference) -> str:
     """A difference with its interval, in bold where the interval leaves out 0."""
-    text = f"{gap.difference.mean:+.3f} [{gap.difference.low:+.3f}, {gap.difference.high:+.3f}]"
+    d = gap.difference
+    digits = 3 if max(abs(d.low), abs(d.high)) >= 0.01 else 4
+    text = f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
     return text if shown(gap) == "same" else f"**{text}**"
 
 
