@@ -18,6 +18,7 @@ from tools.evidence.words import (
     noted_text,
     row,
     score_text,
+    share_text,
     shown,
     side,
     told,
@@ -50,7 +51,7 @@ def _heads(measured: Measured) -> list[str]:
     def named(head: object) -> str:
         h = dict(head)  # type: ignore[call-overload]
         score = Score(mean=h["mean"], low=max(h["low"], 0.0), high=min(h["high"], 1.0), samples=count)
-        return f"head {h['head']} of layer {h['layer']} with {score_text(score, percent=True)}"
+        return f"head {h['head']} of layer {h['layer']} with {share_text(score)}"
 
     sentences = [
         f"Heads differ within a layer: by {within:.0%} of their attention, mean over layers, between the one "
@@ -94,7 +95,7 @@ def needs(measured: Measured) -> list[str]:
             mean=of["mean"], low=max(of["low"], 0.0), high=min(of["high"], 1.0), samples=int(of["n"])
         )
         kept = [f"{at.policy.keep(measured.layers)[layer]:.0%}" for at in measured.budgets]
-        lines.append(row(str(layer), score_text(single[layer]), score_text(seen, percent=True), *kept))
+        lines.append(row(str(layer), score_text(single[layer]), share_text(seen), *kept))
     if measured.layers > LISTED:
         lines += ["", f"The other {measured.layers - LISTED} layers lose less than these."]
     return [*lines, "", *spread, ""]
@@ -171,7 +172,7 @@ def table(measured: Measured) -> list[str]:
         for number, (name, text) in enumerate(methods_of(at)):
             first = f"{at.share:.0%} ({at.live_share:.1%})" if number == 0 else ""
             saved = "" if name == "tuned" else gap_text(at.saved(name))
-            tokens = score_text(at.of(name, "agreement"), percent=True)
+            tokens = share_text(at.of(name, "agreement"), digits=1)
             lines.append(row(first, text, score_text(at.of(name)), tokens, saved))
     return [*lines, "", *(f"- {_winner(at)}" for at in measured.compared), ""]
 

@@ -25,10 +25,13 @@ def side(low: float, high: float) -> Shown:
     return "worse" if high < 0 else "same"
 
 
-def score_text(score: Score, percent: bool = False) -> str:
+def share_text(score: Score, digits: int = 0) -> str:
+    """A mean with its interval, in percent."""
+    return f"{score.mean:.{digits}%} [{score.low:.{digits}%}, {score.high:.{digits}%}]"
+
+
+def score_text(score: Score) -> str:
     """A mean with its interval."""
-    if percent:
-        return f"{score.mean:.0%} [{score.low:.0%}, {score.high:.0%}]"
     digits = 3 if score.high >= 0.01 else 4
     return f"{score.mean:.{digits}f} [{score.low:.{digits}f}, {score.high:.{digits}f}]"
 
