@@ -45,7 +45,11 @@ def _heads(measured: Measured) -> list[str]:
     shares, overlap = measured.head_shares(), measured.head_overlap()
     first, last = (shares.iloc[place] for place in (0, -1))
     many, count = len(shares), int(shares["n"].max())
-    mainly = int((shares["low"] > HALF).sum())
+    few = count < FEWEST
+    mainly = int((shares["mean" if few else "low"] > HALF).sum())
+    sure, samples = (
+        ("", f"{count} samples, too few to be sure") if few else ("are shown to ", f"{count} samples")
+    )
     within = shares.groupby("layer")["mean"].agg(lambda values: values.max() - values.min()).mean()
 
     def named(head: object) -> str:
@@ -55,14 +59,14 @@ def _heads(measured: Measured) -> list[str]:
 
     sentences = [
         f"Heads differ within a layer: by {within:.0%} of their attention, mean over layers, between the one "
-        f"that looks at vision most and the one that does least; {mainly} of {many} heads are shown to spend "
-        f"more than half of it there. Most is {named(first)}, least {named(last)} (n = {count} samples)."
+        f"that looks at vision most and the one that does least; {mainly} of {many} heads {sure}spend "
+        f"more than half of it there. Most is {named(first)}, least {named(last)} (n = {samples})."
     ]
     if len(overlap):
         low, high = overlap["mean"].min(), overlap["mean"].max()
         sentences.append(
             f"The set of tokens that a layer's heads share holds {low:.0%} to {high:.0%} of a head's own "
-            f"top tokens at a step ({overlap['mean'].mean():.0%} on average, n = {count} samples)."
+            f"top tokens at a step ({overlap['mean'].mean():.0%} on average, n = {samples})."
         )
     return sentences
 
