@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,42 @@ class Largest(TorchDispatchMode):
             if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
                 self.elements = max(self.elements, made.numel())
         return out
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that a device would be handed: not views, nor what only takes memory."""
+
+    QUIET = (
+        *("empty", "view", "slice", "select", "expand", "transpose", "split", "unsqueeze", "squeeze", "t."),
+        *("permute", "alias", "detach", "as_strided", "unbind", "_unsafe_view", "narrow"),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(self.QUIET):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def waits():
+    """Lists the calls that would make the host wait for a device, were the tensors on one."""
+    found = []
+
+    def noting(name):
+        own = getattr(torch.Tensor, name)
+
+        def waiting(self, *arguments, **options):
+            found.append(name)
+            return own(self, *arguments, **options)
+
+        return waiting
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, noting(name))
+        yield found

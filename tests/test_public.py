@@ -60,6 +60,7 @@ def test_a_profile_gives_a_policy(policy, tmp_path):
     assert avlprof.load_policy(tmp_path / "mine.yaml").hash == policy.hash
 
 
+@pytest.mark.full
 def test_tuning_gives_a_study_and_its_winner(tiny, run):
     tuned = avlprof.tune(tiny, "shapes", 0.4, avlprof.Settings(**SMALL), run=run)
     assert isinstance(tuned, avlprof.Tuned)

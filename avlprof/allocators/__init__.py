@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from avlprof.allocators._base import Allocator, Evidence
 from avlprof.allocators.blend import Blend
+from avlprof.allocators.governed import Governed
 from avlprof.allocators.sharp import Sharp
 from avlprof.registry import Registry
 
@@ -25,9 +26,10 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
 def make_allocator(name: str, mix: float = 1.0, temperature: float = 1.0, **options: float) -> Allocator:
     """The allocator of a name, sharpened by `temperature`, then mixed with `1 - mix` parts of uniform.
 
-    `UserError` for an unknown name or option, with its nearest neighbours.
+    It is asked about the layers that policies act on alone. `UserError` for an unknown name or option,
+    with its nearest neighbours.
     """
-    return Blend(Sharp(ALLOCATORS.make(name, options), temperature), mix)
+    return Governed(Blend(Sharp(ALLOCATORS.make(name, options), temperature), mix))
 
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Allocator",
     "Blend",
     "Evidence",
+    "Governed",
     "Sharp",
     "make_allocator",
 ]

@@ -26,6 +26,8 @@ class Evidence:
         skewness: `[layers]` of the scores of the vision tokens; may be negative.
         damage: `[layers, levels]` measured cost (KL to dense, nat per token) of keeping only the
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
+        governed: the layers that policies act on, where there are others too; None means all. What
+            arrays say of others means nothing.
     """
 
     layers: int
@@ -37,6 +39,28 @@ class Evidence:
     skewness: Array | None = None
     damage: Array | None = None
     damage_levels: Array | None = None
+    governed: tuple[int, ...] | None = None
+
+    def of_governed(self) -> Evidence:
+        """The same of the layers that policies act on alone, as if the model had no others."""
+        if self.governed is None:
+            return self
+        own = list(self.governed)
+
+        def of(array: Array | None) -> Array | None:
+            return None if array is None else array[own]
+
+        return Evidence(
+            layers=len(own),
+            tokens=self.tokens,
+            coverage=of(self.coverage),
+            vision_mass=of(self.vision_mass),
+            entropy=of(self.entropy),
+            sparsity=of(self.sparsity),
+            skewness=of(self.skewness),
+            damage=of(self.damage),
+            damage_levels=self.damage_levels,
+        )
 
 
 class Allocator(ABC):

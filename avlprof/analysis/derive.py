@@ -16,6 +16,7 @@ from avlprof.allocators.coverage import covering_shares
 from avlprof.analysis.window import windows_for
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
+from avlprof.budgets.meet import in_place
 from avlprof.errors import UserError
 from avlprof.policy import RANKING, Policy, Provenance, ScorerSpec, TextPolicy, live_share, read_share
 from avlprof.versions import __version__
@@ -53,14 +54,21 @@ def evidence(profile: Profile, use: Use = "store") -> Evidence:
         index="layer", columns="statistic", values="mean"
     )
     mass = _of(profile.frames["mass"].query("modality == 'vision'"), _TRACED[use])
+
+    def of_layers(column: pd.Series[float]) -> Array:
+        """`[layers]`; 0 of a layer without attention, which nothing was recorded of."""
+        whole = column.reindex(range(profile.layers), fill_value=0.0)
+        return np.asarray(whole, dtype=np.float64)
+
     return Evidence(
         layers=profile.layers,
         tokens=tokens,
         coverage=_coverage(curves, use, tokens),
-        vision_mass=mass.set_index("layer")["mean"].to_numpy(np.float64),
-        entropy=spread["entropy"].to_numpy(np.float64),
-        sparsity=spread["sparsity"].to_numpy(np.float64),
-        skewness=spread["skewness"].to_numpy(np.float64),
+        vision_mass=of_layers(mass.set_index("layer")["mean"]),
+        entropy=of_layers(spread["entropy"]),
+        sparsity=of_layers(spread["sparsity"]),
+        skewness=of_layers(spread["skewness"]),
+        governed=profile.governed,
     )
 
 
@@ -150,7 +158,11 @@ def at_coverage(profile: Profile, coverage: float, floor: float, interval: int) 
     kept = counts(store.coverage)
     core = [min(few, count) for few, count in zip(counts(single.coverage), kept, strict=True)]
     text = text_windows(profile, coverage)
-    keep, compute = (tuple(ratio_of(count, tokens) for count in each) for each in (kept, core))
+    own = range(profile.layers) if profile.governed is None else profile.governed
+    keep, compute = (
+        in_place([ratio_of(each[layer], tokens) for layer in own], own, (1.0,) * profile.layers)
+        for each in (kept, core)
+    )
     return _two_level(keep, compute, interval, text)
 
 
@@ -233,5 +245,6 @@ def provenance(
         read_budget=read_budget,
         measured_budget=round(live_share(policy, prompts, layers), 6),
         measured_read_budget=round(read_share(policy, prompts, layers, steps), 6),
+        governed=profile.governed,
         answer_tokens=steps,
     )

@@ -284,6 +284,11 @@ class Profile:
         return self.meta.settings.layers
 
     @property
+    def governed(self) -> tuple[int, ...] | None:
+        """The layers that policies act on, and budgets are of; None means all."""
+        return self.meta.settings.governed
+
+    @property
     def answer_tokens(self) -> int:
         """Decoding steps of the mean answer: its tokens less the first, which prefill gives; at least 1."""
         return max(round(float(self.frames["samples"]["generated"].mean())) - 1, 1)
@@ -291,7 +296,7 @@ class Profile:
     def prompts(self) -> list[PromptShape]:
         """Token counts of every traced prompt."""
         counts = self.frames["samples"][["system", "vision", "text"]].to_numpy()
-        return [PromptShape(*(int(count) for count in row)) for row in counts]
+        return [PromptShape(int(a), int(b), int(c), self.governed) for a, b, c in counts]
 
     def horizon(self, threshold: float = 0.01) -> pd.DataFrame:
         """`query`: first layer from which on vision gets less than `threshold` of the attention.

@@ -88,6 +88,13 @@ def layer_roles(text_config: Any) -> list[LayerRole]:
     ]
 
 
+def governed_layers(text_config: Any) -> tuple[int, ...] | None:
+    """The layers that a policy acts on, where a model has others too; None means all."""
+    roles = layer_roles(text_config)
+    own = tuple(index for index, role in enumerate(roles) if role.governed)
+    return None if len(own) == len(roles) else own
+
+
 def _role(layer: Any, sharing: str, config: Any) -> Role:
     """By name where a class is newer than the oldest transformers that is supported."""
     kind = type(layer).__name__

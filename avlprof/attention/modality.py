@@ -79,9 +79,9 @@ def turn_map(
     return codes
 
 
-def prompt_shapes(modality: Tensor) -> list[PromptShape]:
-    """Token counts of each row of a modality map (padding is not counted)."""
+def prompt_shapes(modality: Tensor, governed: tuple[int, ...] | None = None) -> list[PromptShape]:
+    """Token counts of each row of a modality map (padding is not counted); `governed` as in `PromptShape`."""
     counts = [
         (modality == code).sum(dim=1).tolist() for code in (Modality.SYSTEM, Modality.VISION, Modality.TEXT)
     ]
-    return [PromptShape(*row) for row in zip(*counts, strict=True)]
+    return [PromptShape(a, b, c, governed) for a, b, c in zip(*counts, strict=True)]

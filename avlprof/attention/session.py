@@ -8,19 +8,18 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
 from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
 from avlprof.attention.kernels import EAGER, eagerly, overheard
 from avlprof.attention.masks import as_long_as, check_causal, padding_mask
-from avlprof.attention.modality import Modality, modality_map, turn_map, vision_token_ids
+from avlprof.attention.modality import modality_map, turn_map, vision_token_ids
+from avlprof.attention.passed import LeftKeys, Passed, appends
 from avlprof.errors import UserError
 
 NAMES = ("cache", "past_key_values")  # of a cache, argument and output: from transformers 5.24 on, and before
@@ -40,34 +39,6 @@ def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in a model's output."""
     return next((output[name] for name in NAMES if name in output), None)
-
-
-_AHEAD = 64  # positions of generated tokens that are marked ahead
-
-
-class Passed:
-    """The modality of every position that a cache has seen, and its decoding passes."""
-
-    def __init__(self, modality: Tensor) -> None:
-        self._marked, self.length, self.steps = modality, modality.shape[1], 0
-
-    @property
-    def modality(self) -> Tensor:
-        """`[B, n]`."""
-        return self._marked.narrow(1, 0, self.length)
-
-    def step(self) -> None:
-        """One more generated token a row."""
-        self.steps += 1
-        self.length += 1
-        if self.length > self._marked.shape[1]:
-            self._marked = pad(self._marked, (0, _AHEAD), value=int(Modality.GENERATED))
-
-    def turn(self, modality: Tensor) -> None:
-        """A turn with tokens `[B, m]`."""
-        self.steps += 1
-        self._marked = torch.cat([self.modality, modality], dim=1)
-        self.length = self._marked.shape[1]
 
 
 @dataclass
@@ -101,7 +72,7 @@ class Session:
         self.contexts = contextlib.ExitStack()
         self.users = 0
         self._states: WeakKeyDictionary[Any, Passed] = WeakKeyDictionary()
-        self._left: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+        self._left = LeftKeys()
         self._thread = _Thread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -156,7 +127,7 @@ class Session:
         if cache is not None:
             self._states[cache] = state
         self._enter(cache, True)
-        moved = past > 0 and bool(self.observers) and self._moved(cache)
+        moved = past > 0 and bool(self.observers) and self._left.moved(cache)
         forward = Forward(state.modality, state.length - past, state.steps, state, moved=moved)
         self._thread.now = _Pass(forward, cache)
         for observer in self.observers:
@@ -219,21 +190,12 @@ class Session:
         self._enter(now.cache, False)
         self._thread.now = None
         if self.observers and now.cache is not None:
-            self._left[now.cache] = [None if keys is None else ref(keys) for keys in _keys(now.cache)]
+            self._left.note(now.cache)
         if output is not None and not now.layers and not self.single:
             raise UserError(
                 f"the layers of {type(self.model).__name__} do not ask transformers' attention interface, so "
                 "their attention cannot be followed"
             )
-
-    def _moved(self, cache: Any) -> bool:
-        """Whether a cache's keys are other tensors than the latest pass left."""
-        left = self._left.get(cache)
-        same = left is not None and all(
-            keys is None if before is None else before() is keys
-            for before, keys in zip(left, _keys(cache), strict=True)
-        )
-        return not same
 
     def _enter(self, cache: Any, active: bool) -> None:
         """Tell a policy's cache that a pass of its context is at work, or over."""
@@ -269,7 +231,7 @@ class Session:
         now.layers.add(call.layer)
         if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
             call = as_long_as(call, now.forward.modality.shape[1])
-            call = call._replace(appended=_appends(now.cache, call.layer))
+            call = call._replace(appended=appends(now.cache, call.layer))
         if runtime is None:
             out = call.stock()
         else:
@@ -285,17 +247,6 @@ class Session:
         if call.after is not None:
             call.after()
         return out
-
-
-def _keys(cache: Any) -> list[Tensor | None]:
-    """The keys of each layer of a cache, None where it has none yet."""
-    return [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
-
-
-def _appends(cache: Any, layer: int) -> bool:
-    """Whether a cache never writes into the keys that a layer has attended to."""
-    layers = getattr(cache, "layers", ())
-    return layer < len(layers) and type(layers[layer]) is DynamicLayer
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """From relative shares to ratios that meet a memory or a read budget on given prompts.
 
 Budgets are shares of the dense prompt KV, summed over prompts; `policy.live_share` and
-`policy.read_share` are the judges, so prompts may differ in size.
+`policy.read_share` are the judges, so prompts may differ in size. Layers that are not counted get
+no share of a budget: what they keep is 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import numpy as np
 from avlprof.bisection import largest
 from avlprof.budgets.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
-from avlprof.policy import Policy, PromptShape, Refresh, TextPolicy, live_share, read_share, tokens
+from avlprof.policy import (
+    Policy,
+    PromptShape,
+    Refresh,
+    TextPolicy,
+    counted_layers,
+    live_share,
+    read_share,
+    tokens,
+)
 
 ALL_TEXT = TextPolicy()
 
@@ -86,13 +96,16 @@ def meet_budget(
     vision_share(prompts, layers, budget, text)
     check_unit("floor", floor)
     most = max(prompt.vision for prompt in prompts)
-    floors, caps = np.full(layers, floor_count(floor, most)), np.full(layers, most)
+    own = counted_layers(prompts, layers)
+    floors, caps = np.full(len(own), floor_count(floor, most)), np.full(len(own), most)
+    relative = [shares[layer] for layer in own]
 
     def policy(total: int) -> Policy:
-        counts = hand_out(shares, total, floors, caps)
-        return Policy(vision_keep=tuple(ratio_of(int(count), most) for count in counts), text=text)
+        counts = hand_out(relative, total, floors, caps)
+        keep = in_place([ratio_of(int(count), most) for count in counts], own, (1.0,) * layers)
+        return Policy(vision_keep=keep, text=text)
 
-    total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, most * layers, budget)
+    total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, most * len(own), budget)
     return policy(total).keep(layers)
 
 
@@ -126,19 +139,21 @@ def meet_read_budget(
     if not prompts:
         raise UserError("a read budget needs at least one prompt to be counted on; the run has no samples")
     most = max(prompt.vision for prompt in prompts)
-    caps = np.array([_within(share, most) for share in keep])
+    own = counted_layers(prompts, layers)
+    kept = [keep[layer] for layer in own]
+    caps = np.array([_within(share, most) for share in kept])
     floors = np.minimum(floor_count(floor, most), caps)
-    relative = tuple(keep) if shares is None else tuple(shares)
+    relative = kept if shares is None else [shares[layer] for layer in own]
 
     def policy(total: int) -> Policy:
         counts = hand_out(relative, total, floors, caps)
-        compute = (
+        compute = [
             share if count == cap else min(ratio_of(int(count), most), share)
-            for count, cap, share in zip(counts, caps, keep, strict=True)
-        )
+            for count, cap, share in zip(counts, caps, kept, strict=True)
+        ]
         return Policy(
             vision_keep=tuple(keep),
-            vision_compute=tuple(compute),
+            vision_compute=in_place(compute, own, keep),
             refresh_interval=reads.refresh_interval,
             refresh=reads.refresh,
             text=text,
@@ -156,6 +171,12 @@ def meet_read_budget(
             "raise the read budget, lower the budget, refresh less often or set a text window"
         )
     return policy(_most(policy, used, prompts, int(caps.sum()), reads.share)).compute(layers)
+
+
+def in_place(ratios: Sequence[float], own: Sequence[int], elsewhere: Sequence[float]) -> tuple[float, ...]:
+    """One ratio a layer: `ratios` in the layers `own`, and what `elsewhere` says in the others."""
+    known = dict(zip(own, ratios, strict=True))
+    return tuple(known.get(layer, ratio) for layer, ratio in enumerate(elsewhere))
 
 
 def _within(share: float, count: int) -> int:

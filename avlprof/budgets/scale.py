@@ -11,10 +11,19 @@ import numpy as np
 from avlprof.allocators._base import Evidence
 from avlprof.bisection import largest
 from avlprof.budgets.fit import check_unit, hand_out, ratio_of
-from avlprof.budgets.meet import vision_share
+from avlprof.budgets.meet import in_place, vision_share
 from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
-from avlprof.policy import Policy, PromptShape, broadcast, live_share, sizes, tokens
+from avlprof.policy import (
+    Policy,
+    PromptShape,
+    broadcast,
+    counted_layers,
+    dense_tokens,
+    live_share,
+    sizes,
+    tokens,
+)
 
 
 class OverBudgetError(UserError):
@@ -60,7 +69,7 @@ def scale_to(
     shaped = _allocated(policy, budget, prompts, layers, evidence)
     shaped.check_layers(layers)
     counted = Counter(prompts)
-    dense = layers * sum(prompt.total for prompt in prompts)
+    dense = dense_tokens(prompts, layers)
 
     def used(candidate: Policy) -> float:
         stored = (times * _stored(candidate, shape, layers) for shape, times in counted.items())
@@ -79,7 +88,8 @@ def _allocated(
     """The policy with one share a layer, as its allocator spreads the budget's mean."""
     if policy.allocator is None:
         return policy
-    known = evidence or Evidence(layers=layers, tokens=max(prompt.vision for prompt in prompts))
+    most = max(prompt.vision for prompt in prompts)
+    known = evidence or Evidence(layers=layers, tokens=most, governed=prompts[0].governed)
     if policy.joint is not None:
         mean = policy.model_copy(update={"joint": policy.joint.model_copy(update={"keep": budget})})
         return resolve(mean, known)
@@ -100,14 +110,15 @@ def _joint(
     """Policies by the tokens that all layers hold together of the longest prompt, and the most."""
     assert policy.joint is not None
     pool, longest = policy.joint, max(prompt.total for prompt in prompts)
-    shares = broadcast(pool.keep, layers)
+    own = counted_layers(prompts, layers)
+    shares = [broadcast(pool.keep, layers)[layer] for layer in own]
 
     def make(total: int) -> Policy:
-        counts = hand_out(shares, total, np.zeros(layers, dtype=np.int64), np.full(layers, longest))
-        keep = tuple(ratio_of(int(count), longest) for count in counts)
+        counts = hand_out(shares, total, np.zeros(len(own), dtype=np.int64), np.full(len(own), longest))
+        keep = in_place([ratio_of(int(count), longest) for count in counts], own, (1.0,) * layers)
         return policy.model_copy(update={"joint": pool.model_copy(update={"keep": keep})})
 
-    return make, longest * layers
+    return make, longest * len(own)
 
 
 def _split(
@@ -117,15 +128,18 @@ def _split(
     largest = max(prompt.vision for prompt in prompts)
     keep, compute = policy.keep(layers), policy.compute(layers)
     shares = [min(share, _reaches(policy, layer)) for layer, share in enumerate(keep)]
-    fixed = [bool(policy.prefill_filter) and share == 1.0 for share in shares]
+    own = counted_layers(prompts, layers)
+    whole = [bool(policy.prefill_filter) and share == 1.0 for share in shares]
+    fixed = [stays or layer not in own for layer, stays in enumerate(whole)]
     caps = np.array([0 if stays else largest for stays in fixed])
     parts = [core / share if share else 1.0 for core, share in zip(compute, keep, strict=True)]
+    parts = [part if layer in own else 1.0 for layer, part in enumerate(parts)]
 
     def make(total: int) -> Policy:
         counts = hand_out(shares, total, np.zeros(layers, dtype=np.int64), caps)
         ratios = (ratio_of(int(count), largest) for count in counts)
         new = tuple(1.0 if stays else ratio for ratio, stays in zip(ratios, fixed, strict=True))
-        changed: dict[str, object] = {"vision_keep": new, "prefill_filter": _filter(policy, new)}
+        changed: dict[str, object] = {"vision_keep": new, "prefill_filter": _filter(policy, new, own)}
         if policy.vision_compute is not None:
             changed["vision_compute"] = tuple(
                 _core(share, part, largest) for share, part in zip(new, parts, strict=True)
@@ -145,11 +159,13 @@ def _reaches(policy: Policy, layer: int) -> float:
     return min([1.0, *(step.keep for step in policy.prefill_filter if step.after_layer <= layer)])
 
 
-def _filter(policy: Policy, keep: Sequence[float]) -> tuple[object, ...]:
+def _filter(policy: Policy, keep: Sequence[float], own: Sequence[int]) -> tuple[object, ...]:
     """The filter's steps, each letting through what a later layer holds at most."""
-    return tuple(
-        step.model_copy(update={"keep": max(keep[step.after_layer :])}) for step in policy.prefill_filter
-    )
+
+    def held(first: int) -> float:
+        return max((keep[layer] for layer in own if layer >= first), default=1.0)
+
+    return tuple(step.model_copy(update={"keep": held(step.after_layer)}) for step in policy.prefill_filter)
 
 
 def _stored(policy: Policy, prompt: PromptShape, layers: int) -> int:

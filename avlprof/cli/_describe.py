@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from avlprof.policy import DENSE, JointPool, Policy, broadcast
+from avlprof.policy import DENSE, JointPool, Policy, acts_on, broadcast
 
 NAMING = ("name", "description", "source", "provenance")
 
@@ -43,7 +43,9 @@ def _pool(joint: JointPool) -> str:
 
 
 def layer_rows(policy: Policy, layers: int) -> list[dict[str, Any]]:
-    """One row a layer: the per-layer fields that the policy sets, its allocator's shares worked out.
+    """One row a layer that the policy acts on: the per-layer fields that it sets.
+
+    Shares of an allocator are worked out.
 
     `UserError` when the policy is of another number of layers, or its allocator needs a profile.
     """
@@ -55,7 +57,10 @@ def layer_rows(policy: Policy, layers: int) -> list[dict[str, Any]]:
     if policy.joint is None:
         fields = {"vision_keep": policy.vision_keep} | fields
     columns = {name: broadcast(_tuple(value), layers) for name, value in fields.items()}
-    return [{"layer": i} | {name: values[i] for name, values in columns.items()} for i in range(layers)]
+    own = acts_on(policy)
+    return [
+        {"layer": i} | {name: values[i] for name, values in columns.items()} for i in own or range(layers)
+    ]
 
 
 def differences(first: Policy, second: Policy) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ class Resolver:
         if policy.allocator is None:
             return policy
         try:
-            return resolve_by_depth(policy, self._loaded.adapter.layers)
+            adapter = self._loaded.adapter
+            return resolve_by_depth(policy, adapter.layers, adapter.governed)
         except UserError:
             return resolve(policy, self.evidence)
 

@@ -113,7 +113,10 @@ def _other(path: Path) -> Profile:
 def _say(profile: Profile, form: Format) -> None:
     """The findings: below a table on stdout, else on stderr, where they spoil no data."""
     from avlprof.analysis import findings
+    from avlprof.policy import said_governed
 
+    if said := said_governed(profile.governed, profile.layers):
+        note(said)
     for sentence in findings(profile):
         typer.echo(sentence, err=form is not Format.table)
 

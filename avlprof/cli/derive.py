@@ -72,7 +72,7 @@ def derive(
     """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
     from avlprof.analysis import Spread
     from avlprof.cli._describe import layer_rows
-    from avlprof.policy import RANKING, dump_policy, save_policy
+    from avlprof.policy import RANKING, dump_policy, said_governed, save_policy
 
     if str(out) != "-":
         check_output(out)
@@ -96,6 +96,8 @@ def derive(
         return
     path = save_policy(policy, out or traced.path / f"{file_name(policy.name)}.yaml")
     show(layer_rows(policy, profile.layers), form)
+    if said := said_governed(profile.governed, profile.layers):
+        note(said)
     origin = policy.provenance
     if origin is not None:
         note(

@@ -82,8 +82,12 @@ class SampleSettings:
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
     def about(self, loaded: LoadedModel, task: Task, samples: int) -> dict[str, Any]:
-        """Model, task, split, counts, versions and time: the part of `meta` that all results have."""
-        return {
+        """Model, task, split, counts, versions and time: the part of `meta` that all results have.
+
+        With the layers that shares are of, where policies leave others as they are.
+        """
+        own = loaded.adapter.governed
+        return ({} if own is None else {"governed": list(own)}) | {
             "model": loaded.source,
             "revision": loaded.revision or "",
             "checkpoint": loaded.settings,
@@ -255,7 +259,8 @@ def _answer(
 ) -> list[Answer]:
     encoding = _encode(loaded, batch)
     vision = vision_token_ids(loaded.model.config)
-    rows = prompt_shapes(modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision))
+    modality = modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision)
+    rows = prompt_shapes(modality, loaded.adapter.governed)
     measured: list[Footprint] = []
 
     def look(cache: Any) -> None:

@@ -276,7 +276,7 @@ def compare(
     ascending = tuple(sorted(set(budgets)))
     lineup = line_up(
         ascending,
-        _shapes(parts[0]),
+        _shapes(parts[0], loaded.adapter.governed),
         loaded.adapter.layers,
         baselines=shipped_baselines(given) if settings.baselines is None else settings.baselines,
         given=given,
@@ -315,6 +315,6 @@ def _runs(entries: Sequence[Entry]) -> int:
     return sum(len(seeded(entry.policy)) for entry in entries)
 
 
-def _shapes(dense: pd.DataFrame) -> list[PromptShape]:
+def _shapes(dense: pd.DataFrame, governed: tuple[int, ...] | None) -> list[PromptShape]:
     rows = dense[["system", "vision", "text"]].itertuples(index=False)
-    return [PromptShape(int(system), int(vision), int(text)) for system, vision, text in rows]
+    return [PromptShape(int(system), int(vision), int(text), governed) for system, vision, text in rows]

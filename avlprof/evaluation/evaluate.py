@@ -201,6 +201,8 @@ def evaluate(
     settings = settings or EvaluationSettings()
     samples = task.samples(settings.split, settings.samples)
     _check(loaded, policies, samples)
+    if note := loaded.adapter.partly_governed:
+        watch.say(note)
     rows = policy_rows(policies)
     steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
     answering = settings.answering(loaded, task, samples)
@@ -212,7 +214,7 @@ def evaluate(
 
     dense = answers_of(None)
     if settings.baselines:
-        shapes = [PromptShape(a.system, a.vision, a.text) for a in dense]
+        shapes = [PromptShape(a.system, a.vision, a.text, loaded.adapter.governed) for a in dense]
         length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
         rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
         steps.total = settings.units(rows, len(samples))

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from avlprof.policy import PromptShape
+from avlprof.policy import PromptShape, counted_layers
 from avlprof.runtime.buffers import BufferedLayer
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """KV bytes of one row of a batch, over all full-attention layers and KV heads.
+    """KV bytes of one row of a batch, over all layers that a policy acts on and their KV heads.
 
     `live` is what is kept of the prompt, `dense` what the stock cache holds of it without padding,
     `allocated` the row's equal part of the storage behind the cache: padding to the batch's
@@ -29,11 +29,11 @@ class Footprint:
 def footprints(cache: Any, rows: Sequence[PromptShape]) -> list[Footprint]:
     """The footprint of each row of `cache`, which holds nothing but the prompts `rows`.
 
-    `cache` is the runtime's or a stock `DynamicCache`. Layers with a sliding window are left
-    out: no policy governs them, and what they hold does not depend on it.
+    `cache` is the runtime's or a stock `DynamicCache`. Layers that no policy acts on (`governed` of
+    the rows), and those with a sliding window, are left out: what they hold does not depend on it.
     """
     live, dense, allocated = [0] * len(rows), [0] * len(rows), 0
-    for layer in cache.layers:
+    for layer in (cache.layers[index] for index in counted_layers(rows, len(cache.layers))):
         if layer.is_sliding:
             continue
         size = _bytes_per_token(layer.keys) + _bytes_per_token(layer.values)
@@ -46,7 +46,7 @@ def footprints(cache: Any, rows: Sequence[PromptShape]) -> list[Footprint]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the storage behind all layers of a cache, sliding ones included."""
+    """Bytes of the storage behind all layers of a cache, windows and states included."""
     return sum(storage_bytes(layer) for layer in cache.layers)
 
 
@@ -54,8 +54,9 @@ def storage_bytes(layer: Any) -> int:
     """Bytes of the storage behind one layer, the bookkeeping of slots included; 0 before its first token."""
     if isinstance(layer, BufferedLayer):
         return layer.allocated_bytes()
-    tensors = [states for states in (layer.keys, layer.values) if isinstance(states, Tensor)]
-    return sum(states.untyped_storage().nbytes() for states in tensors)
+    held = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
+    parts = [part for one in held for part in (one.values() if isinstance(one, dict) else [one])]
+    return sum(part.untyped_storage().nbytes() for part in parts if isinstance(part, Tensor))
 
 
 def _bytes_per_token(states: Tensor) -> int:

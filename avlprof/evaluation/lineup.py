@@ -18,6 +18,7 @@ from avlprof.policy import (
     PromptShape,
     ScorerSpec,
     TextPolicy,
+    counted_layers,
     find_policy,
     live_share,
     read_share,
@@ -117,7 +118,7 @@ def equal_bytes(
         return []
     random = uniform.model_copy(update={"name": "random", "scorer": ScorerSpec(name="random")})
     ranked_at_random = policy.scorer.name == "random" and not joint
-    flat_already = _is_flat(policy, layers)
+    flat_already = _is_flat(policy, counted_layers(prompts, layers), layers)
     baselines = [] if flat_already and not ranked_at_random else [uniform]
     return baselines if flat_already and ranked_at_random else [*baselines, random]
 
@@ -153,8 +154,10 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
     return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
 
 
-def _is_flat(policy: Policy, layers: int) -> bool:
-    return policy.joint is None and len(set(policy.keep(layers))) == len(set(policy.compute(layers))) == 1
+def _is_flat(policy: Policy, own: Sequence[int], layers: int) -> bool:
+    """Whether a policy says the same of all layers that are counted."""
+    keep, compute = policy.keep(layers), policy.compute(layers)
+    return policy.joint is None and len({(keep[layer], compute[layer]) for layer in own}) == 1
 
 
 def _unique(rows: Sequence[PolicyRow]) -> list[PolicyRow]:

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from avlprof.attention.gate import LayerRole, check_traced, decoder_of, layer_roles
+from avlprof.attention.gate import LayerRole, check_traced, decoder_of, governed_layers, layer_roles
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
 from avlprof.models.chat import chat_text, lacking, one_line, processor_inputs
 from avlprof.models.tiles import Layout, Tile
+from avlprof.policy import said_governed
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.turn import Message
 
@@ -87,16 +88,15 @@ class Adapter:
         """What each layer keeps of its tokens, and whether a policy acts on it."""
         return layer_roles(self.text_config)
 
+    @cached_property
+    def governed(self) -> tuple[int, ...] | None:
+        """The layers that a policy acts on, where there are others too; None means all."""
+        return governed_layers(self.text_config)
+
     @property
     def partly_governed(self) -> str:
         """What a reader of budgets has to know where policies leave layers as they are; else empty."""
-        others = sum(not role.governed for role in self.roles)
-        if not others:
-            return ""
-        return (
-            f"{others} of {self.layers} layers keep a window, a state or other layers' keys, which policies "
-            "leave as they are; budgets count all layers alike, evaluate shows the bytes that are held"
-        )
+        return said_governed(self.governed, self.layers)
 
     @property
     def _layer_config(self) -> Any:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from avlprof.errors import UserError
 from avlprof.plots.style import MODALITY_COLOURS, SOFT, layer_axis, new_figure, percent_axis, theme
-from avlprof.policy import Policy, broadcast
+from avlprof.policy import Policy, acts_on, broadcast
 
 COLUMNS = 3
 READ_WHOLE = "Kept in memory and read at every step"
@@ -39,21 +39,34 @@ class PolicyPanel:
 class PolicyInfo:
     """What `policy_layers` draws: a column a policy, all with the same number of layers.
 
-    `scalar` says that the one layer drawn stands for every layer.
+    `scalar` says that the one layer drawn stands for every layer. `governed` are the layers that are
+    drawn, where the model has others too, which policies leave as they are; None means all.
     """
 
     layers: int
     panels: tuple[PolicyPanel, ...]
     scalar: bool = False
+    governed: tuple[int, ...] | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        """The layers that have bars."""
+        return list(range(self.layers) if self.governed is None else self.governed)
 
 
-def policy_layers_info(policies: Policy | Sequence[Policy], layers: int | None = None) -> PolicyInfo:
+def policy_layers_info(
+    policies: Policy | Sequence[Policy],
+    layers: int | None = None,
+    governed: tuple[int, ...] | None = None,
+) -> PolicyInfo:
     """Ratios and text windows by layer.
 
     Args:
         policies: one or several.
         layers: layers of the model; by default what the policies are written for (1 when all
             of them hold one scalar for every layer).
+        governed: layers that policies act on, where there are others too; by default what the first
+            policy's provenance says.
 
     Raises:
         UserError: there is no policy, or the policies are for models of different depth.
@@ -66,12 +79,18 @@ def policy_layers_info(policies: Policy | Sequence[Policy], layers: int | None =
         layers = next((policy.layers for policy in policies if policy.layers), 1)
     for policy in policies:
         policy.check_layers(layers)
-    return PolicyInfo(layers, tuple(_panel(policy, layers) for policy in policies), scalar)
+    own = governed or next((acts_on(policy) for policy in policies if acts_on(policy)), None)
+    own = None if own is None or scalar or max(own) >= layers else own
+    return PolicyInfo(layers, tuple(_panel(policy, layers) for policy in policies), scalar, own)
 
 
-def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int | None = None) -> Figure:
+def policy_layers(
+    policies: Policy | Sequence[Policy] | PolicyInfo,
+    layers: int | None = None,
+    governed: tuple[int, ...] | None = None,
+) -> Figure:
     """Bars of stored and attended vision KV above the text that stays, a column a policy."""
-    info = policies if isinstance(policies, PolicyInfo) else policy_layers_info(policies, layers)
+    info = policies if isinstance(policies, PolicyInfo) else policy_layers_info(policies, layers, governed)
     cols = 2 if len(info.panels) == 4 else min(len(info.panels), COLUMNS)
     bands = math.ceil(len(info.panels) / cols)
     with theme():
@@ -81,7 +100,10 @@ def policy_layers(policies: Policy | Sequence[Policy] | PolicyInfo, layers: int 
         title = (
             f"What policy “{info.panels[0].name}” keeps in each layer" if one else "What each policy keeps"
         )
-        note = "" if spoken or any(panel.joint for panel in info.panels) else "all text stays"
+        notes = [] if spoken or any(panel.joint for panel in info.panels) else ["all text stays"]
+        if info.governed is not None:
+            notes.append(f"policies act on the {len(info.governed)} layers with bars")
+        note = "; ".join(notes)
         figure = new_figure(title, note, size)
         rows = 2 if spoken else 1
         axes = figure.subplots(rows * bands, cols, squeeze=False, height_ratios=[2, 1][:rows] * bands)
@@ -127,16 +149,17 @@ def _longest_window(info: PolicyInfo) -> float:
 
 def _top(info: PolicyInfo) -> float:
     """End of the axis of shares, one for all panels: small shares fill it as well."""
-    most = max(max(panel.keep) for panel in info.panels)
+    most = max(max(panel.keep[layer] for layer in info.drawn) for panel in info.panels)
     return min(math.ceil(most * 1.1 * 10 - 1e-9) / 10 or 0.1, 1.0)
 
 
 def _draw_vision(
     panel: PolicyPanel, info: PolicyInfo, ax: Axes, top: float, named: bool, label: bool
 ) -> None:
-    where = list(range(info.layers))
-    ax.bar(where, panel.keep, 0.82, color=STORED, linewidth=0)
-    ax.bar(where, panel.compute, 0.82 if panel.compute == panel.keep else 0.5, color=COMPUTED, linewidth=0)
+    where = info.drawn
+    kept, read = ([shares[layer] for layer in where] for shares in (panel.keep, panel.compute))
+    ax.bar(where, kept, 0.82, color=STORED, linewidth=0)
+    ax.bar(where, read, 0.82 if read == kept else 0.5, color=COMPUTED, linewidth=0)
     how = (
         f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
     )
@@ -155,7 +178,7 @@ def _draw_text(panel: PolicyPanel, info: PolicyInfo, ax: Axes, longest: float) -
         ax.set_yticks([])
         ax.set_ylabel("Text")
         return
-    ax.bar(range(info.layers), panel.text, 0.82, color=SPOKEN, linewidth=0)
+    ax.bar(info.drawn, [panel.text[layer] for layer in info.drawn], 0.82, color=SPOKEN, linewidth=0)
     if panel.text_share:
         ax.set_ylabel("Text KV")
         percent_axis(ax, "y")

@@ -14,7 +14,19 @@ from avlprof.policy.schema import (
     TextPolicy,
     broadcast,
 )
-from avlprof.policy.sizes import LayerSizes, PromptShape, live_share, read_share, sizes, text_room, tokens
+from avlprof.policy.sizes import (
+    LayerSizes,
+    PromptShape,
+    acts_on,
+    counted_layers,
+    dense_tokens,
+    live_share,
+    read_share,
+    said_governed,
+    sizes,
+    text_room,
+    tokens,
+)
 from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_policy, save_policy, shipped
 
 __all__ = [
@@ -32,13 +44,17 @@ __all__ = [
     "Score",
     "ScorerSpec",
     "TextPolicy",
+    "acts_on",
     "broadcast",
+    "counted_layers",
+    "dense_tokens",
     "dump_policy",
     "find_policy",
     "live_share",
     "load_policy",
     "parse_policy",
     "read_share",
+    "said_governed",
     "save_policy",
     "shipped",
     "sizes",

@@ -63,7 +63,8 @@ class Provenance(BaseModel):
 
     `budget` and `read_budget` are shares of the dense prompt KV (memory and mean read per
     step); scores are of `metric` on held-out samples; bytes are per prompt. `trial` counts within the
-    study's second stage when the policy was `refined` layer by layer.
+    study's second stage when the policy was `refined` layer by layer. `governed` are the layers that
+    the policy acts on and shares are of, where the model has others too; None means all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +87,7 @@ class Provenance(BaseModel):
     read_budget: float | None = None
     measured_budget: float | None = None
     measured_read_budget: float | None = None
+    governed: tuple[int, ...] | None = None
     answer_tokens: int | None = None
     metric: str = ""
     scores: dict[str, Score] = {}

@@ -5,21 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from avlprof.errors import UserError
 from avlprof.policy.schema import Policy, broadcast, of_layer
 
 
 @dataclass(frozen=True)
 class PromptShape:
-    """Token counts of one prompt by modality."""
+    """Token counts of one prompt by modality, and the layers whose KV of it is counted.
+
+    `governed` are the layers that policies act on, where a model has others too, which keep a window,
+    a state or other layers' keys; None means all. Budgets, shares and bytes are of these layers alone.
+    """
 
     system: int
     vision: int
     text: int
+    governed: tuple[int, ...] | None = None
 
     @property
     def total(self) -> int:
         """All prompt tokens: what the dense cache stores a layer."""
         return self.system + self.vision + self.text
+
+    def layers(self, layers: int) -> tuple[int, ...]:
+        """The layers whose KV is counted, of a model of `layers`."""
+        return tuple(range(layers)) if self.governed is None else self.governed
+
+
+def counted_layers(prompts: Sequence[PromptShape], layers: int) -> tuple[int, ...]:
+    """The layers whose KV is counted: the same ones for all prompts of a model."""
+    return prompts[0].layers(layers) if prompts else tuple(range(layers))
+
+
+def acts_on(policy: Policy) -> tuple[int, ...] | None:
+    """The layers that a policy acts on, as its provenance says, where its model has others too; None: all."""
+    return policy.provenance.governed if policy.provenance else None
+
+
+def said_governed(governed: tuple[int, ...] | None, layers: int) -> str:
+    """Which layers budgets and shares are of, in words; empty where they are of all."""
+    if governed is None:
+        return ""
+    if not governed:
+        return f"policies act on none of the {layers} layers"
+    listed = ", ".join(str(layer) for layer in governed)
+    return (
+        f"budgets and shares are of the KV of {len(governed)} of {layers} layers ({listed}); the others "
+        "keep a window, a state or other layers' keys, which policies leave as they are"
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +79,9 @@ class LayerSizes:
         return self.system + self.core + self.text
 
 
+NOTHING = LayerSizes(0, 0, 0, 0)
+
+
 def tokens(ratio: float, count: int) -> int:
     """`floor(ratio * count + 1e-6)`: the tokens that a kept share of `count` tokens means."""
     return int(ratio * count + 1e-6)
@@ -55,9 +91,15 @@ def sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]:
     """Token counts of every layer right after prefill, for one prompt.
 
     Runtime, allocators and accounting all use this function. Vision counts are capped by
-    what a prefill filter left for the layer.
+    what a prefill filter left for the layer. A layer that is not counted has none.
     """
     policy.check_layers(layers)
+    counted = prompt.layers(layers)
+    whole = _sizes(policy, prompt, layers)
+    return [size if layer in counted else NOTHING for layer, size in enumerate(whole)]
+
+
+def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]:
     if policy.joint is not None:
         shares = broadcast(policy.joint.keep, layers)
         return [
@@ -93,10 +135,23 @@ def vision_left(policy: Policy, vision: int, layers: int) -> list[int]:
 def live_share(policy: Policy, prompts: Sequence[PromptShape], layers: int) -> float:
     """The budget a policy uses: prompt KV live after prefill over the dense cache's.
 
-    Summed over prompts and layers; with one head size for all layers, tokens are bytes.
+    Summed over prompts and the layers that are counted, which have one head size, so that tokens
+    are bytes.
     """
     stored = sum(size.stored for prompt in prompts for size in sizes(policy, prompt, layers))
-    return stored / (layers * sum(prompt.total for prompt in prompts))
+    return stored / dense_tokens(prompts, layers)
+
+
+def dense_tokens(prompts: Sequence[PromptShape], layers: int) -> int:
+    """Prompt tokens that the dense cache stores in all layers that are counted.
+
+    Raises:
+        UserError: none is, since no policy acts on any layer of the model.
+    """
+    total = sum(len(prompt.layers(layers)) * prompt.total for prompt in prompts)
+    if not total and prompts and not counted_layers(prompts, layers):
+        raise UserError("policies act on no layer of this model, so no KV is counted; it can be traced")
+    return total
 
 
 def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answer_tokens: int) -> float:
@@ -115,7 +170,7 @@ def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answ
         for size, pushed in zip(sizes(policy, prompt, layers), gone, strict=True):
             refreshes = steps // every if every and size.core < size.vision else 0
             read += steps * size.read + refreshes * share * (size.vision - size.core) - pushed
-    return read / (steps * layers * sum(prompt.total for prompt in prompts))
+    return read / (steps * dense_tokens(prompts, layers))
 
 
 def _text_pushed_out(policy: Policy, prompt: PromptShape, layers: int, steps: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from avlprof.analysis import Profile
 from avlprof.budgets.resolve import resolve
 from avlprof.plots import policy_layers
-from avlprof.policy import Policy, Provenance, Score, dump_policy, live_share, read_share
+from avlprof.policy import Policy, Provenance, Score, dump_policy, live_share, read_share, said_governed
 from avlprof.report.figures import Embedded, as_svg
 from avlprof.report.tables import percent
 
@@ -51,7 +51,7 @@ def policy_part(policy: Policy, profile: Profile) -> PolicyPart:
         name=policy.name,
         description=policy.description,
         facts=tuple(_facts(clear, profile, origin)),
-        figure=as_svg(policy_layers(clear, profile.layers)),
+        figure=as_svg(policy_layers(clear, profile.layers, profile.governed)),
         metric=origin.metric,
         scores=tuple(_score_row(name, score) for name, score in origin.scores.items()),
         proof=_proof(origin),
@@ -72,6 +72,7 @@ def _facts(policy: Policy, profile: Profile, origin: Provenance) -> list[tuple[s
     rows = [
         ("Live prompt KV", f"{percent(live)} of dense after prefill, on this run's {len(prompts):,} prompts"),
         ("Read prompt KV", f"{percent(read)} of dense per step, mean over {steps} decoding steps"),
+        ("Layers", said_governed(profile.governed, layers)),
         ("Asked for", " and ".join(budget)),
         ("Made by", ", ".join(text for text in (origin.made_by, origin.created) if text)),
         ("Made for", ", ".join(text for text in (model, origin.task) if text)),

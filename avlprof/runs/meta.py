@@ -30,7 +30,8 @@ class RunMeta(BaseModel):
     With `forced` the answers are the references, and `max_new_tokens` 0 leaves them whole.
     `policy` and `policy_hash` are empty when the model ran densely, else the policy's. `checkpoint`
     is what decides answers beside the weights (`avlprof.models.identity`), `dataset` where the
-    samples come from; version 0.1.0 noted neither.
+    samples come from; version 0.1.0 noted neither. `governed` are the layers that policies act on, where
+    the model has others too; None means all, as 0.1.0 took it for every model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,7 @@ class RunMeta(BaseModel):
     heads: int
     kv_heads: int
     head_dim: int
+    governed: tuple[int, ...] | None = None
     dtype: str
     device: str
     task: str
@@ -88,11 +90,11 @@ class RunMeta(BaseModel):
         """What makes a run what it is, as the hash of its directory takes it; as version 0.1.0 wrote it."""
         joined = self.model_copy(update={"policy": self.policy_label})
         unknown = {name for name in NOTED if not getattr(self, name)}
-        return joined.model_dump_json(exclude={"created", "policy_hash", *unknown})
+        return joined.model_dump_json(exclude={"created", "policy_hash", "governed", *unknown})
 
     def differences(self, other: RunMeta) -> list[str]:
         """Fields in which another run's settings differ, as `field: ours, theirs`."""
-        loose = {"created", "versions", "device", *NOTED}
+        loose = {"created", "versions", "device", "governed", *NOTED}
         different = [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
             for name in type(self).model_fields

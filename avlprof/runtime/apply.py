@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
-from avlprof.attention.gate import check_traced, unwrapped
+from avlprof.attention.gate import check_traced, governed_layers, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
@@ -99,6 +99,8 @@ class Runtime:
             positions = positions.gather(-1, columns[:, None])
         pool = as_joint(modality) if self.policy.joint else modality
         turn = None if layer is None else layer.turn_for(call, pool, positions)
+        if turn is not None:
+            turn = replace(turn, texts=tuple(shape.text for shape in cache.turn))
         if layer is None or turn is None:
             if call.layer + 1 in self.short.steps:
                 self.short.choose(Prefill.of(call, modality), self.policy, cache.turn, call.layer)
@@ -137,7 +139,7 @@ def apply(
         policy = find_policy(str(policy))
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
-    policy = resolve_by_depth(policy, text_config.num_hidden_layers)
+    policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
     runtime = Runtime(policy, text_config, captured=captured is not None)
     check_supported(policy)
     cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -74,11 +75,17 @@ class CoreSlots:
         )
         return pad(chosen, (start, 0)) if start else chosen
 
-    def exchange(self, new: Tensor, buffers: tuple[Tensor, ...], fixed: bool) -> None:
+    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
         """Make `new [B, groups, n]` the core: exchange slots of all buffers.
 
-        `fixed`: exchange as many pairs as could be needed, so that the host need not ask how many.
+        `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
+        changes; else as many pairs are exchanged as could be needed.
         """
+        if new.is_cuda and find_spec("triton") is not None:
+            from avlprof.runtime.triton_exchange import triton_exchange
+
+            triton_exchange(buffers, self.core, new, self.exchanges)
+            return
         if not fixed:
             exchange_counted(buffers, self.core, new)
             return
@@ -101,6 +108,11 @@ class Candidates:
     left: int
 
     @property
+    def in_order(self) -> bool:
+        """Whether positions ascend with the columns, padding aside: nothing need be sorted by them."""
+        return self.turn.past == 0
+
+    @property
     def system(self) -> Tensor:
         """bool `[B, 1, n + N]`: system text, which all stays."""
         new = (self.turn.modality == Modality.SYSTEM)[:, None]
@@ -120,11 +132,14 @@ def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores
     turn, old, groups, device = candidates.turn, candidates.classes, scores.shape[1], scores.device
     vision = (turn.modality == Modality.VISION)[:, None].expand_as(scores)
     new = best(scores, vision, per_row(kept, device)[:, 0, 0])
+    if candidates.in_order and cores == kept:
+        return torch.where(new, CORE, PADDING)
     was = ((old == STORED) | (old == CORE)).expand(-1, groups, -1)
     stays = torch.cat([was, new], dim=-1)
     if turn.past:
         scores = group_mean(turn.all_weights(turn.last_row[:, None])[:, :, 0], groups)
-    core = best(scores, stays, per_row(cores, device)[:, 0, 0], candidates.positions[:, :groups])
+    positions = None if candidates.in_order else candidates.positions[:, :groups]
+    core = best(scores, stays, per_row(cores, device)[:, 0, 0], positions)
     return torch.where(core, CORE, torch.where(stays, STORED, PADDING))
 
 
@@ -149,17 +164,19 @@ def text_choice(
         own = [plan.text for plan in plans]
         sinks = [0 if turn.past else plan.sink for plan in plans]
         newest = [min(joint.newest(n), n - s) for n, s in zip(own, sinks, strict=True)]
-        return torch.cat(
-            [was, choose(scores, new, positions[..., turn.past :], own, sinks, newest)], -1
-        ), None
+        fresh = None if candidates.in_order else positions[..., turn.past :]
+        return torch.cat([was, choose(scores, new, fresh, own, sinks, newest)], -1), None
     # any other part: held and new tokens compete together, as they will at every step
     running = _running(candidates, scores, part, text)
+    if candidates.in_order and counts == turn.text_counts:  # all stay
+        return text, running
     ranked = running
     if ranked is None:
         ranked = scores if joint is not None and not turn.past else positions.float()
     sinks = [min(rule.sink(pool), n) for pool, n in zip(part.pools, counts, strict=True)]
     newest = [min(n, c - s) for (_, n), c, s in zip(part.rooms(), counts, sinks, strict=True)]
-    return choose(ranked, text, positions, counts, sinks, newest), running
+    order = None if candidates.in_order else positions
+    return choose(ranked, text, order, counts, sinks, newest), running
 
 
 def _running(candidates: Candidates, scores: Tensor, part: TextPart, text: Tensor) -> Tensor | None:
@@ -178,18 +195,22 @@ def _running(candidates: Candidates, scores: Tensor, part: TextPart, text: Tenso
 def choose(
     scores: Tensor,
     candidates: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     counts: list[int],
     sinks: list[int],
     newest: list[int],
 ) -> Tensor:
     """Mark `counts` candidates of each row: its `sinks` first, its `newest`, and the best others.
 
-    `scores`, `candidates` (bool) and `positions` are `[B, G, n]`; so is the answer.
+    `scores`, `candidates` (bool) and `positions` are `[B, G, n]`; so is the answer. Positions are None
+    where those of candidates ascend with the columns.
     """
     device = scores.device
-    ordered = positions.masked_fill(~candidates, torch.iinfo(positions.dtype).max)
-    age = ordered.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    if positions is None:
+        age = candidates.long().cumsum(dim=-1) - 1  # of candidates alone; of others it is not read
+    else:
+        ordered = positions.masked_fill(~candidates, torch.iinfo(positions.dtype).max)
+        age = ordered.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
     total = candidates.sum(dim=-1, keepdim=True)
     safe = (age < per_row(sinks, device)) | (age >= total - per_row(newest, device))
     ranked = scores.masked_fill(safe & candidates, float("inf"))

@@ -185,8 +185,9 @@ class AdaptiveLayer(SlotLayer):
         # 3 lay out: in the order that makes each step's reads one view; what is in neither part goes
         self.plans = merged(self.plans, plans, counts)
         self._left, most = max(p.system + p.vision for p in self.plans), max(counts)
-        text_slots = text_order(classes, candidates.positions, most)
-        order = torch.cat([left_order(classes, candidates.positions, self._left), text_slots], dim=-1)
+        known = None if candidates.in_order else candidates.positions
+        text_slots = text_order(classes, known, most)
+        order = torch.cat([left_order(classes, known, self._left), text_slots], dim=-1)
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
         room = self.text.reserve(most)
         self.fill(call.key, call.value, candidates.positions, order, room)

@@ -74,19 +74,24 @@ def slot_classes(
     return torch.where(column < left, classes, torch.where(text, TEXT, PADDING))
 
 
-def left_order(classes: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Columns `[B, G, length]` of the left part: classes ascending, and positions inside a class."""
+def left_order(classes: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """Columns `[B, G, length]` of the left part: classes ascending, and positions inside a class.
+
+    Positions are None where they ascend with the columns.
+    """
     classes = classes.masked_fill(classes == TEXT, PADDING)
     order = _by_position(classes, positions)
     return order[..., order.shape[-1] - length :]
 
 
-def text_order(classes: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Columns `[B, G, length]` of the text part, left-aligned, positions ascending."""
+def text_order(classes: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """Columns `[B, G, length]` of the text part, left-aligned, positions ascending; None as above."""
     return _by_position((classes != TEXT).long(), positions)[..., :length]
 
 
-def _by_position(classes: Tensor, positions: Tensor) -> Tensor:
+def _by_position(classes: Tensor, positions: Tensor | None) -> Tensor:
+    if positions is None:
+        return classes.argsort(dim=-1, stable=True)
     by_position = positions.argsort(dim=-1, stable=True)
     by_class = classes.gather(-1, by_position).argsort(dim=-1, stable=True)
     return by_position.gather(-1, by_class)

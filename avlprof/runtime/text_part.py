@@ -94,7 +94,8 @@ class TextPart:
             if self.prompt_read is None:
                 self.prompt_read = torch.zeros((), dtype=torch.float64, device=tokens.device)
             return
-        self.prompt = tokens[:, 0].tolist()
+        # behind a first prompt nothing else is held, and the host need not wait for the device's count
+        self.prompt = list(counts) if len(spans) == 1 else tokens[:, 0].tolist()
         self._ages = [
             deque(range(min(self.rule.sink(pool), n), n)) for pool, n in zip(self.pools, counts, strict=True)
         ]

@@ -24,12 +24,14 @@ class TurnPrefill(Prefill):
     The fields of `Prefill` speak of the new tokens alone, so a scorer ranks the new images of a
     turn like the first; its attention rows are normalised over the held tokens too. `past_key`
     is `[B, Hkv, n, D]`, `past_positions [B, G, n]` are logical, and `past_seen` is bool `[B, G, N, n]`,
-    what each new row sees of them.
+    what each new row sees of them. `texts` are the new text tokens of each row, where the host has
+    counted them.
     """
 
     past_key: Tensor | None = None
     past_positions: Tensor | None = None
     past_seen: Tensor | None = None
+    texts: tuple[int, ...] | None = None
 
     @classmethod
     def behind(
@@ -70,7 +72,9 @@ class TurnPrefill(Prefill):
 
     @property
     def text_counts(self) -> list[int]:
-        """New text tokens of each row; waits for the device."""
+        """New text tokens of each row; waits for the device unless the host has counted them."""
+        if self.texts is not None:
+            return list(self.texts)
         counts: list[int] = (self.modality == Modality.TEXT).sum(dim=1).tolist()
         return counts
 

@@ -1,37 +1,20 @@
-"""The measured rows of all prompts of a batch as tables on the device, and their sums row by row."""
+"""The measured rows of all prompts of a batch, as tables that kernels read on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from avlprof.attention.call import AttentionCall
 from avlprof.attention.modality import Modality
 from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.prompt import INSTRUCTION, LAST, MeasuredRows, PromptSums
-from avlprof.tracing.statistics import history
-from avlprof.tracing.sums import Sums
+from avlprof.tracing.prompt import INSTRUCTION, LAST, MeasuredRows
 
 KEY_BLOCK = 64
 MOST_VISION = 1 << 15  # positions from the first to the last vision token: what a program can hold
-MOST_HEAD_DIM = 256
 _NEVER = 0x7FFFFFFF  # number among the text tokens of a token that is none
-
-
-def serves(call: AttentionCall, options: RecordOptions) -> bool:
-    """Whether kernels measure a prompt's rows: on CUDA with Triton, where no block of weights is set."""
-    return (
-        call.query.is_cuda
-        and options.block is None
-        and call.positions is None
-        and call.key.shape[2] == call.query.shape[2]
-        and call.query.shape[-1] <= MOST_HEAD_DIM
-        and find_spec("triton") is not None
-    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,11 @@ class BatchRows:
     def text(self) -> int:
         """Most text tokens of a row."""
         return max(len(plan.columns.text) for plan in self.plans)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernels can hold a row's vision tokens."""
+        return self.span <= MOST_VISION
 
     @property
     def is_covered(self) -> bool:
@@ -143,36 +131,6 @@ def _row_tables(plan: MeasuredRows, at: Tensor) -> dict[str, Tensor]:
         "text_rows": text_rows,
         "text_order": columns.order[plan.rows[text_rows]],
     }
-
-
-def measure_batch(call: AttentionCall, plan: BatchRows) -> Iterator[PromptSums]:
-    """Sums of each prompt of a batch, in order; all rows and heads are measured together."""
-    from avlprof.tracing.triton_rows import PromptRows, triton_rows
-
-    causal = bool(getattr(call.module, "is_causal", True))
-    rows = PromptRows(call.query, call.key, call.scaling, call.softcap, call.mask, causal, call.sinks)
-    sums = triton_rows(rows, plan)
-    for index, own in enumerate(plan.plans):
-        kinds = Sums(own.kinds)
-        count = len(own.kinds)
-        kinds.values = sums.values[index, :, :count]
-        kinds.coverage = None if sums.coverage is None else sums.coverage[index, :, :count]
-        past = None
-        if own.options.history is not None:
-            past = _history(plan, index, sums.texts, sums.received.shape[1])
-        columns = plan.real[index].nonzero()[own.columns.vision.positions, 0]
-        yield PromptSums(kinds, sums.received[index], past, columns)
-
-
-def _history(plan: BatchRows, index: int, texts: Tensor | None, heads: int) -> Tensor:
-    """A-VL's history scores fp64 `[H or 1, T]` of one prompt's text tokens."""
-    own = plan.plans[index]
-    tokens, rows, kept = len(own.columns.text), own.kinds.get("text", 0), own.options.history
-    assert kept is not None
-    if texts is None or not rows:
-        return torch.zeros(heads, tokens, dtype=torch.float64, device=plan.codes.device)
-    scores = history(texts[index, :, :rows, :tokens], plan.text_order[index, :rows], kept, decoding=False)
-    return scores if own.options.per_head else scores.mean(dim=0, keepdim=True)
 
 
 def _uniform(codes: Tensor) -> Tensor:

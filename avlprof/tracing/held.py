@@ -34,7 +34,9 @@ class HeldSteps:
         if self._calls:  # all but the newest are their queries and masks
             none = self._calls[-1].key[:0]
             self._calls[-1] = self._calls[-1]._replace(key=none, value=none)
-        self._calls.append(call._replace(value=call.key))
+        self._calls.append(
+            call._replace(query=call.query.detach(), key=call.key.detach(), value=call.key[:0])
+        )
         self._open.append(tuple(rows))
         count, logits = len(self._calls), call.query.shape[1] * call.key.shape[2]
         most = self._most or (CPU_LOGITS if call.key.device.type == "cpu" else DEVICE_LOGITS)

@@ -127,6 +127,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         heads=adapter.heads,
         kv_heads=adapter.kv_heads,
         head_dim=adapter.head_dim,
+        governed=adapter.governed,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device=str(loaded.model.device),
         task=task.name,

@@ -14,7 +14,7 @@ from avlprof.tracing import statistics
 from avlprof.tracing.columns import UNSEEN, Columns, row_values
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.statistics import history
-from avlprof.tracing.sums import Sums
+from avlprof.tracing.sums import Sums, joined_sums
 
 KINDS = {"system": Modality.SYSTEM, "vision": Modality.VISION, "text": Modality.TEXT}
 RECEIVED = ("last", "instruction", "all")
@@ -50,12 +50,16 @@ class Block:
 
 
 class MeasuredRows:
-    """The rows of a prompt that are measured: once each, also where a row is of two kinds."""
+    """The rows of a prompt that are measured: once each, also where a row is of two kinds.
 
-    def __init__(self, columns: Columns) -> None:
+    Those of a further pass begin at `start`, behind what passed before.
+    """
+
+    def __init__(self, columns: Columns, start: int = 0) -> None:
         self.columns = columns
         options = self.options = columns.options
-        rows = {kind: (columns.codes == code).nonzero()[:, 0] for kind, code in KINDS.items()}
+        new = columns.codes[start:]
+        rows = {kind: (new == code).nonzero()[:, 0] + start for kind, code in KINDS.items()}
         if options.rows != "all":
             rows["vision"] = _spread(rows["vision"], options.vision_rows)
         rows["last"] = torch.tensor([columns.count - 1])
@@ -146,9 +150,10 @@ DEVICE_BLOCK = 1 << 22  # and few launches
 class PromptAttention:
     """What one row of a batch attended with, padding left out.
 
-    `query [H, N, D]` and `key [Hkv, N, D]` are post-RoPE; `mask` is bool `[N, N]` or `[H, N, N]`, or None
-    where attention was causal, or (`causal` False) whole. `sinks [H]` are learned logits, if there
-    are any.
+    `query [H, R, D]` and `key [Hkv, N, D]` are post-RoPE, the queries those of the last R of N tokens:
+    all of a prompt, fewer of a further pass. `mask` is bool `[R, N]` or `[H, R, N]`, or None where all N
+    attended and attention was causal, or (`causal` False) whole. `sinks [H]` are learned logits, if
+    there are any.
     """
 
     query: Tensor
@@ -158,6 +163,11 @@ class PromptAttention:
     mask: Tensor | None
     causal: bool
     sinks: Tensor | None = None
+
+    @property
+    def before(self) -> int:
+        """Keys in front of those of the first query."""
+        return self.key.shape[1] - self.query.shape[1]
 
 
 @dataclass
@@ -180,8 +190,7 @@ def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums
     Weights exist for some rows of some KV groups at a time, and for the keys that these rows may
     see. Nothing here waits for a device.
     """
-    heads, length, _ = attention.query.shape
-    groups = len(attention.key)
+    heads, (groups, length, _) = len(attention.query), attention.key.shape
     size, device = heads // groups, attention.key.device
     budget = plan.options.block or (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK)
     kept = heads if plan.options.per_head else 1
@@ -201,6 +210,25 @@ def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums
     return total
 
 
+def joined(before: PromptSums | None, latest: PromptSums) -> PromptSums:
+    """What a prompt and a further pass came to: all adds up, but the last row, which is the latter's."""
+    if before is None:
+        return latest
+    device = latest.received.device
+    received = before.received if before.columns is None else before.received[..., before.columns]
+    received = _widened(received.to(device), latest.received)
+    received[:, LAST] = 0.0
+    past = before.history
+    if past is not None and latest.history is not None:
+        past = _widened(past.to(device), latest.history) + latest.history
+    return PromptSums(joined_sums(before.sums, latest.sums, "last"), received + latest.received, past)
+
+
+def _widened(values: Tensor, latest: Tensor) -> Tensor:
+    """A copy with as many columns as `latest`; there was nothing yet in those behind."""
+    return torch.nn.functional.pad(values, (0, latest.shape[-1] - values.shape[-1])).clone()
+
+
 def _measure(
     total: PromptSums, attention: PromptAttention, plan: MeasuredRows, block: Block, seen: int, groups: slice
 ) -> None:
@@ -209,14 +237,14 @@ def _measure(
     heads = slice(groups.start * size, groups.stop * size)
     options, columns = plan.options, plan.columns
     logits = head_logits(
-        attention.query[heads, block.rows],
+        attention.query[heads, block.rows - attention.before],
         attention.key[groups, :seen],
         attention.scaling,
         attention.softcap,
     )
     blind = None
     if attention.mask is not None:
-        allowed = attention.mask[..., block.rows, :]
+        allowed = attention.mask[..., block.rows - attention.before, :]
         allowed = allowed[heads] if allowed.ndim == 3 else allowed
         logits += (~allowed).float() * UNSEEN  # several times as fast as filling by a mask
         blind = ~allowed.any(dim=-1)

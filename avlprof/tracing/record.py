@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,20 @@ from avlprof.tracing.prompt import (
     MeasuredRows,
     PromptAttention,
     PromptSums,
+    joined,
     measure_prompt,
 )
 from avlprof.tracing.steps import LayerSteps
+from avlprof.tracing.sums import Sums, all_finite, frames
+
+PREFILL, DECODE = "prefill", "decode"
 
 
 class RowRecord:
     """Statistics and vision scores of one row of a batch (one prompt and its answer).
 
-    `modality [N]` of the prompt without padding, in host memory; `steps` counts the passes behind
-    the prompt. `frame()` and `scores()` are what a run directory stores of it.
+    `modality [N]` of the prompt without padding, in host memory, with that of further turns; `steps`
+    counts the passes behind the prompt. `frame()` and `scores()` are what a run directory stores of it.
 
     Memory: the sums are small and do not grow. Decoding scores are 4 bytes x layers x vision
     tokens for each step, in host memory (32 layers, 2,880 tokens: 0.35 MiB a step), and with
@@ -46,6 +50,7 @@ class RowRecord:
         self.options = options
         self.steps = 0
         self._grown = self.modality
+        self._new = len(self.modality)
         self._prompt: list[PromptSums | None] = [None] * layers
         self._steps = [LayerSteps(options) for _ in range(layers)]
         self._plans: dict[torch.device, MeasuredRows] = {}
@@ -67,6 +72,27 @@ class RowRecord:
         """Take what the rows of `plan` came to in a layer."""
         self._prompt[layer] = sums
 
+    def extend(self, modality: Tensor) -> None:
+        """A pass with several further tokens starts: a part of the prompt, or a turn; as `grow`."""
+        for layer in range(len(self._steps)):  # steps so far saw no picture of what follows
+            self._measure_steps(layer)
+        self.grow(modality)
+        self.modality = torch.cat([self.modality, modality])
+        self._new, self._plans = len(modality), {}
+
+    def add_turn(self, layer: int, attention: PromptAttention) -> None:
+        """Measure the chosen rows of a layer that has attended to the tokens of `extend`."""
+        device = attention.key.device
+        if device not in self._plans:
+            columns = self._columns_on(device)
+            self._plans[device] = MeasuredRows(columns, columns.count - self._new)
+        self._prompt[layer] = joined(self._prompt[layer], measure_prompt(attention, self._plans[device]))
+
+    @property
+    def new(self) -> int:
+        """Tokens of the latest pass of several, padding left out."""
+        return self._new
+
     def grow(self, modality: Tensor) -> None:
         """A pass with further tokens starts; `modality [n]` of them, padding left out, on the host."""
         self.steps += 1
@@ -87,6 +113,7 @@ class RowRecord:
         self._devices[layer] = logits.device
         self._steps[layer].measure_block(logits, sinks, self._columns_on(logits.device))
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Measure the decoding steps that are held back, and let go of their logits."""
         self.before_settling()
@@ -97,10 +124,19 @@ class RowRecord:
         """`UserError` with the first layer whose weights are not finite numbers; `whose` names the row."""
         self.settle()
         self._land()
+        if all_finite([sums for _, _, sums in self._sums()]):
+            return
+        for layer, phase, sums in self._sums():
+            if not sums.is_finite:
+                when = " while decoding" if phase == DECODE else ""
+                raise not_finite(f"the attention weights of {whose} in layer {layer}{when}")
+
+    def _sums(self) -> Iterator[tuple[int, str, Sums]]:
+        """What was measured, by layer and phase."""
         for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
-            for sums, when in ((prompt.sums if prompt else None, ""), (steps.sums, " while decoding")):
-                if sums is not None and not sums.is_finite:
-                    raise not_finite(f"the attention weights of {whose} in layer {layer}{when}")
+            if prompt is not None:
+                yield layer, PREFILL, prompt.sums
+            yield layer, DECODE, steps.sums
 
     def frame(self) -> list[dict[str, Any]]:
         """Rows of the stats table (without the sample's id).
@@ -112,18 +148,23 @@ class RowRecord:
             UserError: weights are not finite numbers.
         """
         self.check_finite()
-        lists = []
-        for layer, (prompt, steps) in enumerate(zip(self._prompt, self._steps, strict=True)):
-            for phase, sums in (("prefill", prompt.sums if prompt else None), ("decode", steps.sums)):
-                if sums is not None:
-                    lists += [{"layer": layer, "phase": phase} | row for row in sums.frame(self.options)]
+        known = list(self._sums())
+        lists = [
+            {"layer": layer, "phase": phase} | row
+            for (layer, phase, _), rows in zip(
+                known, frames([sums for _, _, sums in known], self.options), strict=True
+            )
+            for row in rows
+        ]
         return sorted(lists, key=lambda row: (row["layer"], row["phase"], row["query"], row["head"]))
 
     def scores(self) -> dict[str, NDArray[np.float32]]:
         """Attention that single tokens received, mean over query heads, fp32.
 
         `last` and `instruction [L, V]` are what the last row and the mean text row of the prompt
-        gave the vision tokens, `decode [steps, L, V]` what each step did. With all rows recorded,
+        gave the vision tokens, `decode [steps, L, V]` what each step did. Of several turns, `last` is
+        the last row of the latest, V counts the vision tokens of all, and a row gave 0 to those that
+        came behind it. With all rows recorded,
         `all [L, V]` are the column sums over all rows of the prompt. With `options.history`,
         `history [L, T]` are A-VL's scores of the text tokens, prompt text and generated.
 
@@ -180,12 +221,14 @@ class RowRecord:
     def _decoded(self, shape: torch.Size) -> Tensor:
         """fp32 `[steps, L, H, V]`; `shape` is that of `_received`."""
         layers, heads, _, vision = shape
-        counts = [sum(len(part) for part in layer.scores) for layer in self._steps]
+        counts = [layer.seeing and layer.sums.kinds["generated"] for layer in self._steps]
         steps = min((count for count in counts if count), default=0)
         scores = torch.zeros(steps, layers, heads, vision, dtype=torch.float32)
         for index, layer in enumerate(self._steps if steps else ()):
             if counts[index]:  # a layer without attention (linear, convolution) has none
-                scores[:, index] = torch.cat(layer.scores)[:steps]
+                parts = [layer.blind(heads), *layer.scores]
+                wide = [torch.nn.functional.pad(part, (0, vision - part.shape[-1])) for part in parts]
+                scores[:, index] = torch.cat(wide)[:steps]
         return scores
 
     def _history(self, heads: int) -> Tensor:

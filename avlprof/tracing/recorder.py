@@ -18,9 +18,9 @@ from avlprof.attention.gate import unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.attention.weights import row_logits
-from avlprof.errors import UserError
-from avlprof.tracing.batch import BatchRows, measure_batch, serves
+from avlprof.tracing.batch import BatchRows
 from avlprof.tracing.columns import UNSEEN, TokenColumns
+from avlprof.tracing.fused import measure_batch, serves
 from avlprof.tracing.held import HeldSteps
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptAttention
@@ -89,13 +89,15 @@ class Recorder:
             self._open(forward, fresh, real)
             return
         batch = self._batches[forward.conversation]
-        if forward.new > 1:
-            _check_turn(forward.step, fresh)
         if forward.new > 1 or forward.moved:
             batch.measure_held()
         for row in batch.open:
             record, columns = batch.rows[row]
-            record.grow(fresh[row][real[row]])
+            own = fresh[row][real[row]]
+            if forward.new > 1:
+                record.extend(own)
+            else:
+                record.grow(own)
             columns.grow(real[row])
 
     def _open(self, forward: Forward, fresh: Tensor, real: Tensor) -> None:
@@ -121,14 +123,8 @@ class Recorder:
         batch = self._batches[forward.conversation]
         if not batch.open:
             return
-        if forward.step == 0 and serves(call, self._options) and len(batch.open) == len(batch.rows):
-            measured = measure_batch(call, batch.plan(call.key.device))
-            for (record, _), sums in zip(batch.rows, measured, strict=True):
-                record.take_prompt(call.layer, sums)
-        elif forward.step == 0:
-            for row in batch.open:
-                record, columns = batch.rows[row]
-                record.add_prompt(call.layer, _prompt(call, row, columns))
+        if forward.step == 0 or forward.new > 1:
+            self._measure(batch, forward, call)
         elif forward.new == 1 and call.appended and call.key.shape[2] == forward.modality.shape[1]:
             held = batch.held.setdefault(call.layer, HeldSteps(self._options.step_logits))
             if held.hold(call, batch.open):
@@ -142,6 +138,23 @@ class Recorder:
                 own = logits[row - rows.start][:, columns.columns(logits.device)]
                 record.add_step(call.layer, own, call.sinks)
 
+    def _measure(self, batch: _Batch, forward: Forward, call: AttentionCall) -> None:
+        """Measure the rows of a prompt, or of a further pass of several tokens."""
+        begun = all(record.new for record, _ in batch.rows)  # else a part of a prompt is padding in some row
+        served = forward.step == 0 and begun and serves(call, self._options)
+        plan = batch.plan(call.key.device) if served else None
+        if plan is not None and plan.fits:
+            for (record, _), sums in zip(batch.rows, measure_batch(call, plan), strict=True):
+                record.take_prompt(call.layer, sums)
+            return
+        for row in batch.open:
+            record, columns = batch.rows[row]
+            if record.new and forward.step == 0:
+                record.add_prompt(call.layer, _prompt(call, row, columns))
+            elif record.new:
+                total = forward.modality.shape[1]
+                record.add_turn(call.layer, _turn(call, row, columns, record.new, total))
+
     @torch.no_grad()
     def settle(self) -> None:
         """Measure what is held back of every batch, which frees it."""
@@ -153,20 +166,6 @@ class _Latest(threading.local):
     """The batch that a thread opened last."""
 
     batch: _Batch | None = None
-
-
-def _check_turn(step: int, fresh: Tensor) -> None:
-    """`UserError` when a pass of several tokens behind the prompt cannot be recorded."""
-    if step == 1:
-        raise UserError(
-            "the prompt comes in several passes, of which the first alone would be recorded; leave "
-            "prefill_chunk_size out, and give a conversation so far as one prompt"
-        )
-    if bool((fresh == Modality.VISION).any()):
-        raise UserError(
-            "a further turn brings vision tokens of its own, which are not recorded behind those of the "
-            "prompt; record the conversation up to it as one prompt"
-        )
 
 
 def _rows(call: AttentionCall, rows: slice) -> AttentionCall:
@@ -199,6 +198,49 @@ def _prompt(call: AttentionCall, row: int, own: TokenColumns) -> PromptAttention
         softcap=call.softcap,
         mask=mask,
         causal=bool(getattr(call.module, "is_causal", True)),
+        sinks=call.sinks,
+    )
+
+
+def _turn(call: AttentionCall, row: int, own: TokenColumns, new: int, total: int) -> PromptAttention:
+    """What the `new` tokens of one row of the batch attended with, in a pass behind others.
+
+    Keys come in the order of their positions among `total`: a sliding window hands over the newest
+    alone, a policy's buffers what they hold in an order of their own.
+    """
+    device, key = call.key.device, call.key[row]
+    columns = own.columns(device)
+    columns = (
+        torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
+    )
+    rows, first = columns[-new:], total - call.query.shape[2]
+    if call.positions is None:
+        at = torch.arange(total - key.shape[1], total, device=device)[None]
+    else:
+        at = call.positions[row if len(call.positions) > 1 else 0]
+    if call.mask is None:
+        seen = (at[:, None] <= rows[:, None]) & (at[:, None] >= 0)
+    else:
+        seen = call.mask[row if len(call.mask) > 1 else 0][:, rows - first]
+    by_head = max(len(seen), 1 if len(at) == 1 else call.query.shape[1])
+    seen = seen.repeat_interleave(by_head // len(seen), dim=0)
+    used = seen.any(dim=1)
+    # a slot that no row sees goes to a column of its own, which is none of a token
+    places = at.repeat_interleave(by_head // len(at), dim=0).masked_fill(~used, total)
+    allowed = seen.new_zeros(by_head, new, total + 1).scatter_(2, places[:, None].expand_as(seen), seen)
+    groups = min(by_head, len(key))
+    held = used.view(groups, -1, used.shape[-1]).any(dim=1)
+    slots = at.expand(groups, -1).masked_fill(~held, total).expand(len(key), -1)
+    whole = key.new_zeros(len(key), total + 1, key.shape[2])
+    whole.scatter_(1, slots[..., None].expand_as(key), key)
+    mask = allowed[:, :, columns]
+    return PromptAttention(
+        query=call.query[row][:, rows - first],
+        key=whole[:, columns],
+        scaling=call.scaling,
+        softcap=call.softcap,
+        mask=mask[0] if by_head == 1 else mask,
+        causal=True,
         sinks=call.sinks,
     )
 

@@ -125,9 +125,11 @@ def top_sets(scores: Tensor, share: float, ordered: Tensor | None = None) -> Ten
     return above | (tied & (tied.cumsum(dim=-1) <= missing))
 
 
-def set_overlap(a: Tensor, b: Tensor) -> Tensor:
-    """PPCI: share of one set that is in another of its size; bool `[..., V]` to `[...]`.
+def set_overlaps(sets: Tensor) -> Tensor:
+    """PPCI of all pairs: the share of one set that is in another; bool `[H, T, V]` to fp32 `[H, T, T]`.
 
     Source: the p-percentile concordance index of A-VL, arXiv 2409.14846.
     """
-    return (a & b).sum(dim=-1) / a.sum(dim=-1).clamp(min=1)
+    members = sets.float()  # sums of ones are exact
+    shared: Tensor = members @ members.mT
+    return shared / members.sum(dim=-1)[:, :, None].clamp(min=1)

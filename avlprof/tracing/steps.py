@@ -32,6 +32,16 @@ class LayerSteps:
         self._waiting: list[Tensor] = []
         self._sinks: Tensor | None = None
         self._tops: Tensor | None = None
+        self._blind = 0
+
+    @property
+    def seeing(self) -> bool:
+        """Whether there was a picture to look at in some step."""
+        return bool(self.scores)
+
+    def blind(self, heads: int) -> Tensor:
+        """Weights `[S, heads, 0]` of the steps before the first picture."""
+        return torch.zeros(self._blind, heads, 0)
 
     def hold(self, logits: Tensor, sinks: Tensor | None) -> bool:
         """Take logits `[H, n]` of a step over all tokens so far; whether it is time to measure.
@@ -76,6 +86,7 @@ class LayerSteps:
             order = columns.order[rows].to(weights.device)
             self._add_history(self._kept(history(text, order, self._options.history, decoding=True)))
         if not len(columns.vision):
+            self._blind += steps
             return
         vision = columns.vision.of_first(weights)
         ordered = statistics.descending(vision)
@@ -90,16 +101,22 @@ class LayerSteps:
     def _add_overlaps(self, now: Tensor) -> None:
         """Compare the top sets `[H, S, V]` of these steps with those `lags` steps before each."""
         lags = self._options.lags
+        if self._tops is not None and self._tops.shape[-1] != now.shape[-1]:
+            self._tops = None  # sets of more tokens, since a picture has come
         tops = now if self._tops is None else torch.cat([self._tops, now], dim=1)
         if self.sums.overlap is None:
             self.sums.overlap = torch.zeros(len(now), 1, len(lags), dtype=torch.float64, device=now.device)
             self.sums.pairs = [0] * len(lags)
+        shared, count = statistics.set_overlaps(tops), tops.shape[1]
+        sums = []
         for index, lag in enumerate(lags):
-            first = max(tops.shape[1] - now.shape[1], lag)
-            if first < tops.shape[1]:
-                overlap = statistics.set_overlap(tops[:, first:], tops[:, first - lag : -lag])
-                self.sums.overlap[:, 0, index] += overlap.sum(dim=1, dtype=torch.float64)
-                self.sums.pairs[index] += overlap.shape[1]
+            # a lag's pairs are a diagonal; those whose later step is old have been counted
+            pairs = shared.diagonal(-lag, dim1=1, dim2=2) if lag < count else shared[:, 0, :0]
+            pairs = pairs[:, max(count - now.shape[1] - lag, 0) :]
+            sums.append(pairs.sum(dim=1))
+            self.sums.pairs[index] += pairs.shape[1]
+        if sums:
+            self.sums.overlap += torch.stack(sums, dim=-1)[:, None]
         self._tops = tops[:, -max(lags, default=1) :]
 
     def _add_history(self, added: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,24 +49,59 @@ class Sums:
         """Whether every sum of values is a finite number; waits for the device."""
         return self.values is None or bool(self.values.isfinite().all())
 
-    def frame(self, options: RecordOptions) -> Iterator[dict[str, Any]]:
-        """Rows of the stats table: `query, rows, head`, and the columns of the statistics."""
-        if self.values is None:
-            return
-        rows = np.array(list(self.kinds.values()), dtype=np.float64)
-        means = np.asarray(self.values.cpu()) / rows[:, None]
-        kinds = (*means.shape[:2],)
-        covered = np.full((*kinds, len(options.coverages)), np.nan)
-        if self.coverage is not None:
-            covered = _ratio(*np.split(np.asarray(self.coverage.cpu()), 2, axis=-1))
-        overlap = np.full((*kinds, len(options.lags)), np.nan)
-        if self.overlap is not None:
-            overlap = _ratio(np.asarray(self.overlap.cpu()), np.array(self.pairs, dtype=np.float64))
-        numbers = np.concatenate([means, covered, overlap], axis=-1)
-        labels: Sequence[int] = range(len(numbers))
-        if not options.per_head:
-            numbers, labels = _mean(numbers)[None], [ALL_HEADS]
-        bins = slice(len(FIXED), means.shape[-1])
+
+def joined_sums(before: Sums, latest: Sums, anew: str) -> Sums:
+    """The sums of both, kind by kind; of the kind `anew`, which stands last, those of `latest` alone."""
+    kept = {kind: count for kind, count in before.kinds.items() if kind != anew}
+    names = [kind for kind in dict.fromkeys([*kept, *latest.kinds]) if kind != anew]
+    names += [anew] if anew in latest.kinds else []
+    whole = Sums({kind: kept.get(kind, 0) + latest.kinds.get(kind, 0) for kind in names})
+    for name in ("values", "coverage"):
+        parts = [
+            (own, table.to(_device(latest)))
+            for own, table in ((kept, getattr(before, name)), (latest.kinds, getattr(latest, name)))
+            if table is not None
+        ]
+        if parts:
+            nothing = torch.zeros_like(parts[0][1][:, 0])
+            # `kept` lacks `anew`, which stands last, so its numbers are those of the table
+            columns = [
+                sum((table[:, list(own).index(kind)] for own, table in parts if kind in own), nothing)
+                for kind in names
+            ]
+            setattr(whole, name, torch.stack(columns, dim=1))
+    return whole
+
+
+def _device(sums: Sums) -> torch.device:
+    assert sums.values is not None
+    return sums.values.device
+
+
+def all_finite(many: Sequence[Sums]) -> bool:
+    """Whether every sum of values of all layers is a finite number; waits once for each device."""
+    together: dict[Any, list[Tensor]] = defaultdict(list)
+    for sums in many:
+        if sums.values is not None:
+            together[sums.values.device, sums.values.dtype, sums.values.shape].append(sums.values)
+    return all(bool(torch.stack(values).isfinite().all()) for values in together.values())
+
+
+def frames(many: Sequence[Sums], options: RecordOptions) -> list[list[dict[str, Any]]]:
+    """Of each layer's sums, rows of the stats table: `query, rows, head`, and the columns of the statistics.
+
+    Layers that have measured the same rows are worked out together.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in many]
+    together: dict[Any, list[int]] = defaultdict(list)
+    for index, sums in enumerate(many):
+        if sums.values is not None:
+            known = sums.coverage is None, sums.overlap is None
+            together[tuple(sums.kinds.items()), tuple(sums.pairs), sums.values.shape, known].append(index)
+    for indices in together.values():
+        group = [many[index] for index in indices]
+        numbers, bins = _numbers(group, options)
+        labels: Sequence[int] = range(numbers.shape[1]) if options.per_head else [ALL_HEADS]
         distance = numbers[..., bins].astype(np.float32)
         table = np.delete(numbers, bins, axis=-1).tolist()
         names = [
@@ -73,10 +109,39 @@ class Sums:
             *(f"coverage_{level}" for level in options.coverages),
             *(f"overlap_{lag}" for lag in options.lags),
         ]
-        for kind, (query, count) in enumerate(self.kinds.items()):
-            for index, head in enumerate(labels):
-                key = {"query": query, "rows": count, "head": head, "distance": distance[index, kind]}
-                yield key | dict(zip(names, table[index][kind], strict=True))
+        for layer, index in enumerate(indices):
+            for kind, (query, count) in enumerate(group[0].kinds.items()):
+                for head, label in enumerate(labels):
+                    key = {
+                        "query": query,
+                        "rows": count,
+                        "head": label,
+                        "distance": distance[layer, head, kind],
+                    }
+                    found[index].append(key | dict(zip(names, table[layer][head][kind], strict=True)))
+    return found
+
+
+def _numbers(group: Sequence[Sums], options: RecordOptions) -> tuple[NDArray[np.float64], slice]:
+    """The statistics `[L, H or 1, K, C]` of some layers, and which of them are the distance bins."""
+    rows = np.array(list(group[0].kinds.values()), dtype=np.float64)
+    means = _stacked(group, "values") / rows[:, None]
+    covered = np.full((*means.shape[:3], len(options.coverages)), np.nan)
+    if group[0].coverage is not None:
+        both = _stacked(group, "coverage")
+        covered = _ratio(both[..., : len(options.coverages)], both[..., len(options.coverages) :])
+    overlap = np.full((*means.shape[:3], len(options.lags)), np.nan)
+    if group[0].overlap is not None:
+        overlap = _ratio(_stacked(group, "overlap"), np.array(group[0].pairs, dtype=np.float64))
+    numbers = np.concatenate([means, covered, overlap], axis=-1)
+    if not options.per_head:
+        numbers = _mean(numbers)
+    return numbers, slice(len(FIXED), means.shape[-1])
+
+
+def _stacked(group: Sequence[Sums], name: str) -> NDArray[np.float64]:
+    """fp64 `[L, ...]` of one of their sums, on the host."""
+    return np.asarray(torch.stack([getattr(sums, name) for sums in group]).cpu(), dtype=np.float64)
 
 
 def _added(sums: Tensor | None, values: Tensor, kinds: Tensor, heads: slice, total: int) -> Tensor:
@@ -90,9 +155,10 @@ def _added(sums: Tensor | None, values: Tensor, kinds: Tensor, heads: slice, tot
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over heads `[H, ...]`; heads without a value are left out, NaN where none has one."""
+    """Mean over the heads of `[L, H, ...]`; those without a value are left out, NaN where none has one."""
     seen = ~np.isnan(values)
-    return _ratio(np.where(seen, values, 0.0).sum(axis=0), seen.sum(axis=0).astype(np.float64))
+    total = np.where(seen, values, 0.0).sum(axis=1, keepdims=True)
+    return _ratio(total, seen.sum(axis=1, keepdims=True).astype(np.float64))
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -25,15 +25,23 @@ LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
 SCORER = "instruction"
 
 
-def probe(forced: ForcedSet, layers: int, scorer: str, watch: Watch = SILENT) -> NDArray[np.float64]:
+def probe(
+    forced: ForcedSet,
+    layers: int,
+    scorer: str,
+    watch: Watch = SILENT,
+    governed: tuple[int, ...] | None = None,
+) -> NDArray[np.float64]:
     """Damage `[layers, len(LEVELS)]`: KL to dense (nat per token) when one layer keeps a level.
 
-    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0.
+    The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0, as in layers
+    that are not `governed` (None: all are).
     """
     damage = np.zeros((layers, len(LEVELS)))
     below = [i for i, level in enumerate(LEVELS) if level < 1]
-    watch.phase("probe", 0, layers * len(below))
-    for layer in range(layers):
+    own = range(layers) if governed is None else governed
+    watch.phase("probe", 0, len(own) * len(below))
+    for done, layer in enumerate(own, start=1):
         policies = [
             Policy(
                 vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
@@ -43,7 +51,7 @@ def probe(forced: ForcedSet, layers: int, scorer: str, watch: Watch = SILENT) ->
         ]
         for i, scores in zip(below, forced.score_many(policies), strict=True):
             damage[layer, i] = np.mean([score.kl for score in scores])
-        watch.phase("probe", (layer + 1) * len(below), layers * len(below))
+        watch.phase("probe", done * len(below), len(own) * len(below))
     return damage
 
 
@@ -54,7 +62,7 @@ def probed(evidence: Evidence, forced: ForcedSet, path: Path, watch: Watch = SIL
         UserError: the file holds something else.
     """
     if not path.exists():
-        measured = probe(forced, evidence.layers, SCORER, watch)
+        measured = probe(forced, evidence.layers, SCORER, watch, evidence.governed)
         write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +114,10 @@ def parse_evidence(text: str, source: str) -> Evidence:
         UserError: the text is something else; the message names its `source`.
     """
     try:
-        return Evidence(**{name: _array(value) for name, value in json.loads(text).items()})
+        noted = json.loads(text)
+        governed = noted.pop("governed", None)
+        arrays = {name: _array(value) for name, value in noted.items()}
+        return Evidence(**arrays, governed=None if governed is None else tuple(governed))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"the evidence of study {source} cannot be read ({error}); begin a new study"

@@ -131,6 +131,8 @@ class Prepared:
                 f"every {source} answer ends at its first token, which no policy changes; "
                 "choose a task with longer answers"
             )
+        # what the model says, whatever a run of 0.1.0 noted
+        evidence = replace(evidence, governed=loaded.adapter.governed)
         return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:

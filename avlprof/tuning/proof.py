@@ -242,6 +242,7 @@ def with_provenance(
                 read_budget=budget.read,
                 measured_budget=round(live_share(policy, prompts, layers), 6),
                 measured_read_budget=round(read_share(policy, prompts, layers, budget.answer_tokens), 6),
+                governed=loaded.adapter.governed,
                 answer_tokens=budget.answer_tokens,
                 metric=task.metric,
                 scores=_scores(proof),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from avlprof.errors import UserError, counted
 from avlprof.locks import is_locked
 from avlprof.policy import Policy, Provenance, load_policy, parse_policy
+from avlprof.tuning.evidence import read_evidence
 from avlprof.tuning.importance import KNOBS, noted_importances, noted_table
 from avlprof.tuning.objective import MEANING
 from avlprof.tuning.storages._base import quiet, trials_in
@@ -272,11 +274,19 @@ def _policy(trial: FrozenTrial, meta: StudyMeta, folder: Path) -> Policy:
                 read_budget=meta.read_budget,
                 measured_budget=round(trial.user_attrs["live_share"], 6),
                 measured_read_budget=round(trial.user_attrs["read_share"], 6),
+                governed=_governed(folder),
                 notes=f"{_score(trial, meta)} on {samples} of {counted(meta.samples, 'sample')} of "
                 f"split '{meta.split}'; not proved on held-out samples",
             ),
         }
     )
+
+
+def _governed(folder: Path) -> tuple[int, ...] | None:
+    """The layers that the study's policies act on, as its evidence says."""
+    with contextlib.suppress(UserError):
+        return read_evidence(find_storage(folder)).governed
+    return None
 
 
 def _score(trial: FrozenTrial, meta: StudyMeta) -> str:

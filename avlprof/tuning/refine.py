@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from avlprof.allocators import Evidence
 from avlprof.budgets import meet_budget
-from avlprof.policy import Policy, parse_policy
+from avlprof.policy import Policy, counted_layers, parse_policy
 from avlprof.tuning.candidate import Budget, spread_reads
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.settings import Settings
@@ -33,7 +33,8 @@ LEAST_SHARE = 1e-3
 class Moved:
     """A policy whose layers' shares are multiplied by `exp` of a step each, and scaled to the budget.
 
-    `keep` and `compute` have one step a layer; without a read budget `compute` is empty.
+    `keep` and `compute` have one step a layer, 0 where policies do not act; without a read budget
+    `compute` is empty.
     """
 
     base: Policy
@@ -52,16 +53,17 @@ class Moved:
         return spread_reads(moved, follow, budget.prompts, budget.read, budget.answer_tokens)
 
     def params(self, budget: Budget) -> dict[str, Any]:
-        """The steps as Optuna parameters."""
-        steps = {f"keep_{i}": step for i, step in enumerate(self.keep)}
-        return steps | {f"compute_{i}": step for i, step in enumerate(self.compute)}
+        """The steps of the layers that policies act on, as Optuna parameters."""
+        own = counted_layers(budget.prompts, len(self.keep))
+        steps = {f"keep_{i}": self.keep[i] for i in own}
+        return steps | {f"compute_{i}": self.compute[i] for i in own if self.compute}
 
 
 @dataclass(frozen=True)
 class LayerSpace:
     """All `Moved` of one policy: a step in [-`REACH`, `REACH`] for each layer's kept share.
 
-    With a read budget each layer's computed share has a step too.
+    With a read budget each layer's computed share has a step too. Layers that no policy acts on have none.
     """
 
     base: Policy
@@ -70,9 +72,11 @@ class LayerSpace:
 
     def suggest(self, trial: Trial, budget: Budget) -> Moved:
         """Ask a trial for a step in each layer."""
+        own = counted_layers(budget.prompts, self.layers)
 
         def steps(name: str) -> tuple[float, ...]:
-            return tuple(trial.suggest_float(f"{name}_{i}", -REACH, REACH) for i in range(self.layers))
+            asked = {i: trial.suggest_float(f"{name}_{i}", -REACH, REACH) for i in own}
+            return tuple(asked.get(i, 0.0) for i in range(self.layers))
 
         return Moved(self.base, steps("keep"), steps("compute") if self.reads else ())
 
@@ -114,4 +118,4 @@ def refine(
 
 def is_refined(trial: FrozenTrial) -> bool:
     """Whether a trial is of the second stage."""
-    return "keep_0" in trial.params
+    return any(name.startswith("keep_") for name in trial.params)

@@ -171,9 +171,10 @@ def name_of(trial: FrozenTrial) -> str:
 
 
 def coverage_of(policy: Policy, evidence: Evidence) -> float:
-    """Vision attention that a policy's kept tokens could hold at best, mean over layers; free."""
+    """Vision attention that a policy's kept tokens could hold at best, mean over governed layers; free."""
     if policy.joint is not None or evidence.coverage is None:
         return float("nan")
-    counts = [size.vision for size in sizes(policy, PromptShape(0, evidence.tokens, 0), evidence.layers)]
+    prompt = PromptShape(0, evidence.tokens, 0, evidence.governed)
+    counts = [size.vision for size in sizes(policy, prompt, evidence.layers)]
     curves = np.concatenate([np.zeros((evidence.layers, 1)), evidence.coverage], axis=1)
-    return float(np.mean([curves[layer, count] for layer, count in enumerate(counts)]))
+    return float(np.mean([curves[layer, counts[layer]] for layer in prompt.layers(evidence.layers)]))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from avlprof.allocators import ALLOCATORS, Evidence
+from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
 from avlprof.policy import Policy, TextPolicy, live_share
@@ -105,7 +105,7 @@ class Space:
         names, first = [], None
         for name in self.allocators:
             try:
-                ALLOCATORS.get(name)().shares(evidence, 0.5)
+                make_allocator(name).shares(evidence, 0.5)
                 names.append(name)
             except UserError as error:
                 first = first or error

@@ -106,6 +106,9 @@ def hostile_policy() -> Policy:
     )
 
 
+pytestmark = pytest.mark.full  # a page of every section, for all tests
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("report")

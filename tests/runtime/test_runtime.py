@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import avlprof
 from avlprof.attention.session import cache_of, switched, with_cache
 from avlprof.attention.weights import packed_attention, row_weights, step_weights, weighted_values
+from avlprof.bench.shapes import decoder_shape, prompt, random_model
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
@@ -30,7 +31,7 @@ from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan, Windows, slot_classes
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import FEW_MODELS, few, generate, one_row, thinned
+from tests.helpers import FEW_MODELS, few, generate, one_row, thinned, waits
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import POLICIES, QUICK, TESTED
 
@@ -577,3 +578,23 @@ def test_misuse_is_refused_in_a_sentence():
     with pytest.raises(UserError, match="did you mean last_query"):
         with avlprof.apply(case.model, Policy(scorer=ScorerSpec(name="last_qeury"))):
             pass
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(vision_keep=0.2),
+        Policy(vision_keep=0.4, vision_compute=0.1, refresh_interval=4, text=TextPolicy(window=12)),
+    ],
+)
+def test_the_host_waits_by_the_prompt_and_not_by_the_layer(policy):
+    """A wait in a layer lets a GPU run dry: its queue ends there."""
+    shape = decoder_shape("custom", hidden=64, intermediate=32, heads=4, kv_heads=2, layers=5, vocabulary=64)
+    counts = []
+    for layers in (2, 5):
+        model = random_model(shape, layers=layers)
+        inputs = prompt(model, shape, vision=40, text=20, batch=2)
+        with avlprof.apply(model, policy), torch.inference_mode(), waits() as found:
+            model(**inputs, logits_to_keep=1)
+        counts.append(found)
+    assert len(counts[0]) == len(counts[1]) <= 6, counts

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,15 +25,24 @@ from avlprof.policy import Policy, TextPolicy
 from avlprof.testing.models import BOS, IMAGE, PAD, TinyCase, cases, random_llava
 from avlprof.tracing import Recorder, RecordOptions, prompt, record, statistics
 from tests import oracle
+from tests.eager_rows import (
+    EDGES,
+    GENERATED,
+    LAGS,
+    LEVELS,
+    MASSES,
+    TEXT,
+    VISION,
+    Seen,
+    Watched,
+    codes,
+    coverage_range,
+    row_statistics,
+)
 from tests.helpers import Largest, few, generate_words, one_row
 
 MODELS = dict(cases())
 STEPS = 20
-SYSTEM, VISION, TEXT, GENERATED = range(4)
-MASSES = (*MODALITIES, "learned_sink")
-EDGES = (1, 2, 4, 7, 12)
-LEVELS = (50, 90, 100)
-LAGS = (1, 3, 8)
 FEW = RecordOptions(
     vision_rows=6,
     coverage_rows=4,
@@ -88,19 +96,6 @@ def rearranged(inputs, order):
 # --- the reference: eager weights, plain loops
 
 
-@dataclass
-class Seen:
-    """Eager weights of one unpadded row: `weights[layer] [H, N, N]` over prompt and answer."""
-
-    codes: list[int]
-    prompt: int
-    weights: list[np.ndarray]
-
-    def __post_init__(self):
-        spoken = [code in (TEXT, GENERATED) for code in self.codes]
-        self.spoken = [sum(spoken[: i + 1]) for i in range(len(spoken))]  # text tokens up to here
-
-
 def eager(case, inputs, steps=STEPS):
     """Tokens and weights of eager attention; its logits must be those of the model as loaded."""
     stock = generate_words(case, inputs, steps)
@@ -131,14 +126,6 @@ def seen_by_eager(case, inputs, steps=STEPS):
     return Seen(codes(ids, case.vision_token_ids) + [GENERATED] * (steps - 1), len(ids), weights)
 
 
-def codes(ids, vision_ids):
-    found, seen = [], False
-    for token in ids:
-        seen = seen or token in vision_ids
-        found.append(VISION if token in vision_ids else TEXT if seen else SYSTEM)
-    return found
-
-
 def evenly(items, count):
     if len(items) <= count:
         return list(items)
@@ -156,39 +143,6 @@ def query_rows(seen, options):
     kinds["prefill", "last"] = [seen.prompt - 1]
     kinds["decode", "generated"] = list(range(seen.prompt, len(seen.codes)))
     return {key: rows for key, rows in kinds.items() if rows}
-
-
-def row_statistics(row, at, seen, options):
-    """Continuous statistics of one attention row `row [N]` at position `at`."""
-    out = {f"mass_{name}": 0.0 for name in MODALITIES}
-    out |= {"mass_sink": row[0], "mass_learned_sink": 1.0 - sum(row), "entropy": 0.0, "text_sink": 0.0}
-    distance = [0.0] * (len(EDGES) + 1)
-    for i, weight in enumerate(row):
-        if weight == 0:
-            continue
-        out[f"mass_{MODALITIES[seen.codes[i]]}"] += weight
-        out["entropy"] -= weight * np.log(weight)
-        if seen.codes[i] not in (TEXT, GENERATED):
-            continue
-        if seen.spoken[i] <= options.text_sink:
-            out["text_sink"] += weight
-            continue
-        away = max(seen.spoken[at] - seen.spoken[i], 0)
-        distance[sum(1 for edge in EDGES if edge <= away)] += weight
-    return out, distance
-
-
-def coverage_range(vision, level):
-    """Fewest tokens with `level` percent of `sum(vision)`, with the share a hair lower and higher."""
-    counts = []
-    for share in (level / 100 - 1e-6, level / 100 + 1e-6):
-        held, count = 0.0, 0
-        for weight in sorted(vision, reverse=True):
-            if count and held >= share * sum(vision):
-                break
-            held, count = held + weight, count + 1
-        counts.append(count)
-    return counts
 
 
 def top_set(vision, share):
@@ -486,18 +440,6 @@ def test_the_model_is_restored(error, before):
     assert torch.equal(case.model(**inputs).logits, stock)
 
 
-class Watched(oracle.Scan):
-    """The policy's oracle that also remembers the attention of each decoding step."""
-
-    rows: ClassVar[dict[int, dict[int, torch.Tensor]]] = {}
-
-    def attend(self, t, visible):
-        row = super().attend(t, visible)
-        if t >= self.o.turns[0][1]:
-            self.rows.setdefault(self.layer, {})[t] = row
-        return row
-
-
 @pytest.mark.parametrize("heads", few(["shared", "kv_head"], ["kv_head"]))
 @pytest.mark.parametrize("outer", few(["policy", "recorder"], 1))
 def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads):
@@ -662,8 +604,8 @@ def test_statistics_of_rows_that_can_be_worked_out():
     assert statistics.top_sets(tied, 0.4).tolist() == [False, True, True, False, False]
     assert statistics.top_sets(tied, 1.0).all()
     assert statistics.top_sets(tied, 0.01).sum() == 1
-    a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
-    assert statistics.set_overlap(a, b) == 0.5
+    sets = torch.tensor([[[True, True, False], [False, True, True], [True, True, False]]])
+    assert statistics.set_overlaps(sets).tolist() == [[[1, 0.5, 1], [0.5, 1, 0.5], [1, 0.5, 1]]]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ import torch
 
 from avlprof.attention.call import AttentionCall
 from avlprof.tracing import RecordOptions
-from avlprof.tracing.batch import BatchRows, measure_batch
+from avlprof.tracing.batch import BatchRows
 from avlprof.tracing.columns import Columns
+from avlprof.tracing.fused import measure_batch
 from avlprof.tracing.prompt import MeasuredRows, PromptAttention, measure_prompt
+from avlprof.tracing.sums import frames
+from tests.helpers import Counted
 
 RUNNABLE = find_spec("triton") is not None and (
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -125,7 +128,17 @@ def plain(call, plan, row, real):
 def test_the_kernels_in_the_interpreter():
     """Triton chooses between compiler and interpreter when it is imported, so a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "kernels_equal"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "equal or launches",
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -133,12 +146,14 @@ def test_the_kernels_in_the_interpreter():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES)} passed" in done.stdout
+    assert f"{len(CASES) + 2} passed" in done.stdout
 
 
 @pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_equal_the_plain_way(name):
+def test_the_kernels_equal_the_plain_way(name, monkeypatch):
+    if name != "grouped":  # one part of the keys, as where rows are many
+        monkeypatch.setattr("avlprof.tracing.triton_rows._LEAST_PART", 50)
     call, plans, real = case_of(**CASES[name])
     there = call._replace(
         query=call.query.to(DEVICE),
@@ -159,9 +174,42 @@ def test_the_kernels_equal_the_plain_way(name):
         torch.testing.assert_close(received, wanted.received, atol=20 * close, rtol=close)
         if wanted.history is not None:
             torch.testing.assert_close(sums.history.cpu(), wanted.history, atol=20 * close, rtol=close)
-        for ours, its in zip(sums.sums.frame(plan.options), wanted.sums.frame(plan.options), strict=True):
+        for ours, its in zip(*(frames([part.sums], plan.options)[0] for part in (sums, wanted)), strict=True):
             for level in plan.options.coverages:
                 name = f"coverage_{level}"
                 assert np.isnan(ours[name]) == np.isnan(its[name]), (ours["query"], name)
                 if not np.isnan(its[name]):  # sums in fp32 may need a token more or less
                     assert abs(ours[name] - its[name]) <= 0.26, (ours["query"], ours["head"], name)
+
+
+class Launched:
+    """A kernel that notes its launches in a list, and does not run."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.kernel)
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+@pytest.mark.parametrize(("rows", "most"), [("default", 12), ("all", 16)])
+def test_a_layer_takes_few_launches_for_a_whole_batch(rows, most, monkeypatch):
+    from avlprof.tracing import triton_rows
+
+    kernels = []
+    for name in ("row_sums", "row_merge", "coverage_counts", "kind_sums", "received_sums"):
+        monkeypatch.setattr(triton_rows, name, Launched(getattr(triton_rows, name), kernels))
+    case = PLAIN | {"prompts": ("short", "no text", "one"), "options": {"rows": rows}}
+    call, plans, real = case_of(**case)
+    there = call._replace(query=call.query.to(DEVICE), key=call.key.to(DEVICE))
+    plan = BatchRows.of(plans, real, torch.device(DEVICE))
+    with Counted() as counted:
+        sums = triton_rows.triton_rows(
+            triton_rows.PromptRows(there.query, there.key, call.scaling, None, None, True, None), plan
+        )
+    assert sums.values.shape[0] == 3
+    assert len(kernels) == 6
+    operators = [name for name in counted.names if not name.startswith(("_to_copy", "lift"))]
+    assert len(kernels) + len(operators) <= most, operators

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.gate import governed_layers
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched, with_cache
 from avlprof.models.finite import first_layer, named, not_finite
@@ -59,13 +60,14 @@ class ForcedBatch:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         self.modality = modality_map(ids, mask, vision_token_ids(model.config))
-        self.shapes: list[PromptShape] = prompt_shapes(self.modality)
+        text = model.config.get_text_config(decoder=True)
+        self.shapes: list[PromptShape] = prompt_shapes(self.modality, governed_layers(text))
         self.lengths = [len(answer) for answer in answers]
         self.steps = [max(length - 1, 0) for length in self.lengths]
         order = sorted(range(len(answers)), key=lambda row: self.steps[row])
         self._order = torch.tensor(order, device=ids.device)
         self._head = head or Head(model)
-        self._windows = windows(model.config.get_text_config(decoder=True))
+        self._windows = windows(text)
         self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head, scorers)
         if captured is not None:
             self._prefixes.keep(captured, DENSE)
