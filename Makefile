@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test slow lmms format lint types notebooks docs build check clean
+.PHONY: help demo evidence quick test slow lmms format lint types notebooks docs build check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 
 demo: $(VENV)/ready ## the whole loop on the embedded model: trace, analyse, derive, tune, prove, run
 	$(BIN)/avlprof demo --out demo
+
+evidence: $(VENV)/ready ## docs/evidence.md: trace, tune and compare on tiny and small (fetched first); about an hour
+	$(BIN)/avlprof models fetch small
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence $(ARGS)
 
 quick: $(VENV)/ready ## the inner loop: tests that are not full, slow or for a GPU; `make quick ARGS=tests/test_docs.py`
 	$(PYTEST) -m '$(QUICK)' $(ARGS)
