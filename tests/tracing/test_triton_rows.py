@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ CASES = {
     "few covered": PLAIN | {"options": {"coverage_rows": 1, "vision_rows": 3, "coverages": (30, 100)}},
     "none covered": PLAIN | {"options": {"coverage_rows": 0}},
     "one token": PLAIN | {"prompts": ("one",)},
+    "all levels and distances": PLAIN | {"prompts": ("short",), "options": asdict(RecordOptions())},
 }
 
 
@@ -98,9 +100,9 @@ def case_of(prompts, heads, kv_heads, size, left=True, options=None, window=None
         kernel=lambda *_: None,
         options={"s_aux": torch.tensor(other["sinks"])} if "sinks" in other else {},
     )
-    plans = [
-        MeasuredRows(Columns(own, torch.device("cpu"), RecordOptions(**(options or {})))) for own in codes
-    ]
+    fewer = {"vision_rows": 4, "coverage_rows": 2, "coverages": (50, 90), "distances": (1, 2, 5, 16)}
+    chosen = RecordOptions(**(fewer | (options or {})))
+    plans = [MeasuredRows(Columns(own, torch.device("cpu"), chosen)) for own in codes]
     return call, plans, real
 
 
