@@ -268,6 +268,7 @@ def found(tiny, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Compari
 
 
 @pytest.mark.full  # every answer once more
+@pytest.mark.full
 def test_table_has_what_generating_each_policy_gives(found: Comparison, tiny, task: Task) -> None:
     summary = found.summary()
     assert list(summary["method"][:1]) == ["dense"]
@@ -299,12 +300,14 @@ def answers(tiny, samples: list[Sample], policy: Policy | None):
     return generate_answers(tiny, samples, policy, AnswerSettings(LIMIT, 4))
 
 
+@pytest.mark.full
 def test_all_methods_of_a_budget_hold_equal_bytes(found: Comparison) -> None:
     rest = found.summary().query("kind != 'dense'")
     for _, part in rest.groupby("budget"):
         assert part["live_bytes"].nunique() == 1
 
 
+@pytest.mark.full
 def test_differences_are_to_the_named_method(found: Comparison) -> None:
     summary = found.summary().set_index(["budget", "method"])
     for budget in (0.3, 0.6):
@@ -323,6 +326,7 @@ def test_differences_are_to_the_named_method(found: Comparison) -> None:
 
 
 @pytest.mark.full  # every answer once more
+@pytest.mark.full
 def test_strongest_is_the_best_mean_on_the_split_of_selection(found: Comparison, tiny, task: Task) -> None:
     candidates = [e.policy for e in found.lineup.at(0.6, "baseline")]
     settings = ComparisonSettings(samples=COUNT, max_new_tokens=LIMIT, batch_size=4)
@@ -382,6 +386,7 @@ def test_the_public_calls_need_no_settings(tiny) -> None:
     assert list(avlprof.evaluate(tiny, one, [MINE]).summary()["policy"]) == ["dense", "mine"]
 
 
+@pytest.mark.full
 def test_files_hold_table_policies_and_what_was_left_out(found: Comparison, tmp_path: Path) -> None:
     paths = found.save(tmp_path)
     assert [path.name for path in paths] == [

@@ -933,6 +933,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.full
 def test_a_notebook_can_show_a_figure() -> None:
     figure = plots.trial_history(trials_frame())
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
@@ -965,6 +966,7 @@ def spread(frame: pd.DataFrame, half: float, worst: float) -> pd.DataFrame:
     return frame.assign(low=frame["mean"] - halves, high=frame["mean"] + halves)
 
 
+@pytest.mark.full
 def test_maps_say_how_wide_their_widest_interval_is() -> None:
     """Maps once said what is typical, ±0.2 points, where a cell was off by ±11."""
     heads = spread(head_frame(3).sort_values(["phase", "statistic"], ascending=[False, True]), 0.002, 0.11)
@@ -986,6 +988,7 @@ def test_maps_say_how_wide_their_widest_interval_is() -> None:
     assert "±15 at worst" in words_of(plots.head_overlap(plots.head_overlap_info(shared)))
 
 
+@pytest.mark.full
 def test_lines_without_bands_say_how_wide_the_intervals_are() -> None:
     for draw, info, frame in (
         (plots.coverage_curves, plots.coverage_info, coverage_frame),
@@ -997,6 +1000,7 @@ def test_lines_without_bands_say_how_wide_the_intervals_are() -> None:
         assert "bands: 95% interval" in words_of(draw(info(frame(3))))
 
 
+@pytest.mark.full
 def test_intervals_that_are_not_known_are_not_promised() -> None:
     figures = (
         plots.sink_mass(plots.sink_info(sink_frame(2).assign(low=np.nan, high=np.nan))),
@@ -1113,6 +1117,7 @@ def test_long_prompts_are_cut_and_stand_below_the_title() -> None:
         assert subtitle.get_window_extent().y0 >= top - 1
 
 
+@pytest.mark.full
 def test_twenty_three_of_thirty_words_are_said_to_be_so() -> None:
     scores = np.random.default_rng(1).random((30, 2, 6))
     figure = plots.word_heatmaps(picture(), scores, over(2, 3), [f"w{i}" for i in range(30)])

@@ -268,6 +268,7 @@ def simulate(policy, prompt, layers, steps):
 
 @settings(deadline=None, max_examples=200)
 @given(policies(runnable=True), st.lists(PROMPTS, min_size=1, max_size=3), st.integers(1, 25))
+@pytest.mark.full
 def test_shares_are_those_of_a_simulation(policy, prompts, steps):
     layers = policy.layers or 3
     whole = layers * sum(prompt.total for prompt in prompts)

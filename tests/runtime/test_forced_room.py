@@ -41,6 +41,7 @@ def whole(tiny, samples):
 
 @pytest.mark.parametrize("allowed", few([0, 0.4, 0.7], [0.4]))
 @pytest.mark.parametrize("host", few([0, None, "some"], ["some"]))
+@pytest.mark.full
 def test_scores_do_not_depend_on_the_room(tiny, samples, whole, allowed, host):
     """Bit for bit: a batch is the same one wherever its prompts have been."""
     limit = int(allowed * whole.nbytes)

@@ -44,6 +44,7 @@ def scored(params):
     return params["x"] + (params["kind"] == "a")
 
 
+@pytest.mark.full
 def test_shares_are_those_of_a_variance_that_is_known():
     table = parameter_importances(study(60, scored)).set_index("parameter")
     assert list(table.index) == ["kind", "x", "other"]
