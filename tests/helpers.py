@@ -166,3 +166,11 @@ def waits():
         for name in ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, noting(name))
         yield found
+
+
+def settle_threads():
+    """In a process just forked: torch makes its pool of threads anew at its next use, and it must be one's.
+
+    Two threads that load weights at once may else find none ("Invalid thread pool").
+    """
+    torch.set_num_threads(torch.get_num_threads())

@@ -29,6 +29,7 @@ from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tracing.options import TraceSettings
 from tests.cli_runner import invoke, refused
+from tests.helpers import settle_threads
 from tests.watching import Counts
 
 SAMPLES = 3
@@ -296,6 +297,7 @@ def test_killed_and_resumed(tmp_path):
     process = os.fork()
     if not process:
         try:
+            settle_threads()
             sys.stdout = sys.stderr = (tmp_path / "said.txt").open("w", buffering=1)
             sys.argv = ["avlprof", *command]
             main()

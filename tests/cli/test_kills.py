@@ -26,6 +26,7 @@ from avlprof.run import Run
 from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import read_study
 from tests.cli_runner import invoke
+from tests.helpers import settle_threads
 from tests.search_space import outcome
 
 TASK, LIMIT = "shapes:read", 4
@@ -101,6 +102,7 @@ def start(arguments, said):
         return process
     status = 1
     try:
+        settle_threads()
         sys.stdout = sys.stderr = said.open("a", buffering=1)
         sys.argv = ["avlprof", *arguments]
         main()

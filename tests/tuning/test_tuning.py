@@ -40,6 +40,7 @@ from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, Space, export_policy, read_meta, read_study
 from avlprof.tuning.study import finalists
 from avlprof.watch import SILENT
+from tests.helpers import settle_threads
 from tests.search_space import outcome
 from tests.watching import Notes
 
@@ -250,6 +251,7 @@ def killed(arguments, reports, said):
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     try:
+        settle_threads()
         report, calls = optuna.Trial.report, itertools.count(1)
 
         def report_or_die(trial, value, step):
