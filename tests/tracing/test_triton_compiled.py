@@ -92,7 +92,7 @@ def spilled(binary, folder):
     return max(int(found) for found in re.findall(r"STACK:(\d+)", shown.stdout + shown.stderr))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_for_a_gpu(name, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
