@@ -13,7 +13,7 @@ from avlprof.tracing.statistics import history
 from avlprof.tracing.sums import Sums
 
 STEPS_AT_ONCE = 32  # decoding steps measured at once, at most
-MOST_LOGITS = 1 << 18  # that are held back
+MOST_LOGITS = 1 << 18  # of steps that are measured together
 
 
 class LayerSteps:

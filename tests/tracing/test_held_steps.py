@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
 
 import avlprof
@@ -75,6 +76,24 @@ def test_a_turn_measures_what_was_held_before_it(monkeypatch):
                     case.model(input_ids=tokens, **session.with_cache(case.model, cache))
             found.append([(record.frame(), record.scores()) for record in recorder.records])
     agree(*found)
+
+
+def test_old_keys_are_let_go():
+    """A cache makes new keys at each step; those of the steps before would be a cache each."""
+    case = random_llava()
+    alive = []
+    hold = HeldSteps.hold
+
+    def held(self, call, rows):
+        alive.append(StorageWeakRef(call.key.untyped_storage()))
+        return hold(self, call, rows)
+
+    with pytest.MonkeyPatch.context() as patch, avlprof.record(case.model):
+        patch.setattr(HeldSteps, "hold", held)
+        generate(case.model, case.inputs(seed=2), 9)
+        layers = case.model.config.get_text_config().num_hidden_layers
+        assert len(alive) == 8 * layers
+        assert sum(not storage.expired() for storage in alive) == layers, "of each layer the newest alone"
 
 
 def test_a_step_costs_few_operators(monkeypatch):
