@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,21 +47,12 @@ class Evidence:
         if self.governed is None:
             return self
         own = list(self.governed)
+        arrays = {name: getattr(self, name) for name in _BY_LAYER}
+        few: dict[str, Any] = {name: None if array is None else array[own] for name, array in arrays.items()}
+        return replace(self, layers=len(own), governed=None, **few)
 
-        def of(array: Array | None) -> Array | None:
-            return None if array is None else array[own]
 
-        return Evidence(
-            layers=len(own),
-            tokens=self.tokens,
-            coverage=of(self.coverage),
-            vision_mass=of(self.vision_mass),
-            entropy=of(self.entropy),
-            sparsity=of(self.sparsity),
-            skewness=of(self.skewness),
-            damage=of(self.damage),
-            damage_levels=self.damage_levels,
-        )
+_BY_LAYER = ("coverage", "vision_mass", "entropy", "sparsity", "skewness", "damage")
 
 
 class Allocator(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +14,16 @@ from avlprof.attention.weights import head_logits, softmax
 CPU_WEIGHTS, DEVICE_WEIGHTS = 1 << 19, 1 << 23  # that exist at a time
 MOST_ROWS = 256  # of a block: in longer ones many weights are above the diagonal
 UNSEEN = -1e30  # logit of a key that a row may not see: finite, and its weight is 0
+
+
+def kernels_run(tensor: Tensor) -> bool:
+    """Whether kernels of Triton run where a tensor lies."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def column_sums(
     batch, heads, count, _ = query.shape
     length = key.shape[2]
     rows = seen.positions(batch, count, length, query.device)
-    if query.is_cuda and seen.mask is None and block is None and find_spec("triton") is not None:
+    if seen.mask is None and block is None and kernels_run(query):
         from avlprof.attention.triton_column_sums import triton_column_sums
 
         before = rows if seen.causal else None

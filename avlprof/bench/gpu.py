@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from avlprof.bench.decode_cost import dense_bytes, weight_bytes
 from avlprof.bench.runners import PromptStates, Runner
-from avlprof.bench.shapes import DecoderShape, decoder_shape, prompt, random_model
+from avlprof.bench.shapes import IMAGE, DecoderShape, decoder_shape, prompt, random_model
 from avlprof.bench.trace import METHODS, run_trace_bench
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, PromptShape, read_share
@@ -39,7 +39,6 @@ RECORDING, DECODING, ANSWERS, KERNELS, MEMORY = "recording", "decoding", "answer
 _LAUNCH_US = 5.0  # of a kernel that the device waits for
 _OPERATIONS = 790e12  # bf16 products a second of an H100
 _STEPS = 24  # three refresh periods
-_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,8 @@ class GpuBench:
         tokens: prompt lengths of recording and first tokens.
         cells: shape, batch and vision tokens of decoding.
         layers: decoder layers; None: the shapes' own.
-        rounds: that recording takes.
+        rounds: of recording and of answers, behind one that warms up.
         seconds: after which no further part begins.
-
-    Raises:
-        UserError: the device is no GPU, and not asked for by name.
     """
 
     shapes: Sequence[DecoderShape] = (decoder_shape("llava-next-7b"), decoder_shape("qwen2.5-vl-7b"))
@@ -85,6 +81,9 @@ def run_gpu_bench(bench: GpuBench, watch: Watch = SILENT) -> Iterator[GpuCost]:
 
     Args:
         watch: its phase `bench gpu` counts parts; sentences name what was left out.
+
+    Raises:
+        UserError: there is no CUDA device, and the CPU is not asked for by name; fewer than 1 round.
     """
     device = torch.device(bench.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -119,29 +118,20 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def elapsed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Seconds of `work` on a device, a mean of some runs one behind the other."""
-    with _timed(device) as taken:
-        for _ in range(times):
-            work()
-    return taken[0] / times
-
-
-@contextlib.contextmanager
-def _timed(device: torch.device) -> Iterator[list[float]]:
-    """Seconds from entering to leaving, by the device's own clock; in the list once it is left."""
-    taken: list[float] = []
+    """Seconds of `work`, by the device's own clock: a mean of some runs one behind the other."""
     if device.type != "cuda":
         began = time.perf_counter()
-        yield taken
-        taken.append(time.perf_counter() - began)
-        return
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - began) / times
     torch.cuda.synchronize(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
-    yield taken
+    for _ in range(times):
+        work()
     last.record()
     torch.cuda.synchronize(device)
-    taken.append(first.elapsed_time(last) / 1000)
+    return float(first.elapsed_time(last)) / 1000 / times
 
 
 def _recording(bench: GpuBench, shape: DecoderShape) -> Iterator[GpuCost]:
@@ -188,13 +178,13 @@ def _answers(bench: GpuBench, model: PreTrainedModel, shape: DecoderShape) -> It
     }
     first: dict[str, list[float]] = {name: [] for name in ways}
     longer: dict[str, list[float]] = {name: [] for name in ("stock", "traced")}
-    for turn in range(bench.rounds):
-        for name, around in ways.items():
-            seconds = answer(1, around)
-            if turn:
-                first[name].append(seconds)
-        for name, own in longer.items():
-            own.append(answer(33, ways[name]) - answer(1, ways[name]))
+    for turn in range(bench.rounds + 1):
+        taken = {name: answer(1, around) for name, around in ways.items()}
+        steps = {name: answer(33, ways[name]) - answer(1, ways[name]) for name in longer}
+        for name in taken if turn else ():  # the first round warms up
+            first[name].append(taken[name])
+        for name in steps if turn else ():
+            longer[name].append(steps[name])
     stock_first = median(first["stock"])
     yield GpuCost(ANSWERS, case, "first token, stock", 1000 * stock_first, "ms")
     for name in list(ways)[2:]:
@@ -224,17 +214,13 @@ def _decoding(bench: GpuBench, index: int, ceiling: float) -> Iterator[GpuCost]:
         inputs = prompt(model, shape, vision=vision)
         states = PromptStates.of(model, inputs["input_ids"].shape[1])
         case = f"{shape.name}, batch {batch}, {inputs['input_ids'].shape[1]} tokens"
-        for name, policy, captured in (
-            ("stock", None, False),
-            ("dense, captured", DENSE, True),
-            ("keep .2, captured", KEEP, True),
-            ("keep .4, core .1, captured", CORE, True),
-        ):
-            runner = Runner(name, model, inputs, batch, policy, captured=_AHEAD if captured else None)
+        ways = [Runner("stock", model, inputs, batch)]
+        ways += [Runner(p.name, model, inputs, batch, p).replaying() for p in (DENSE, KEEP, CORE)]
+        for runner in ways:
             try:
                 yield from _steps(runner, states, shape, case, ceiling)
             except torch.cuda.OutOfMemoryError:
-                yield GpuCost(DECODING, case, f"{name}: out of memory", float("nan"), "")
+                yield GpuCost(DECODING, case, f"{runner.name}: out of memory", float("nan"), "")
             runner.cache = None
             _free(model.device)
 
@@ -249,11 +235,11 @@ def _steps(
     runner.event_steps(CORE.refresh_interval)  # captures both kinds of steps
     runner.rewind()
     seconds = runner.event_steps(_STEPS)
-    refreshes = seconds[CORE.refresh_interval - 1 :: CORE.refresh_interval]
-    ordinary = [value for value in seconds if value not in refreshes]
-    step = median(ordinary)
+    every = CORE.refresh_interval
+    refreshes = seconds[every - 1 :: every]
+    step = median(value for number, value in enumerate(seconds, start=1) if number % every)
     ids = runner.inputs["input_ids"]
-    vision = int((ids == 3).sum())
+    vision = int((ids == IMAGE).sum())
     row = PromptShape(1, vision, ids.shape[1] - vision - 1)
     dense, weights = dense_bytes(runner.model, shape, runner), weight_bytes(runner.model)
     plain = (policy or DENSE).model_copy(update={"refresh_interval": 0})
@@ -263,7 +249,7 @@ def _steps(
     aim = "<= 1.25" if policy is not None else ""
     yield GpuCost(DECODING, case, f"{runner.name}: step / its bytes", step / bound, "", aim)
     if policy is not None and policy.refresh_interval:
-        whole = weights + dense * read_share(Policy(vision_keep=0.4), [row], 1, 1)
+        whole = weights + dense * read_share(Policy(vision_keep=policy.vision_keep), [row], 1, 1)
         yield GpuCost(DECODING, case, f"{runner.name}: refresh / step", median(refreshes) / step, "",
                       f"<= {1.3 * whole / read:.2f}")  # fmt: skip
         yield GpuCost(DECODING, case, f"{runner.name}: mean step", 1000 * sum(seconds) / len(seconds), "ms")
@@ -287,12 +273,11 @@ def _kernels(bench: GpuBench, shape: DecoderShape, ceiling: float) -> Iterator[G
             for heads in (shape.heads, shape.kv_heads)
         )
         call = PromptRows(query, key, shape.head_dim**-0.5, None, None, True, None)
-        kernels = RowKernels(call, plan)
+        kernels, case = RowKernels(call, plan), f"{shape.name}, {tokens} tokens, {rows} rows"
         for name, work, cost in kernels.parts():
             work()
             seconds = min(elapsed(device, work, 5) for _ in range(3))
             expected = max(cost.bytes / ceiling, cost.operations / _OPERATIONS) * 1e6 + _LAUNCH_US
-            case = f"{shape.name}, {tokens} tokens, {rows} rows"
             yield GpuCost(KERNELS, case, f"{name} (predicted {expected:.0f})", 1e6 * seconds, "us")
         whole = min(elapsed(device, kernels.run, 5) for _ in range(3))
         yield GpuCost(

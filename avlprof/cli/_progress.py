@@ -164,6 +164,7 @@ def bars(resumes: bool = False) -> Iterator[Watch]:
 
 _UNITS = {
     "bench decode": "rounds",
+    "bench gpu": "parts",
     "bench prefill": "prefills",
     "probe": "forwards",
     "trials": "trials",

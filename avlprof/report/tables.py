@@ -9,6 +9,7 @@ import pandas as pd
 
 from avlprof.analysis import Profile
 from avlprof.analysis.profile import answered
+from avlprof.policy import said_governed
 from avlprof.runs import RunMeta
 
 
@@ -61,7 +62,7 @@ def settings_rows(meta: RunMeta, samples: pd.DataFrame) -> list[tuple[str, str]]
             "Shape",
             f"{meta.layers} layers, {meta.heads} query heads, {meta.kv_heads} KV heads of {meta.head_dim}",
         ),
-        ("Policies act on", "" if meta.governed is None else _governed(meta)),
+        ("Layers", said_governed(meta.governed, meta.layers)),
         ("Task", _joined(meta.task, meta.split and f"split {meta.split}")),
         ("Samples", f"{len(samples):,}"),
         (
@@ -76,13 +77,6 @@ def settings_rows(meta: RunMeta, samples: pd.DataFrame) -> list[tuple[str, str]]
         ("Traced", meta.created),
     ]
     return [(name, text) for name, text in rows if text]
-
-
-def _governed(meta: RunMeta) -> str:
-    layers = ", ".join(map(str, meta.governed or ())) or "no layer"
-    return (
-        f"{len(meta.governed or ())} of {meta.layers} layers ({layers}); budgets and shares are of their KV"
-    )
 
 
 def traced_line(meta: RunMeta, samples: pd.DataFrame) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import best, best_slots
 from avlprof.attention.weights import group_mean
@@ -81,7 +81,7 @@ class CoreSlots:
         `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
         changes; else as many pairs are exchanged as could be needed.
         """
-        if new.is_cuda and find_spec("triton") is not None:
+        if kernels_run(new):
             from avlprof.runtime.triton_exchange import triton_exchange
 
             triton_exchange(buffers, self.core, new, self.exchanges)

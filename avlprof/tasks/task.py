@@ -95,3 +95,16 @@ class Task:
         """
         identity = [self.name, self.metric, list(self.splits), dict(sorted(self.provenance.items()))]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def chosen_types(task: str, types: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The question types of a task that a text names, separated by commas; all when it is empty.
+
+    `UserError` when a type is unknown.
+    """
+    whole = tuple(known)
+    chosen = tuple(dict.fromkeys(name.strip() for name in types.split(","))) if types.strip() else whole
+    for name in chosen:
+        if name not in whole:
+            raise unknown(f"question type of task '{task}'", name, whole)
+    return chosen

@@ -19,7 +19,8 @@ _NEVER = 0x7FFFFFFF  # number among the text tokens of a token that is none
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What kernels read of the prompts of a batch, made once a prompt; `plans` are its rows' own.
+    """What kernels read of the prompts of a batch, made once a prompt; `plans` are its rows' own, and
+    `pictured` the positions of their vision tokens, on the host.
 
     All tables are int32. Of the keys: `codes [B, N]` of `Modality`, `order [B, N]` (number among the
     text tokens), `uniform [B, blocks]` (the code that all tokens of a block have, or -1), `first [B]`
@@ -32,7 +33,7 @@ class BatchRows:
     """
 
     plans: tuple[MeasuredRows, ...]
-    real: Tensor
+    pictured: tuple[Tensor, ...]
     codes: Tensor
     order: Tensor
     uniform: Tensor
@@ -106,7 +107,7 @@ class BatchRows:
         there = _moved(tables, device)
         there["shares"] = there["shares"].view(torch.float32)
         span = max((int(own[-1] - own[0]) + 1 for own in vision if len(own)), default=0)
-        return cls(plans=tuple(plans), real=real, span=span, **there)
+        return cls(plans=tuple(plans), pictured=tuple(vision), span=span, **there)
 
 
 _INDEXES = ("rows", "slots", "text_slots", "covered", "got")

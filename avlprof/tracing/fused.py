@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall
+from avlprof.attention.column_sums import kernels_run
 from avlprof.tracing.batch import BatchRows
 from avlprof.tracing.options import RecordOptions
 from avlprof.tracing.prompt import PromptSums
@@ -21,17 +21,26 @@ MOST_HEAD_DIM = 256
 def serves(call: AttentionCall, options: RecordOptions) -> bool:
     """Whether kernels measure a prompt's rows: on CUDA with Triton, where no block of weights is set."""
     return (
-        call.query.is_cuda
-        and options.block is None
+        options.block is None
         and call.positions is None
         and call.key.shape[2] == call.query.shape[2]
         and call.query.shape[-1] <= MOST_HEAD_DIM
-        and find_spec("triton") is not None
+        and kernels_run(call.query)
     )
 
 
 def measure_batch(call: AttentionCall, plan: BatchRows) -> Iterator[PromptSums]:
-    """Sums of each prompt of a batch, in order; all rows and heads are measured together."""
+    """Sums of each prompt of a batch, in order; all rows and heads are measured together.
+
+    Args:
+        call: a layer's, of the prompts alone: `query [B, H, N, D]`, `key [B, Hkv, N, D]`, on CUDA or in
+            Triton's interpreter.
+        plan: the rows that are measured, on the call's device.
+
+    Yields:
+        what `prompt.measure_prompt` gives for each row of the batch, in fp32, with `received` of all N
+        columns and `columns` telling which are vision's. Nothing waits for the device.
+    """
     from avlprof.tracing.triton_rows import PromptRows, triton_rows
 
     causal = bool(getattr(call.module, "is_causal", True))
@@ -45,8 +54,7 @@ def measure_batch(call: AttentionCall, plan: BatchRows) -> Iterator[PromptSums]:
         past = None
         if own.options.history is not None:
             past = _history(plan, index, sums.texts, sums.received.shape[1])
-        columns = plan.real[index].nonzero()[own.columns.vision.positions, 0]
-        yield PromptSums(kinds, sums.received[index], past, columns)
+        yield PromptSums(kinds, sums.received[index], past, plan.pictured[index])
 
 
 def _history(plan: BatchRows, index: int, texts: Tensor | None, heads: int) -> Tensor:

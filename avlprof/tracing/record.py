@@ -50,7 +50,7 @@ class RowRecord:
         self.options = options
         self.steps = 0
         self._grown = self.modality
-        self._new = len(self.modality)
+        self.new = len(self.modality)  # tokens of the latest pass of several
         self._prompt: list[PromptSums | None] = [None] * layers
         self._steps = [LayerSteps(options) for _ in range(layers)]
         self._plans: dict[torch.device, MeasuredRows] = {}
@@ -78,20 +78,15 @@ class RowRecord:
             self._measure_steps(layer)
         self.grow(modality)
         self.modality = torch.cat([self.modality, modality])
-        self._new, self._plans = len(modality), {}
+        self.new, self._plans = len(modality), {}
 
     def add_turn(self, layer: int, attention: PromptAttention) -> None:
         """Measure the chosen rows of a layer that has attended to the tokens of `extend`."""
         device = attention.key.device
         if device not in self._plans:
             columns = self._columns_on(device)
-            self._plans[device] = MeasuredRows(columns, columns.count - self._new)
+            self._plans[device] = MeasuredRows(columns, columns.count - self.new)
         self._prompt[layer] = joined(self._prompt[layer], measure_prompt(attention, self._plans[device]))
-
-    @property
-    def new(self) -> int:
-        """Tokens of the latest pass of several, padding left out."""
-        return self._new
 
     def grow(self, modality: Tensor) -> None:
         """A pass with further tokens starts; `modality [n]` of them, padding left out, on the host."""

@@ -125,11 +125,11 @@ class Recorder:
             return
         if forward.step == 0 or forward.new > 1:
             self._measure(batch, forward, call)
-        elif forward.new == 1 and call.appended and call.key.shape[2] == forward.modality.shape[1]:
+        elif call.appended and call.key.shape[2] == forward.modality.shape[1]:
             held = batch.held.setdefault(call.layer, HeldSteps(self._options.step_logits))
             if held.hold(call, batch.open):
                 held.measure(batch.rows)
-        elif forward.new == 1:
+        else:
             # a slice, which copies no keys: closed rows in between are measured in vain
             rows = slice(batch.open[0], batch.open[-1] + 1)
             logits = _step_logits(_rows(call, rows), forward.modality.shape[1])

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 
 from avlprof.attention.modality import Modality
+from avlprof.tracing import columns
 
-UNSEEN = tl.constexpr(-1e30)  # logit of a key that a row may not see: finite, so that nothing is NaN
-_KNOWN = tl.constexpr(-1e29)  # largest logits above it are of rows that see something
+UNSEEN = tl.constexpr(columns.UNSEEN)  # finite, so that nothing is NaN
+KNOWN = tl.constexpr(-1e29)  # largest logits above it are of rows that see something
 _SYSTEM = tl.constexpr(int(Modality.SYSTEM))
-_VISION = tl.constexpr(int(Modality.VISION))
+VISION = tl.constexpr(int(Modality.VISION))
 _TEXT = tl.constexpr(int(Modality.TEXT))
 _GENERATED = tl.constexpr(int(Modality.GENERATED))
-_PAD = tl.constexpr(int(Modality.PAD))
+PAD = tl.constexpr(int(Modality.PAD))
 _FIXED = tl.constexpr(8)  # values of a row in front of its distance bins
 _LEARNED = _LARGEST = tl.constexpr(5)  # where a sum of its own stands in partial sums
 _ENTROPY = _SPREAD = tl.constexpr(6)
@@ -34,7 +35,7 @@ def logits_tile(
     x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scaling
     if capped:
         x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)  # tanh
-    seen = row_seen[:, None] & (code != _PAD)[None, :]
+    seen = row_seen[:, None] & (code != PAD)[None, :]
     if causal:
         seen = seen & (column[None, :] <= at[:, None])
     if masked:
@@ -103,7 +104,7 @@ def row_sums(
             mask=(column < length)[:, None] & (d < size)[None, :],
             other=0.0,
         )
-        code = tl.load(codes + b * length + column, mask=column < length, other=_PAD)
+        code = tl.load(codes + b * length + column, mask=column < length, other=PAD)
         x = logits_tile(
             q, k, real, at, h, column, code, mask, b, mask_b, mask_h, mask_r, mask_n, length,
             scaling, softcap, causal, masked, capped,
@@ -134,17 +135,17 @@ def row_sums(
         only = tl.load(uniform + b * tl.cdiv(length, key_block) + start // key_block)
         if only >= 0:
             system += tl.where(only == _SYSTEM, gained, 0.0)
-            vision += tl.where(only == _VISION, gained, 0.0)
+            vision += tl.where(only == VISION, gained, 0.0)
             text += tl.where(only == _TEXT, gained, 0.0)
             generated += tl.where(only == _GENERATED, gained, 0.0)
         else:
             system += tl.sum(tl.where((code == _SYSTEM)[None, :], p, 0.0), axis=1)
-            vision += tl.sum(tl.where((code == _VISION)[None, :], p, 0.0), axis=1)
+            vision += tl.sum(tl.where((code == VISION)[None, :], p, 0.0), axis=1)
             text += tl.sum(tl.where((code == _TEXT)[None, :], p, 0.0), axis=1)
             generated += tl.sum(tl.where((code == _GENERATED)[None, :], p, 0.0), axis=1)
         if start <= first_key:
             sink += tl.sum(tl.where((column == first_key)[None, :], p, 0.0), axis=1)
-        if only != _SYSTEM and only != _VISION:
+        if only != _SYSTEM and only != VISION:
             number = tl.load(order + b * length + column, mask=column < length, other=0x7FFFFFFF)[None, :]
             text_sink += tl.sum(tl.where(number < start_of_text[:, None], p, 0.0), axis=1)
             high = tl.load(bins + (b * count + r) * bounds, mask=real, other=0)
@@ -210,7 +211,7 @@ def row_merge(
         total = total * before + number * after
         sums = sums * before[:, None] + part * after[:, None]
         largest = now
-    known = largest > _KNOWN
+    known = largest > KNOWN
     highest, weight, learned = largest, total, tl.zeros([line_block], tl.float32)
     shrunk = tl.full([line_block], 1.0, tl.float32)
     if sunk:

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from avlprof.tracing.batch import KEY_BLOCK, BatchRows
+from avlprof.tracing.columns import UNSEEN
 from avlprof.tracing.prompt import KINDS
 from avlprof.tracing.triton_kernels import row_merge, row_sums
 from avlprof.tracing.triton_sums import coverage_counts, kind_sums, received_sums
@@ -178,7 +179,7 @@ class RowKernels:
             )
         if plan.has_history:
             rows = plan.text_rows.shape[1]
-            texts = torch.full((self.batch, self.heads, rows, tokens), -1e30, device=device)
+            texts = torch.full((self.batch, self.heads, rows, tokens), UNSEEN, device=device)
         grid = (triton.cdiv(count * self.group, self.tile.rows), self.batch * self.groups, splits)
         row_sums[grid](
             self.query, self.key, self.mask,

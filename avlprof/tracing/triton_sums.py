@@ -11,13 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from avlprof.attention.modality import Modality
-from avlprof.tracing.triton_kernels import logits_tile
+from avlprof.tracing.triton_kernels import KNOWN, PAD, UNSEEN, VISION, logits_tile
 
-UNSEEN = tl.constexpr(-1e30)  # logit of a key that a row may not see: finite, so that nothing is NaN
-_KNOWN = tl.constexpr(-1e29)  # largest logits above it are of rows that see something
-_VISION = tl.constexpr(int(Modality.VISION))
-_PAD = tl.constexpr(int(Modality.PAD))
 _ONE = tl.constexpr(0x3F800000)  # bits of 1.0
 _LEAST = tl.constexpr(0x33800000)  # of 2 ** -24: smaller shares of the largest weight are one size
 _ROUNDING = tl.constexpr(2e-6)  # of a sum in fp32: what is missing by less is not missing
@@ -42,19 +37,19 @@ def coverage_counts(
     there = tl.maximum(r, 0)
     at = tl.where(r >= 0, tl.load(rows + b * count + there), -1)
     column = tl.load(vision + b) + tl.arange(0, span)
-    code = tl.load(codes + b * length + column, mask=column < length, other=_PAD)
+    code = tl.load(codes + b * length + column, mask=column < length, other=PAD)
     reach = at
     if not causal:
         reach = tl.where(at >= 0, length, -1)
-    seen = (code == _VISION) & (column <= reach)
+    seen = (code == VISION) & (column <= reach)
     x = tl.load(covered + (index * slot_count + slot) * length + column, mask=seen, other=UNSEEN)
     largest = tl.max(x, axis=0)
     normal = tl.load(lse + index * count + there)
-    known = (largest > _KNOWN) & (tl.exp(largest - normal) > 0.0)
-    weight = tl.where(x > _KNOWN, tl.exp(x - largest), 0.0)
+    known = (largest > KNOWN) & (tl.exp(largest - normal) > 0.0)
+    weight = tl.where(x > KNOWN, tl.exp(x - largest), 0.0)
     bits = weight.to(tl.int32, bitcast=True)
     total = tl.sum(weight, axis=0)
-    every = tl.sum((x > _KNOWN).to(tl.float32), axis=0)
+    every = tl.sum((x > KNOWN).to(tl.float32), axis=0)
     line = out + (index * slot_count + slot) * 2 * levels
     for level in tl.static_range(levels):
         share = tl.load(shares + level)
@@ -122,7 +117,7 @@ def received_sums(
         mask=(column < length)[:, None] & (d < size)[None, :],
         other=0.0,
     )
-    code = tl.load(codes + b * length + column, mask=column < length, other=_PAD)
+    code = tl.load(codes + b * length + column, mask=column < length, other=PAD)
     by_last = tl.zeros([key_block], tl.float32)
     by_text = tl.zeros([key_block], tl.float32)
     by_all = tl.zeros([key_block], tl.float32)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from avlprof.attention.column_sums import Seen, column_sums
 from tests.helpers import Largest
+from tests.interpreted import passes, runs_elsewhere, runs_here
 
-RUNNABLE = find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
 PLAIN = {"heads": 2, "kv_heads": 2, "length": 37, "size": 16}
 CASES = {
     "plain": PLAIN,
@@ -139,23 +132,12 @@ def test_memory_is_linear_in_the_keys():
 
 
 @pytest.mark.slow  # Triton's interpreter, in a process of its own
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(RUNNABLE, reason="the kernel runs in this process")
+@runs_elsewhere
 def test_the_kernel_in_the_interpreter():
-    """Triton chooses between compiler and interpreter when it is imported, so a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "kernel_equals"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES)} passed" in done.stdout
+    passes(__file__, len(CASES), "-k", "kernel_equals")
 
 
-@pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+@runs_here
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_equals_the_matrix(name):
     from avlprof.attention.triton_column_sums import triton_column_sums

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-RUNNABLE = find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.interpreted import DEVICE, passes, runs_elsewhere, runs_here
+
 CASES = {
     "one set": {"groups": 1, "position_heads": 1},
     "one set, positions of heads": {"groups": 1, "position_heads": 3},
@@ -25,23 +18,12 @@ CASES = {
 
 
 @pytest.mark.full
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(RUNNABLE, reason="the kernel runs in this process")
+@runs_elsewhere
 def test_the_exchange_in_the_interpreter():
-    """Triton chooses between compiler and interpreter when it is imported, so a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, "-k", "pairs"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES)} passed" in done.stdout
+    passes(__file__, len(CASES), "-k", "pairs")
 
 
-@pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+@runs_here
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_exchanged_and_nothing_else_moves(name):
     from avlprof.runtime.triton_exchange import triton_exchange

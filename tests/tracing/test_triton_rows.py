@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,11 +17,8 @@ from avlprof.tracing.fused import measure_batch
 from avlprof.tracing.prompt import MeasuredRows, PromptAttention, measure_prompt
 from avlprof.tracing.sums import frames
 from tests.helpers import Counted
+from tests.interpreted import DEVICE, passes, runs_elsewhere, runs_here
 
-RUNNABLE = find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = {
     "short": "s1 v20 t7",
     "long": "s3 v50 t9 v30 t11",
@@ -134,25 +127,13 @@ def plain(call, plan, row, real):
         pytest.param("slow", len(CASES) - len(FIRST), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(RUNNABLE, reason="the kernels run in this process")
+@runs_elsewhere
 def test_the_kernels_in_the_interpreter(marks, count):
-    """Triton chooses between compiler and interpreter when it is imported, so a process of its own."""
-    only = ["-m", marks, "-k", "kernels_equal or launches"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, *only],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
     launches = 2 if marks == "not slow" else 0
-    assert f"{count + launches} passed" in done.stdout
+    passes(__file__, count + launches, "-m", marks, "-k", "kernels_equal or launches")
 
 
-@pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+@runs_here
 @pytest.mark.parametrize(
     "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
@@ -198,7 +179,7 @@ class Launched:
         return lambda *arguments, **constants: None
 
 
-@pytest.mark.skipif(not RUNNABLE, reason="needs a CUDA device, or TRITON_INTERPRET=1 from the start")
+@runs_here
 @pytest.mark.parametrize(("rows", "most"), [("default", 12), ("all", 16)])
 def test_a_layer_takes_few_launches_for_a_whole_batch(rows, most, monkeypatch):
     from avlprof.tracing import triton_rows

@@ -10,11 +10,10 @@ from typing import Final
 
 from PIL import Image
 
-from avlprof.registry import unknown
 from avlprof.tasks.pages.page import draw_page
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.splits import HELD_OUT, SEARCH
-from avlprof.tasks.task import Task
+from avlprof.tasks.task import Task, chosen_types
 
 TRAINING_SEEDS: Final = range(1000, 1014)
 """Each renderer of the training has a seed of its own."""
@@ -61,10 +60,7 @@ def pages_task(types: str = "") -> Task:
 
     `UserError` when a type is unknown.
     """
-    chosen = tuple(dict.fromkeys(t.strip() for t in types.split(","))) if types.strip() else QUESTIONS
-    for question_type in chosen:
-        if question_type not in QUESTIONS:
-            raise unknown("question type of task 'pages'", question_type, QUESTIONS)
+    chosen = chosen_types("pages", types, QUESTIONS)
     return Task(
         name=f"pages:{','.join(chosen)}" if types.strip() else "pages",
         metric="rouge_l" if set(chosen) <= set(LONG) else "exact_match",

@@ -8,12 +8,11 @@ from itertools import count
 
 import numpy as np
 
-from avlprof.registry import unknown
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.shapes.questions import QUESTIONS
 from avlprof.tasks.shapes.scene import render, sample_scene
 from avlprof.tasks.splits import HELD_OUT, SEARCH
-from avlprof.tasks.task import Task
+from avlprof.tasks.task import Task, chosen_types
 
 SEEDS: dict[str, tuple[int, ...]] = {"train": (0, 1, 1), SEARCH: (0, 2), HELD_OUT: (0, 3)}
 """Seeds of the splits; a scene's number is appended. `train` are the pictures that the embedded
@@ -36,10 +35,7 @@ def shapes_task(types: str = "") -> Task:
 
     `UserError` when a type is unknown.
     """
-    chosen = tuple(dict.fromkeys(t.strip() for t in types.split(","))) if types.strip() else tuple(QUESTIONS)
-    for question_type in chosen:
-        if question_type not in QUESTIONS:
-            raise unknown("question type of task 'shapes'", question_type, QUESTIONS)
+    chosen = chosen_types("shapes", types, QUESTIONS)
     return Task(
         name=f"shapes:{','.join(chosen)}" if types.strip() else "shapes",
         metric="token_f1" if set(chosen) <= set(LISTS) else "exact_match",

@@ -1,0 +1,42 @@
+"""The bench of a GPU, tried out on the CPU: what it measures and says, not how fast anything is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from avlprof.bench.gpu import GpuBench, gpu_markdown, run_gpu_bench
+from avlprof.bench.shapes import decoder_shape
+from avlprof.errors import UserError
+from tests.cli_runner import invoke
+
+TINY = decoder_shape("tiny")
+
+
+@pytest.mark.full
+def test_every_part_is_measured():
+    bench = GpuBench((TINY,), (200,), ((0, 1, 64),), layers=2, rounds=1, device="cpu", dtype=torch.float32)
+    found = list(run_gpu_bench(bench))
+    assert {cost.section for cost in found} == {"memory", "recording", "answers", "decoding"}
+    assert all(math.isfinite(cost.value) and cost.value >= 0 for cost in found)
+    measures = {cost.measure for cost in found}
+    assert {"traced / plain", "traced all rows / plain", "traced / plain steps"} <= measures
+    assert {"dense, captured: step", "keep .4, core .1, captured: refresh / step"} <= measures
+    page = gpu_markdown(found, "cpu").splitlines()
+    assert len([line for line in page if line.startswith("|")]) == len(found) + 2
+
+
+def test_time_that_is_over_leaves_parts_out():
+    bench = GpuBench((TINY,), (200,), layers=2, device="cpu", dtype=torch.float32, seconds=-1)
+    assert [cost.section for cost in run_gpu_bench(bench)] == ["memory"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu_is_a_sentence():
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        list(run_gpu_bench(GpuBench()))
+    result = invoke("bench", "gpu")
+    assert result.exit_code == 2
+    assert "CUDA" in result.stderr
