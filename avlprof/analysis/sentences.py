@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 ENOUGH = 10
 """Samples, and long answers, from which on there is advice."""
 
-_OWN = {"tiny": ("shapes", tiny.FOREIGN), small.NAME: ("pages", small.FOREIGN)}
+_OWN = {
+    **dict.fromkeys(tiny.FOLDERS, ("shapes", tiny.FOREIGN)),
+    small.NAME: ("pages", small.FOREIGN),
+}
 _WHEN = {"generated": "while decoding", "last": "in the last prompt row"}
 
 

@@ -55,6 +55,9 @@ class LlavaRecipe(Recipe):
         projected: Tensor = model.model.multi_modal_projector(features)
         return projected
 
+    def settle(self, model: PreTrainedModel) -> None:
+        """Nothing: projector and decoder start at random."""
+
     def prefix(self, frame: Frame) -> Prefix:
         ids = self.picture_ids("USER: ", "<image>", "", frame)
         return Prefix(ids, flat_positions(len(ids)), len(ids))

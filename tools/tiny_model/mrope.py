@@ -25,14 +25,15 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+from avlprof.models.families.tiny import PictureProcessor
 from avlprof.models.tiny import WEIGHTS
 from avlprof.tasks.shapes.scene import IMAGE_SIZE, PATCH_SIZE, Frame, render, sample_scene
-from avlprof.models.tiny import PictureProcessor as Processor
 from tools.tiny_model.build import LlavaRecipe
 from tools.tiny_model.recipe import Prefix, Recipe
 
 _SETTLING = 192  # pictures to which the projector is fitted
 _VOLUME = 0.3  # size of a picture's embeddings beside `tiny`'s, so that the decoder can add positions
+_AXES = [*[1] * 14, 2]  # time, height and width take turns, so that each has fast and slow frequencies
 SIDES = (80, 168)  # pixels of the smallest and the largest side
 _IMAGE, _START, _END, _VIDEO = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 _CHAT_TEMPLATE = """{% for m in messages %}{% if m['role'] == 'user' %}USER: \
@@ -47,7 +48,7 @@ _CHAT_TEMPLATE = """{% for m in messages %}{% if m['role'] == 'user' %}USER: \
 class MropeRecipe(Recipe):
     """Qwen2.5-VL: dynamic resolution, windows in every other block of the tower, positions of three axes."""
 
-    def build_processor(self) -> "Processor":
+    def build_processor(self) -> PictureProcessor:
         tokenizer = _tokenizer()
         images = Qwen2VLImageProcessorPil(
             patch_size=PATCH_SIZE,
@@ -55,7 +56,7 @@ class MropeRecipe(Recipe):
             temporal_patch_size=2,
             size={"shortest_edge": SIDES[0] ** 2, "longest_edge": SIDES[1] ** 2},
         )
-        return Processor(images, tokenizer, chat_template=_CHAT_TEMPLATE)
+        return PictureProcessor(images, tokenizer, chat_template=_CHAT_TEMPLATE)
 
     def build_model(self, seed: int) -> Qwen2_5_VLForConditionalGeneration:
         torch.manual_seed(seed)
@@ -122,7 +123,9 @@ class MropeRecipe(Recipe):
         pictures = [render(scene) for scene in scenes]
         with torch.no_grad():
             taught = [
-                self._llava.projected(self.teacher, self._llava.features(self.teacher, self._llava.pixels(some)))
+                self._llava.projected(
+                    self.teacher, self._llava.features(self.teacher, self._llava.pixels(some))
+                )
                 for some in batched(pictures, 32)
             ]
             features = torch.cat([self.features(model, self.pixels(some)) for some in batched(pictures, 32)])
@@ -142,7 +145,16 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     """`tiny`'s tokens under the names of Qwen2.5-VL, and three more behind them."""
     tokenizer: PreTrainedTokenizerFast = LlavaRecipe().processor.tokenizer
     tokenizer.add_tokens([_START, _END, _IMAGE, _VIDEO], special_tokens=True)
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": _IMAGE, "video_token": _VIDEO},
+        padding_side="left",
+        model_max_length=1024,
+    )
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
@@ -157,7 +169,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 6, 8]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": _AXES},
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

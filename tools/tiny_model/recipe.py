@@ -65,6 +65,7 @@ class Recipe(ABC):
         """The frame of all pictures of a step."""
         return Frame()
 
+    @abstractmethod
     def settle(self, model: PreTrainedModel) -> None:
         """What is done to a model whose tower is trained, before the joint stage."""
 
