@@ -85,7 +85,8 @@ class MropeRecipe(Recipe):
         visual, grids = model.model.visual, pixels["image_grid_thw"]
         hidden = visual(pixels["pixel_values"], grid_thw=grids).last_hidden_state
         order, _ = get_vision_window_index(grids, 1, visual.window_size, visual.patch_size)
-        return hidden[torch.argsort(order)].view(len(grids), -1, hidden.shape[-1])
+        ordered: Tensor = hidden[torch.argsort(order)]
+        return ordered.view(len(grids), -1, hidden.shape[-1])
 
     def projected(self, model: PreTrainedModel, features: Tensor) -> Tensor:
         merged: Tensor = model.model.visual.merger(features)

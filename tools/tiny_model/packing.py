@@ -53,7 +53,7 @@ def pack(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> Packed:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     prefix = recipe.prefix(scene.frame)
-    ids, following = list(prefix.ids), []
+    ids, following = list(prefix.ids), list[int]()
     segments, weights = [0] * len(ids), [0.0] * len(ids)
     names = list(WEIGHTS)
     chance = np.array([WEIGHTS[n] for n in names]) / sum(WEIGHTS.values())

@@ -79,8 +79,9 @@ class Trainer:
         images, labels, packed = [], [], []
         for index in range(step * stage.batch, (step + 1) * stage.batch):
             seed = (self.seed, TRAIN_SPLIT, which, index)
-            wall = ((9, 9), 0.8) if stage.name == "tower" and index % 2 else ()
-            scene = sample_scene(seed, *wall, frame=frame)
+            wall = stage.name == "tower" and index % 2
+            items, text_share = ((9, 9), 0.8) if wall else ((3, 6), 0.5)
+            scene = sample_scene(seed, items, text_share, frame)
             if stage.name == "joint":
                 packed.append(pack(scene, self.recipe, np.random.default_rng((*seed, 2))))
             image, label = patch_labels(scene)
