@@ -82,6 +82,12 @@ class Scene:
     frame: Frame = Frame()
 
 
+def sampled_frame(seed: tuple[int, ...]) -> Frame:
+    """A frame of 88 to 168 pixels a side, each side drawn by itself."""
+    width, height = np.random.default_rng((*seed, 3)).integers(11, 22, size=2)
+    return Frame(PATCH_SIZE * int(width), PATCH_SIZE * int(height))
+
+
 def sample_scene(
     seed: tuple[int, ...],
     items: tuple[int, int] = (3, 6),
