@@ -8,7 +8,9 @@ to give what `tiny`'s projector gives, so that the decoder understands it from t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+from avlprof.files import write_text
 from avlprof.models.families.tiny import PictureProcessor
 from avlprof.models.tiny import WEIGHTS
 from avlprof.tasks.shapes.scene import IMAGE_SIZE, PATCH_SIZE, Frame, render, sample_scene
@@ -135,6 +138,17 @@ class MropeRecipe(Recipe):
             found = torch.linalg.lstsq(design, torch.cat(taught).flatten(0, 1).double() * _VOLUME).solution
             merger.mlp[2].weight.copy_(found[:-1].T)
             merger.mlp[2].bias.copy_(found[-1])
+
+    def save_processor(self, folder: Path) -> None:
+        """Under the names of the stock processor, which `AutoProcessor` builds where torchvision is."""
+        super().save_processor(folder)
+        for name in ("processor_config.json", "tokenizer_config.json"):
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config["processor_class"] = "Qwen2_5_VLProcessor"
+            if pictures := config.get("image_processor"):
+                films = {key: value for key, value in pictures.items() if key != "image_processor_type"}
+                config["video_processor"] = films | {"video_processor_type": "Qwen2VLVideoProcessor"}
+            write_text(folder / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def batched(pictures: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:

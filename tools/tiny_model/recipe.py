@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,10 @@ class Recipe(ABC):
     @abstractmethod
     def settle(self, model: PreTrainedModel) -> None:
         """What is done to a model whose tower is trained, before the joint stage."""
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the processor's files."""
+        self.processor.save_pretrained(folder)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the tower takes of pictures."""

@@ -202,7 +202,7 @@ class Trainer:
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        self.recipe.processor.save_pretrained(folder)
+        self.recipe.save_processor(folder)
 
     def _load(self, stage: Stage, optimizers: list[torch.optim.Optimizer]) -> int:
         path = self.work / f"{stage.name}.safetensors"
