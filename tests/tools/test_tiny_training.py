@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from avlprof.models.families.tiny import PictureProcessor
+from avlprof.models.tiny import WEIGHTS
 from avlprof.tasks.shapes.scene import Frame, render, sample_scene
+from tools.tiny_model import mrope
 from tools.tiny_model.build import LlavaRecipe
 from tools.tiny_model.mrope import MropeRecipe
 from tools.tiny_model.muon import orthogonalised
@@ -57,6 +63,52 @@ def test_the_export_loads_without_the_package(tmp_path):
     inputs = processor(text=[prompt], images=[render(sample_scene((9, 9)))], return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 196
     assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_the_export_of_tiny_mrope_has_stock_names_and_loads(tmp_path):
+    trainer = Trainer(tmp_path, MropeRecipe(), seed=1)
+    trainer.export(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value.half().float(), rtol=0, atol=0)
+    config = json.loads((tmp_path / "model" / "processor_config.json").read_text())
+    assert config["processor_class"] == "Qwen2_5_VLProcessor"
+    for part in ("image_processor", "video_processor"):
+        assert (config[part]["patch_size"], config[part]["merge_size"]) == (8, 1)
+    processor = PictureProcessor.from_pretrained(tmp_path / "model")
+    prompt = "USER: <|vision_start|><|image_pad|><|vision_end|>\nlist the colors. ASSISTANT:"
+    picture = render(sample_scene((9, 9), frame=Frame(160, 96)))
+    inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 20 * 12
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_tiny_mrope_starts_from_tiny(monkeypatch):
+    """The decoder's weights are `tiny`'s; the fitted projector is the least-squares answer."""
+    monkeypatch.setattr(mrope, "_SETTLING", 6)
+    recipe = MropeRecipe()
+    model = recipe.build_model(seed=4)
+    theirs = load_file(WEIGHTS / "model.safetensors")
+    own = model.model.language_model.state_dict()
+    shared = [name for name in own if f"language_model.model.{name}" in theirs]
+    assert len(shared) == 6 * 9 + 2
+    for name in shared:
+        value = theirs[f"language_model.model.{name}"].float()
+        torch.testing.assert_close(own[name][: len(value)], value)
+    assert all(not own[name].any() for name in own if name.endswith("_proj.bias"))
+    recipe.settle(model)
+    pictures = [render(sample_scene((0, 1, 2, number))) for number in range(6)]
+    llava = LlavaRecipe()
+    with torch.no_grad():
+        wanted = 0.3 * llava.projected(recipe.teacher, llava.features(recipe.teacher, llava.pixels(pictures)))
+        features = recipe.features(model, recipe.pixels(pictures))
+        merger = model.model.visual.merger
+        hidden = torch.nn.functional.gelu(merger.mlp[0](merger.ln_q(features)))
+        error = (recipe.projected(model, features) - wanted).flatten(0, 1)
+    # what a least-squares fit leaves is orthogonal to what it was fitted from
+    left = hidden.flatten(0, 1).double().T @ error.double()
+    assert left.abs().max() < 1e-4 * wanted.abs().sum()
+    assert error.var() < 0.95 * wanted.flatten(0, 1).var()
 
 
 @pytest.mark.parametrize(
