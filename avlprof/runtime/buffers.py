@@ -116,7 +116,7 @@ class BufferedLayer(CacheLayerMixin):
         return None
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """What a step's `weights [B, H, n]` change, once all observers have seen it; here nothing."""
+        """What a step's `weights [B, G, n]` change, once all observers have seen it; here nothing."""
 
     def stored_prompt_tokens(self, rows: Sequence[PromptShape]) -> list[int]:
         """Prompt tokens of each row in memory, of prompts `rows`; a mean over KV heads rounded down."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avlprof.attention.call import AttentionCall
-from avlprof.attention.weights import group_mean, step_weights
+from avlprof.attention.call import AttentionCall, Bounds, StepStates
+from avlprof.attention.column_sums import kernels_run
+from avlprof.attention.decode import attention_weights
+from avlprof.attention.weights import group_mean
 from avlprof.policy import PromptShape
 from avlprof.runtime.buffers import SlotLayer
 from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
@@ -219,10 +221,10 @@ class AdaptiveLayer(SlotLayer):
     def _step(self, slots: list[int], refreshing: bool) -> Step:
         """The step of tokens that go to text slots `slots`."""
         whole = refreshing and not self.score_only
-        (start, end), mask = self._window(whole)
+        (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
-        weighing = whole or self.rule.running is not None
-        return Step(slots, start, end, positions, mask, refreshing, weighing)
+        weighing = positions.shape[1] if whole or self.rule.running is not None else 0
+        return Step(slots, start, end, positions, mask, refreshing, weighing, bounds)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -233,13 +235,14 @@ class AdaptiveLayer(SlotLayer):
         """
         step = self._present
         if step.refreshing and self.score_only:
-            (start, end), mask = self._window(True)
+            (start, end), mask, bounds = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            self._pick(step_weights(query, keys, scaling, mask, softcap, sinks), start)
+            states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
+            self._pick(attention_weights(states, self.buffers[2].shape[1]), start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, H, n]`."""
+        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, G, n]`."""
         keys, values, positions = self.buffers
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
@@ -249,7 +252,7 @@ class AdaptiveLayer(SlotLayer):
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
 
     def _pick(self, weights: Tensor, start: int) -> None:
-        """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
+        """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
         if self._core is None:
             self._core = CoreSlots.of(self.plans, self._classes(self._left))
         positions = self.buffers[2]
@@ -317,8 +320,11 @@ class AdaptiveLayer(SlotLayer):
     def _classes(self, width: int) -> Tensor:
         return slot_classes(self.plans, self.text.counts, self._left, width, self.device)
 
-    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
-        """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
-        counts, capacity = self.text.counts, self.buffers[2].shape[-1]
+    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None, Bounds | None]:
+        """The slots that a step attends to, from and to; a mask if rows differ, and where kernels run the
+        same as bounds. `whole`: all vision."""
+        counts, positions = self.text.counts, self.buffers[2]
         span = self._windows.span(counts, whole)
-        return span, self._windows.mask(counts, whole, capacity, self.device)
+        mask = self._windows.mask(counts, whole, positions.shape[-1], self.device)
+        runs = kernels_run(positions)
+        return span, mask, self._windows.bounds(counts, whole, self.device) if runs else None

@@ -1,0 +1,97 @@
+"""Decoding steps by kernels: what they are told, and whole answers against steps without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import avlprof
+from avlprof.runtime import apply as apply_module
+from avlprof.runtime.layer import AdaptiveLayer
+from avlprof.testing.models import random_llava, random_qwen2_5_vl
+from tests.helpers import generate, thinned
+from tests.interpreted import passes, runs_elsewhere, runs_here
+from tests.policies import POLICIES, QUICK, SCORED
+
+ASKED = ("attention.decode", "runtime.eviction", "runtime.layer", "runtime.layout")
+INTERPRETED = ("core and window", "per head", "score only", "history")
+
+
+@pytest.fixture
+def case():
+    return random_llava()
+
+
+def inputs_of(case):
+    return case.inputs(batch=3, seed=7, pad=True, text=15, images_per_row=[1, 0, 2])
+
+
+def kernels_everywhere(monkeypatch, *modules):
+    """What asks whether kernels run is told so, on a CPU too."""
+    for module in modules:
+        monkeypatch.setattr(f"avlprof.{module}.kernels_run", lambda tensor: True)
+
+
+def check_bounds(mask, bounds):
+    """A mask shows what bounds say."""
+    assert (mask is None) == (bounds is None)
+    if bounds is not None:
+        column = torch.arange(mask.shape[-1]) + bounds.start
+        seen = (column >= bounds.firsts[:, None]) & (column <= bounds.lasts[:, None])
+        assert torch.equal(seen[:, None, None], mask)
+
+
+@pytest.mark.parametrize("name", thinned(list(POLICIES), list(POLICIES), QUICK))
+def test_bounds_say_what_masks_show(case, name, monkeypatch):
+    kernels_everywhere(monkeypatch, "runtime.layer", "runtime.layout")
+    attend, told = apply_module.step_attention, []
+
+    def checked(states, sets):
+        check_bounds(states.mask, states.bounds)
+        told.append(states.bounds)
+        return attend(states, sets)
+
+    monkeypatch.setattr(apply_module, "step_attention", checked)
+    with avlprof.apply(case.model, POLICIES[name]):
+        generate(case.model, inputs_of(case))
+    assert any(bounds is not None for bounds in told)
+
+
+@pytest.mark.parametrize("name", ["core and window", "score only", "newest share"])
+def test_replayed_steps_keep_bounds_up_to_date(case, name, monkeypatch):
+    assert name not in SCORED
+    kernels_everywhere(monkeypatch, "runtime.layer", "runtime.layout")
+    with avlprof.apply(case.model, POLICIES[name], captured=6) as runtime:
+        generate(case.model, inputs_of(case))
+    for layer in runtime.cache.layers:
+        assert isinstance(layer, AdaptiveLayer)
+        for whole in {False, layer._has_core}:
+            _, mask, bounds = layer._window(whole)
+            check_bounds(mask, bounds)
+
+
+@pytest.mark.full
+@runs_elsewhere
+def test_answers_in_the_interpreter():
+    passes(__file__, len(INTERPRETED), "-k", "kernels_answer")
+
+
+@runs_here
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_kernels_answer_like_steps_without_them(name, monkeypatch):
+    case = random_qwen2_5_vl()
+    inputs, found = inputs_of(case), []
+    for kernels in (False, True):
+        if kernels:
+            kernels_everywhere(monkeypatch, *ASKED)
+            monkeypatch.setattr("avlprof.attention.decode.kernels_pay", lambda *_: True)
+        with avlprof.apply(case.model, POLICIES[name]) as runtime:
+            logits = torch.stack(generate(case.model, inputs, 7).logits)
+        sets = [
+            {tuple(sorted(part.flatten().tolist())) for part in layer.vision_positions(row)}
+            for layer in runtime.cache.layers
+            for row in range(3)
+        ]
+        found.append((logits, sets))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
+    assert found[0][1] == found[1][1]
