@@ -106,7 +106,10 @@ class DecodeKernels:
     def run(self) -> tuple[Tensor | None, Tensor | None]:
         states, query = self.states, self.query
         valued = states.value is not None
-        out = query.new_empty((self.batch, 1, self.heads, self.value_size)) if valued else None
+        out = None
+        if valued:
+            rows = (self.batch, 1, self.heads, self.value_size)
+            out = torch.empty(rows, dtype=query.dtype, device=query.device)
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
         logits = scores = None
         if self.sets:

@@ -32,12 +32,14 @@ from avlprof.runtime.turns import TurnPrefill, text_scores
 class CoreSlots:
     """Where core and stored vision tokens lie in a layer's left part, the same until the next turn.
 
-    `vision` and `core` are bool `[B, 1, n]` over its slots, `counts [B, 1, 1]` the sizes of the cores.
+    `vision` and `core` are bool `[B, 1, n]` over its slots, `counts [B, 1, 1]` the sizes of the cores, and
+    `edges [B, 3]` the slots where each row's vision and core begin and where both end.
     """
 
     vision: Tensor
     core: Tensor
     counts: Tensor
+    edges: Tensor
     size: int
     exchanges: int
     even: bool
@@ -45,11 +47,17 @@ class CoreSlots:
     @classmethod
     def of(cls, plans: list[RowPlan], classes: Tensor) -> CoreSlots:
         """Of the `classes [B, 1, n]` of the slots."""
-        cores = [plan.core for plan in plans]
+        cores, device, left = [plan.core for plan in plans], classes.device, classes.shape[-1]
+        ends = [left - plan.system for plan in plans]
+        begins = (
+            [end - getattr(p, part) for end, p in zip(ends, plans, strict=True)]
+            for part in ("vision", "core")
+        )
         return cls(
             vision=(classes == STORED) | (classes == CORE),
             core=classes == CORE,
-            counts=per_row(cores, classes.device),
+            counts=per_row(cores, device),
+            edges=torch.cat([per_row(slots, device)[:, 0] for slots in (*begins, ends)], dim=-1),
             size=max(cores),
             exchanges=max(min(plan.core, plan.vision - plan.core) for plan in plans),
             even=len(set(cores)) == 1,
@@ -59,7 +67,8 @@ class CoreSlots:
         """The vision slots that should be the core, bool `[B, groups, n]`; ties go to the lower position.
 
         Args:
-            weights: `[B, H, m]` attention of the step to the last `m` slots, all vision slots among them.
+            weights: `[B, H, m]` attention of the step to the last `m` slots, all vision slots among them; of
+                heads, or their means over sets.
             positions: `[B, G, n]` logical, `G` being `groups` or more.
             groups: sets of tokens: 1, or one a KV head.
         """
@@ -75,17 +84,30 @@ class CoreSlots:
         )
         return pad(chosen, (start, 0)) if start else chosen
 
-    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
-        """Make `new [B, groups, n]` the core: exchange slots of all buffers.
+    def refresh(
+        self, weights: Tensor, start: int, buffers: tuple[Tensor, Tensor, Tensor], groups: int, fixed: bool
+    ) -> None:
+        """Make the best vision slots the core, in `groups` sets: exchange slots of all buffers.
 
-        `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
-        changes; else as many pairs are exchanged as could be needed.
+        On CUDA two kernels choose, count on the device, and move what changes.
+
+        Args:
+            weights: `[B, G, m]` attention of the step to the last `m` slots of the left part.
+            start: the first of these slots.
+            buffers: keys, values and positions.
+            groups: as in `best`.
+            fixed: the host need not ask how many slots change; as many are exchanged as could.
         """
-        if kernels_run(new):
-            from avlprof.runtime.triton_exchange import triton_exchange
+        if kernels_run(weights):
+            from avlprof.runtime.triton_exchange import triton_refresh
 
-            triton_exchange(buffers, self.core, new, self.exchanges)
+            scores = weights if weights.shape[1] == groups else group_mean(weights, groups)
+            triton_refresh(buffers, scores, start, self.edges, self.exchanges)
             return
+        self.exchange(self.best(weights, buffers[2][..., : self.core.shape[-1]], groups), buffers, fixed)
+
+    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
+        """Make `new [B, groups, n]` the core; `fixed` as above."""
         if not fixed:
             exchange_counted(buffers, self.core, new)
             return

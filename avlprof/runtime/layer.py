@@ -255,11 +255,9 @@ class AdaptiveLayer(SlotLayer):
         """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
         if self._core is None:
             self._core = CoreSlots.of(self.plans, self._classes(self._left))
-        positions = self.buffers[2]
         groups = self.buffers[0].shape[1] if self.per_kv_head else 1
-        new = self._core.best(weights[..., : self._left - start], positions[..., : self._left], groups)
-        on_device = positions.device.type != "cpu"
-        self._core.exchange(new, self.buffers, on_device if self.fixed_shapes is None else self.fixed_shapes)
+        fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
+        self._core.refresh(weights[..., : self._left - start], start, self.buffers, groups, fixed)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)

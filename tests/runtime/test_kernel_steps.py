@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import avlprof
+from avlprof.attention.call import StepStates
+from avlprof.attention.decode import step_attention
+from avlprof.attention.session import with_cache
 from avlprof.runtime import apply as apply_module
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import random_llava, random_qwen2_5_vl
-from tests.helpers import generate, thinned
-from tests.interpreted import passes, runs_elsewhere, runs_here
+from tests.helpers import Counted, generate, thinned
+from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
 ASKED = ("attention.decode", "runtime.eviction", "runtime.layer", "runtime.layout")
@@ -73,14 +76,18 @@ def test_replayed_steps_keep_bounds_up_to_date(case, name, monkeypatch):
 @pytest.mark.full
 @runs_elsewhere
 def test_answers_in_the_interpreter():
-    passes(__file__, len(INTERPRETED), "-k", "kernels_answer")
+    passes(__file__, len(INTERPRETED) + 2, "-k", "kernels_answer or launches")
 
 
 @runs_here
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_answer_like_steps_without_them(name, monkeypatch):
+    from avlprof.attention import triton_decode
+
     case = random_qwen2_5_vl()
-    inputs, found = inputs_of(case), []
+    inputs, found, run = inputs_of(case), [], triton_decode.DecodeKernels.run
+    kernel_steps = []
+    monkeypatch.setattr(triton_decode.DecodeKernels, "run", lambda own: kernel_steps.append(own) or run(own))
     for kernels in (False, True):
         if kernels:
             kernels_everywhere(monkeypatch, *ASKED)
@@ -93,5 +100,41 @@ def test_kernels_answer_like_steps_without_them(name, monkeypatch):
             for row in range(3)
         ]
         found.append((logits, sets))
+    assert len(kernel_steps) >= 3 * 6  # layers, and tokens behind the first
     torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
     assert found[0][1] == found[1][1]
+
+
+@runs_here
+@pytest.mark.parametrize(("name", "refreshes"), [("core, k=1", True), ("evict", False)])
+def test_a_step_takes_few_launches(case, name, refreshes, monkeypatch):
+    """Two for attention, and two more at a refresh; what writes the token and its mask aside."""
+    from avlprof.attention import triton_decode
+    from avlprof.runtime import triton_exchange
+
+    kernels_everywhere(monkeypatch, *ASKED)
+    monkeypatch.setattr("avlprof.attention.decode.kernels_pay", lambda *_: True)
+    monkeypatch.setattr(triton_decode, "_LEAST_PART", 8)  # so that there are parts to merge
+    with avlprof.apply(case.model, POLICIES[name]) as runtime, torch.no_grad():
+        cache = runtime.new_cache()
+        case.model(**inputs_of(case), **with_cache(case.model, cache))
+        layer, kernels = cache.layers[0], []
+        states = torch.randn(2, 3, 2, 1, 16)
+        query = torch.randn(3, 4, 1, 16)
+        for again in (False, True):  # the first refresh makes what all others use
+            keys, values = layer.update(*states)
+            if again:
+                for module, kernel in (
+                    *((triton_decode, kernel) for kernel in ("decode_parts", "decode_merge")),
+                    *((triton_exchange, kernel) for kernel in ("core_choice", "exchange_pairs")),
+                ):
+                    monkeypatch.setattr(module, kernel, Launched(getattr(module, kernel), kernels))
+            with Counted() as counted:
+                step = layer.step_for(query, 0.25, None)
+                given = StepStates(query, keys, values, 0.25, mask=step.mask, bounds=step.bounds)
+                _, weights = step_attention(given, step.weighing)
+                if weights is not None:
+                    layer.after(step, weights)
+    assert (weights is not None) == refreshes
+    assert len(kernels) == (4 if refreshes else 2)
+    assert counted.names == []

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 STRIDES = (  # multiples of 16
     *("query_b", "query_h", "query_n", "key_b", "key_h", "key_n", "length", "size"),
-    *("value_b", "value_h", "value_n"),
+    *("value_b", "value_h", "value_n", "key_size", "value_size"),
 )
 COUNTS = (
     *STRIDES,
@@ -62,7 +62,7 @@ KERNELS = {
         *("tracing.triton_sums", "coverage_counts", 4),
         {"causal": True, "levels": 5, "span": 4096, "halvings": 15},
     ),
-    "pairs of the core": ("runtime.triton_exchange", "core_pairs", 4, {"block": 1024}),
+    "choice of the core": ("runtime.triton_exchange", "core_choice", 8, {"block": 2048}),
     "exchange": ("runtime.triton_exchange", "exchange_pairs", 4, {"block": 16, "width": 128}),
     "decode": ("attention.triton_decode_kernels", "decode_parts", 4, DECODE),
     "decode and weigh": (
@@ -107,7 +107,8 @@ def compiled(name, capability):
     module, function, warps, constants = KERNELS[name]
     kernel = getattr(importlib.import_module(f"avlprof.{module}"), function)
     types = dict.fromkeys(COUNTS, "i32") | dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(SUMS, "*fp32")
-    types |= {"old": "*u8", "new": "*u8", "keys": "*bf16", "positions": "*i64"}
+    types |= {"scores": "*fp32", "edges": "*i64", "keys": "*bf16", "positions": "*i64"}
+    types |= dict.fromkeys(("score_b", "score_g", "position_g", "start"), "i32")
     if name == "exchange":
         types["values"] = "*bf16"
     types |= dict.fromkeys((*MOVED, "most", "groups", "position_heads", "key_size", "value_size"), "i32")
