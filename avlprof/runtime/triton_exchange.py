@@ -32,8 +32,8 @@ def triton_refresh(
     Args:
         buffers: keys `[B, H, C, D]`, values `[B, H, C, E]` and positions int64 `[B, 1 or H, C]`, below
             2^31; the last dimensions are contiguous.
-        scores: fp32 `[B, G, n]` of the slots from `start` on, not negative; `G` is 1 or `H`, and no more
-            than there are rows of positions.
+        scores: fp32 `[B, G, n]` of the slots from `start` on; `G` is 1 or `H`, and no more than there are
+            rows of positions.
         edges: `[B, 3]` on the device: the slots where each row's vision and its core begin, and where both
             end.
         most: a bound of the exchanges of a row, known ahead.
@@ -61,6 +61,13 @@ def triton_refresh(
 
 
 @triton.jit
+def image_of(score):
+    """Integers in the order of floats, -0 being 0."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def digit_of_largest(bins, need):
     """The digit of the `need`-th largest of what `bins` count, and how many are above it and have it."""
     digit = tl.arange(0, _DIGITS)
@@ -70,63 +77,78 @@ def digit_of_largest(bins, need):
     return found, above, tl.sum(tl.where(digit == found, bins, 0), axis=0)
 
 
+@triton.jit
+def worst_of_best(
+    score, place, kinds, low, high, wanted, kind: tl.constexpr, placed: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """What the worst of the `wanted` best has, of columns `low` to `high`: its score's image and its place.
+
+    A column is taken if its image is larger, or equal and its place not above. Eight bits are found at a
+    time, by counting. `kind`: only columns of this kind compete; not `placed`: places are the columns.
+    """
+    least, need, tied = 0, wanted, 0
+    for level in range(4):
+        bins = tl.zeros([_DIGITS], tl.int32)
+        for at in range(low, high, block):
+            column = at + tl.arange(0, block)
+            own = column < high
+            digits = image_of(tl.load(score + column, mask=own, other=0.0)) ^ -0x80000000
+            if kind is not None:
+                own = own & (tl.load(kinds + column, mask=own, other=kind - 1) == kind)
+            digits = digits >> (24 - 8 * level)
+            own = own & (((digits >> 8) & ((1 << (8 * level)) - 1)) == least)
+            bins += tl.histogram(digits & 255, _DIGITS, mask=own)
+        digit, above, tied = digit_of_largest(bins, need)
+        least = (least << 8) | digit
+        need -= above
+    least = least ^ -0x80000000
+    last = 0x7FFFFFFF
+    if (need < tied) & (wanted > 0):
+        # places are ranked from the lowest on, which is from the largest of what they leave
+        far = 0
+        for level in range(4):
+            bins = tl.zeros([_DIGITS], tl.int32)
+            for at in range(low, high, block):
+                column = at + tl.arange(0, block)
+                own = column < high
+                image = image_of(tl.load(score + column, mask=own, other=0.0))
+                mirror = 0x7FFFFFFF - column
+                if placed:
+                    mirror = 0x7FFFFFFF - tl.load(place + column, mask=own, other=0).to(tl.int32)
+                own = own & (image == least)
+                if kind is not None:
+                    own = own & (tl.load(kinds + column, mask=column < high, other=kind - 1) == kind)
+                mirror = mirror >> (24 - 8 * level)
+                bins += tl.histogram(mirror & 255, _DIGITS, mask=own & ((mirror >> 8) == far))
+            digit, above, tied = digit_of_largest(bins, need)
+            far = (far << 8) | digit
+            need -= above
+        last = 0x7FFFFFFF - far
+    return least, last
+
+
 @triton.jit(do_not_specialize=["start", "most", "groups"])
 def core_choice(
     scores, positions, edges, pairs, counts,
     score_b, score_g, position_b, position_g, groups, start, most, block: tl.constexpr,
 ):  # fmt: skip
-    """The best slots of one row's set: those that leave its core for them, and those that enter, in order.
-
-    The score of the worst of the best is found by its bits, which order floats that are not negative, eight
-    at a time; of those that have it, the last position that is still taken is found likewise.
-    """
+    """The best slots of one row's set: those that leave its core for them, and those that enter, in order."""
     index = tl.program_id(0).to(tl.int64)
     b, g = index // groups, index % groups
     low = tl.load(edges + b * 3).to(tl.int32)
     core = tl.load(edges + b * 3 + 1).to(tl.int32)
     high = tl.load(edges + b * 3 + 2).to(tl.int32)
-    wanted = high - core
     score = scores + b * score_b + g * score_g - start
     place = positions + b * position_b + g * position_g
-    least, need, tied = 0, wanted, 0
-    for level in tl.static_range(4):
-        bins = tl.zeros([_DIGITS], tl.int32)
-        for at in range(low, high, block):
-            slot = at + tl.arange(0, block)
-            bits = tl.load(score + slot, mask=slot < high, other=0.0).to(tl.int32, bitcast=True)
-            own = slot < high
-            if level > 0:
-                own = own & ((bits >> (32 - 8 * level)) == least)
-            bins += tl.histogram((bits >> (24 - 8 * level)) & 255, _DIGITS, mask=own)
-        digit, above, tied = digit_of_largest(bins, need)
-        least = least * 256 + digit
-        need -= above
-    last = 0x7FFFFFFF
-    if (need < tied) & (wanted > 0):
-        # positions are ranked from the lowest on, which is from the largest of their complements
-        far = 0
-        for level in tl.static_range(4):
-            bins = tl.zeros([_DIGITS], tl.int32)
-            for at in range(low, high, block):
-                slot = at + tl.arange(0, block)
-                bits = tl.load(score + slot, mask=slot < high, other=0.0).to(tl.int32, bitcast=True)
-                mirror = 0x7FFFFFFF - tl.load(place + slot, mask=slot < high, other=0).to(tl.int32)
-                own = (slot < high) & (bits == least)
-                if level > 0:
-                    own = own & ((mirror >> (32 - 8 * level)) == far)
-                bins += tl.histogram((mirror >> (24 - 8 * level)) & 255, _DIGITS, mask=own)
-            digit, above, tied = digit_of_largest(bins, need)
-            far = far * 256 + digit
-            need -= above
-        last = 0x7FFFFFFF - far
+    least, last = worst_of_best(score, place, edges, low, high, high - core, None, True, block)
     leaves, enters = 0, 0
     line = pairs + index * 2 * most
     for at in range(low, high, block):
         slot = at + tl.arange(0, block)
-        bits = tl.load(score + slot, mask=slot < high, other=0.0).to(tl.int32, bitcast=True)
+        image = image_of(tl.load(score + slot, mask=slot < high, other=0.0))
         position = tl.load(place + slot, mask=slot < high, other=0)
-        will = (bits > least) | ((bits == least) & (position <= last))
-        will = will & (slot < high) & (wanted > 0)
+        will = (image > least) | ((image == least) & (position <= last))
+        will = will & (slot < high) & (high > core)
         was = (slot >= core) & (slot < high)
         leaving, entering = (was & (will == 0)).to(tl.int32), (will & (was == 0)).to(tl.int32)
         first = leaves + tl.cumsum(leaving, axis=0) - 1
