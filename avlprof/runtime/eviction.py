@@ -21,8 +21,10 @@ from avlprof.runtime.layout import (
     RowPlan,
     exchange,
     exchange_counted,
+    left_order,
     per_row,
     swaps,
+    text_order,
 )
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.turns import TurnPrefill, text_scores
@@ -139,6 +141,38 @@ class Candidates:
         """bool `[B, 1, n + N]`: system text, which all stays."""
         new = (self.turn.modality == Modality.SYSTEM)[:, None]
         return torch.cat([self.classes == SYSTEM, new], dim=-1)
+
+
+def kept_order(
+    candidates: Candidates, scores: Tensor, groups: tuple[int, int], part: TextPart, plans: list[RowPlan],
+    after: list[RowPlan],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Columns of all candidates in the order of the layer's slots, `[B, G, n]`, and running scores of text.
+
+    What is in neither the left part nor the text part behind it goes. A first prompt whose text stays by
+    its age is put into order by a kernel on CUDA.
+
+    Args:
+        scores: `[B, H, N]` of the new tokens by the policy's scorer.
+        groups: sets of vision tokens, and of text tokens: 1, or one a KV head.
+        part: the text part, the turn's tokens counted.
+        plans: what each row keeps of the new tokens.
+        after: what each row holds after the turn.
+    """
+    turn = candidates.turn
+    counts, cores = [plan.text for plan in after], [plan.core for plan in after]
+    left, most = max(p.system + p.vision for p in after), max(counts)
+    by_vision = group_mean(scores, groups[0])
+    if candidates.in_order and part.by_age and kernels_run(scores):
+        from avlprof.runtime.triton_layout import prompt_order
+
+        return prompt_order(by_vision, turn.modality, after, turn.text_counts, left + most), None
+    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
+    text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
+    classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
+    classes = classes.expand(-1, candidates.positions.shape[1], -1)
+    known = None if candidates.in_order else candidates.positions
+    return torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1), running
 
 
 def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:

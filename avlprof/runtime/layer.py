@@ -15,17 +15,13 @@ from avlprof.attention.decode import attention_weights
 from avlprof.attention.weights import group_mean
 from avlprof.policy import PromptShape
 from avlprof.runtime.buffers import SlotLayer
-from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
+from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
 from avlprof.runtime.layout import (
     PADDING,
-    SYSTEM,
-    TEXT,
     FixedWindows,
     RowPlan,
     Windows,
-    left_order,
     slot_classes,
-    text_order,
 )
 from avlprof.runtime.step import LayerUse, Reads, Step
 from avlprof.runtime.text_part import TextPart, TextRule
@@ -174,30 +170,21 @@ class AdaptiveLayer(SlotLayer):
         heads = turn.key.shape[1]
         by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
         candidates = self._candidates(turn, positions, max(by_vision, by_text))
-        # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
-        cores = [plan.core for plan in plans]
-        if self.plans:
-            cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]
-        kept = [plan.vision for plan in plans]
-        vision = vision_choice(candidates, group_mean(scores, by_vision), kept, cores)
+        # 2 choose: vision by the counts of the plans, text by its rule
         counts = self.text.extend(turn.text_counts, [plan.text for plan in plans])
-        text, running = text_choice(candidates, group_mean(scores, by_text), self.text, plans, counts)
-        classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
-        classes = classes.expand(-1, candidates.positions.shape[1], -1)
+        after = merged(self.plans, plans, counts)
         # 3 lay out: in the order that makes each step's reads one view; what is in neither part goes
-        self.plans = merged(self.plans, plans, counts)
-        self._left, most = max(p.system + p.vision for p in self.plans), max(counts)
-        known = None if candidates.in_order else candidates.positions
-        text_slots = text_order(classes, known, most)
-        order = torch.cat([left_order(classes, known, self._left), text_slots], dim=-1)
+        order, running = kept_order(candidates, scores, (by_vision, by_text), self.text, plans, after)
+        self.plans, self._left, most = after, max(p.system + p.vision for p in after), max(counts)
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
         room = self.text.reserve(most)
         self.fill(call.key, call.value, candidates.positions, order, room)
         self._spans.append(span)
         self.seen, self._count = span[1], 0
         if running is not None:
-            running = pad(running.gather(-1, text_slots), (0, room))
-        self.text.lay(counts, candidates.positions.gather(-1, text_slots), self._spans, running)
+            running = pad(running.gather(-1, order[..., self._left :]), (0, room))
+        text = slice(self._left, self._left + most)
+        self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
         self._plan()
 
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:

@@ -16,7 +16,7 @@ from tests.helpers import Counted, generate, thinned
 from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
-ASKED = ("attention.decode", "runtime.eviction", "runtime.layer", "runtime.layout")
+ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.layer", "runtime.layout")
 INTERPRETED = ("core and window", "per head", "score only", "history")
 
 

@@ -32,6 +32,12 @@ DECODED = {
     **dict.fromkeys(("sets", "parts", "coded", "first", "group", "heads", "length"), "i32"),
 }
 """Arguments of the kernels of decoding steps that have other types there."""
+LAID_OUT = {
+    **dict.fromkeys(("key", "value", "keys", "values"), "*bf16"),
+    **dict.fromkeys(("order", "places"), "*i64"),
+    **dict.fromkeys(("modality_b", "columns", "left", "slots", "kept", "capacity", "position_n"), "i32"),
+    "modality": "*i8",
+}
 FLOATS = ("scaling", "softcap")
 SUMS = ("out", "lse", "covered", "texts", "shares", "values", "partial")
 ONE_TILE = {"causal": True, "masked": False, "capped": False, "width": 128, "key_block": 64}
@@ -92,6 +98,8 @@ KERNELS = {
         *("attention.triton_decode_kernels", "decode_merge", 4),
         MERGE | {"part_block": 32, "width": 128, "block": 256},
     ),
+    "order of a prompt": ("runtime.triton_layout", "order_columns", 8, {"fields": 6, "block": 2048}),
+    "take a prompt": ("runtime.triton_layout", "take_columns", 4, {"block": 16, "width": 128}),
     "kinds": ("tracing.triton_sums", "kind_sums", 4, {"row_block": 32, "width": 32}),
 }
 
@@ -115,6 +123,8 @@ def compiled(name, capability):
     types |= {"query": "*bf16", "key": "*bf16", "mask": "*u8", "sinks": "*bf16"}
     if module == "attention.triton_decode_kernels":
         types |= DECODED
+    if module == "runtime.triton_layout":
+        types |= LAID_OUT
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "*i32")
         for argument in kernel.arg_names
