@@ -7,7 +7,7 @@ import torch
 
 import avlprof
 from avlprof.attention.session import with_cache
-from avlprof.policy import Policy
+from avlprof.policy import Policy, ScorerSpec
 from avlprof.runtime.layout import RowPlan
 from avlprof.testing.models import random_llava
 from tests.helpers import Counted
@@ -24,12 +24,13 @@ CASES = {
     "no vision": {"plans": [RowPlan(4, 0, 0, 3, 1, 3), RowPlan(0, 0, 0, 0, 0, None)]},
 }
 FREE = 5
+ROOMS = ("buffers", "eviction", "layer", "layout")
 
 
 @pytest.mark.full
 @runs_elsewhere
 def test_the_layout_in_the_interpreter():
-    passes(__file__, len(CASES) + 2, "-k", "every_slot or launches")
+    passes(__file__, len(CASES) + len(EVICTING), "-k", "every_slot or launches")
 
 
 def prompt_of(plans, generator):
@@ -99,32 +100,40 @@ def test_every_slot_holds_its_token(name, monkeypatch):
             assert (found[2][row, own, width:] == -1).all()
 
 
+EVICTING = {
+    "keep": (Policy(vision_keep=0.3), 14),
+    "core and window": (POLICIES["core and window"], 14),
+    "valued": (Policy(vision_keep=0.3, scorer=ScorerSpec(name="valued", options={"of": "instruction"})), 21),
+}
+"""Policies, and the most that a layer launches to score, choose and move: kernels and operators."""
+
+
 @runs_here
-@pytest.mark.parametrize(
-    "policy", [Policy(vision_keep=0.3), POLICIES["core and window"]], ids=["keep", "core"]
-)
-def test_eviction_takes_few_launches(policy, monkeypatch):
-    """Beside the scorer's: a mean over heads, the counts of the rows, the order, and the slots."""
+@pytest.mark.parametrize("name", EVICTING)
+def test_eviction_takes_few_launches(name, monkeypatch):
+    from avlprof.attention import triton_column_sums
     from avlprof.runtime import triton_layout
 
-    for module in ("buffers", "eviction", "layer", "layout"):
-        monkeypatch.setattr(f"avlprof.runtime.{module}.kernels_run", lambda tensor: True)
+    for module in ("attention.column_sums", "scorers._base", *(f"runtime.{part}" for part in ROOMS)):
+        monkeypatch.setattr(f"avlprof.{module}.kernels_run", lambda tensor: True)
     case, kernels, counts = random_llava(), [], []
-    for kernel in ("order_columns", "take_columns"):
-        monkeypatch.setattr(triton_layout, kernel, Launched(getattr(triton_layout, kernel), kernels))
+    for module, kernel in (
+        *((triton_column_sums, kernel) for kernel in ("_row_lse", "_key_sums")),
+        *((triton_layout, kernel) for kernel in ("order_columns", "take_columns")),
+    ):
+        monkeypatch.setattr(module, kernel, Launched(getattr(module, kernel), kernels))
+    policy, most = EVICTING[name]
     with avlprof.apply(case.model, policy) as runtime, torch.no_grad():
         cache = runtime.new_cache()
         layer = type(cache.layers[0])
         own = layer.compact
 
-        def counted(self, turn, *arguments):
-            scores = self.scorer.score(turn)
-            self.scorer = type("Known", (), {"score": lambda _, turn: scores})()
+        def counted(self, *arguments):
             with Counted() as found:
-                own(self, turn, *arguments)
+                own(self, *arguments)
             counts.append([name for name in found.names if not name.startswith("lift")])
 
         monkeypatch.setattr(layer, "compact", counted)
-        case.model(**case.inputs(batch=2, pad=True, text=15), **with_cache(case.model, cache))
-    assert len(kernels) == 2 * len(cache.layers)
-    assert all(len(names) <= 2 for names in counts), counts
+        case.model(**case.inputs(batch=2, text=15), **with_cache(case.model, cache))
+    assert len(kernels) == 4 * len(cache.layers)
+    assert all(4 + len(names) <= most for names in counts), counts
