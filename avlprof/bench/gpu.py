@@ -26,6 +26,7 @@ from avlprof.bench.gpu_kernels import (
     copy_bandwidth,
     decoding_kernels,
     elapsed,
+    eviction_kernels,
     recording_kernels,
 )
 from avlprof.bench.runners import PromptStates, Runner
@@ -103,6 +104,7 @@ def _kernels(bench: GpuBench, ceiling: float) -> Iterator[GpuCost]:
     if torch.device(bench.device).type == "cuda":
         machine = Machine(torch.device(bench.device), bench.dtype, ceiling)
         yield from recording_kernels(bench.shapes[0], max(bench.tokens), machine)
+        yield from eviction_kernels(bench.shapes[0], max(bench.tokens), machine)
         for index, batch, vision in bench.cells:
             yield from decoding_kernels(bench.shapes[index], batch, vision, machine)
 

@@ -141,6 +141,31 @@ def decoding_kernels(shape: DecoderShape, batch: int, vision: int, machine: Mach
     yield GpuCost(KERNELS, case, f"choose and exchange (predicted {expected:.0f})", 1e6 * taken, "us")
 
 
+def eviction_kernels(shape: DecoderShape, tokens: int, machine: Machine) -> Iterator[GpuCost]:
+    """Of one layer's prompt, a fifth of whose vision tokens stay: their order, and the move."""
+    from avlprof.runtime.triton_layout import prompt_order, taken_slots
+
+    vision = tokens - shape.text_tokens - 1
+    plan = RowPlan(1, vision // 5, vision // 5, shape.text_tokens, 0, None)
+    codes = _codes(shape, tokens)[None].to(machine.device)
+    scores = torch.rand(1, 1, tokens, device=machine.device)
+    width = plan.system + plan.vision + plan.text
+    ordered = partial(prompt_order, scores, codes, [plan], [shape.text_tokens], width)
+    key = torch.randn(1, shape.kv_heads, tokens, shape.head_dim, device=machine.device).to(machine.dtype)
+    positions = torch.arange(tokens, device=machine.device)[None, None]
+    take = partial(taken_slots, key, key, positions, ordered(), _FREE)
+    moved = 4.0 * shape.kv_heads * width * shape.head_dim * machine.dtype.itemsize  # both, read and written
+    case = f"{shape.name}, {tokens} tokens, a fifth kept"
+    for name, run, work in (
+        ("order of a prompt", ordered, Work(4.0 * tokens + 8 * width, 0)),
+        ("take its tokens", take, Work(moved, 0)),
+    ):
+        run()
+        taken = min(elapsed(machine.device, run, 8) for _ in range(3))
+        expected = machine.microseconds(work)
+        yield GpuCost(KERNELS, case, f"{name} (predicted {expected:.0f})", 1e6 * taken, "us")
+
+
 def _layers(shape: DecoderShape, batch: int, length: int, machine: Machine) -> list[StepStates]:
     """Steps of several layers, more than caches hold, whose last slots are free."""
     bytes_each = 2 * batch * shape.kv_heads * (length + _FREE) * shape.head_dim * machine.dtype.itemsize
@@ -221,7 +246,12 @@ def _refresh(states: StepStates, vision: int, machine: Machine) -> tuple[Callabl
 
 def _plan(shape: DecoderShape, tokens: int, options: RecordOptions, device: torch.device) -> BatchRows:
     """The measured rows of a prompt of the shape's text behind vision tokens."""
+    plan = MeasuredRows(Columns(_codes(shape, tokens), device, options))
+    return BatchRows.of([plan], torch.ones(1, tokens, dtype=torch.bool), device)
+
+
+def _codes(shape: DecoderShape, tokens: int) -> Tensor:
+    """Modality codes of one system token, vision tokens, and the shape's text."""
     codes = torch.ones(tokens, dtype=torch.int8)
     codes[0], codes[-shape.text_tokens :] = 0, 2
-    plan = MeasuredRows(Columns(codes, device, options))
-    return BatchRows.of([plan], torch.ones(1, tokens, dtype=torch.bool), device)
+    return codes

@@ -64,6 +64,7 @@ def test_kernels_of_a_step_are_measured_beside_their_predictions(monkeypatch):
         monkeypatch.setattr(gpu_kernels, "elapsed", once)
     machine = gpu_kernels.Machine(torch.device(DEVICE), torch.float16, 3e12)
     found = list(gpu_kernels.decoding_kernels(TINY, 2, 64, machine))
+    found += gpu_kernels.eviction_kernels(TINY, 160, machine)
     names = [cost.measure.split(" (")[0] for cost in found]
     assert names == [
         "decode",
@@ -72,6 +73,8 @@ def test_kernels_of_a_step_are_measured_beside_their_predictions(monkeypatch):
         "decode and weigh",
         "decode, vision in 4 bits",
         "choose and exchange",
+        "order of a prompt",
+        "take its tokens",
     ]
     assert all(math.isfinite(cost.value) and cost.value > 0 for cost in found)
 
