@@ -27,9 +27,9 @@ _TALLIES = 2  # numbers of a part beside its sums: the largest logit, and the su
 
 
 class FewBits(Protocol):
-    """Keys or values in 8 or 4 bits: uint8 `codes [B, Hkv, m, D * bits / 8]`, and fp16 `scale` and `offset`
-    `[B, Hkv, m, groups]` of neighbouring channels: `code * scale + offset`. In 4 bits, the low half of byte
-    `j` is channel `2 j`, the high half `2 j + 1`."""
+    """Keys or values in 8, 4 or 2 bits: uint8 `codes [B, Hkv, m, D * bits / 8]`, and fp16 `scale` and
+    `offset [B, Hkv, m, groups]` of neighbouring channels: `code * scale + offset`. A byte holds the codes of
+    its channels from the lowest bits on: in 4 bits, the low half of byte `j` is channel `2 j`."""
 
     @property
     def codes(self) -> Tensor: ...

@@ -28,19 +28,24 @@ def unpacked_tile(
             codes + line[:, None] * size + d[None, :], mask=there[:, None] & (d < size)[None, :], other=0
         )
     else:
-        tl.static_assert(bits == 4)
-        byte = tl.arange(0, width // 2)
-        pair = tl.load(
-            codes + line[:, None] * (size // 2) + byte[None, :],
-            mask=there[:, None] & (byte < size // 2)[None, :],
+        each: tl.constexpr = 8 // bits  # codes of a byte
+        byte = tl.arange(0, width // each)
+        packed = tl.load(
+            codes + line[:, None] * (size // each) + byte[None, :],
+            mask=there[:, None] & (byte < size // each)[None, :],
             other=0,
         )
-        code = tl.interleave(pair & 15, pair >> 4)
+        if bits == 4:
+            code = tl.interleave(packed & 15, packed >> 4)
+        else:
+            tl.static_assert(bits == 2)
+            even = tl.interleave(packed & 3, (packed >> 4) & 3)
+            code = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
     groups: tl.constexpr = size // group
     if (group & (group - 1)) == 0:  # one load a group, spread over its channels
-        each = tl.arange(0, width // group)
-        mask = there[:, None] & (each < groups)[None, :]
-        at = line[:, None] * groups + each[None, :]
+        part = tl.arange(0, width // group)
+        mask = there[:, None] & (part < groups)[None, :]
+        at = line[:, None] * groups + part[None, :]
         shape: tl.constexpr = (there.shape[0], width // group, group)
         a = tl.broadcast_to(tl.load(scale + at, mask=mask, other=0.0)[:, :, None], shape)
         z = tl.broadcast_to(tl.load(offset + at, mask=mask, other=0.0)[:, :, None], shape)

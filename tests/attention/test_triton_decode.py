@@ -30,6 +30,7 @@ CASES = {
     "8 bits": {"kv_heads": 2, "group": 2, "size": 64, "coded": 40, "bits": (8, 8), "sets": 2, "parts": 3},
     "4 bits": {"batch": 2, "size": 64, "coded": 70, "bits": (4, 4), "ragged": True, "parts": 3},
     "8 and 4 bits": {"batch": 2, "size": 96, "coded": 33, "bits": (8, 4), "ragged": True, "parts": 1},
+    "2 bits": {"batch": 2, "kv_heads": 2, "size": 32, "coded": 50, "bits": (2, 2), "ragged": True, "sets": 1},
     "4 bits, groups of 20": {"size": 80, "coded": 33, "bits": (4, 8), "scales": 4, "sets": 1, "dtype": HALF},
 }
 
@@ -54,7 +55,7 @@ def coded(shape, bits, scales, generator):
     offset = torch.randn(*shape[:-1], scales, generator=generator).to(HALF)
     each = shape[-1] // scales
     real = numbers * scale.double().repeat_interleave(each, -1) + offset.double().repeat_interleave(each, -1)
-    codes = numbers if bits == 8 else numbers[..., 0::2] + 16 * numbers[..., 1::2]
+    codes = sum(numbers[..., at :: 8 // bits] << (bits * at) for at in range(8 // bits))
     return Few(codes.to(torch.uint8).to(DEVICE), scale.to(DEVICE), offset.to(DEVICE), bits), real
 
 

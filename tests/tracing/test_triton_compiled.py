@@ -94,6 +94,10 @@ KERNELS = {
         *("attention.triton_decode_kernels", "decode_parts", 4),
         DECODE | {"low": True, "key_bits": 4, "value_bits": 4, "weighing": True},
     ),
+    "decode 2 bits": (
+        *("attention.triton_decode_kernels", "decode_parts", 4),
+        DECODE | {"low": True, "key_bits": 2, "value_bits": 2},
+    ),
     "merge of decode": (
         *("attention.triton_decode_kernels", "decode_merge", 4),
         MERGE | {"part_block": 32, "width": 128, "block": 256},
