@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.call import AttentionCall, Forward, StepStates
+from avlprof.attention.decode import step_attention
 from avlprof.attention.gate import check_traced, governed_layers, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
-from avlprof.attention.weights import packed_attention, step_weights, weighted_values
 from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buffers import BufferedLayer
@@ -70,13 +70,11 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
-        if not step.weighing:
-            return packed_attention(
-                call.query, call.key, call.value, call.scaling, step.mask, call.softcap, call.sinks
-            ), view
-        weights = step_weights(call.query, call.key, call.scaling, step.mask, call.softcap, call.sinks)
-        out = weighted_values(weights, call.value)
-        return out, view._replace(after=partial(layer.after, step, weights))
+        states = StepStates(
+            call.query, call.key, call.value, call.scaling, call.softcap, call.sinks, step.mask, step.bounds
+        )
+        out, weights = step_attention(states, step.weighing)
+        return out, view if weights is None else view._replace(after=partial(layer.after, step, weights))
 
     def _begin(self, forward: Forward, cache: AVLCache, is_turn: bool) -> None:
         """A forward pass reaches the first layer."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from avlprof.attention.call import AttentionCall
+from avlprof.attention.column_sums import kernels_run
 from avlprof.errors import UserError
 from avlprof.policy import PromptShape
 from avlprof.runtime.layout import RowPlan, Slot, take
@@ -116,7 +117,7 @@ class BufferedLayer(CacheLayerMixin):
         return None
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """What a step's `weights [B, H, n]` change, once all observers have seen it; here nothing."""
+        """What a step's `weights [B, G, n]` change, once all observers have seen it; here nothing."""
 
     def stored_prompt_tokens(self, rows: Sequence[PromptShape]) -> list[int]:
         """Prompt tokens of each row in memory, of prompts `rows`; a mean over KV heads rounded down."""
@@ -194,6 +195,11 @@ class SlotLayer(BufferedLayer):
         """
         # here eviction frees memory: nothing else refers to the buffers that these replace, nor, once
         # the layer's forward is over, to `key` and `value`
+        if kernels_run(key):
+            from avlprof.runtime.triton_layout import taken_slots
+
+            self.keys, self.values, self.positions = taken_slots(key, value, positions, order, room)
+            return
         self.keys, self.values = (_buffer(states, order, room) for states in (key, value))
         self.positions = pad(positions.gather(-1, order), (0, room), value=-1)
 

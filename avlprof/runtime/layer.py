@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avlprof.attention.call import AttentionCall
-from avlprof.attention.weights import group_mean, step_weights
+from avlprof.attention.call import AttentionCall, Bounds, StepStates
+from avlprof.attention.column_sums import kernels_run
+from avlprof.attention.decode import attention_weights
+from avlprof.attention.weights import group_mean
 from avlprof.policy import PromptShape
 from avlprof.runtime.buffers import SlotLayer
-from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
+from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
 from avlprof.runtime.layout import (
     PADDING,
-    SYSTEM,
-    TEXT,
     FixedWindows,
     RowPlan,
     Windows,
-    left_order,
     slot_classes,
-    text_order,
 )
 from avlprof.runtime.step import LayerUse, Reads, Step
 from avlprof.runtime.text_part import TextPart, TextRule
@@ -172,30 +170,21 @@ class AdaptiveLayer(SlotLayer):
         heads = turn.key.shape[1]
         by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
         candidates = self._candidates(turn, positions, max(by_vision, by_text))
-        # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
-        cores = [plan.core for plan in plans]
-        if self.plans:
-            cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]
-        kept = [plan.vision for plan in plans]
-        vision = vision_choice(candidates, group_mean(scores, by_vision), kept, cores)
+        # 2 choose: vision by the counts of the plans, text by its rule
         counts = self.text.extend(turn.text_counts, [plan.text for plan in plans])
-        text, running = text_choice(candidates, group_mean(scores, by_text), self.text, plans, counts)
-        classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
-        classes = classes.expand(-1, candidates.positions.shape[1], -1)
+        after = merged(self.plans, plans, counts)
         # 3 lay out: in the order that makes each step's reads one view; what is in neither part goes
-        self.plans = merged(self.plans, plans, counts)
-        self._left, most = max(p.system + p.vision for p in self.plans), max(counts)
-        known = None if candidates.in_order else candidates.positions
-        text_slots = text_order(classes, known, most)
-        order = torch.cat([left_order(classes, known, self._left), text_slots], dim=-1)
+        order, running = kept_order(candidates, scores, (by_vision, by_text), self.text, plans, after)
+        self.plans, self._left, most = after, max(p.system + p.vision for p in after), max(counts)
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
         room = self.text.reserve(most)
         self.fill(call.key, call.value, candidates.positions, order, room)
         self._spans.append(span)
         self.seen, self._count = span[1], 0
         if running is not None:
-            running = pad(running.gather(-1, text_slots), (0, room))
-        self.text.lay(counts, candidates.positions.gather(-1, text_slots), self._spans, running)
+            running = pad(running.gather(-1, order[..., self._left :]), (0, room))
+        text = slice(self._left, self._left + most)
+        self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
         self._plan()
 
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
@@ -219,10 +208,10 @@ class AdaptiveLayer(SlotLayer):
     def _step(self, slots: list[int], refreshing: bool) -> Step:
         """The step of tokens that go to text slots `slots`."""
         whole = refreshing and not self.score_only
-        (start, end), mask = self._window(whole)
+        (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
-        weighing = whole or self.rule.running is not None
-        return Step(slots, start, end, positions, mask, refreshing, weighing)
+        weighing = positions.shape[1] if whole or self.rule.running is not None else 0
+        return Step(slots, start, end, positions, mask, refreshing, weighing, bounds)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -233,13 +222,14 @@ class AdaptiveLayer(SlotLayer):
         """
         step = self._present
         if step.refreshing and self.score_only:
-            (start, end), mask = self._window(True)
+            (start, end), mask, bounds = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            self._pick(step_weights(query, keys, scaling, mask, softcap, sinks), start)
+            states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
+            self._pick(attention_weights(states, self.buffers[2].shape[1]), start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, H, n]`."""
+        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, G, n]`."""
         keys, values, positions = self.buffers
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
@@ -249,14 +239,12 @@ class AdaptiveLayer(SlotLayer):
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
 
     def _pick(self, weights: Tensor, start: int) -> None:
-        """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
+        """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
         if self._core is None:
             self._core = CoreSlots.of(self.plans, self._classes(self._left))
-        positions = self.buffers[2]
         groups = self.buffers[0].shape[1] if self.per_kv_head else 1
-        new = self._core.best(weights[..., : self._left - start], positions[..., : self._left], groups)
-        on_device = positions.device.type != "cpu"
-        self._core.exchange(new, self.buffers, on_device if self.fixed_shapes is None else self.fixed_shapes)
+        fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
+        self._core.refresh(weights[..., : self._left - start], start, self.buffers, groups, fixed)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
@@ -317,8 +305,11 @@ class AdaptiveLayer(SlotLayer):
     def _classes(self, width: int) -> Tensor:
         return slot_classes(self.plans, self.text.counts, self._left, width, self.device)
 
-    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
-        """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
-        counts, capacity = self.text.counts, self.buffers[2].shape[-1]
+    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None, Bounds | None]:
+        """The slots that a step attends to, from and to; a mask if rows differ, and where kernels run the
+        same as bounds. `whole`: all vision."""
+        counts, positions = self.text.counts, self.buffers[2]
         span = self._windows.span(counts, whole)
-        return span, self._windows.mask(counts, whole, capacity, self.device)
+        mask = self._windows.mask(counts, whole, positions.shape[-1], self.device)
+        runs = kernels_run(positions)
+        return span, mask, self._windows.bounds(counts, whole, self.device) if runs else None

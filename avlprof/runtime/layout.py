@@ -20,6 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avlprof.attention.call import Bounds
+from avlprof.attention.column_sums import kernels_run
+
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
 _BLOCK = 1024  # slots moved at once, few enough for a CPU's cache; even, so that a pair stays together
 
@@ -185,6 +188,8 @@ class Windows:
             whole: [p.system + (p.vision if whole else p.core) for p in plans] for whole in (False, True)
         }
         self._masks: dict[bool, Tensor] = {}
+        self._firsts: dict[bool, Tensor] = {}
+        self._lasts: Tensor | None = None
         self._claimed: list[int] = []
         self._last: Tensor | None = None
 
@@ -202,6 +207,17 @@ class Windows:
         start, end = self.span(counts, whole)
         return self._masks[whole][..., start:end]
 
+    def bounds(self, counts: list[int], whole: bool, device: torch.device) -> Bounds | None:
+        """What the mask says, as the first and the last slot that each row holds; None without a mask."""
+        if whole not in self._masks:
+            return None
+        if self._lasts is None:
+            self._lasts = per_row([self.left + count - 1 for count in counts], device).flatten()
+        if whole not in self._firsts:
+            firsts = [self.left - behind for behind in self._lefts[whole]]
+            self._firsts[whole] = per_row(firsts, device).flatten()
+        return Bounds(self._firsts[whole], self._lasts, self.span(counts, whole)[0])
+
     def _seen(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor:
         """Bool `[B, 1, 1, capacity]`: which slots each row may look at."""
         column = torch.arange(capacity, device=device)
@@ -214,15 +230,23 @@ class Windows:
             slot = self.left + claimed[0]
             for mask in self._masks.values():
                 mask[..., slot] = True
+            if self._lasts is not None:
+                self._lasts.clamp_(min=slot)
             return slot
         if self._last is not None and claimed == [before + 1 for before in self._claimed]:
             slots = self._last.add_(1)
         else:
             slots = self._last = per_row([self.left + at for at in claimed], device)
         self._claimed = claimed
+        self._hold(slots)
+        return slots
+
+    def _hold(self, slots: Tensor) -> None:
+        """Rows hold their slots `[B, 1, 1]` from now on."""
         for mask in self._masks.values():
             mask.scatter_(3, slots[..., None], True)
-        return slots
+        if self._lasts is not None:
+            torch.maximum(self._lasts, slots.flatten(), out=self._lasts)
 
     def forget_masks(self) -> None:
         """Capacity changed."""
@@ -243,6 +267,8 @@ class FixedWindows(Windows):
         for whole, lefts in self._lefts.items():
             if min(counts) < width or len(set(lefts)) > 1:
                 self._masks[whole] = self._seen(counts, whole, left + width, slots.device)
+                if kernels_run(slots):  # made now, so that every step that is captured keeps them up to date
+                    self.bounds(counts, whole, slots.device)
 
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
         return super().span(counts, whole)[0], self.left + self.width
@@ -253,6 +279,5 @@ class FixedWindows(Windows):
         return None if mask is None else mask[..., start:end]
 
     def slot(self, claimed: list[int], device: torch.device) -> Slot:
-        for mask in self._masks.values():
-            mask.scatter_(3, self.slots[..., None], True)
+        self._hold(self.slots)
         return self.slots
