@@ -20,6 +20,7 @@ from avlprof.attention.session import switched
 from avlprof.attention.weights import packed_attention, step_weights, weighted_values
 from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.policy import Policy, find_policy
+from avlprof.runtime.buckets import KEPT_BYTES, Buckets
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable
@@ -35,13 +36,23 @@ class Runtime:
     policy: Policy
     text_config: Any
     cache: AVLCache | None = None
-    captured: bool = False
+    buckets: Buckets | None = None  # where steps are captured
     short: ShortPrefill = field(default_factory=ShortPrefill)
 
     def new_cache(self) -> AVLCache:
         """A fresh cache for a new prompt, for loops that do not use `generate`."""
-        self.cache = AVLCache(self.policy, self.text_config, adaptive=self.captured)
+        self.cache = AVLCache(self.policy, self.text_config, adaptive=self.buckets is not None)
         return self.cache
+
+    @property
+    def captures(self) -> int:
+        """How many steps have been captured."""
+        return 0 if self.buckets is None else self.buckets.captures
+
+    def release(self) -> None:
+        """Let go of captured steps and of the buffers that were kept for later prompts."""
+        if self.buckets is not None:
+            self.buckets.release()
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache acts under this runtime's policy."""
@@ -60,7 +71,7 @@ class Runtime:
         is_turn = forward.step == 0 or forward.new > 1
         if not forward.begun:
             forward.begun = True
-            self._begin(forward, cache, is_turn)
+            self._begin(forward, cache, call, is_turn)
         layer = cache.governed(call.layer)
         if layer is not None:
             cache.check_states(call)
@@ -78,12 +89,14 @@ class Runtime:
         out = weighted_values(weights, call.value)
         return out, view._replace(after=partial(layer.after, step, weights))
 
-    def _begin(self, forward: Forward, cache: AVLCache, is_turn: bool) -> None:
+    def _begin(self, forward: Forward, cache: AVLCache, call: AttentionCall, is_turn: bool) -> None:
         """A forward pass reaches the first layer."""
         self.short.begin()
         if is_turn:
             new = forward.modality[:, forward.modality.shape[1] - forward.new :]
             cache.begin(as_joint(new) if self.policy.joint else new)
+        if self.buckets is not None and forward.step == 0:
+            self.buckets.reserve(cache, call)
 
     def _turn(
         self, forward: Forward, cache: AVLCache, layer: BufferedLayer | None, call: AttentionCall
@@ -118,7 +131,10 @@ class Runtime:
 
 @contextlib.contextmanager
 def apply(
-    model: PreTrainedModel, policy: Policy | str | Path, captured: int | None = None
+    model: PreTrainedModel,
+    policy: Policy | str | Path,
+    captured: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
 ) -> Iterator[Runtime]:
     """Run a model under a policy for the length of the context.
 
@@ -127,7 +143,9 @@ def apply(
     name of a shipped one. An allocator that it names spreads its share over the model's layers.
 
     With `captured` decoding steps are captured and replayed, in a CUDA graph on a GPU (see
-    `avlprof.runtime.captured`): one capture serves so many steps.
+    `avlprof.runtime.captured`): one capture serves so many steps, and those of later prompts of nearby
+    lengths. Buffers that no cache uses are kept for them, `kept_bytes` of them at most; `Runtime.release`
+    lets go of them, and so does leaving the context.
 
     Raises:
         UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
@@ -140,15 +158,17 @@ def apply(
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
-    runtime = Runtime(policy, text_config, captured=captured is not None)
+    runtime = Runtime(policy, text_config)
     check_supported(policy)
-    cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs
+    cache = AVLCache(policy, text_config, captured is not None)  # refuses what does not fit at once
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.short.hooked(model, policy))
         session = stack.enter_context(switched(model, runtime=runtime))
         if captured is not None:
             check_capturable(model, policy, cache, captured)
-            stack.enter_context(captured_steps(model, session, captured))
+            runtime.buckets = Buckets(model, captured, kept_bytes)
+            stack.callback(runtime.buckets.forget)
+            stack.enter_context(captured_steps(model, session, runtime.buckets))
         yield runtime
 
 

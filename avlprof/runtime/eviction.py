@@ -43,17 +43,30 @@ class CoreSlots:
     even: bool
 
     @classmethod
-    def of(cls, plans: list[RowPlan], classes: Tensor) -> CoreSlots:
-        """Of the `classes [B, 1, n]` of the slots."""
+    def of(
+        cls, plans: list[RowPlan], classes: Tensor, bounds: tuple[int, int, bool] | None = None
+    ) -> CoreSlots:
+        """Of the `classes [B, 1, n]` of the slots; `bounds` as in `Extents.core`, else the least ones."""
         cores = [plan.core for plan in plans]
+        exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
+        size, most, even = bounds or (max(cores), exchanges, len(set(cores)) == 1)
         return cls(
             vision=(classes == STORED) | (classes == CORE),
             core=classes == CORE,
             counts=per_row(cores, classes.device),
-            size=max(cores),
-            exchanges=max(min(plan.core, plan.vision - plan.core) for plan in plans),
-            even=len(set(cores)) == 1,
+            size=size,
+            exchanges=most,
+            even=even,
         )
+
+    def copied(self) -> CoreSlots:
+        """The same in tensors of its own."""
+        return replace(self, vision=self.vision.clone(), core=self.core.clone(), counts=self.counts.clone())
+
+    def refill(self, other: CoreSlots) -> None:
+        """Become another layout of the same bounds, where the tensors lie."""
+        for mine, new in ((self.vision, other.vision), (self.core, other.core), (self.counts, other.counts)):
+            mine.copy_(new)
 
     def best(self, weights: Tensor, positions: Tensor, groups: int) -> Tensor:
         """The vision slots that should be the core, bool `[B, groups, n]`; ties go to the lower position.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
 _BLOCK = 1024  # slots moved at once, few enough for a CPU's cache; even, so that a pair stays together
@@ -77,11 +78,13 @@ def slot_classes(
 def left_order(classes: Tensor, positions: Tensor | None, length: int) -> Tensor:
     """Columns `[B, G, length]` of the left part: classes ascending, and positions inside a class.
 
-    Positions are None where they ascend with the columns.
+    What comes before the columns of a class is padding, and of no matter. Positions are None where they
+    ascend with the columns.
     """
     classes = classes.masked_fill(classes == TEXT, PADDING)
     order = _by_position(classes, positions)
-    return order[..., order.shape[-1] - length :]
+    spare = length - order.shape[-1]  # a part of fixed length may be longer than all that there is
+    return order[..., -spare:] if spare <= 0 else pad(order, (spare, 0))
 
 
 def text_order(classes: Tensor, positions: Tensor | None, length: int) -> Tensor:
@@ -162,6 +165,13 @@ def take(states: Tensor, order: Tensor) -> Tensor:
     return states.gather(2, _spread(order, states))
 
 
+def take_into(states: Tensor, order: Tensor, buffer: Tensor) -> None:
+    """`take` into the first slots of `buffer [B, H, C, ...]`; zeros into its others."""
+    count = order.shape[-1]
+    torch.gather(states, 2, _spread(order, states), out=buffer[:, :, :count])
+    buffer[:, :, count:] = 0
+
+
 def _spread(slots: Tensor, buffer: Tensor) -> Tensor:
     """Slots as an index of a buffer's dimension 2."""
     shape = (buffer.shape[0], buffer.shape[1], slots.shape[-1])
@@ -229,23 +239,73 @@ class Windows:
         self._masks = {}
 
 
+_FINEST = 32  # slots that extents are rounded to; large ones to a sixteenth
+
+
+def rounded(count: int) -> int:
+    """`count` slots rounded up: to multiples of 32, and of large counts to a sixteenth at most."""
+    step = max(_FINEST, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // step) * step
+
+
+@dataclass(frozen=True)
+class Extents:
+    """How long the parts of a layer's fixed buffers are: rounded up, so that nearby prompts share them.
+
+    `left` are the slots of the left part, `near` those of them that an ordinary step sees, `text` those
+    of the text part. `masked`: whether rows hold less than an ordinary step's view, and a refresh's. `core`
+    are bounds of its size and of the exchanges of a refresh, and whether all rows have a core of that
+    size; None where no step picks a core.
+    """
+
+    left: int
+    near: int
+    text: int
+    masked: tuple[bool, bool]
+    core: tuple[int, int, bool] | None
+
+    @classmethod
+    def of(cls, plans: list[RowPlan], counts: list[int], most: list[int], has_core: bool) -> Extents:
+        """Of rows that hold `counts` text tokens now, and up to `most` while the extents serve."""
+        wholes, nears = [p.system + p.vision for p in plans], [p.system + p.core for p in plans]
+        left, near, text = rounded(max(wholes)), rounded(max(nears)), max(most)
+        free = min(counts) < text
+        core = None
+        if has_core:
+            cores = [plan.core for plan in plans]
+            size = rounded(max(cores))
+            exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
+            core = size, min(rounded(exchanges), left), min(cores) == size
+        masked = free or min(nears) < near, has_core and (free or min(wholes) < left)
+        return cls(left, near, text, masked, core)
+
+
 class FixedWindows(Windows):
     """Views that stay as long as they are while steps are captured and replayed.
 
-    The text part of a view has `width` slots. As long as some are free, or where rows differ, a mask
-    hides what a row does not hold. It lives on the device like the slots `[B, 1, 1]` that the rows'
-    tokens go to; whoever replays steps fills these.
+    A mask hides what a row does not hold of a view. It lives on the device like the slots `[B, 1, 1]`
+    that the rows' tokens go to; whoever replays steps fills these.
     """
 
-    def __init__(self, plans: list[RowPlan], left: int, counts: list[int], width: int, slots: Tensor) -> None:
-        super().__init__(plans, left)
-        self.width, self.slots = width, slots
-        for whole, lefts in self._lefts.items():
-            if min(counts) < width or len(set(lefts)) > 1:
-                self._masks[whole] = self._seen(counts, whole, left + width, slots.device)
+    def __init__(
+        self, plans: list[RowPlan], extents: Extents, slots: Tensor, masks: dict[bool, Tensor]
+    ) -> None:
+        super().__init__(plans, extents.left)
+        self._extents, self._slots, self._masks = extents, slots, masks
+
+    def refill(self, counts: list[int]) -> None:
+        """Make the masks those of rows that hold `counts` text tokens, where they lie."""
+        capacity = self.left + self._extents.text
+        for whole, mask in self._masks.items():
+            mask.copy_(self._seen(counts, whole, capacity, self._slots.device))
+
+    def fit(self, slots: list[int]) -> bool:
+        """Whether these text slots lie within the views."""
+        return max(slots) < self._extents.text
 
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
-        return super().span(counts, whole)[0], self.left + self.width
+        left = self._extents.left if whole else self._extents.near
+        return self.left - left, self.left + self._extents.text
 
     def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor | None:
         start, end = self.span(counts, whole)
@@ -254,5 +314,5 @@ class FixedWindows(Windows):
 
     def slot(self, claimed: list[int], device: torch.device) -> Slot:
         for mask in self._masks.values():
-            mask.scatter_(3, self.slots[..., None], True)
-        return self.slots
+            mask.scatter_(3, self._slots[..., None], True)
+        return self._slots
