@@ -130,9 +130,10 @@ def is_sliding(layer: Any) -> bool:
 
 
 def _layer(policy: Policy, index: int, count: int, adaptive: bool) -> BufferedLayer:
-    if not adaptive and is_dense(policy, index, count):
+    dense = is_dense(policy, index, count)
+    if dense and not adaptive:
         return DenseLayer()
-    return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count))
+    return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count), dense)
 
 
 def is_dense(policy: Policy, layer: int, layers: int) -> bool:

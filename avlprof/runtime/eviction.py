@@ -132,6 +132,32 @@ class Candidates:
         return torch.cat([self.classes == SYSTEM, new], dim=-1)
 
 
+def chosen_classes(
+    candidates: Candidates,
+    scores: Tensor,
+    groups: tuple[int, int],
+    plans: tuple[list[RowPlan], list[RowPlan]],
+    part: TextPart,
+    counts: list[int],
+) -> tuple[Tensor, Tensor | None]:
+    """The class of each candidate, `[B, G, n + N]`, PADDING for what goes, and running scores.
+
+    Args:
+        scores: `[B, H, N]` of the new tokens.
+        groups: sets of vision tokens, and of text tokens.
+        plans: of what is held, if anything is, and of the new tokens.
+        part, counts: as in `text_choice`.
+    """
+    before, new = plans
+    cores = [plan.core for plan in new]
+    if before:
+        cores = [plan.core + core for plan, core in zip(before, cores, strict=True)]
+    kept = [plan.vision for plan in new]
+    vision = vision_choice(candidates, group_mean(scores, groups[0]), kept, cores)
+    text, running = text_choice(candidates, group_mean(scores, groups[1]), part, new, counts)
+    return torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision)), running
+
+
 def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:
     """STORED, CORE or else PADDING for each candidate, `[B, G, n + N]`.
 

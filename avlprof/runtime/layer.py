@@ -14,17 +14,16 @@ from avlprof.attention.weights import group_mean, step_weights
 from avlprof.policy import PromptShape
 from avlprof.runtime.buckets import FixedBuffers
 from avlprof.runtime.buffers import SlotLayer
-from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
+from avlprof.runtime.eviction import Candidates, CoreSlots, chosen_classes, merged
 from avlprof.runtime.layout import (
     PADDING,
-    SYSTEM,
-    TEXT,
     FixedWindows,
     RowPlan,
     Windows,
     left_order,
     slot_classes,
     text_order,
+    whole_classes,
 )
 from avlprof.runtime.step import LayerUse, Reads, Step
 from avlprof.runtime.text_part import TextPart, TextRule
@@ -43,8 +42,10 @@ class AdaptiveLayer(SlotLayer):
 
     fixed_shapes: bool | None = None  # swap as many slots as could be needed; None: on all but the CPU
 
-    def __init__(self, scorer: Scorer, rule: TextRule) -> None:
+    def __init__(self, scorer: Scorer, rule: TextRule, keeps_all: bool = False) -> None:
+        """`keeps_all`: a first prompt stays as a whole, so that nothing need be ranked."""
         super().__init__()
+        self.keeps_all = keeps_all
         self.scorer = scorer
         self.rule = rule
         self.refresh_interval = rule.policy.refresh_interval
@@ -179,20 +180,17 @@ class AdaptiveLayer(SlotLayer):
             plans: what each row keeps of the new tokens.
             span: logical positions before and after the turn.
         """
-        # 1 score: the new tokens, by the scorer; held vision stays, held text has running scores or an age
-        scores = self.scorer.score(turn)
-        heads = turn.key.shape[1]
-        by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
-        candidates = self._candidates(turn, positions, max(by_vision, by_text))
-        # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
-        cores = [plan.core for plan in plans]
-        if self.plans:
-            cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]
-        kept = [plan.vision for plan in plans]
-        vision = vision_choice(candidates, group_mean(scores, by_vision), kept, cores)
-        counts = self.text.extend(turn.text_counts, [plan.text for plan in plans])
-        text, running = text_choice(candidates, group_mean(scores, by_text), self.text, plans, counts)
-        classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
+        counts, heads = self.text.extend(turn.text_counts, [plan.text for plan in plans]), turn.key.shape[1]
+        groups = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
+        candidates, running = self._candidates(turn, positions, max(groups)), None
+        if self.keeps_all and not self.plans:
+            classes = whole_classes(turn.modality)
+        else:
+            # 1 score: new tokens by the scorer; held vision stays, held text has running scores or an age
+            scores = self.scorer.score(turn)
+            # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
+            every = (self.plans, plans)
+            classes, running = chosen_classes(candidates, scores, groups, every, self.text, counts)
         classes = classes.expand(-1, candidates.positions.shape[1], -1)
         # 3 lay out: in the order that makes each step's reads one view; what is in neither part goes
         fixed = None if self.plans else self.fixed  # a turn's content moves there with its first step

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from avlprof.attention.modality import Modality
+
 PADDING, STORED, CORE, SYSTEM, TEXT = 0, 1, 2, 3, 4
 _BLOCK = 1024  # slots moved at once, few enough for a CPU's cache; even, so that a pair stays together
 
@@ -73,6 +75,15 @@ def slot_classes(
         classes = classes.masked_fill(column < left - per_row(behind, device), code)
     text = column < left + per_row(texts, device)
     return torch.where(column < left, classes, torch.where(text, TEXT, PADDING))
+
+
+def whole_classes(modality: Tensor) -> Tensor:
+    """Class of each token of a prompt `[B, N]` that stays as a whole, `[B, 1, N]`; all vision is core."""
+    codes = {Modality.SYSTEM: SYSTEM, Modality.VISION: CORE, Modality.TEXT: TEXT}
+    classes = torch.full_like(modality, PADDING, dtype=torch.long)
+    for code, own in codes.items():
+        classes = classes.masked_fill(modality == code, own)
+    return classes[:, None]
 
 
 def left_order(classes: Tensor, positions: Tensor | None, length: int) -> Tensor:
@@ -169,7 +180,7 @@ def take_into(states: Tensor, order: Tensor, buffer: Tensor) -> None:
     """`take` into the first slots of `buffer [B, H, C, ...]`; zeros into its others."""
     count = order.shape[-1]
     torch.gather(states, 2, _spread(order, states), out=buffer[:, :, :count])
-    buffer[:, :, count:] = 0
+    buffer[:, :, count:].zero_()
 
 
 def _spread(slots: Tensor, buffer: Tensor) -> Tensor:
