@@ -9,6 +9,7 @@ keeps its own: another prompt gets other buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -91,6 +92,22 @@ class FixedBuffers:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors or ())
 
 
+@dataclass(frozen=True)
+class CapturedStep:
+    """A step to replay: its logits, then the queries of `calls`, which views of fixed buffers complete.
+
+    `output` is the class of what the model returned. `calls` are those of the layers, if anybody listened.
+    """
+
+    replay: Replay
+    output: type
+    calls: list[AttentionCall]
+
+    def heard(self, queries: Sequence[Tensor]) -> list[AttentionCall]:
+        """The layers' attention calls in the step that has just been replayed."""
+        return [call._replace(query=query) for call, query in zip(self.calls, queries, strict=True)]
+
+
 class Bucket:
     """The fixed buffers of all layers, what their steps read beside them, and the steps captured so far."""
 
@@ -102,7 +119,7 @@ class Bucket:
             FixedBuffers(one, own, self.position) for one, own in zip(extents, self.slots, strict=True)
         ]
         self.inputs: dict[Any, Tensor] = {}
-        self.steps: dict[Any, tuple[Replay, type]] = {}
+        self.steps: dict[Any, CapturedStep] = {}
         self.owner: ref[AVLCache] | None = None
 
     @property

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AttentionCall
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
 from avlprof.policy import Policy
-from avlprof.runtime.buckets import Bucket, Buckets
+from avlprof.runtime.buckets import Bucket, Buckets, CapturedStep
 from avlprof.runtime.cache import AVLCache
-from avlprof.runtime.graph import Replay, capture
+from avlprof.runtime.graph import Outputs, capture
 from avlprof.runtime.layer import AdaptiveLayer
 
 
@@ -76,7 +77,7 @@ class CapturedSteps:
                 del inputs[name]
         more = any(value for name, value in inputs.items() if name.startswith("output_"))
         unlike = more or inputs.get("return_dict") is False  # a replay gives logits and cache alone
-        if self._session.observers or unlike:
+        if unlike:
             return self._forward(**inputs)
         return self._replayed(bucket, cache, inputs)
 
@@ -102,37 +103,41 @@ class CapturedSteps:
         )
         tensors = {name: bucket.fixed(name, value) for name, value in tensors.items()}
         if kind in bucket.steps:
-            replay, output = bucket.steps[kind]
-            logits = replay()
+            captured = bucket.steps[kind]
+            logits, *queries = captured.replay()
         else:
-            output, logits, replay = self._capture(bucket, tensors, others)
-            bucket.steps[kind] = replay, output
-        return output(logits=logits.clone(), **{self._session.cache_name: cache})
+            captured, (logits, *queries) = self._capture(bucket, tensors, others)
+            bucket.steps[kind] = captured
+        # since a layer attended, slots of its view may have changed places, each with its position
+        self._session.tell(captured.heard(queries))
+        return captured.output(logits=logits.clone(), **{self._session.cache_name: cache})
 
     def _state(self, device: str) -> tuple[Any, ...]:
         """What decides a step's operators and is no input of it."""
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self._session.model.training, autocast
+        return self._session.model.training, autocast, bool(self._session.observers)
 
     def _capture(
         self, bucket: Bucket, tensors: dict[str, Tensor], others: dict[str, Any]
-    ) -> tuple[type, Tensor, Replay]:
-        """Capture a step on fixed inputs: the class of its output, its logits, and its replay."""
+    ) -> tuple[CapturedStep, Outputs]:
+        """Capture a step on fixed inputs, and what it returned this time."""
         output: Any = None
+        calls: list[AttentionCall] = []
 
-        def step() -> Tensor:
-            nonlocal output
-            self._session.begin_again()
+        def step() -> Outputs:
+            nonlocal output, calls
+            calls = self._session.begin_again()
             output = self._forward(**others, **tensors)
-            logits: Tensor = output.logits
-            return logits
+            if not self._session.observers:
+                calls = []
+            return output.logits, *(call.query for call in calls)
 
         try:
-            logits, replay = capture(step, bucket.slots.device)
+            outputs, replay = capture(step, bucket.slots.device)
         except RuntimeError as error:
             raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
         self._buckets.captures += 1
-        return type(output), logits, replay
+        return CapturedStep(replay, type(output), calls), outputs
 
 
 @contextlib.contextmanager

@@ -29,14 +29,17 @@ _ASK_THE_HOST = (
 )
 
 
+Outputs = tuple[Tensor, ...]
+
+
 class Replay(Protocol):
     """A call that was captured."""
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Outputs:
         """Run it again; what it returned, good until the next time."""
 
 
-def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Replay]:
+def capture(function: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Replay]:
     """What `function` returns, and how to run it again.
 
     It may run more than once, so calling it twice must be as good as once.
@@ -47,7 +50,7 @@ def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tenso
     return _cuda_graph(function, device) if device.type == "cuda" else _recorded(function)
 
 
-def _cuda_graph(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Replay]:
+def _cuda_graph(function: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Replay]:
     aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
@@ -58,14 +61,14 @@ def _cuda_graph(function: Callable[[], Tensor], device: torch.device) -> tuple[T
     with torch.cuda.graph(graph):
         output = function()
 
-    def replay() -> Tensor:
+    def replay() -> Outputs:
         graph.replay()
         return output
 
     return replay(), replay
 
 
-def _recorded(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+def _recorded(function: Callable[[], Outputs]) -> tuple[Outputs, Replay]:
     for _ in range(_WARM_UP):  # as a graph does, so that what cannot run again shows on a CPU too
         function()
     with Recording() as recording:
@@ -97,9 +100,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         return output
 
-    def finished(self, result: Tensor) -> Replay:
-        """All that was written down, as a function that returns what `result` was."""
-        self._graph.output(self._node(result))
+    def finished(self, results: Outputs) -> Replay:
+        """All that was written down, as a function that returns what `results` were."""
+        self._graph.output(tuple(self._node(result) for result in results))
         self._graph.eliminate_dead_code()
         module: Any = fx.GraphModule(self._inputs, self._graph)
         replay: Replay = module.forward
