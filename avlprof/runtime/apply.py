@@ -135,6 +135,7 @@ def apply(
     policy: Policy | str | Path,
     captured: int | None = None,
     kept_bytes: int = KEPT_BYTES,
+    fused: bool | str | None = None,
 ) -> Iterator[Runtime]:
     """Run a model under a policy for the length of the context.
 
@@ -145,7 +146,9 @@ def apply(
     With `captured` decoding steps are captured and replayed, in a CUDA graph on a GPU (see
     `avlprof.runtime.captured`): one capture serves so many steps, and those of later prompts of nearby
     lengths. Buffers that no cache uses are kept for them, `kept_bytes` of them at most; `Runtime.release`
-    lets go of them, and so does leaving the context.
+    lets go of them, and so does leaving the context. `fused`: compile what is around attention in
+    captured steps (see `avlprof.runtime.fused`), with a backend of `torch.compile` where it is named; None:
+    on CUDA.
 
     Raises:
         UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
@@ -161,6 +164,11 @@ def apply(
     runtime = Runtime(policy, text_config)
     check_supported(policy)
     cache = AVLCache(policy, text_config, captured is not None)  # refuses what does not fit at once
+    parts = None
+    if captured is not None and (model.device.type == "cuda" if fused is None else fused):
+        from avlprof.runtime.fused import FusedParts
+
+        parts = FusedParts(model, fused if isinstance(fused, str) else "inductor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.short.hooked(model, policy))
         session = stack.enter_context(switched(model, runtime=runtime))
@@ -168,7 +176,7 @@ def apply(
             check_capturable(model, policy, cache, captured)
             runtime.buckets = Buckets(model, captured, kept_bytes)
             stack.callback(runtime.buckets.forget)
-            stack.enter_context(captured_steps(model, session, runtime.buckets))
+            stack.enter_context(captured_steps(model, session, runtime.buckets, parts))
         yield runtime
 
 

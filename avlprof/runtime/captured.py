@@ -12,7 +12,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,17 @@ from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.graph import Outputs, capture
 from avlprof.runtime.layer import AdaptiveLayer
 
+if TYPE_CHECKING:
+    from avlprof.runtime.fused import FusedParts
+
 
 class CapturedSteps:
     """The forward call of a model under a policy, with decoding steps captured."""
 
-    def __init__(self, forward: Callable[..., Any], session: Session, buckets: Buckets) -> None:
-        self._forward, self._session, self._buckets = forward, session, buckets
+    def __init__(
+        self, forward: Callable[..., Any], session: Session, buckets: Buckets, fused: FusedParts | None
+    ) -> None:
+        self._forward, self._session, self._buckets, self._fused = forward, session, buckets, fused
         self._busy = threading.Lock()
 
     def __call__(self, **inputs: Any) -> Any:
@@ -132,8 +137,10 @@ class CapturedSteps:
                 calls = []
             return output.logits, *(call.query for call in calls)
 
+        fused = contextlib.nullcontext() if self._fused is None else self._fused.in_place()
         try:
-            outputs, replay = capture(step, bucket.slots.device)
+            with fused:
+                outputs, replay = capture(step, bucket.slots.device)
         except RuntimeError as error:
             raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
         self._buckets.captures += 1
@@ -141,11 +148,16 @@ class CapturedSteps:
 
 
 @contextlib.contextmanager
-def captured_steps(model: PreTrainedModel, session: Session, buckets: Buckets) -> Iterator[None]:
-    """Capture and replay the decoding steps of a switched model for the length of the context."""
+def captured_steps(
+    model: PreTrainedModel, session: Session, buckets: Buckets, fused: FusedParts | None = None
+) -> Iterator[None]:
+    """Capture and replay the decoding steps of a switched model for the length of the context.
+
+    `fused` are parts of the model to compile in them.
+    """
     forward = model.forward
     own = "forward" in vars(model)
-    steps = CapturedSteps(forward, session, buckets)
+    steps = CapturedSteps(forward, session, buckets, fused)
 
     @functools.wraps(forward)
     def captured(**inputs: Any) -> Any:
