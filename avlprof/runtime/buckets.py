@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 4 << 30  # of buffers that no cache uses
 _MOST = 8  # buckets that no cache uses
+_KINDS = 16  # of captured steps in a bucket
 Buffers = tuple[Tensor, Tensor, Tensor]
 
 
@@ -122,6 +123,9 @@ class Bucket:
         self.steps: dict[Any, CapturedStep] = {}
         self.owner: ref[AVLCache] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a cache has no bucket: these steps would write into the original's buffers."""
+
     @property
     def idle(self) -> bool:
         """Whether no cache uses it."""
@@ -142,6 +146,12 @@ class Bucket:
         on_device = self.slots.device.type == "cuda"
         self.slots.copy_(numbers.pin_memory() if on_device else numbers, non_blocking=True)
         self.position.fill_(position)
+
+    def keep(self, kind: Any, step: CapturedStep) -> None:
+        """Keep a captured step; when there are many kinds, instead of all others."""
+        if len(self.steps) >= _KINDS:
+            self.steps.clear()
+        self.steps[kind] = step
 
     def fixed(self, name: str, value: Tensor) -> Tensor:
         """An input of a step, where captured steps look for it."""

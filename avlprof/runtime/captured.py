@@ -112,7 +112,7 @@ class CapturedSteps:
             logits, *queries = captured.replay()
         else:
             captured, (logits, *queries) = self._capture(bucket, tensors, others)
-            bucket.steps[kind] = captured
+            bucket.keep(kind, captured)
         # since a layer attended, slots of its view may have changed places, each with its position
         self._session.tell(captured.heard(queries))
         return captured.output(logits=logits.clone(), **{self._session.cache_name: cache})

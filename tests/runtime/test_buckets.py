@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
 import torch
 
 import avlprof
-from avlprof.attention.session import cache_of, with_cache
+from avlprof.attention.session import cache_of, switched, with_cache
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.layout import Extents, RowPlan, rounded
 from avlprof.testing.families import families
@@ -203,6 +204,21 @@ def test_steps_go_on_after_a_release_and_are_captured_anew():
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
 
 
+def test_a_copy_of_a_cache_goes_its_own_way():
+    """Replays of one answer leave the other alone."""
+    case = random_llava()
+    found = []
+    for captured in (None, AHEAD):
+        with avlprof.apply(case.model, REFRESHED, captured=captured) as runtime:
+            cache, ids = begun(case, runtime, case.inputs())
+            copied = copy.deepcopy(cache)
+            with switched(case.model) as session:
+                session.adopt(copied, torch.zeros(1, cache.get_seq_length(), dtype=torch.int8))
+            logits = [answer_on(case, one, ids) for one in (copied, cache, copied)]
+            found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+
+
 def test_modes_of_torch_may_change_between_calls():
     """What was made in inference mode could not be written to outside of it."""
     case = random_llava()
@@ -246,7 +262,7 @@ def test_a_cache_goes_on_in_contexts_that_capture_and_that_do_not(contexts):
             with avlprof.apply(case.model, REFRESHED, captured=captured) as runtime:
                 if cache is None:
                     cache, ids = begun(case, runtime, case.inputs())
-                with avlprof.attention.session.switched(case.model) as session:
+                with switched(case.model) as session:
                     length = cache.get_seq_length()
                     session.adopt(cache, torch.zeros(1, length, dtype=torch.int8))
                 logits.append(answer_on(case, cache, ids))
