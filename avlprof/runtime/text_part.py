@@ -85,17 +85,19 @@ class TextPart:
     ) -> None:
         """Start anew with slots in the order of their `positions [B, G, n]`; prompts are in `spans`."""
         self.counts, self.scores = counts, scores
-        present = torch.arange(positions.shape[-1], device=positions.device) < per_row(
-            counts, positions.device
-        )
-        tokens = (within(positions, spans) & present).sum(dim=-1)
+
+        def prompt_tokens() -> Tensor:
+            slot = torch.arange(positions.shape[-1], device=positions.device)
+            present = slot < per_row(counts, positions.device)
+            return (within(positions, spans) & present).sum(dim=-1)
+
         if self.rule.running is not None:
-            self.prompt_tokens = tokens
+            tokens = self.prompt_tokens = prompt_tokens()
             if self.prompt_read is None:
                 self.prompt_read = torch.zeros((), dtype=torch.float64, device=tokens.device)
             return
         # behind a first prompt nothing else is held, and the host need not wait for the device's count
-        self.prompt = list(counts) if len(spans) == 1 else tokens[:, 0].tolist()
+        self.prompt = list(counts) if len(spans) == 1 else prompt_tokens()[:, 0].tolist()
         self._ages = [
             deque(range(min(self.rule.sink(pool), n), n)) for pool, n in zip(self.pools, counts, strict=True)
         ]
