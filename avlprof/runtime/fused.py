@@ -91,7 +91,9 @@ class FusedParts:
             self._compiled[stock] = self._compile(stock)
         try:
             return opaquely(self._compiled[stock], *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:  # of compiler, or of a launch
             self.refused[name] = str(error).strip().splitlines()[0]
             _log.warning("%s is not fused in captured steps: %s", name, self.refused[name])
             return stock(*args, **kwargs)

@@ -157,7 +157,7 @@ def recorded(case, policy, inputs, captured, options, prompts=1):
     with avlprof.apply(case.model, policy, captured=captured) as runtime:
         with avlprof.record(case.model, options) as recorder:
             for _ in range(prompts):
-                generate(case.model, inputs, 14)
+                generate(case.model, inputs, 9)
             return [(record.frame(), record.scores()) for record in recorder.records], runtime.captures
 
 
