@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run, picture_task
     from avlprof.runtime import AVLCache
-    from avlprof.runtime.apply import apply
-    from avlprof.runtime.wrap import wrap
+    from avlprof.runtime.apply import apply, wrap
     from avlprof.tasks import load_task
     from avlprof.tracing import TraceSettings, record
     from avlprof.tuning import Settings, Space, Study, Tuned
@@ -59,7 +58,7 @@ _HOMES = {
     "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
     "apply": "avlprof.runtime.apply",
-    "wrap": "avlprof.runtime.wrap",
+    "wrap": "avlprof.runtime.apply",
     "Policy": "avlprof.policy",
     "find_policy": "avlprof.policy",
     "load_policy": "avlprof.policy",

@@ -149,8 +149,9 @@ def eviction_kernels(shape: DecoderShape, tokens: int, machine: Machine) -> Iter
     plan = RowPlan(1, vision // 5, vision // 5, shape.text_tokens, 0, None)
     codes = _codes(shape, tokens)[None].to(machine.device)
     scores = torch.rand(1, 1, tokens, device=machine.device)
-    width = plan.system + plan.vision + plan.text
-    ordered = partial(prompt_order, scores, codes, [plan], [shape.text_tokens], width)
+    lengths = plan.system + plan.vision, plan.text
+    width = sum(lengths)
+    ordered = partial(prompt_order, scores, codes, [plan], [shape.text_tokens], lengths)
     key = torch.randn(1, shape.kv_heads, tokens, shape.head_dim, device=machine.device).to(machine.dtype)
     positions = torch.arange(tokens, device=machine.device)[None, None]
     take = partial(taken_slots, key, key, positions, ordered(), _FREE)

@@ -25,9 +25,12 @@ from avlprof.runtime.layout import (
     per_row,
     swaps,
     text_order,
+    whole_classes,
 )
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.turns import TurnPrefill, text_scores
+
+_CORE_TENSORS = ("vision", "core", "counts", "edges")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,13 @@ class CoreSlots:
     even: bool
 
     @classmethod
-    def of(cls, plans: list[RowPlan], classes: Tensor) -> CoreSlots:
-        """Of the `classes [B, 1, n]` of the slots."""
+    def of(
+        cls, plans: list[RowPlan], classes: Tensor, bounds: tuple[int, int, bool] | None = None
+    ) -> CoreSlots:
+        """Of the `classes [B, 1, n]` of the slots; `bounds` as in `Extents.core`, else the least ones."""
         cores, device, left = [plan.core for plan in plans], classes.device, classes.shape[-1]
+        exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
+        size, most, even = bounds or (max(cores), exchanges, len(set(cores)) == 1)
         ends = [left - plan.system for plan in plans]
         begins = (
             [end - getattr(p, part) for end, p in zip(ends, plans, strict=True)]
@@ -60,10 +67,19 @@ class CoreSlots:
             core=classes == CORE,
             counts=per_row(cores, device),
             edges=torch.cat([per_row(slots, device)[:, 0] for slots in (*begins, ends)], dim=-1),
-            size=max(cores),
-            exchanges=max(min(plan.core, plan.vision - plan.core) for plan in plans),
-            even=len(set(cores)) == 1,
+            size=size,
+            exchanges=most,
+            even=even,
         )
+
+    def copied(self) -> CoreSlots:
+        """The same in tensors of its own."""
+        return replace(self, **{name: getattr(self, name).clone() for name in _CORE_TENSORS})
+
+    def refill(self, other: CoreSlots) -> None:
+        """Become another layout of the same bounds, where the tensors lie."""
+        for name in _CORE_TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
 
     def best(self, weights: Tensor, positions: Tensor, groups: int) -> Tensor:
         """The vision slots that should be the core, bool `[B, groups, n]`; ties go to the lower position.
@@ -144,34 +160,42 @@ class Candidates:
 
 
 def kept_order(
-    candidates: Candidates, scores: Tensor, groups: tuple[int, int], part: TextPart, plans: list[RowPlan],
+    candidates: Candidates,
+    scores: Tensor | None,
+    groups: tuple[int, int],
+    part: TextPart,
+    plans: list[RowPlan],
     after: list[RowPlan],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    left: int,
+) -> tuple[Tensor, Tensor | None]:
     """Columns of all candidates in the order of the layer's slots, `[B, G, n]`, and running scores of text.
 
     What is in neither the left part nor the text part behind it goes. A first prompt whose text stays by
     its age is put into order by a kernel on CUDA.
 
     Args:
-        scores: `[B, H, N]` of the new tokens by the policy's scorer.
+        scores: `[B, H, N]` of the new tokens by the policy's scorer; None for a prompt that stays whole.
         groups: sets of vision tokens, and of text tokens: 1, or one a KV head.
         part: the text part, the turn's tokens counted.
         plans: what each row keeps of the new tokens.
         after: what each row holds after the turn.
+        left: slots of the left part.
     """
     turn = candidates.turn
     counts, cores = [plan.text for plan in after], [plan.core for plan in after]
-    left, most = max(p.system + p.vision for p in after), max(counts)
+    most, known = max(counts), None if candidates.in_order else candidates.positions
+    if scores is None:
+        classes = whole_classes(turn.modality)
+        return torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1), None
     by_vision = group_mean(scores, groups[0])
     if candidates.in_order and part.by_age and kernels_run(scores):
         from avlprof.runtime.triton_layout import prompt_order
 
-        return prompt_order(by_vision, turn.modality, after, turn.text_counts, left + most), None
+        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None
     vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
     text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
     classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
     classes = classes.expand(-1, candidates.positions.shape[1], -1)
-    known = None if candidates.in_order else candidates.positions
     return torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1), running
 
 

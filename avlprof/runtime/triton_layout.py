@@ -27,7 +27,7 @@ _NONE = tl.constexpr(int(Modality.PAD))
 
 
 def prompt_order(
-    scores: Tensor, modality: Tensor, plans: list[RowPlan], texts: list[int], width: int
+    scores: Tensor, modality: Tensor, plans: list[RowPlan], texts: list[int], lengths: tuple[int, int]
 ) -> Tensor:
     """Columns of a first prompt in the order of a layer's slots, in one launch.
 
@@ -39,13 +39,13 @@ def prompt_order(
         modality: `[B, N]` codes of `Modality`.
         plans: what each row keeps, its text as it is held after the prompt.
         texts: text tokens of each row's prompt.
-        width: slots of the left part and the text part together.
+        lengths: slots of the left part, and of the text part.
 
     Returns:
-        int64 `[B, G, width]`.
+        int64 `[B, G, n]`, the slots of both parts.
     """
     batch, groups, columns = scores.shape
-    left = max(plan.system + plan.vision for plan in plans)
+    left, width = lengths[0], sum(lengths)
     rows = [
         (p.system, p.vision, p.core, p.text, min(p.sink, p.text), text)
         for p, text in zip(plans, texts, strict=True)
@@ -65,7 +65,12 @@ def prompt_order(
 
 
 def taken_slots(
-    key: Tensor, value: Tensor, positions: Tensor, order: Tensor, room: int
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    order: Tensor,
+    room: int,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New buffers of the tokens `order [B, G, n]`, and `room` more slots, in one launch.
 
@@ -74,6 +79,7 @@ def taken_slots(
         positions: int64 `[B, G, N]`, `G` being 1 or `H`.
         order: int64, columns.
         room: slots that are free: zeros, at position -1.
+        into: contiguous buffers of as many slots to use in place of new ones.
 
     Returns:
         Contiguous keys, values and positions of `n + room` slots.
@@ -82,9 +88,11 @@ def taken_slots(
     groups, kept = order.shape[1:]
     capacity, value_size = kept + room, value.shape[3]
     key, value = (states if states.stride(-1) == 1 else states.contiguous() for states in (key, value))
-    keys = torch.empty((batch, heads, capacity, size), dtype=key.dtype, device=key.device)
-    values = torch.empty((batch, heads, capacity, value_size), dtype=value.dtype, device=key.device)
-    places = torch.empty((batch, groups, capacity), dtype=positions.dtype, device=key.device)
+    keys, values, places = into or (
+        torch.empty((batch, heads, capacity, size), dtype=key.dtype, device=key.device),
+        torch.empty((batch, heads, capacity, value_size), dtype=value.dtype, device=key.device),
+        torch.empty((batch, groups, capacity), dtype=positions.dtype, device=key.device),
+    )
     with torch.cuda.device(key.device if key.is_cuda else -1):
         take_columns[(triton.cdiv(capacity, _SLOTS), batch * heads)](
             key, value, positions, order.contiguous(), keys, values, places,

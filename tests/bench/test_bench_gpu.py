@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from avlprof.bench.gpu import GpuBench, gpu_markdown, run_gpu_bench
+from avlprof.bench.gpu import SECOND_CALL, GpuBench, gpu_markdown, run_gpu_bench
 from avlprof.bench.shapes import decoder_shape
 from avlprof.errors import UserError
 from tests.cli_runner import invoke
@@ -25,6 +25,7 @@ def test_every_part_is_measured():
     measures = {cost.measure for cost in found}
     assert {"traced / plain", "traced all rows / plain", "traced / plain steps"} <= measures
     assert {"dense, captured: step", "keep .4, core .1, captured: refresh / step"} <= measures
+    assert {"keep .2, captured, not fused: step", SECOND_CALL} <= measures
     page = gpu_markdown(found, "cpu").splitlines()
     assert len([line for line in page if line.startswith("|")]) == len(found) + 2
 

@@ -83,6 +83,38 @@ def test_graphs_replay_the_same_steps(pair, name):
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_graphs_outlive_a_call(fused):
+    """Prompts of nearby lengths replay what the first one captured, each with its own content."""
+    case = random_llava()
+    model = case.model.to(DEVICE)
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)
+    batches = [moved(case.inputs(batch=2, pad=True, seed=seed, text=text)) for seed, text in ((1, 9), (2, 7))]
+    plain = [answered(model, inputs, policy) for inputs in batches]
+    with avlprof.apply(model, policy, captured=STEPS, fused=fused) as runtime:
+        for inputs, (tokens, logits) in zip(batches, plain, strict=True):
+            prompt = inputs["input_ids"].shape[1]
+            said = LogitsProcessorList([FixedAnswers(tokens.tolist(), prompt)])
+            found = torch.stack(generate(model, inputs, logits_processor=said).logits)
+            torch.testing.assert_close(found, logits, atol=1e-3, rtol=1e-3)
+            assert runtime.captures == 2
+
+
+def test_recorded_graphs_give_what_recorded_steps_give():
+    case = random_llava()
+    model, inputs = case.model.to(DEVICE), moved(case.inputs(batch=2, pad=True))
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)
+    tokens, _ = answered(model, inputs, policy)
+    said = LogitsProcessorList([FixedAnswers(tokens.tolist(), inputs["input_ids"].shape[1])])
+    found = []
+    for captured in (None, STEPS):
+        with avlprof.apply(model, policy, captured=captured), avlprof.record(model) as recorder:
+            generate(model, inputs, logits_processor=said)
+        found.append([record.scores()["decode"] for record in recorder.records])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(other), torch.from_numpy(one), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_keep_all_is_bit_equal_in_bf16(pad):
     case = random_llava()

@@ -21,10 +21,11 @@ CASES = {
     "all equal": {"plans": [RowPlan(1, 7, 3, 6, 1, None)] * 2, "levels": 1},
     "negative": {"plans": [RowPlan(1, 12, 5, 6, 0, None)] * 2, "levels": 7, "low": -3.0},
     "several blocks": {"plans": [RowPlan(5, 21, 12, 40, 2, None)] * 2, "levels": 5, "block": 16},
+    "in longer buffers": {"plans": [RowPlan(3, 9, 4, 5, 0, None), RowPlan(1, 2, 1, 3, 0, None)], "spare": 7},
     "no vision": {"plans": [RowPlan(4, 0, 0, 3, 1, 3), RowPlan(0, 0, 0, 0, 0, None)]},
 }
 FREE = 5
-ROOMS = ("buffers", "eviction", "layer", "layout")
+ROOMS = ("buffers", "eviction", "layer")
 
 
 @pytest.mark.full
@@ -73,16 +74,22 @@ def test_every_slot_holds_its_token(name, monkeypatch):
         levels = torch.linspace(case.get("low", 0.0), 2.0, case["levels"])
         scores = levels[torch.randint(len(levels), scores.shape, generator=generator)]
         scores = torch.where((scores == 0.0) & (torch.arange(length) % 2 == 0), -0.0, scores)
-    left = max(plan.system + plan.vision for plan in plans)
-    width = left + max(plan.text for plan in plans)
+    left = max(plan.system + plan.vision for plan in plans) + case.get("spare", 0)
+    text = max(plan.text for plan in plans)
+    width = left + text
     texts = (codes == 2).sum(dim=1).tolist()
     order = triton_layout.prompt_order(
-        scores.to(DEVICE), codes.to(torch.int8).to(DEVICE), plans, texts, width
+        scores.to(DEVICE), codes.to(torch.int8).to(DEVICE), plans, texts, (left, text)
     )
     key, value = (torch.randn(batch, heads, length, size, generator=generator) for size in (8, 20))
     positions = torch.arange(length).expand(batch, groups, -1) * 2
     there = [tensor.to(DEVICE) for tensor in (key, value, positions)]
-    found = [part.cpu() for part in triton_layout.taken_slots(*there, order, FREE)]
+    into = None
+    if "spare" in case:  # buffers of an earlier prompt, which hold its tokens
+        into = tuple(torch.full((*t.shape[:2], width + FREE, *t.shape[3:]), 7, dtype=t.dtype) for t in there)
+        into = tuple(buffer.to(DEVICE) for buffer in into)
+    found = [part.cpu() for part in triton_layout.taken_slots(*there, order, FREE, into)]
+    assert into is None or found[0].data_ptr() == into[0].data_ptr() or DEVICE != "cpu"
     assert [part.shape[2] for part in found] == [width + FREE] * 3
     for row, plan in enumerate(plans):
         for head in range(heads):
