@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from avlprof.attention.call import Bounds
 from avlprof.runtime.layout import RowPlan
 
 
@@ -15,8 +16,9 @@ class Step:
 
     `slots` are the text slots that the rows' tokens go to, counted from the text part on. The step
     attends to slots `start` to `end` of the buffers; `positions [B, G, n]` are theirs and `mask` is
-    bool `[B, 1, 1, n]`, or None where all rows hold all of them. Both are views: what the step writes
-    shows in them. `refreshing`: it picks the core anew; `weighing`: its weights are needed afterwards.
+    bool `[B, 1, 1, n]`, or None where all rows hold all of them; where kernels run, `bounds` say the
+    same to them. All are views: what the step writes shows in them. `refreshing`: it picks the core
+    anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none.
     """
 
     slots: list[int]
@@ -25,7 +27,8 @@ class Step:
     positions: Tensor
     mask: Tensor | None
     refreshing: bool
-    weighing: bool
+    weighing: int
+    bounds: Bounds | None = None
 
 
 @dataclass
