@@ -26,8 +26,8 @@ from avlprof.tasks.shapes.scene import Frame, render, sample_scene
 from avlprof.tasks.shapes.task import LISTS, SEEDS
 from avlprof.tasks.splits import HELD_OUT
 
-DRAWN = ((112, 112), (88, 88), (168, 88), (88, 168), (136, 136), (168, 168))
-RESIZED = (152, 128, 104, 96, 88, 80)
+DRAWN = ((112, 112), (88, 88), (168, 88), (136, 136), (168, 168))
+RESIZED = (136, 96, 88, 80)
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
 
 
@@ -150,9 +150,9 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_model(args.model)
     with torch.inference_mode():
-        print(types_table(loaded, TINY, args.per_type * len(QUESTIONS)), "\n")
+        print(types_table(loaded, TINY, args.per_type * len(QUESTIONS)), "\n", flush=True)
         if isinstance(loaded.adapter, QwenVLAdapter):
-            print(sizes_table(loaded, TINY, max(args.per_type // 2, 1) * len(QUESTIONS)), "\n")
+            print(sizes_table(loaded, TINY, max(args.per_type // 3, 1) * len(QUESTIONS)), "\n", flush=True)
         policies = random_shares() | without_one_layer(loaded.adapter.layers)
         print(drop_table(loaded, TINY, max(args.per_type // 2, 1) * len(LISTS), policies))
 
