@@ -25,7 +25,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.vision_utils import get_vision_window_index
 
 from avlprof.files import write_text
 from avlprof.models.families.tiny import PictureProcessor
@@ -87,9 +86,10 @@ class MropeRecipe(Recipe):
     def features(self, model: PreTrainedModel, pixels: Mapping[str, Tensor]) -> Tensor:
         visual, grids = model.model.visual, pixels["image_grid_thw"]
         hidden = visual(pixels["pixel_values"], grid_thw=grids).last_hidden_state
-        order, _ = get_vision_window_index(grids, 1, visual.window_size, visual.patch_size)
-        ordered: Tensor = hidden[torch.argsort(order)]
-        return ordered.view(len(grids), -1, hidden.shape[-1])
+        _, rows, columns = map(int, grids[0])
+        order = windowed(rows, columns, visual.window_size // visual.patch_size)
+        by_window: Tensor = hidden.view(len(grids), rows * columns, -1)
+        return by_window[:, torch.argsort(order)]
 
     def projected(self, model: PreTrainedModel, features: Tensor) -> Tensor:
         merged: Tensor = model.model.visual.merger(features)
@@ -149,6 +149,15 @@ class MropeRecipe(Recipe):
                 films = {key: value for key, value in pictures.items() if key != "image_processor_type"}
                 config["video_processor"] = films | {"video_processor_type": "Qwen2VLVideoProcessor"}
             write_text(folder / name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def windowed(rows: int, columns: int, window: int) -> Tensor:
+    """Row-major indices of patches in the tower's own order: window by window, int64 `[rows * columns]`."""
+
+    def place(patch: int) -> tuple[int, int, int]:
+        return patch // columns // window, patch % columns // window, patch
+
+    return torch.tensor(sorted(range(rows * columns), key=place))
 
 
 def batched(pictures: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
