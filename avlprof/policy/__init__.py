@@ -1,19 +1,21 @@
 """Policies: schema, YAML, and the arithmetic of tokens and bytes."""
 
-from avlprof.policy.provenance import Provenance, Score
-from avlprof.policy.schema import (
-    DENSE,
+from avlprof.policy.parts import (
+    BITS,
     EVICTING,
+    FULL,
     RANKING,
     AllocatorSpec,
+    Bits,
     JointPool,
-    Policy,
     PrefillFilter,
     Refresh,
     ScorerSpec,
     TextPolicy,
     broadcast,
 )
+from avlprof.policy.provenance import Provenance, Score
+from avlprof.policy.schema import DENSE, Policy
 from avlprof.policy.sizes import (
     LayerSizes,
     PromptShape,
@@ -21,8 +23,10 @@ from avlprof.policy.sizes import (
     counted_layers,
     dense_tokens,
     live_share,
+    packed_share,
     read_share,
     said_governed,
+    scale_group,
     sizes,
     text_room,
     tokens,
@@ -30,10 +34,13 @@ from avlprof.policy.sizes import (
 from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_policy, save_policy, shipped
 
 __all__ = [
+    "BITS",
     "DENSE",
     "EVICTING",
+    "FULL",
     "RANKING",
     "AllocatorSpec",
+    "Bits",
     "JointPool",
     "LayerSizes",
     "Policy",
@@ -52,10 +59,12 @@ __all__ = [
     "find_policy",
     "live_share",
     "load_policy",
+    "packed_share",
     "parse_policy",
     "read_share",
     "said_governed",
     "save_policy",
+    "scale_group",
     "shipped",
     "sizes",
     "text_room",
