@@ -23,6 +23,7 @@ from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable
+from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
@@ -70,6 +71,10 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
+        if step.stored is not None:
+            out, weights = stored_attention(step.stored, call, step.mask)
+            after = partial(layer.after, step, weights) if step.weighing else None
+            return out, view._replace(after=after, decoded=partial(with_stored, step.stored))
         if not step.weighing:
             return packed_attention(
                 call.query, call.key, call.value, call.scaling, step.mask, call.softcap, call.sinks

@@ -130,15 +130,24 @@ class CapturedSteps:
             replay, output = known.steps[kind]
             logits = replay()
         else:
-            output, logits, replay = self._capture(known, tensors, others)
+            changing = [part for layer in layers for part in layer.changing]
+            output, logits, replay = self._capture(known, tensors, others, changing)
             known.steps[kind] = replay, output
         return output(logits=logits.clone(), **{self._session.cache_name: cache})
 
     def _capture(
-        self, known: _Captured, tensors: dict[str, Tensor], others: dict[str, Any]
+        self, known: _Captured, tensors: dict[str, Tensor], others: dict[str, Any], changing: list[Tensor]
     ) -> tuple[type, Tensor, Replay]:
-        """Capture a step on the fixed inputs: the class of its output, its logits, and its replay."""
+        """Capture a step on the fixed inputs: the class of its output, its logits, and its replay.
+
+        A second run would change the tensors of `changing` once more.
+        """
         output: Any = None
+        before = [part.clone() for part in changing]
+
+        def undo() -> None:
+            for part, was in zip(changing, before, strict=True):
+                part.copy_(was)
 
         def step() -> Tensor:
             nonlocal output
@@ -148,7 +157,7 @@ class CapturedSteps:
             return logits
 
         try:
-            logits, replay = capture(step, known.slots.device)
+            logits, replay = capture(step, known.slots.device, undo)
         except RuntimeError as error:
             raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
         return type(output), logits, replay

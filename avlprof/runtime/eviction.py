@@ -24,6 +24,7 @@ from avlprof.runtime.layout import (
     per_row,
     swaps,
 )
+from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.turns import TurnPrefill, text_scores
 
@@ -75,12 +76,23 @@ class CoreSlots:
         )
         return pad(chosen, (start, 0)) if start else chosen
 
-    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
+    def exchange(
+        self,
+        new: Tensor,
+        buffers: tuple[Tensor, Tensor, Tensor],
+        fixed: bool,
+        stored: StoredBits | None = None,
+    ) -> None:
         """Make `new [B, groups, n]` the core: exchange slots of all buffers.
 
+        Or, where the rest is `stored` in few bits, exchange slots of the buffers with its own.
         `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
         changes; else as many pairs are exchanged as could be needed.
         """
+        if stored is not None:
+            most = self.exchanges if fixed else int((self.core & ~new).sum(dim=-1).max())
+            stored.exchange(self.core, new, buffers, most)
+            return
         if kernels_run(new):
             from avlprof.runtime.triton_exchange import triton_exchange
 

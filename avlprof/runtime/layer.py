@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,27 +11,28 @@ from torch.nn.functional import pad
 
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.weights import group_mean, step_weights
-from avlprof.policy import PromptShape
-from avlprof.runtime.buffers import SlotLayer
+from avlprof.policy import FULL
 from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
+from avlprof.runtime.held import HeldLayer
 from avlprof.runtime.layout import (
     PADDING,
+    STORED,
     SYSTEM,
     TEXT,
     FixedWindows,
     RowPlan,
     Windows,
     left_order,
-    slot_classes,
     text_order,
 )
-from avlprof.runtime.step import LayerUse, Reads, Step
-from avlprof.runtime.text_part import TextPart, TextRule
+from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.step import Step
+from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
 from avlprof.scorers import Scorer
 
 
-class AdaptiveLayer(SlotLayer):
+class AdaptiveLayer(HeldLayer):
     """One layer's KV under a policy; see `layout` for the order of its slots.
 
     At a prompt or further turn: `update` hands through what is held and what is new, `turn_for` says
@@ -43,28 +44,24 @@ class AdaptiveLayer(SlotLayer):
     fixed_shapes: bool | None = None  # swap as many slots as could be needed; None: on all but the CPU
 
     def __init__(self, scorer: Scorer, rule: TextRule) -> None:
-        super().__init__()
+        super().__init__(rule)
         self.scorer = scorer
-        self.rule = rule
         self.refresh_interval = rule.policy.refresh_interval
         self.score_only = rule.policy.refresh == "score_only"
-        self.per_kv_head = rule.policy.heads == "kv_head"
         self._clear()
 
     def _clear(self) -> None:
-        self.reads = Reads()
-        self.plans: list[RowPlan] = []
-        self.text = TextPart(self.rule)
         self.step: Step | None = None
         self.fixed: Tensor | None = None
         self._spans: list[tuple[int, int]] = []
-        self._left = self._count = 0
+        self._count = 0
         self._windows = Windows([], 0)
         self._core: CoreSlots | None = None
         self._has_core = False
 
     def reset(self) -> None:
         super().reset()
+        self.hold_nothing()
         self._clear()
 
     def update(
@@ -82,10 +79,12 @@ class AdaptiveLayer(SlotLayer):
             return key_states, value_states
         if new > 1:
             self.seen += new
-            keys, values, _ = self.buffers
             end = self._left + max(self.text.counts)
-            key_states = torch.cat([keys[:, :, :end], key_states], dim=2)
-            return key_states, torch.cat([values[:, :, :end], value_states], dim=2)
+            held = [tuple(part[:, :, :end] for part in self.buffers[:2]), (key_states, value_states)]
+            if self.stored is not None:
+                held.insert(0, self.stored.decoded())
+            keys, values = (torch.cat(parts, dim=2) for parts in zip(*held, strict=True))
+            return keys, values
         step = self.advance() if self.fixed is None else self._present
         position = self.seen - 1 if self.fixed is None else self.fixed
         self.write(self._windows.slot(step.slots, self.device), key_states, value_states, position)
@@ -122,9 +121,9 @@ class AdaptiveLayer(SlotLayer):
         if not self.rule.grows:
             limits = [min(a, most) for a, (most, _) in zip(limits, self.text.rooms(), strict=True)]
         self.grow_for(self._left + max(limits) - 1, exactly=True)
-        self._windows = FixedWindows(self.plans, self._left, counts, max(limits), slots)
+        self._windows = FixedWindows(self._full, self._left, counts, max(limits), slots)
         if self._has_core and self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._left))
+            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
         self.fixed, self.fixed_shapes = position, True
         self.step = self._step(self._present.slots, self._present.refreshing)
 
@@ -133,6 +132,16 @@ class AdaptiveLayer(SlotLayer):
         """Whether the present step's tokens lie within the fixed shapes."""
         windows = self._windows
         return isinstance(windows, FixedWindows) and max(self._present.slots) < windows.width
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """What the present step changes in a way that its being run again would change anew.
+
+        A core that is picked again stays, but few bits lose something each time that a token leaves it.
+        """
+        if self.stored is None or not self._present.refreshing:
+            return []
+        return [*self.buffers, *self.stored.parts]
 
     @property
     def slot_numbers(self) -> list[int]:
@@ -146,7 +155,7 @@ class AdaptiveLayer(SlotLayer):
             return TurnPrefill.behind(call, modality, positions, none, none.bool())
         width = call.key.shape[2] - call.query.shape[2]
         present = self._classes(width) != PADDING
-        return TurnPrefill.behind(call, modality, positions, self.positions[..., :width], present)
+        return TurnPrefill.behind(call, modality, positions, self._positions(width), present)
 
     def compact(
         self,
@@ -182,10 +191,14 @@ class AdaptiveLayer(SlotLayer):
         text, running = text_choice(candidates, group_mean(scores, by_text), self.text, plans, counts)
         classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
         classes = classes.expand(-1, candidates.positions.shape[1], -1)
-        # 3 lay out: in the order that makes each step's reads one view; what is in neither part goes
+        # 3 lay out: what few bits store, and the rest in the order that makes each step's reads one view;
+        # what is in neither goes
         self.plans = merged(self.plans, plans, counts)
-        self._left, most = max(p.system + p.vision for p in self.plans), max(counts)
         known = None if candidates.in_order else candidates.positions
+        if self.bits < FULL:
+            classes = self._store(call, candidates.positions, classes, known)
+        self._full = self.plans if self.bits == FULL else [replace(p, vision=p.core) for p in self.plans]
+        self._left, most = max(p.system + p.vision for p in self._full), max(counts)
         text_slots = text_order(classes, known, most)
         order = torch.cat([left_order(classes, known, self._left), text_slots], dim=-1)
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
@@ -198,16 +211,26 @@ class AdaptiveLayer(SlotLayer):
         self.text.lay(counts, candidates.positions.gather(-1, text_slots), self._spans, running)
         self._plan()
 
+    def _store(self, call: AttentionCall, positions: Tensor, classes: Tensor, known: Tensor | None) -> Tensor:
+        """Store kept vision outside the core in few bits; the classes of what is left for the buffers."""
+        outside = classes == STORED
+        counts = [plan.vision - plan.core for plan in self.plans]
+        order = left_order(classes.masked_fill(~outside, PADDING), known, max(counts))
+        self.stored = StoredBits.of(call.key, call.value, positions, order, counts, self.stored, self.bits)
+        return classes.masked_fill(outside, PADDING)
+
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
         classes = self._classes(turn.past) if turn.past else positions[..., :0]
-        return Candidates(turn, classes, turn.all_positions(positions).expand(-1, groups, -1), self._left)
+        return Candidates(
+            turn, classes, turn.all_positions(positions).expand(-1, groups, -1), self._first + self._left
+        )
 
     def _plan(self) -> None:
         """Work out once what all steps until the next turn need."""
-        self.reads.expect(self.plans)
+        self.reads.expect(self.plans, 1.0 if self.stored is None else self.stored.share, self.reads_stored)
         self.step = self.fixed = None
-        self._windows, self._core = Windows(self.plans, self._left), None
-        smaller = any(plan.core < plan.vision for plan in self.plans)
+        self._windows, self._core = Windows(self._full, self._left), None
+        smaller = any(plan.core < plan.vision for plan in self.plans) and not self.reads_stored
         self._has_core = smaller and self.refresh_interval > 0
 
     @property
@@ -222,7 +245,8 @@ class AdaptiveLayer(SlotLayer):
         (start, end), mask = self._window(whole)
         positions = self.buffers[2][..., start:end]
         weighing = whole or self.rule.running is not None
-        return Step(slots, start, end, positions, mask, refreshing, weighing)
+        stored = self.stored if self._first and (whole or self.reads_stored) else None
+        return Step(slots, start, end, positions, mask, refreshing, weighing, stored)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -235,7 +259,11 @@ class AdaptiveLayer(SlotLayer):
         if step.refreshing and self.score_only:
             (start, end), mask = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            self._pick(step_weights(query, keys, scaling, mask, softcap, sinks), start)
+            if self.stored is None:
+                weights = step_weights(query, keys, scaling, mask, softcap, sinks)
+            else:
+                weights = self.stored.weights(query, keys, scaling, mask, softcap, sinks)
+            self._pick(weights, start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
@@ -244,78 +272,30 @@ class AdaptiveLayer(SlotLayer):
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
         if self.rule.running is not None:
-            own = group_mean(weights[..., self._left - step.start :], positions.shape[1])
+            own = group_mean(weights[..., weights.shape[-1] - step.end + self._left :], positions.shape[1])
             part = slice(self._left, step.end)
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
 
     def _pick(self, weights: Tensor, start: int) -> None:
         """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
+        width = self._first + self._left
         if self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._left))
-        positions = self.buffers[2]
+            self._core = CoreSlots.of(self.plans, self._classes(width))
         groups = self.buffers[0].shape[1] if self.per_kv_head else 1
-        new = self._core.best(weights[..., : self._left - start], positions[..., : self._left], groups)
-        on_device = positions.device.type != "cpu"
-        self._core.exchange(new, self.buffers, on_device if self.fixed_shapes is None else self.fixed_shapes)
+        new = self._core.best(weights[..., : width - start], self._positions(width), groups)
+        fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
+        self._core.exchange(new, self.buffers, fixed, self.stored if self._first else None)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
         if self.positions is not None:
             picked = rows.tolist()
             self.plans = [self.plans[row] for row in picked]
+            self._full = [self._full[row] for row in picked]
+            if self.stored is not None:
+                self.stored = self.stored.select_rows(rows)
             self.text.select_rows(picked, rows.to(self.positions.device))
             self._plan()
-
-    def allocated_bytes(self) -> int:
-        """Bytes of the storage behind keys, values, the slots' positions and their scores."""
-        return super().allocated_bytes() + self.text.allocated_bytes()
-
-    def stored_tokens(self) -> list[int]:
-        """Tokens of each row in memory, prompt and generated."""
-        return [p.system + p.vision + text for p, text in zip(self.plans, self.text.counts, strict=True)]
-
-    def prompt_slots(self) -> list[int]:
-        """Prompt tokens of each row in memory, summed over KV heads, which may hold different ones."""
-        heads = self.buffers[0].shape[1]
-        own = self.text.prompt_slots(heads)
-        return [(p.system + p.vision) * heads + text for p, text in zip(self.plans, own, strict=True)]
-
-    def stored_prompt_tokens(self, rows: Sequence[PromptShape] = ()) -> list[int]:
-        """Prompt tokens of each row in memory, a mean over KV heads rounded down; it counts them itself."""
-        heads = self.buffers[0].shape[1]
-        return [slots // heads for slots in self.prompt_slots()]
-
-    def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
-        """Measured use of this layer, number `layer`, of prompts `rows`."""
-        size, heads = self.bytes_per_token(), self.buffers[0].shape[1]
-        counted = self.text.prompt_read
-        read = self.reads.prompt + (float(counted) if counted is not None else 0.0)
-        return LayerUse(
-            layer=layer,
-            prompt=sum(self.prompt_slots()) * size // heads,
-            live=sum(self.stored_tokens()) * size,
-            allocated=self.allocated_bytes(),
-            dense_prompt=sum(shape.total for shape in rows) * size,
-            read=read / max(self.reads.steps, 1) * size,
-            refreshes=self.reads.refreshes,
-            steps=self.reads.steps,
-        )
-
-    def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
-        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
-        plan, positions = self.plans[row], self.buffers[2]
-        end = self._left - plan.system
-        own = positions[row] if self.per_kv_head else positions[row, :1]
-        return own[:, end - plan.vision : end], own[:, end - plan.core : end]
-
-    def text_positions(self, row: int) -> Tensor:
-        """Positions of a row's text and generated tokens that are held, `[G, count]`."""
-        positions = self.buffers[2]
-        own = positions[row] if self.rule.heads_apart else positions[row, :1]
-        return own[:, self._left : self._left + self.text.counts[row]]
-
-    def _classes(self, width: int) -> Tensor:
-        return slot_classes(self.plans, self.text.counts, self._left, width, self.device)
 
     def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
         """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
