@@ -96,7 +96,7 @@ class StoredBits:
         """Starts and lengths of runs of slots that are decoded at a time."""
         rows, heads = self.keys.codes.shape[:2]
         most = _NUMBERS if self.positions.device.type == "cpu" else _NUMBERS << 4
-        size = max(most // (rows * heads * self.keys.size), 16)
+        size = max(most // (rows * heads * self.keys.size), _LEAST)
         for start in range(0, self.width, size):
             yield start, min(size, self.width - start)
 
@@ -174,6 +174,9 @@ class StoredBits:
 
 _NUMBERS = 1 << 17
 """Numbers decoded at a time on a CPU, so that they stay in its cache; 16 times as many elsewhere."""
+
+_LEAST = 16
+"""Slots of a block, of however many rows and heads."""
 
 
 def stored_attention(stored: StoredBits, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
