@@ -17,6 +17,7 @@ from avlprof.policy.parts import (
 from avlprof.policy.provenance import Provenance, Score
 from avlprof.policy.schema import DENSE, Policy
 from avlprof.policy.sizes import (
+    GROUP,
     LayerSizes,
     PromptShape,
     acts_on,
@@ -38,6 +39,7 @@ __all__ = [
     "DENSE",
     "EVICTING",
     "FULL",
+    "GROUP",
     "RANKING",
     "AllocatorSpec",
     "Bits",
