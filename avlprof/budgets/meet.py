@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avlprof.bisection import largest
+from avlprof.bisection import largest, largest_share
 from avlprof.budgets.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import (
@@ -188,6 +188,48 @@ def meet_read_budget(
             "raise the read budget, lower the budget, refresh less often or set a text window"
         )
     return policy(_most(policy, used, prompts, int(caps.sum()), reads.share)).compute(layers)
+
+
+def meet_both(
+    shares: Sequence[float],
+    prompts: Sequence[PromptShape],
+    budget: float,
+    reads: ReadBudget,
+    text: TextPolicy = ALL_TEXT,
+    floor: float = 0.0,
+    bits: Bits = FULL,
+    follow: Callable[[tuple[float, ...]], Sequence[float]] = tuple,
+) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+    """`vision_keep` of each layer, and `vision_compute` or None for no core, at a memory and a read budget.
+
+    With fewer bits than 16 a core takes more memory than what is stored beside it: where all that is kept
+    may be read there is none, else both shares are the largest of their kind, to a thousandth of the
+    budget.
+
+    Args:
+        shares: relative kept share of each layer.
+        follow: from kept shares to relative computed ones.
+    """
+    layers = len(shares)
+
+    def at(memory: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        keep = meet_budget(shares, prompts, memory, text, floor, bits)
+        return keep, meet_read_budget(keep, prompts, reads, text, follow(keep), bits=bits)
+
+    def fits(memory: float) -> bool:
+        keep, core = at(memory)
+        policy = Policy(vision_keep=keep, vision_compute=core, vision_bits=bits, text=text)
+        return live_share(policy, prompts, layers) <= budget
+
+    if set(broadcast(bits, layers)) == {FULL}:
+        return at(budget)
+    bare = Policy(
+        vision_keep=meet_budget(shares, prompts, budget, text, floor, bits), vision_bits=bits, text=text
+    )
+    if read_share(bare, prompts, layers, reads.answer_tokens) <= reads.share:
+        return bare.keep(layers), None
+    least = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
+    return at(budget if fits(budget) else largest_share(fits, least, budget, halvings=10))
 
 
 def in_place(ratios: Sequence[float], own: Sequence[int], elsewhere: Sequence[float]) -> tuple[float, ...]:

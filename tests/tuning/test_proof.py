@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from avlprof.policy.provenance import Proof
 from avlprof.tasks import Sample, load_metric, load_task
 from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Space
-from avlprof.tuning.candidate import spread_reads
+from avlprof.tuning.candidate import spread
 from avlprof.tuning.proof import dense_sentence, power_sentence, samples_needed, verdict
 from avlprof.tuning.rivals import rivals, shipped_rivals, static_core
 from avlprof.tuning.shortlist import Shortlist, ShortlistEntry, coverage_of, rank_correlation
@@ -317,10 +318,11 @@ def test_the_static_core_is_flat_and_never_picked_anew(seed):
 def test_refreshes_that_only_score_leave_room_for_a_larger_core():
     full = Policy(vision_keep=(0.5,) * 4, refresh_interval=2)
     score_only = full.model_copy(update={"refresh": "score_only"})
-    cores = [spread_reads(p, (1.0,) * 4, PROMPTS, 0.5, 10).compute(4) for p in (full, score_only)]
+    budget = Budget(live_share(full, PROMPTS, 4), 0.5, PROMPTS, 10)
+    cores = [spread(p, (1.0,) * 4, budget).compute(4) for p in (full, score_only)]
     assert sum(cores[1]) > sum(cores[0])
     with pytest.raises(UserError, match=r"read budget 0\.1 is below"):
-        spread_reads(full, (1.0,) * 4, PROMPTS, 0.1, 10)
+        spread(full, (1.0,) * 4, replace(budget, read=0.1))
 
 
 # --- what is learnt on the way ---
