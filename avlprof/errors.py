@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import reprlib
+from typing import Final
+
+_NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 class UserError(Exception):
@@ -28,3 +31,11 @@ def shortened(value: object, most: int = 60) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 sample`, `2 samples`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, on whichever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)

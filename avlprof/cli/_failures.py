@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from avlprof.errors import UserError, cut, shortened
+from avlprof.errors import UserError, cut, is_out_of_memory, shortened
 
-_NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 _SAVING: Final = (
     "--batch-size",
     "--prompt-bytes",
@@ -63,14 +62,6 @@ def _wrong_value(error: Any, said: str, words: Sequence[str]) -> str:
     share = _PERCENT.fullmatch(value.strip())
     meant = f"; did you mean {float(share[1]) / 100:g}?" if share is not None else ""
     return meant if value in said else f", got {shortened(value)}{meant}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory left, on whichever device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def out_of_memory(error: BaseException, flags: Iterable[str]) -> str:

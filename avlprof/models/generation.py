@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, is_out_of_memory
 from avlprof.models.chat import one_line
 from avlprof.models.context import check_context
 from avlprof.models.finite import FiniteLogits
@@ -51,9 +53,8 @@ class Greedy(GenerationConfig):
 
 def greedy_config(model: Any, max_new_tokens: int, min_new_tokens: int | None = None) -> GenerationConfig:
     """The generation config of a greedy answer: the checkpoint's special tokens and nothing else of it."""
-    theirs = model.generation_config
     return Greedy(
-        **{name: getattr(theirs, name, None) for name in KEPT},
+        **{name: _special(model, name) for name in KEPT},
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         use_cache=True,
@@ -67,6 +68,47 @@ def greedy_config(model: Any, max_new_tokens: int, min_new_tokens: int | None = 
         output_scores=False,
         output_logits=False,
     )
+
+
+def _special(model: Any, name: str) -> int | list[int] | None:
+    """A token id or several of the checkpoint's generation config; refused where they are none."""
+    value = getattr(model.generation_config, name, None)
+    ids = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        return value
+    if value == -1:
+        return None  # as older checkpoints write none
+    raise UserError(
+        f"{name} in the checkpoint's generation_config.json must be a token id or a list of them, "
+        f"got {_short(value)}"
+    )
+
+
+@contextlib.contextmanager
+def running(model: Any) -> Iterator[None]:
+    """One sentence where a model's own code fails on a prompt: its files do not fit each other.
+
+    Errors of this package, and of what it calls directly, pass through as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or not _raised_by_the_model(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} fails on this prompt ({type(error).__name__}: {one_line(error)}); check "
+            "that its config, its weights and its processor's files (processor_config.json) fit each other"
+        ) from error
+
+
+def _raised_by_the_model(error: BaseException) -> bool:
+    """Whether the last of our own or of the model's functions on the way to an error is the model's."""
+    ours, owner = __name__.partition(".")[0], ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in (ours, "transformers", "transformers_modules"):
+            owner = package
+    return owner != ours and not isinstance(error, UserError)
 
 
 def greedy(
@@ -98,20 +140,13 @@ def greedy(
     check_context(model, encoding, samples, max_new_tokens)
     _say_set_aside(model)
     finite = FiniteLogits()
-    try:
+    with running(model):
         ids: Tensor = model.generate(
             **encoding,
             generation_config=greedy_config(model, max_new_tokens, min_new_tokens),
             logits_processor=LogitsProcessorList([finite, *processors]),
             **more,
         )
-    except ValueError as error:
-        if "do not match" in str(error) and "features" in str(error):
-            raise UserError(
-                f"the model and its processor disagree about pictures: {one_line(error)}; check "
-                "processor_config.json (patch_size, vision_feature_select_strategy, image size)"
-            ) from error
-        raise
     finite.check(model, encoding, samples)
     return ids
 

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants, try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -54,17 +53,6 @@ from avlprof.registry import unknown
 _CONNECT_SECONDS = 3.0
 _FINGERPRINTED = 1 << 20  # bytes at each end of a file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_BROKEN = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-)
-
 _log = logging.getLogger(__name__)
 
 
@@ -213,7 +201,7 @@ def _processor(name: str, source: str, config: Any, options: dict[str, Any]) -> 
     except (ImportError, AttributeError) as error:
         hint = "" if find_spec("torchvision") else "; install the torchvision that fits your torch"
         raise UserError(f"the processor of '{name}' cannot be built: {one_line(error)}{hint}") from error
-    except _BROKEN as error:
+    except Exception as error:  # see `_explained`
         raise _trouble(name, source, options, error) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise UserError(
@@ -227,10 +215,15 @@ def _processor(name: str, source: str, config: Any, options: dict[str, Any]) -> 
 
 @contextmanager
 def _explained(name: str, source: str, options: dict[str, Any]) -> Iterator[None]:
-    """Turns what transformers raises on bad files or no network into one sentence."""
+    """Turns what transformers raises on bad files or no network into one sentence.
+
+    That may be anything: a file says which code runs, and what it is called with.
+    """
     try:
         yield
-    except _BROKEN as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise _trouble(name, source, options, error) from error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.gate import decoder_of
+from avlprof.attention.gate import Role, decoder_of, layer_roles
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import best
 from avlprof.attention.weights import group_mean
@@ -92,6 +92,8 @@ class ShortPrefill:
             else:
                 kwargs = kwargs | {"hidden_states": states}
         dims = {"position_embeddings": (-3, -2), "position_ids": (-2, -1), "attention_mask": (-4, -2)}
+        # by position come masks, and what else there is a token, as Gemma's inputs of each layer
+        args = (*args[:1], *(_at(value, self.columns, *_dims(value)) for value in args[1:]))
         short = {name: _at(kwargs[name], self.columns, *at) for name, at in dims.items() if name in kwargs}
         return args, kwargs | short
 
@@ -120,20 +122,37 @@ class ShortPrefill:
 
 
 def _check(config: Any, first: int, policy: Policy) -> None:
-    text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or []
-    sliding = [index for index, kind in enumerate(kinds) if kind == "sliding_attention" and index >= first]
-    if sliding:
+    roles = layer_roles(config.get_text_config(decoder=True))
+    start = max(first - 1, 0)
+    other = next((index for index in range(start, len(roles)) if roles[index].role is not Role.FULL), None)
+    if other is not None:
         raise UserError(
-            f"prefill_filter.after_layer {first} lies before layer {sliding[0]}, which attends by a sliding "
-            f"window that needs all tokens (policy '{policy.name}'); leave prefill_filter out for this model"
+            f"prefill_filter.after_layer {first} needs full attention from the layer before it on, and layer "
+            f"{other} {roles[other].what} (policy '{policy.name}'); leave prefill_filter out for this model"
         )
-    deep = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or [])
+    deep = _last_injection(config)
     if first < deep:
         raise UserError(
             f"prefill_filter.after_layer must be {deep} or more for this model, which adds vision features "
-            f"behind its first {deep} layers, got {first} (policy '{policy.name}')"
+            f"in its first {deep} layers, got {first} (policy '{policy.name}')"
         )
+
+
+def _last_injection(config: Any) -> int:
+    """Layers of the language model until the last that vision features are added at, 0 if there is none.
+
+    Qwen3-VL and its kin add those of as many layers of the vision tower behind their first layers
+    (DeepStack, arXiv 2406.04334), Granite Vision 4 at layers that its config names.
+    """
+    layers = [len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or [])]
+    layers += [int(layer) + 1 for _, layer in getattr(config, "deepstack_layer_map", None) or []]
+    layers += [int(layer) + 1 for layer in getattr(config, "spatial_target_layers", None) or []]
+    return max(layers)
+
+
+def _dims(value: Any) -> tuple[int, int]:
+    """Dimensions of batch and tokens: of a mask `[B, N]` or `[B, 1, N, n]`, else of `[B, N, D]`."""
+    return {2: (-2, -1), 4: (-4, -2)}.get(getattr(value, "ndim", 3), (-3, -2))
 
 
 def _at(value: Any, columns: Tensor, batch: int, dim: int) -> Any:
@@ -145,7 +164,7 @@ def _at(value: Any, columns: Tensor, batch: int, dim: int) -> Any:
         return tuple(_at(part, columns, batch, dim) for part in value)
     if isinstance(value, dict):
         return {name: _at(part, columns, batch, dim) for name, part in value.items()}
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.ndim < 2:
         return value
     shape, spread = list(value.shape), [1] * value.ndim
     shape[batch] = spread[batch] = len(columns)

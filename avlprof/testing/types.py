@@ -53,6 +53,7 @@ def _gemma4(pairs: int, **text: Any) -> Config:
 
 
 VARIANTS: Final[dict[str, tuple[str, Config]]] = {
+    "gemma4:whole": ("gemma4", _gemma4(2, layer_types=["full_attention"] * 4, per_layer_config={})),
     "gemma4:shared": ("gemma4", _gemma4(3, num_kv_shared_layers=2)),
     "gemma4:values are keys": ("gemma4", _gemma4(2, attention_k_eq_v=True)),
     "gemma4:two-way pictures": ("gemma4", _gemma4(2, use_bidirectional_attention="vision")),

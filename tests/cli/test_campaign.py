@@ -1,6 +1,8 @@
 """Mutated policies and command lines: no traceback, no hang, and nothing accepted that says otherwise.
 
-A tenth runs by default; the rest is slow.
+Files of samples and pictures have theirs in `tasks/test_task_files.py`, checkpoints in
+`models/test_damaged_checkpoints.py`: ten thousand broken inputs in all. A tenth runs by default; the
+rest is slow.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from avlprof.errors import UserError
 from avlprof.policy import Policy, dump_policy, find_policy, parse_policy, shipped
 from tests.cli_runner import invoke
 
-QUICK, WHOLE = 120, 1200
 NAMES = sorted(shipped())
 SNIPPETS = (
     "!!int ''", "!!float x", "!!bool maybe", "!!timestamp y", "!!binary z", "!!python/name:os.system ''",
@@ -133,8 +134,6 @@ def command_lines(draw):
 def check_command(words):
     """It works or is refused; the model is never needed, since it is not there."""
     result = invoke(*words)
-    if result.exit_code == 1 and "unexpected NoModelError" in result.stderr:
-        return
     assert result.exit_code in (0, 2), (words, result.output[-600:])
     assert "Traceback" not in result.output
     if result.exit_code == 2:
@@ -143,16 +142,12 @@ def check_command(words):
         assert all(len(line) < 1100 for line in said)
 
 
-class NoModelError(Exception):
-    """What loading a model raises here."""
-
-
 @pytest.fixture
 def aside(tmp_path_factory, monkeypatch):
     """An empty folder to stand in, and no model to load: command lines are what is tested."""
 
     def fails(*args, **options):
-        raise NoModelError
+        raise UserError("there is no model here")
 
     monkeypatch.chdir(tmp_path_factory.mktemp("aside"))
     for name in (
@@ -168,21 +163,21 @@ def campaign(count, strategy, check):
 
 
 CASES = {
-    "texts": (texts(), check_policy, 3),
-    "values": (st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), check_values, 3),
-    "commands": (command_lines(), check_command, 1),
+    "texts": (texts(), check_policy, 2_500),
+    "values": (st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), check_values, 2_500),
+    "commands": (command_lines(), check_command, 1_000),
 }
 
 
 @pytest.mark.full  # hundreds of broken inputs
 @pytest.mark.parametrize("case", CASES)
 def test_campaign(case, aside):
-    strategy, check, times = CASES[case]
-    campaign(QUICK * times, strategy, check)
+    strategy, check, count = CASES[case]
+    campaign(count // 10, strategy, check)
 
 
 @pytest.mark.slow  # ten times as many, several minutes
 @pytest.mark.parametrize("case", CASES)
 def test_whole_campaign(case, aside):
-    strategy, check, times = CASES[case]
-    campaign(WHOLE * times, strategy, check)
+    strategy, check, count = CASES[case]
+    campaign(count, strategy, check)

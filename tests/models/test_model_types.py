@@ -40,6 +40,7 @@ TESTED = (
     "aya_vision",
     "gemma4",
     "gemma4:shared",
+    "gemma4:whole",
     "glm5_next",
     "granite4_vision",
     "gemma3n",

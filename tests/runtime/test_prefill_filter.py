@@ -6,12 +6,14 @@ import contextlib
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import avlprof
 from avlprof.errors import UserError
 from avlprof.policy import JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, sizes
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
+from avlprof.testing.types import tiny_inputs, tiny_model, vision_ids
 from tests.helpers import few, generate, one_row
 from tests.oracle import NEAR_TIE, Oracle
 
@@ -119,6 +121,58 @@ def test_rows_of_one_length_that_the_filter_makes_uneven(attention):
         torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
 
 
+@contextlib.contextmanager
+def columns_hidden(model, hidden, first):
+    """Stock attention in which nobody looks at columns `hidden` from layer `first` on."""
+    stock = AttentionInterface._global_mapping["sdpa"]
+
+    def attend(module, query, key, value, mask, **options):
+        if getattr(module, "layer_idx", None) is not None and module.layer_idx >= first:
+            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+            visible[:, hidden] = False
+            mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9)[None, None]
+        return stock(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("sdpa", attend)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", stock)
+
+
+@pytest.mark.parametrize(("name", "after"), [("gemma4:whole", 2), ("llava", 1)])
+def test_what_a_layer_gets_besides_its_states_is_cut_too(name, after):
+    """Inputs of each layer, which Gemma 4 hands over by position."""
+    model = tiny_model(name)
+    inputs = tiny_inputs(model, seed=3)
+    vision = torch.isin(inputs["input_ids"][0], torch.tensor(vision_ids(model))).nonzero()[:, 0]
+    scorer = ScorerSpec(name="position")
+    policy = Policy(scorer=scorer, prefill_filter=(PrefillFilter(after_layer=after, keep=0.5),))
+    with torch.inference_mode(), avlprof.apply(model, policy), counted(model) as found:
+        ours = model(**inputs).logits[0, -1]
+    width, dropped = inputs["input_ids"].shape[1], len(vision) - len(vision) // 2
+    assert found[0][after:] == [width - dropped] * (len(found[0]) - after)
+    gone = vision[:dropped]  # the newest stay
+    with torch.inference_mode(), columns_hidden(model, gone, after):
+        theirs = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "message"),
+    [
+        ("gemma4", 1, "needs full attention from the layer before it on"),
+        ("qwen3_5", 1, "a state of fixed size"),
+        ("minimax_m3_vl:sparse", 1, "an index of its own"),
+        ("granite4_vision", 1, "must be 3 or more"),
+    ],
+)
+def test_models_that_cannot_be_filtered(name, after, message):
+    policy = Policy(prefill_filter=(PrefillFilter(after_layer=after, keep=0.6),))
+    with pytest.raises(UserError, match=message), avlprof.apply(tiny_model(name), policy):
+        pass
+
+
 def test_a_filter_that_keeps_all_is_none():
     case = MODELS["qwen2_5_vl-6q2kv"]()
     inputs = case.inputs(batch=2, seed=3, pad=True)
@@ -142,7 +196,7 @@ def test_the_model_is_left_without_hooks():
 def test_what_cannot_be_filtered_is_refused_in_a_sentence():
     for name in ("gemma3", "aya_vision"):
         case = FAMILIES[name]()
-        with pytest.raises(UserError, match="sliding window"), avlprof.apply(case.model, ONE):
+        with pytest.raises(UserError, match="a window of tokens"), avlprof.apply(case.model, ONE):
             pass
         assert not any(layer._forward_pre_hooks for layer in case.model.get_decoder().layers)
     case = FAMILIES["qwen3_vl"]()

@@ -1072,12 +1072,12 @@ def test_damaged_pictures(folder: Path) -> None:
 
 @pytest.mark.slow  # minutes: the same three with many more examples
 def test_damaged_inputs_at_length(folder: Path) -> None:
-    campaign(given(line=damaged_lines())(lambda line: check_line(folder, line)), 4_000)()
+    campaign(given(line=damaged_lines())(lambda line: check_line(folder, line)), 1_500)()
     test = given(line=damaged_lines(), wrap=st.integers(0, 4))(
         lambda line, wrap: check_json(folder, line, wrap)
     )
-    campaign(test, 1_500)()
-    campaign(given(**DAMAGE)(lambda **edits: check_picture(folder, **edits)), 4_000)()
+    campaign(test, 600)()
+    campaign(given(**DAMAGE)(lambda **edits: check_picture(folder, **edits)), 1_500)()
 
 
 def test_a_task_of_a_plugin_needs_none_of_this() -> None:

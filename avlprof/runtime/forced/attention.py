@@ -137,20 +137,25 @@ class ForcedRuntime:
         return out, call
 
 
+def not_forced(text_config: Any) -> str | None:
+    """Why one pass over a known answer does not serve a model's layers; None where it does."""
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        return "its layers attend in chunks"
+    for index, role in enumerate(layer_roles(text_config)):
+        if not role.governed and role.role is not Role.WINDOW:
+            return f"layer {index} {role.what}"
+    return None
+
+
 def windows(text_config: Any) -> list[int | None]:
     """Tokens that each layer's sliding window sees; None for full attention.
 
     Raises:
         UserError: a layer attends in yet another way.
     """
-    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
-        raise UserError("layers that attend in chunks cannot be scored by force; evaluate by generation")
-    for index, role in enumerate(layer_roles(text_config)):
-        if not role.governed and role.role is not Role.WINDOW:
-            raise UserError(
-                f"layer {index} {role.what}, so this model cannot be scored by force; score by generation "
-                "(objective accuracy, no fidelity)"
-            )
+    why = not_forced(text_config)
+    if why is not None:
+        raise UserError(f"answers of this model have to be scored token by token ({why}); use SteppedBatch")
     layers = stock_layers(text_config)
     return [int(layer.sliding_window) if is_sliding(layer) else None for layer in layers]
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from avlprof.attention.gate import governed_layers, head_size
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched, with_cache
-from avlprof.models.finite import first_layer, named, not_finite
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec, scale_group
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced.packing import (
@@ -25,7 +24,7 @@ from avlprof.runtime.forced.packing import (
 from avlprof.runtime.forced.prefill import Prefixes
 from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.forced.rows import Plans
-from avlprof.runtime.forced.score import ForcedScore, Head, closeness
+from avlprof.runtime.forced.score import ForcedScore, Head, check_finite, closeness, scores_of
 from avlprof.runtime.support import check_supported
 
 _ROWS = 1024  # answer rows of a forward pass: as many policies share one
@@ -133,22 +132,8 @@ class ForcedBatch:
                         ours = self._hidden([policies[i] for i in part], groups)
                         close = closeness(self._head, self._dense_hidden(number), ours, targets)
                         sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
-        self._check_finite(sums[0], policies, samples)
-        by_policy = sums.permute(1, 2, 0).tolist()
-        return [
-            [ForcedScore.mean(*row) for row in zip(samples, self.lengths, by_row, strict=True)]
-            for by_row in by_policy
-        ]
-
-    def _check_finite(self, kl: Tensor, policies: Sequence[Policy], samples: Sequence[str]) -> None:
-        """`UserError` where a divergence `[P, B]` is not finite."""
-        broken = (~kl.isfinite()).nonzero().tolist()
-        if broken:
-            number, row = broken[0]
-            layer = first_layer(self.model, self._prefixes.inputs)
-            since = "" if layer is None else f", from layer {layer} on,"
-            under = f" under policy '{policies[number].name}'" if layer is None else ""
-            raise not_finite(f"the logits of {named(samples, row)}{under}{since}")
+        check_finite(self.model, self._prefixes.inputs, sums[0], policies, samples)
+        return scores_of(sums, samples, self.lengths)
 
     def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
         """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""

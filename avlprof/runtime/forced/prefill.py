@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.session import switched
+from avlprof.models.generation import running
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cache import stock_layers
 from avlprof.runtime.forced.packing import prefix_key, scorers_of
@@ -176,7 +177,9 @@ class Prefixes:
                 stack.enter_context(runtime.short.hooked(self.model, policy))
             stack.enter_context(switched(self.model, observers=observers, runtime=runtime))
             stack.enter_context(capture.reading_last(self.head, short=True))
-            self.model(**self.inputs, position_ids=self._prompt_positions(), use_cache=runtime is not None)
+            positions = self._prompt_positions()
+            with running(self.model):
+                self.model(**self.inputs, position_ids=positions, use_cache=runtime is not None)
         self.keep(capture, policy)
 
     def _prompt_positions(self) -> Tensor | None:

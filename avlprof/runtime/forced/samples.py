@@ -9,6 +9,7 @@ or on a reference, whose likelihood then says how well a policy answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,12 @@ from avlprof.models.answers import answer_length, end_tokens, reference_tokens
 from avlprof.models.context import check_context
 from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
+from avlprof.runtime.forced.attention import not_forced
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.forced.room import Room, prompt_bytes, say_room
 from avlprof.runtime.forced.score import ForcedScore, Head
+from avlprof.runtime.forced.stepped import SteppedBatch
 from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
 
@@ -42,7 +45,7 @@ class ForcedSet:
         self,
         samples: list[str],
         answers: list[list[int]],
-        batches: list[tuple[list[int], ForcedBatch]],
+        batches: list[tuple[list[int], ForcedBatch | SteppedBatch]],
         room: Room | None = None,
     ) -> None:
         self.samples, self.answers, self._batches, self.room = samples, answers, batches, room or Room()
@@ -78,7 +81,11 @@ class ForcedSet:
         room, each = Room.of(loaded, memory), prompt_bytes(loaded, samples)
         wanted = batch_size
         batch_size = room.batch(wanted, each) if memory is None else wanted
-        say_room(watch, room, each, len(samples), batch_size, wanted)
+        why = not_forced(loaded.adapter.text_config)
+        if why is None:
+            say_room(watch, room, each, len(samples), batch_size, wanted)
+        else:
+            watch.say(f"answers are scored token by token, which takes a generation a policy: {why}")
         forced = cls([sample.id for sample in samples], [], [], room)
         head = Head(loaded.model)
         watch.phase("dense answers", 0, len(samples))
@@ -93,10 +100,16 @@ class ForcedSet:
                 tokens = [answer[:max_new_tokens] for answer in whole]
                 check_context(loaded.model, inputs, [s.id for s in part], max(map(len, tokens)))
             else:
-                capture = Capture(list(scorers))
+                capture = Capture(list(scorers)) if why is None else None
                 tokens = _dense_answers(loaded.model, inputs, part, max_new_tokens, capture, head)
             forced.answers += tokens
-            batch = ForcedBatch(loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture)
+            batch: ForcedBatch | SteppedBatch
+            if why is None:
+                batch = ForcedBatch(
+                    loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture
+                )
+            else:
+                batch = SteppedBatch(loaded.model, inputs, tokens, head=head)
             forced._batches.append((rows, batch))
             forced._make_room(len(forced._batches) - 1)
             watch.phase("dense answers", rows[-1] + 1, len(samples))
@@ -162,11 +175,14 @@ def _dense_answers(
     inputs: dict[str, Tensor],
     samples: Sequence[Sample],
     max_new_tokens: int,
-    capture: Capture,
+    capture: Capture | None,
     head: Head,
 ) -> list[list[int]]:
     ends = end_tokens(model)
-    with switched(model, observers=(capture,)), capture.reading_last(head):
+    with ExitStack() as stack:
+        if capture is not None:
+            stack.enter_context(switched(model, observers=(capture,)))
+            stack.enter_context(capture.reading_last(head))
         ids = greedy(model, inputs, [sample.id for sample in samples], max_new_tokens=max_new_tokens)
     new = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: answer_length(row, ends)] for row in new]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from avlprof.models.finite import first_layer, named, not_finite
+from avlprof.policy import Policy
 
 
 @dataclass
@@ -147,3 +150,24 @@ def closeness(head: Head, dense: Tensor, ours: Tensor, targets: Tensor) -> Tenso
         sums[1, :, part] = (policy.argmax(dim=-1) == reference.argmax(dim=-1)).float()
         sums[2, :, part] = policy.gather(-1, index)[..., 0]
     return sums
+
+
+def check_finite(
+    model: Any, inputs: dict[str, Tensor], kl: Tensor, policies: Sequence[Policy], samples: Sequence[str]
+) -> None:
+    """`UserError` where a divergence `[P, B]` of policies on the prompts `inputs` is not finite."""
+    broken = (~kl.isfinite()).nonzero().tolist()
+    if broken:
+        number, row = broken[0]
+        layer = first_layer(model, inputs)
+        since = "" if layer is None else f", from layer {layer} on,"
+        under = f" under policy '{policies[number].name}'" if layer is None else ""
+        raise not_finite(f"the logits of {named(samples, row)}{under}{since}")
+
+
+def scores_of(sums: Tensor, samples: Sequence[str], lengths: Sequence[int]) -> list[list[ForcedScore]]:
+    """Scores `[policy][row]` of sums `[3, P, B]` over the answers' tokens, `lengths` of them."""
+    return [
+        [ForcedScore.mean(*row) for row in zip(samples, lengths, by_row, strict=True)]
+        for by_row in sums.permute(1, 2, 0).tolist()
+    ]
