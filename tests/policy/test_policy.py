@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, scale_to
+from avlprof.budgets import ReadBudget, meet_both, meet_budget, meet_read_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
@@ -336,6 +336,25 @@ def test_budgets_are_met_in_bytes_of_few_bits(bits, group):
         compute = meet_read_budget(keep, prompts, reads, bits=bits)
         read = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=3, vision_bits=bits)
         assert 0.45 - grain < read_share(read, prompts, 3, 12) <= 0.45 or compute == keep
+
+
+@pytest.mark.parametrize("bits", [8, 3, (16, 4, 2)])
+@pytest.mark.parametrize("every", [0, 3])
+def test_both_budgets_are_met_with_a_core_beside_few_bits(bits, every):
+    prompts = [PromptShape(3, 91, 12), PromptShape(2, 60, 30)]
+    grain = len(prompts) / sum(prompt.total for prompt in prompts)
+    for memory, read in ((0.5, 0.35), (0.7, 0.4), (0.4, 0.39)):
+        reads = ReadBudget(read, 12, every)
+        keep, compute = meet_both((3.0, 1.0, 2.0), prompts, memory, reads, bits=bits)
+        policy = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=every, vision_bits=bits)
+        live = live_share(policy, prompts, 3)
+        assert live <= memory
+        assert live > memory - grain - memory / 500 or keep == (1.0,) * 3
+        used = read_share(policy, prompts, 3, 12)
+        assert used <= read
+        assert compute is None or used > read - grain or compute == keep
+    keep, compute = meet_both((1.0,) * 3, prompts, 0.4, ReadBudget(0.4, 12), bits=bits)
+    assert compute is None, "where all that is kept may be read there is no core"
 
 
 def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
