@@ -94,8 +94,8 @@ def encode(states: Tensor, bits: int) -> Packed:
 
 def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers `[..., size]`, worked out in fp32."""
-    codes = _unpack(packed.codes, packed.bits, packed.size).float()
-    grouped = _split(codes, scale_group(packed.size))
+    codes = _unpack(packed.codes, packed.bits, packed.size)
+    grouped = _split(codes.contiguous(), scale_group(packed.size))
     grouped.mul_(packed.scale.float()[..., None]).add_(packed.offset.float()[..., None])
     return grouped.flatten(-2).to(dtype)
 
@@ -116,16 +116,19 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, size: int) -> Tensor:
-    """The codes `[..., size]` of bytes."""
-    together, width = _PACKS[bits]
-    if together == 1:
-        return packed
-    word = packed[..., None]
-    if width > 1:
-        parts = _split(packed, width).int() << _shifts(8, width, packed.device)
-        word = parts.sum(dim=-1, keepdim=True, dtype=torch.int32)
-    shifts = _shifts(bits, together, packed.device).to(word.dtype)
-    return ((word >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :size]
+    """The codes `[..., size]` of bytes as floats, looked up several at a time."""
+    if bits == 8:
+        return packed.float()
+    word = packed.int()
+    if bits == 3:  # three bytes are two words of twelve bits, of four codes each
+        low, middle, high = _split(word, 3).unbind(-1)
+        word = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], dim=-1).flatten(-2)
+    each, wide = (2, torch.float64) if bits == 4 else (4, torch.complex128)
+    every = torch.arange(1 << bits * each, dtype=torch.int32, device=packed.device)
+    table = (every[:, None] >> _shifts(bits, each, packed.device)) & ((1 << bits) - 1)
+    # the floats of a word are looked up as one number of their width, which copies them whole
+    found = table.float().view(wide)[:, 0].index_select(0, word.flatten())
+    return found.view(torch.float32).view(*word.shape[:-1], word.shape[-1] * each)[..., :size]
 
 
 def _split(numbers: Tensor, count: int) -> Tensor:
