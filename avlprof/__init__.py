@@ -1,9 +1,9 @@
 """Trace, tune and run adaptive attention policies for large vision-language models.
 
 `trace` records where a model looks and gives a `Run`, `Run.profile()` sums it up layer by layer,
-its `derive()` and `tune` make a `Policy`, `apply` runs a model under one, `evaluate` compares
-policies with the dense model, `compare` at equal bytes, and `record` measures a `generate()` of your
-own. `docs/python.md` shows each of them.
+its `derive()` and `tune` make a `Policy`, `apply` runs a model under one (`wrap` for good), `evaluate`
+compares policies with the dense model, `compare` at equal bytes, and `record` measures a `generate()`
+of your own. `docs/python.md` shows each of them.
 Importing this package changes nothing and imports nothing heavy; names are loaded when used.
 """
 
@@ -16,7 +16,7 @@ from avlprof.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from avlprof.api.trace import trace
-    from avlprof.api.tune import smallest, sweep, tune
+    from avlprof.api.tune import certified, smallest, sweep, tune
     from avlprof.errors import UserError
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, compare
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run, picture_task
     from avlprof.runtime import AVLCache
-    from avlprof.runtime.apply import apply
+    from avlprof.runtime.apply import apply, wrap
     from avlprof.tasks import load_task
     from avlprof.tracing import TraceSettings, record
     from avlprof.tuning import Settings, Space, Study, Tuned
@@ -39,6 +39,7 @@ _HOMES = {
     "UserError": "avlprof.errors",
     "Watch": "avlprof.watch",
     "trace": "avlprof.api.trace",
+    "certified": "avlprof.api.tune",
     "smallest": "avlprof.api.tune",
     "sweep": "avlprof.api.tune",
     "tune": "avlprof.api.tune",
@@ -57,6 +58,7 @@ _HOMES = {
     "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
     "apply": "avlprof.runtime.apply",
+    "wrap": "avlprof.runtime.apply",
     "Policy": "avlprof.policy",
     "find_policy": "avlprof.policy",
     "load_policy": "avlprof.policy",
@@ -80,6 +82,7 @@ __all__ = [
     "UserError",
     "Watch",
     "apply",
+    "certified",
     "compare",
     "evaluate",
     "find_policy",
@@ -94,6 +97,7 @@ __all__ = [
     "sweep",
     "trace",
     "tune",
+    "wrap",
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from avlprof.analysis import Profile
 from avlprof.api.trace import trace
 from avlprof.errors import UserError
+from avlprof.evaluation.certificate import Claim
 from avlprof.files import check_output
 from avlprof.locks import check_free
 from avlprof.models import LoadedModel, ModelSpec, load_model
@@ -18,7 +19,8 @@ from avlprof.run import RUNS, Run, latest_run
 from avlprof.tasks import Task
 from avlprof.tasks.spec import TaskSpec
 from avlprof.tracing.options import TraceSettings
-from avlprof.tuning import Settings, Smallest, Sweep, Tuned, Workers, read_meta
+from avlprof.tuning import Certified, Settings, Smallest, Sweep, Tuned, Workers, read_meta
+from avlprof.tuning.certify import certified as run_certified
 from avlprof.tuning.settings import BUDGET, check_budget
 from avlprof.tuning.smallest import smallest as run_smallest
 from avlprof.tuning.study import check_folder, model_of
@@ -120,6 +122,36 @@ def smallest(
     plan = _plan(model, task, settings, f"drop{drop:g}", run, out, workers, watch)
     return run_smallest(
         plan.loaded, plan.task, plan.profile, plan.folder, drop, settings,
+        workers=plan.workers, watch=watch,
+    )  # fmt: skip
+
+
+def certified(
+    model: str | ModelSpec | LoadedModel = "tiny",
+    task: str | TaskSpec | Task = "shapes",
+    claim: Claim | None = None,
+    settings: Settings | None = None,
+    *,
+    run: Run | Path | str | None = None,
+    out: Path | str | None = None,
+    workers: int | Workers = 1,
+    watch: Watch = SILENT,
+) -> Certified:
+    """Tune at several budgets, and certify the smallest whose mean drop is at most what is allowed.
+
+    Args:
+        claim: the budgets, the drop of the metric that is allowed, the confidence, and how many samples
+            that neither search nor proof sees.
+
+    The other arguments are those of `sweep`.
+
+    Raises:
+        UserError: as `sweep`, or the task has no samples left for the tests.
+    """
+    settings, claim = settings or Settings(), claim or Claim()
+    plan = _plan(model, task, settings, f"certified{claim.drop:g}", run, out, workers, watch)
+    return run_certified(
+        plan.loaded, plan.task, plan.profile, plan.folder, claim, settings,
         workers=plan.workers, watch=watch,
     )  # fmt: skip
 

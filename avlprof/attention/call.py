@@ -55,6 +55,36 @@ class AttentionCall(NamedTuple):
         )[0]
 
 
+class Bounds(NamedTuple):
+    """The slots that each row sees: from its `firsts` to its `lasts`, int64 `[B]` on the device.
+
+    Slots are counted from the buffer's first; the view that is attended to begins at slot `start`.
+    """
+
+    firsts: Tensor
+    lasts: Tensor
+    start: int
+
+
+class StepStates(NamedTuple):
+    """What a decoding step attends with.
+
+    `query [B, H, 1, D]`, and views `key [B, Hkv, N, D]` and `value [B, Hkv, N, E]` of a layer's slots
+    (without values a step only weighs), post-RoPE. `sinks [H]` are learned logits. `mask` is bool
+    `[B, 1 or Hkv, 1, N]`, True where a row may look, None where all see all; `bounds` say the same
+    to kernels where what a row sees is one interval, and are None else.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
+    bounds: Bounds | None = None
+
+
 @dataclass
 class Forward:
     """One forward pass of the switched model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ def kernels_run(tensor: Tensor) -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+class Work(NamedTuple):
+    """What a kernel has to do at least: bytes read and written, and operations of its products."""
+
+    bytes: float
+    operations: float
 
 
 @dataclass(frozen=True)

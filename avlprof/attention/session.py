@@ -48,6 +48,7 @@ class _Pass:
     forward: Forward
     cache: Any
     layers: set[int] = field(default_factory=set)
+    unheard: list[AttentionCall] | None = None  # calls that observers are told of later
 
 
 class _Thread(threading.local):
@@ -87,10 +88,31 @@ class Session:
         now = self._thread.now
         return now is not None and now.forward.step > 0 and now.forward.new == 1
 
-    def begin_again(self) -> None:
-        """The pass at work runs once more, as before a capture."""
-        if self._thread.now is not None:
-            self._thread.now.layers.clear()
+    def begin_again(self) -> list[AttentionCall]:
+        """The pass at work runs once more, as before a capture; its calls, for `tell`, are not heard yet."""
+        now = self._thread.now
+        assert now is not None
+        now.layers.clear()
+        now.unheard = []
+        return now.unheard
+
+    def tell(self, calls: list[AttentionCall]) -> None:
+        """Let observers hear calls of the pass at work."""
+        now = self._thread.now
+        assert now is not None
+        for call in calls:
+            self._heard(now, call)
+
+    def _heard(self, now: _Pass, call: AttentionCall) -> None:
+        if self.observers and call.query.shape[2] < now.forward.new:
+            raise UserError(
+                f"layer {call.layer} attends for {call.query.shape[2]} of the {now.forward.new} tokens of "
+                "the prompt, which cannot be recorded (a prefill_filter drops tokens; layers that read "
+                "another layer's keys may look with the last one alone)"
+            )
+        seen = call.decoded(call) if self.observers and call.decoded is not None else call
+        for observer in self.observers:
+            observer.attended(now.forward, seen)
 
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""
@@ -236,15 +258,10 @@ class Session:
             out = call.stock()
         else:
             out, call = runtime.attend(now.forward, now.cache, call)
-        if self.observers and call.query.shape[2] < now.forward.new:
-            raise UserError(
-                f"layer {call.layer} attends for {call.query.shape[2]} of the {now.forward.new} tokens of "
-                "the prompt, which cannot be recorded (a prefill_filter drops tokens; layers that read "
-                "another layer's keys may look with the last one alone)"
-            )
-        seen = call.decoded(call) if self.observers and call.decoded is not None else call
-        for observer in self.observers:
-            observer.attended(now.forward, seen)
+        if now.unheard is None:
+            self._heard(now, call)
+        else:
+            now.unheard.append(call._replace(after=None))
         if call.after is not None:
             call.after()
         return out

@@ -42,8 +42,8 @@ def triton_column_sums(
     if rows is None:
         rows = torch.zeros(batch, count, device=query.device)
     rows = rows.to(torch.int32).contiguous()
-    counts = torch.ones_like(rows) if counted is None else counted.to(torch.int32).contiguous()
-    real = rows if valid is None else valid.to(torch.int32).contiguous()
+    counts = torch.ones_like(rows) if counted is None else counted.contiguous().view(torch.uint8)
+    real = rows if valid is None else valid.contiguous().view(torch.uint8)
     width = max(triton.next_power_of_2(size), 16)
     block = 64 if 64 * width * query.element_size() <= _TILE_BYTES else 32
     lse = torch.empty((batch, heads, count), dtype=torch.float32, device=query.device)

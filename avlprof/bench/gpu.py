@@ -20,6 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.bench.decode_cost import dense_bytes, weight_bytes
+from avlprof.bench.gpu_kernels import (
+    GpuCost,
+    Machine,
+    copy_bandwidth,
+    decoding_kernels,
+    elapsed,
+    eviction_kernels,
+    recording_kernels,
+)
 from avlprof.bench.runners import PromptStates, Runner
 from avlprof.bench.shapes import IMAGE, DecoderShape, decoder_shape, prompt, random_model
 from avlprof.bench.trace import METHODS, run_trace_bench
@@ -27,30 +36,13 @@ from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, PromptShape, read_share
 from avlprof.runtime.apply import apply
 from avlprof.tracing import record
-from avlprof.tracing.batch import BatchRows
-from avlprof.tracing.columns import Columns
-from avlprof.tracing.options import RecordOptions
-from avlprof.tracing.prompt import MeasuredRows
 from avlprof.watch import SILENT, Watch
 
 KEEP = Policy(name="keep .2", vision_keep=0.2)
 CORE = Policy(name="keep .4, core .1", vision_keep=0.4, vision_compute=0.1, refresh_interval=8)
-RECORDING, DECODING, ANSWERS, KERNELS, MEMORY = "recording", "decoding", "answers", "kernels", "memory"
-_LAUNCH_US = 5.0  # of a kernel that the device waits for
-_OPERATIONS = 790e12  # bf16 products a second of an H100
+RECORDING, DECODING, ANSWERS, MEMORY = "recording", "decoding", "answers", "memory"
+SECOND_CALL = "second captured call, until it replays"
 _STEPS = 24  # three refresh periods
-
-
-@dataclass(frozen=True)
-class GpuCost:
-    """One number: `value` in `unit` of `measure` in `case`, its `aim` where there is one (as text)."""
-
-    section: str
-    case: str
-    measure: str
-    value: float
-    unit: str
-    aim: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ def run_gpu_bench(bench: GpuBench, watch: Watch = SILENT) -> Iterator[GpuCost]:
         raise UserError("bench gpu needs a CUDA device, and torch finds none; --device cpu tries it out")
     ceiling = copy_bandwidth(device)
     yield GpuCost(MEMORY, "copy ceiling", "bytes read and written", ceiling / 1e12, "TB/s")
-    parts = [("kernels", partial(_kernels, bench, bench.shapes[0], ceiling))]
+    parts = [("kernels", partial(_kernels, bench, ceiling))]
     for index, shape in enumerate(bench.shapes):
         parts.append((f"{shape.name}, recording", partial(_recording, bench, shape)))
         parts.append((f"{shape.name}, decoding", partial(_decoding, bench, index, ceiling)))
@@ -108,30 +100,14 @@ def run_gpu_bench(bench: GpuBench, watch: Watch = SILENT) -> Iterator[GpuCost]:
     watch.phase("bench gpu", len(parts), len(parts))
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written together, of the fastest of some large copies on a device."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 26)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = [elapsed(device, lambda: target.copy_(source)) for _ in range(6)]
-    return 2 * size / min(seconds)
-
-
-def elapsed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Seconds of `work`, by the device's own clock: a mean of some runs one behind the other."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(times):
-            work()
-        return (time.perf_counter() - began) / times
-    torch.cuda.synchronize(device)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    for _ in range(times):
-        work()
-    last.record()
-    torch.cuda.synchronize(device)
-    return float(first.elapsed_time(last)) / 1000 / times
+def _kernels(bench: GpuBench, ceiling: float) -> Iterator[GpuCost]:
+    """Kernels alone, beside what their bytes and operations ask for."""
+    if torch.device(bench.device).type == "cuda":
+        machine = Machine(torch.device(bench.device), bench.dtype, ceiling)
+        yield from recording_kernels(bench.shapes[0], max(bench.tokens), machine)
+        yield from eviction_kernels(bench.shapes[0], max(bench.tokens), machine)
+        for index, batch, vision in bench.cells:
+            yield from decoding_kernels(bench.shapes[index], batch, vision, machine)
 
 
 def _recording(bench: GpuBench, shape: DecoderShape) -> Iterator[GpuCost]:
@@ -198,8 +174,10 @@ def _answers(bench: GpuBench, model: PreTrainedModel, shape: DecoderShape) -> It
             elapsed(model.device, partial(_generate, model, inputs, count)) for count in (4, 20, 4, 20, 1)
         ]
     step = (calls[3] - calls[2]) / 16
-    extra = calls[2] - calls[4] - 3 * step
-    yield GpuCost(ANSWERS, case, "second captured call, until it replays", 1000 * max(extra, 0.0), "ms", "0")
+    for number, name in ((0, "first captured call, until it replays (compiles)"), (2, SECOND_CALL)):
+        extra = calls[number] - calls[4] - 3 * step
+        aim = "0" if name == SECOND_CALL else ""
+        yield GpuCost(ANSWERS, case, name, 1000 * max(extra, 0.0), "ms", aim)
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], count: int) -> None:
@@ -216,6 +194,7 @@ def _decoding(bench: GpuBench, index: int, ceiling: float) -> Iterator[GpuCost]:
         case = f"{shape.name}, batch {batch}, {inputs['input_ids'].shape[1]} tokens"
         ways = [Runner("stock", model, inputs, batch)]
         ways += [Runner(p.name, model, inputs, batch, p).replaying() for p in (DENSE, KEEP, CORE)]
+        ways.append(Runner(KEEP.name, model, inputs, batch, KEEP).replaying(fused=False))
         for runner in ways:
             try:
                 yield from _steps(runner, states, shape, case, ceiling)
@@ -256,41 +235,6 @@ def _steps(
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         yield GpuCost(DECODING, case, f"{runner.name}: peak memory", peak, "GiB")
-
-
-def _kernels(bench: GpuBench, shape: DecoderShape, ceiling: float) -> Iterator[GpuCost]:
-    """Kernels of recording alone, beside what their bytes and operations ask for."""
-    device = torch.device(bench.device)
-    if device.type != "cuda":
-        return
-    from avlprof.tracing.triton_rows import PromptRows, RowKernels
-
-    tokens = max(bench.tokens)
-    for rows in ("default", "all"):
-        plan = _plan(shape, tokens, RecordOptions(rows=rows), device)
-        query, key = (
-            torch.randn(1, heads, tokens, shape.head_dim, device=device).to(bench.dtype)
-            for heads in (shape.heads, shape.kv_heads)
-        )
-        call = PromptRows(query, key, shape.head_dim**-0.5, None, None, True, None)
-        kernels, case = RowKernels(call, plan), f"{shape.name}, {tokens} tokens, {rows} rows"
-        for name, work, cost in kernels.parts():
-            work()
-            seconds = min(elapsed(device, work, 5) for _ in range(3))
-            expected = max(cost.bytes / ceiling, cost.operations / _OPERATIONS) * 1e6 + _LAUNCH_US
-            yield GpuCost(KERNELS, case, f"{name} (predicted {expected:.0f})", 1e6 * seconds, "us")
-        whole = min(elapsed(device, kernels.run, 5) for _ in range(3))
-        yield GpuCost(
-            KERNELS, case, "all of a layer", 1e6 * whole, "us", "<= 145" if rows == "default" else ""
-        )
-
-
-def _plan(shape: DecoderShape, tokens: int, options: RecordOptions, device: torch.device) -> BatchRows:
-    """The measured rows of a prompt of the shape's text behind vision tokens."""
-    codes = torch.ones(tokens, dtype=torch.int8)
-    codes[0], codes[-shape.text_tokens :] = 0, 2
-    plan = MeasuredRows(Columns(codes, device, options))
-    return BatchRows.of([plan], torch.ones(1, tokens, dtype=torch.bool), device)
 
 
 def gpu_markdown(costs: Sequence[GpuCost], device: torch.device | str) -> str:

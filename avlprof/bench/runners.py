@@ -95,7 +95,7 @@ class Runner:
     `policy` None is the stock cache. `hidden [N]` marks prompt positions that a mask takes away (the
     authors' emulation of eviction, which frees nothing). `eager` runs the model's eager attention, and
     `attentions` asks it for its weights. With `captured` steps are captured and replayed, so that their
-    attention cannot be timed by itself.
+    attention cannot be timed by itself; `fused` is that of `apply`.
     """
 
     name: str
@@ -107,15 +107,17 @@ class Runner:
     eager: bool = False
     attentions: bool = False
     captured: int | None = None
+    fused: bool | None = None
     cache: Any = None
     taken: int = 0
     _clocked: bool = False
     _modality: Tensor | None = field(default=None, repr=False)
     _prompt: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
-    def replaying(self) -> Runner:
-        """This runner with captured steps."""
-        return replace(self, name=f"{self.name}, captured", captured=_CAPTURED)
+    def replaying(self, fused: bool | None = None) -> Runner:
+        """This runner with captured steps, in which what is around attention is compiled if `fused`."""
+        name = f"{self.name}, captured" + (", not fused" if fused is False else "")
+        return replace(self, name=name, captured=_CAPTURED, fused=fused)
 
     @torch.inference_mode()
     def fill(self, states: PromptStates) -> None:
@@ -239,7 +241,7 @@ class Runner:
                 self.model.set_attn_implementation({"text_config": "eager"})
                 stack.callback(self.model.set_attn_implementation, {"text_config": "sdpa"})
             if self.policy is not None:
-                stack.enter_context(apply(self.model, self.policy, captured=self.captured))
+                stack.enter_context(apply(self.model, self.policy, captured=self.captured, fused=self.fused))
             elif clock is None:
                 yield
                 return

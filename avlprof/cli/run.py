@@ -141,7 +141,7 @@ def _generate(
 
     generated = _Generated()
     encoding = loaded.adapter.encode_samples([sample])
-    with apply(loaded.model, policy, captured) as runtime, torch.inference_mode():
+    with apply(loaded.model, policy, captured, fused=False) as runtime, torch.inference_mode():
 
         def note_prefill() -> None:
             generated.prefill = runtime.cache.use() if runtime.cache is not None else []

@@ -18,7 +18,7 @@ from avlprof.tuning.settings import BUDGET, Settings
 
 if TYPE_CHECKING:
     from avlprof.tasks.spec import TaskSpec
-    from avlprof.tuning import Sweep, Tuned
+    from avlprof.tuning import Certified, Sweep, Tuned
 
 app = typer.Typer(add_completion=False)
 
@@ -52,6 +52,22 @@ def tune(
             rich_help_panel=_SEVERAL,
         ),
     ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            "--confidence",
+            help="With --max-drop: certify it at this confidence, at the --budgets; see docs/tuning.md.",
+            rich_help_panel=_SEVERAL,
+        ),
+    ] = None,
+    certify_samples: Annotated[
+        int,
+        typer.Option(
+            "--certify-samples",
+            help="Held-out samples behind those of the proof that a certificate is tested on.",
+            rich_help_panel=_SEVERAL,
+        ),
+    ] = 500,
     read_budget: Annotated[
         float | None,
         typer.Option("--read-budget", help="Prompt KV read per step; tunes compute shares and K as well."),
@@ -128,11 +144,15 @@ def tune(
     The study is a folder; the same command resumes it.
     """
     from avlprof.api import tune as verbs
+    from avlprof.evaluation.certificate import Claim
     from avlprof.tuning import Workers
     from avlprof.tuning.space import Space
 
-    if sum(value is not None for value in (budget, budgets, max_drop)) > 1:
-        raise UserError("give one of --budget, --budgets and --max-drop")
+    certifying = confidence is not None
+    if sum(value is not None for value in (budget, budgets, max_drop)) - certifying > 1:
+        raise UserError("give one of --budget, --budgets and --max-drop (two with --confidence)")
+    if certifying and (max_drop is None or budget is not None):
+        raise UserError("--confidence certifies a --max-drop at --budgets; give --max-drop, and no --budget")
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
@@ -142,8 +162,13 @@ def tune(
     check_output(out, folder=True)
     by = Workers(workers, storage)
     with board() as watch:
-        if budgets is not None:
-            shares = parse_shares("--budgets", budgets)
+        shares = parse_shares("--budgets", "0.1,0.2,0.4" if budgets is None else budgets)
+        if confidence is not None and max_drop is not None:
+            claim = Claim(max_drop, confidence, tuple(shares), certify_samples)
+            certified = verbs.certified(
+                spec, source, claim, settings, run=run, out=out, workers=by, watch=watch
+            )
+        elif budgets is not None:
             swept = verbs.sweep(spec, source, shares, settings, run=run, out=out, workers=by, watch=watch)
         elif max_drop is not None:
             least = verbs.smallest(
@@ -153,7 +178,9 @@ def tune(
             share = BUDGET if budget is None else budget
             watch.budget(share)
             tuned = verbs.tune(spec, source, share, settings, run=run, out=out, workers=by, watch=watch)
-    if budgets is not None:
+    if confidence is not None:
+        _show_sweep(certified.sweep, form, (spec, source), figure_format, certified)
+    elif budgets is not None:
         _show_sweep(swept, form, (spec, source), figure_format)
     elif max_drop is not None:
         _show(least.tuned, form, (spec, source), figure_format, least.sentence())
@@ -195,11 +222,22 @@ def bits_of(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _show_sweep(swept: Sweep, form: Format, on: tuple[ModelSpec, TaskSpec], suffix: str) -> None:
-    """The figures and the closing table of a sweep, and what to run next."""
+def _show_sweep(
+    swept: Sweep,
+    form: Format,
+    on: tuple[ModelSpec, TaskSpec],
+    suffix: str,
+    certified: Certified | None = None,
+) -> None:
+    """The figures and the closing table of a sweep, what is certified of it, and what to run next."""
     from avlprof.cli import _tuned
 
-    wrote = _tuned.draw_sweep(swept, suffix)
+    wrote = [*_tuned.draw_sweep(swept, suffix), swept.folder / "front.csv"]
     _tuned.print_sweep(swept, form)
     policies = [one.folder / "policy.yaml" for one in swept.studies]
-    finished([*wrote, swept.folder / "front.csv"], _evaluate(*on, policies))
+    if certified is not None:
+        note(certified.certificate.sentence())
+        wrote.append(swept.folder / "certificate.json")
+        if certified.policy is not None:
+            policies = [swept.folder / "policy.yaml"]
+    finished(wrote, _evaluate(*on, policies))

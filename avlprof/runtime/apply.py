@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.call import AttentionCall, Forward, StepStates
+from avlprof.attention.decode import step_attention
 from avlprof.attention.gate import check_traced, governed_layers, unwrapped
 from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
-from avlprof.attention.weights import packed_attention, step_weights, weighted_values
 from avlprof.budgets.resolve import resolve_by_depth
+from avlprof.errors import UserError
 from avlprof.policy import Policy, find_policy
+from avlprof.runtime.buckets import KEPT_BYTES, Buckets
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable
@@ -27,6 +29,9 @@ from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
+
+Model = TypeVar("Model")
+_UNWRAP = "unwrap"
 
 
 @dataclass
@@ -36,13 +41,23 @@ class Runtime:
     policy: Policy
     text_config: Any
     cache: AVLCache | None = None
-    captured: bool = False
+    buckets: Buckets | None = None  # where steps are captured
     short: ShortPrefill = field(default_factory=ShortPrefill)
 
     def new_cache(self) -> AVLCache:
         """A fresh cache for a new prompt, for loops that do not use `generate`."""
-        self.cache = AVLCache(self.policy, self.text_config, adaptive=self.captured)
+        self.cache = AVLCache(self.policy, self.text_config, adaptive=self.buckets is not None)
         return self.cache
+
+    @property
+    def captures(self) -> int:
+        """How many steps have been captured."""
+        return 0 if self.buckets is None else self.buckets.captures
+
+    def release(self) -> None:
+        """Let go of captured steps and of the buffers that were kept for later prompts."""
+        if self.buckets is not None:
+            self.buckets.release()
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache acts under this runtime's policy."""
@@ -61,7 +76,7 @@ class Runtime:
         is_turn = forward.step == 0 or forward.new > 1
         if not forward.begun:
             forward.begun = True
-            self._begin(forward, cache, is_turn)
+            self._begin(forward, cache, call, is_turn)
         layer = cache.governed(call.layer)
         if layer is not None:
             cache.check_states(call)
@@ -75,20 +90,20 @@ class Runtime:
             out, weights = stored_attention(step.stored, call, step.mask)
             after = partial(layer.after, step, weights) if step.weighing else None
             return out, view._replace(after=after, decoded=partial(with_stored, step.stored))
-        if not step.weighing:
-            return packed_attention(
-                call.query, call.key, call.value, call.scaling, step.mask, call.softcap, call.sinks
-            ), view
-        weights = step_weights(call.query, call.key, call.scaling, step.mask, call.softcap, call.sinks)
-        out = weighted_values(weights, call.value)
-        return out, view._replace(after=partial(layer.after, step, weights))
+        states = StepStates(
+            call.query, call.key, call.value, call.scaling, call.softcap, call.sinks, step.mask, step.bounds
+        )
+        out, means = step_attention(states, step.weighing)
+        return out, view if means is None else view._replace(after=partial(layer.after, step, means))
 
-    def _begin(self, forward: Forward, cache: AVLCache, is_turn: bool) -> None:
+    def _begin(self, forward: Forward, cache: AVLCache, call: AttentionCall, is_turn: bool) -> None:
         """A forward pass reaches the first layer."""
         self.short.begin()
         if is_turn:
             new = forward.modality[:, forward.modality.shape[1] - forward.new :]
             cache.begin(as_joint(new) if self.policy.joint else new)
+        if self.buckets is not None and forward.step == 0:
+            self.buckets.reserve(cache, call)
 
     def _turn(
         self, forward: Forward, cache: AVLCache, layer: BufferedLayer | None, call: AttentionCall
@@ -123,7 +138,11 @@ class Runtime:
 
 @contextlib.contextmanager
 def apply(
-    model: PreTrainedModel, policy: Policy | str | Path, captured: int | None = None
+    model: PreTrainedModel,
+    policy: Policy | str | Path,
+    captured: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    fused: bool | str | None = None,
 ) -> Iterator[Runtime]:
     """Run a model under a policy for the length of the context.
 
@@ -132,7 +151,11 @@ def apply(
     name of a shipped one. An allocator that it names spreads its share over the model's layers.
 
     With `captured` decoding steps are captured and replayed, in a CUDA graph on a GPU (see
-    `avlprof.runtime.captured`): one capture serves so many steps.
+    `avlprof.runtime.captured`): one capture serves so many steps, and those of later prompts of nearby
+    lengths. Buffers that no cache uses are kept for them, `kept_bytes` of them at most; `Runtime.release`
+    lets go of them, and so does leaving the context. `fused`: compile what is around attention in
+    captured steps (see `avlprof.runtime.fused`), with a backend of `torch.compile` where it is named; None:
+    on CUDA.
 
     Raises:
         UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
@@ -145,16 +168,64 @@ def apply(
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
-    runtime = Runtime(policy, text_config, captured=captured is not None)
+    runtime = Runtime(policy, text_config)
     check_supported(policy)
-    cache = AVLCache(policy, text_config, runtime.captured)  # refuses what does not fit before anything runs
+    cache = AVLCache(policy, text_config, captured is not None)  # refuses what does not fit at once
+    parts = None
+    if captured is not None and (model.device.type == "cuda" if fused is None else fused):
+        from avlprof.runtime.fused import FusedParts
+
+        parts = FusedParts(model, fused if isinstance(fused, str) else "inductor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.short.hooked(model, policy))
         session = stack.enter_context(switched(model, runtime=runtime))
         if captured is not None:
             check_capturable(model, policy, cache, captured)
-            stack.enter_context(captured_steps(model, session, captured))
+            runtime.buckets = Buckets(model, captured, kept_bytes)
+            stack.callback(runtime.buckets.forget)
+            stack.enter_context(captured_steps(model, session, runtime.buckets, parts))
         yield runtime
+
+
+class Unwrap(Generic[Model]):
+    """Gives a wrapped model back as it was; `runtime` is what `apply` yields. A copy of a model has none."""
+
+    def __init__(self, model: Model, policy: Policy | str | Path, captured: int | None) -> None:
+        self._model = model
+        self._contexts = contextlib.ExitStack()
+        self.runtime = self._contexts.enter_context(apply(unwrapped(model), policy, captured))
+
+    def __call__(self) -> Model:
+        """End the policy; what `apply` does on exit."""
+        vars(self._model).pop(_UNWRAP, None)
+        self._contexts.close()
+        return self._model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _not_wrapped
+
+
+def _not_wrapped() -> Any:
+    raise UserError("this is a copy of a wrapped model, which is under no policy; unwrap the original")
+
+
+def wrap(model: Model, policy: Policy | str | Path, captured: int | None = None) -> Model:
+    """Put a model under a policy for good, and return it: `apply` without a context.
+
+    The model is the same object with one more attribute, `unwrap`, a method that ends it and returns the
+    model as it was; `model.unwrap.runtime` has the cache of the latest prompt. Its config, generation
+    config and weights are untouched, so `save_pretrained` writes a stock model; its copies are stock
+    models too. A wrapped model is kept in memory until it is unwrapped.
+
+    Args:
+        policy: a `Policy`, a YAML file, or the name of a shipped one.
+        captured: as in `apply`.
+
+    Raises:
+        UserError: as `apply`; the model is under a policy already.
+    """
+    vars(model)[_UNWRAP] = Unwrap(model, policy, captured)
+    return model
 
 
 def as_joint(modality: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from avlprof.attention.call import AttentionCall
+from avlprof.attention.column_sums import kernels_run
 from avlprof.errors import UserError
 from avlprof.policy import FULL, PromptShape
-from avlprof.runtime.layout import RowPlan, Slot, take
+from avlprof.runtime.layout import RowPlan, take, take_into
 from avlprof.runtime.step import LayerUse, Step
+from avlprof.runtime.windows import Slot
 
 if TYPE_CHECKING:
     from avlprof.runtime.turns import TurnPrefill
@@ -116,7 +118,7 @@ class BufferedLayer(CacheLayerMixin):
         return None
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """What a step's `weights [B, H, n]` change, once all observers have seen it; here nothing."""
+        """What a step's `weights [B, G, n]` change, once all observers have seen it; here nothing."""
 
     def prompt_bytes(self, rows: Sequence[PromptShape]) -> list[int]:
         """Bytes of each row's prompt tokens in memory, of prompts `rows`, as `LayerUse` counts them."""
@@ -184,13 +186,34 @@ class SlotLayer(BufferedLayer):
 
     positions: Tensor | None = None
 
-    def fill(self, key: Tensor, value: Tensor, positions: Tensor, order: Tensor, room: int) -> None:
+    def fill(
+        self,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        order: Tensor,
+        room: int,
+        into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
         """New buffers of the tokens `order [B, G, n]` of `key` and `value`, and `room` more slots.
 
-        `positions [B, G, N]` are the logical positions of all tokens.
+        `positions [B, G, N]` are the logical positions of all tokens. `into` are buffers to use in place
+        of new ones, with slots enough.
         """
         # here eviction frees memory: nothing else refers to the buffers that these replace, nor, once
         # the layer's forward is over, to `key` and `value`
+        if kernels_run(key):
+            from avlprof.runtime.triton_layout import taken_slots
+
+            self.keys, self.values, self.positions = taken_slots(key, value, positions, order, room, into)
+            return
+        if into is not None:
+            with torch.no_grad():
+                for states, buffer in zip((key, value), into, strict=False):
+                    take_into(states, order, buffer)
+                into[2].copy_(pad(positions.gather(-1, order), (0, room), value=-1))
+            self.keys, self.values, self.positions = into
+            return
         self.keys, self.values = (_buffer(states, order, room) for states in (key, value))
         self.positions = pad(positions.gather(-1, order), (0, room), value=-1)
 
@@ -202,13 +225,13 @@ class SlotLayer(BufferedLayer):
         assert self.positions is not None
         return self.keys, self.values, self.positions
 
-    def grow_for(self, slot: int, exactly: bool = False) -> int:
-        """Make room for slot `slot`, and unless `exactly` for more; how many slots this added."""
+    def grow_for(self, slot: int) -> int:
+        """Make room for slot `slot` and more; how many slots this added."""
         keys, values, positions = self.buffers
         capacity = keys.shape[2]
         if slot < capacity:
             return 0
-        more = slot + 1 - capacity if exactly else more_room(capacity)
+        more = more_room(capacity)
         self.keys, self.values = grown(keys, capacity + more), grown(values, capacity + more)
         self.positions = pad(positions, (0, more), value=-1)
         return more

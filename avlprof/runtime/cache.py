@@ -32,7 +32,8 @@ class AVLCache(Cache):
         self.policy = policy
         self.rows: list[PromptShape] = []
         self.turn: list[PromptShape] = []
-        self.captured: Any = None  # what `runtime.captured` has captured of its steps
+        self.bucket: Any = None  # of `runtime.buckets`, where its steps are captured
+        self.counted = False  # while a step is at work that its layers have counted ahead
         self._length = 0
         self.active = False  # while a pass of the context that the cache belongs to is at work
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -60,6 +61,9 @@ class AVLCache(Cache):
                 "avlprof.apply with the same policy"
             )
         self._sizes[layer_idx] = key_states.shape[1], key_states.shape[-1]
+        own = self.layers[layer_idx]
+        if not self.counted and isinstance(own, AdaptiveLayer) and own.plans and own.fixed is not None:
+            own.loosen()  # a step of a context that captures none
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_states(self, call: AttentionCall) -> None:
@@ -126,9 +130,10 @@ def is_sliding(layer: Any) -> bool:
 
 
 def _layer(policy: Policy, index: int, count: int, adaptive: bool) -> BufferedLayer:
-    if not adaptive and is_dense(policy, index, count):
+    dense = is_dense(policy, index, count)
+    if dense and not adaptive:
         return DenseLayer()
-    return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count))
+    return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count), dense)
 
 
 def is_dense(policy: Policy, layer: int, layers: int) -> bool:

@@ -1,9 +1,9 @@
 """Decoding steps that are captured once and replayed: what is left of a step is its operators.
 
 With stock transformers a small step is bound by Python and by launches, not by what it reads. Here
-the first step of each kind, ordinary or refresh, is captured (see `graph`); later ones fill in
-token, positions and slots, and replay it. Counts of tokens stay on the host, as in other steps:
-layers `advance` before a replay, and their shapes are fixed for some steps ahead.
+the first step of each kind, ordinary or refresh, is captured (see `graph`); later ones, of later prompts
+too (see `buckets`), fill in token, positions and slots, and replay it. Counts of tokens stay on the
+host, as in other steps: layers `advance` before a replay, and their shapes are fixed for some steps ahead.
 """
 
 from __future__ import annotations
@@ -12,37 +12,32 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AttentionCall
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
 from avlprof.policy import Policy
+from avlprof.runtime.buckets import Bucket, Buckets, CapturedStep
 from avlprof.runtime.cache import AVLCache
-from avlprof.runtime.graph import Replay, capture
+from avlprof.runtime.graph import Outputs, capture
 from avlprof.runtime.layer import AdaptiveLayer
 
-
-@dataclass
-class _Captured:
-    """What a cache's steps read from the device, and those captured so far, by kind and inputs."""
-
-    slots: Tensor
-    position: Tensor
-    fresh: bool = True
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    steps: dict[Any, tuple[Replay, Any]] = field(default_factory=dict)
+if TYPE_CHECKING:
+    from avlprof.runtime.fused import FusedParts
 
 
 class CapturedSteps:
     """The forward call of a model under a policy, with decoding steps captured."""
 
-    def __init__(self, forward: Callable[..., Any], session: Session, ahead: int) -> None:
-        self._forward, self._session, self._ahead = forward, session, ahead
+    def __init__(
+        self, forward: Callable[..., Any], session: Session, buckets: Buckets, fused: FusedParts | None
+    ) -> None:
+        self._forward, self._session, self._buckets, self._fused = forward, session, buckets, fused
         self._busy = threading.Lock()
 
     def __call__(self, **inputs: Any) -> Any:
@@ -62,25 +57,36 @@ class CapturedSteps:
 
     def _call(self, inputs: dict[str, Any]) -> Any:
         cache: AVLCache = inputs[self._session.cache_name]
-        if not self._session.stepping:
-            cache.captured = None
+        if not self._session.stepping or not all(isinstance(layer, AdaptiveLayer) for layer in cache.layers):
             return self._forward(**inputs)
+        cache.counted = True
+        try:
+            with torch.no_grad():  # a replay has no gradients, and what outlives a call no history
+                return self._step(cache, inputs)
+        finally:
+            cache.counted = False
+
+    def _step(self, cache: AVLCache, inputs: dict[str, Any]) -> Any:
         layers: list[AdaptiveLayer] = cache.layers
         ids = inputs.get("input_ids")
         ids = inputs["inputs_embeds"] if ids is None else ids
-        inputs = self._with_positions(inputs, ids, layers[0].seen)
-        known = self._advance(cache, layers, ids)
+        position = layers[0].seen
+        inputs = self._with_positions(inputs, ids, position)
+        for layer in layers:
+            layer.advance()
+        bucket = self._buckets.settle(cache)
+        bucket.tell([layer.slot_numbers for layer in layers], position)
         inputs["attention_mask"] = None  # a layer knows what its rows may look at
         for name in [name for name in inputs if name.endswith("token_type_ids")]:
             if inputs[name] is not None and inputs[name].shape[1] > 1:  # of all tokens, for their positions
                 del inputs[name]
         more = any(value for name, value in inputs.items() if name.startswith("output_"))
         unlike = more or inputs.get("return_dict") is False  # a replay gives logits and cache alone
-        # beams give every step new buffers, so what is fresh has to last for a step before it is captured
-        if self._session.observers or unlike or known.fresh:
-            known.fresh = False
+        # observers of a replay look behind it, when what left the core is no longer what was attended to
+        unlike = unlike or bool(self._session.observers and any(layer.changing for layer in layers))
+        if unlike:
             return self._forward(**inputs)
-        return self._replayed(known, layers, cache, inputs)
+        return self._replayed(bucket, cache, inputs)
 
     def _with_positions(self, inputs: dict[str, Any], ids: Tensor, seen: int) -> dict[str, Any]:
         """The inputs with positions: the model's own would be those of the step that was captured."""
@@ -93,82 +99,76 @@ class CapturedSteps:
             )
         return inputs | {"position_ids": torch.full(ids.shape[:2], seen, device=ids.device)}
 
-    def _advance(self, cache: AVLCache, layers: list[AdaptiveLayer], ids: Tensor) -> _Captured:
-        """Count the step in every layer, and tell the device where its token goes."""
-        position, device = layers[0].seen, ids.device
-        for layer in layers:
-            layer.advance()
-        known: _Captured | None = cache.captured
-        if known is None or not all(layer.fits for layer in layers):
-            slots = torch.zeros(len(layers), len(ids), 1, 1, dtype=torch.long, device=device)
-            known = cache.captured = _Captured(slots, torch.zeros(1, dtype=torch.long, device=device))
-            for layer, own in zip(layers, slots, strict=True):
-                layer.fix(self._ahead, own, known.position)
-        numbers = torch.tensor([layer.slot_numbers for layer in layers])[..., None, None]
-        known.slots.copy_(numbers.pin_memory() if device.type == "cuda" else numbers, non_blocking=True)
-        known.position.fill_(position)
-        return known
-
-    def _replayed(
-        self, known: _Captured, layers: list[AdaptiveLayer], cache: AVLCache, inputs: dict[str, Any]
-    ) -> Any:
+    def _replayed(self, bucket: Bucket, cache: AVLCache, inputs: dict[str, Any]) -> Any:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in inputs.items() if name not in tensors}
         kind = (
-            any(layer.step is not None and layer.step.refreshing for layer in layers),
-            tuple((name, tuple(value.shape)) for name, value in tensors.items()),
+            any(layer.step is not None and layer.step.refreshing for layer in cache.layers),
+            tuple((name, value.shape, value.dtype) for name, value in tensors.items()),
             tuple((name, repr(value)) for name, value in others.items() if value is not cache),
+            self._state(bucket.slots.device.type),
         )
-        for name, value in tensors.items():
-            fixed = known.inputs.get(name)
-            if fixed is None or fixed.shape != value.shape:
-                known.inputs[name] = value.clone()
-                known.steps.clear()
-            else:
-                fixed.copy_(value)
-        if kind in known.steps:
-            replay, output = known.steps[kind]
-            logits = replay()
+        tensors = {name: bucket.fixed(name, value) for name, value in tensors.items()}
+        if kind in bucket.steps:
+            captured = bucket.steps[kind]
+            logits, *queries = captured.replay()
         else:
-            changing = [part for layer in layers for part in layer.changing]
-            output, logits, replay = self._capture(known, tensors, others, changing)
-            known.steps[kind] = replay, output
-        return output(logits=logits.clone(), **{self._session.cache_name: cache})
+            changing = [part for layer in cache.layers for part in layer.changing]
+            captured, (logits, *queries) = self._capture(bucket, tensors, others, changing)
+            bucket.keep(kind, captured)
+        # since a layer attended, slots of its view may have changed places, each with its position
+        self._session.tell(captured.heard(queries))
+        return captured.output(logits=logits.clone(), **{self._session.cache_name: cache})
+
+    def _state(self, device: str) -> tuple[Any, ...]:
+        """What decides a step's operators and is no input of it."""
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._session.model.training, autocast, bool(self._session.observers)
 
     def _capture(
-        self, known: _Captured, tensors: dict[str, Tensor], others: dict[str, Any], changing: list[Tensor]
-    ) -> tuple[type, Tensor, Replay]:
-        """Capture a step on the fixed inputs: the class of its output, its logits, and its replay.
+        self, bucket: Bucket, tensors: dict[str, Tensor], others: dict[str, Any], changing: list[Tensor]
+    ) -> tuple[CapturedStep, Outputs]:
+        """Capture a step on fixed inputs, and what it returned this time.
 
         A second run would change the tensors of `changing` once more.
         """
         output: Any = None
         before = [part.clone() for part in changing]
+        calls: list[AttentionCall] = []
+
+        def step() -> Outputs:
+            nonlocal output, calls
+            calls = self._session.begin_again()
+            output = self._forward(**others, **tensors)
+            if not self._session.observers:
+                calls = []
+            return output.logits, *(call.query for call in calls)
 
         def undo() -> None:
             for part, was in zip(changing, before, strict=True):
                 part.copy_(was)
 
-        def step() -> Tensor:
-            nonlocal output
-            self._session.begin_again()
-            output = self._forward(**others, **{name: known.inputs[name] for name in tensors})
-            logits: Tensor = output.logits
-            return logits
-
+        fused = contextlib.nullcontext() if self._fused is None else self._fused.in_place()
         try:
-            logits, replay = capture(step, known.slots.device, undo)
+            with fused:
+                outputs, replay = capture(step, bucket.slots.device, undo)
         except RuntimeError as error:
             raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
-        return type(output), logits, replay
+        self._buckets.captures += 1
+        return CapturedStep(replay, type(output), calls), outputs
 
 
 @contextlib.contextmanager
-def captured_steps(model: PreTrainedModel, session: Session, ahead: int) -> Iterator[None]:
-    """Capture and replay the decoding steps of a switched model for the length of the context."""
+def captured_steps(
+    model: PreTrainedModel, session: Session, buckets: Buckets, fused: FusedParts | None = None
+) -> Iterator[None]:
+    """Capture and replay the decoding steps of a switched model for the length of the context.
+
+    `fused` are parts of the model to compile in them.
+    """
     forward = model.forward
     own = "forward" in vars(model)
-    steps = CapturedSteps(forward, session, ahead)
+    steps = CapturedSteps(forward, session, buckets, fused)
 
     @functools.wraps(forward)
     def captured(**inputs: Any) -> Any:

@@ -21,46 +21,73 @@ from avlprof.runtime.layout import (
     RowPlan,
     exchange,
     exchange_counted,
+    left_order,
     per_row,
     swaps,
+    text_order,
+    whole_classes,
 )
 from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.turns import TurnPrefill, text_scores
+
+_CORE_TENSORS = ("vision", "core", "counts", "edges")
 
 
 @dataclass(frozen=True)
 class CoreSlots:
     """Where core and stored vision tokens lie in a layer's left part, the same until the next turn.
 
-    `vision` and `core` are bool `[B, 1, n]` over its slots, `counts [B, 1, 1]` the sizes of the cores.
+    `vision` and `core` are bool `[B, 1, n]` over its slots, `counts [B, 1, 1]` the sizes of the cores, and
+    `edges [B, 3]` the slots where each row's vision and core begin and where both end.
     """
 
     vision: Tensor
     core: Tensor
     counts: Tensor
+    edges: Tensor
     size: int
     exchanges: int
     even: bool
 
     @classmethod
-    def of(cls, plans: list[RowPlan], classes: Tensor) -> CoreSlots:
-        """Of the `classes [B, 1, n]` of the slots."""
-        cores = [plan.core for plan in plans]
+    def of(
+        cls, plans: list[RowPlan], classes: Tensor, bounds: tuple[int, int, bool] | None = None
+    ) -> CoreSlots:
+        """Of the `classes [B, 1, n]` of the slots; `bounds` as in `Extents.core`, else the least ones."""
+        cores, device, left = [plan.core for plan in plans], classes.device, classes.shape[-1]
+        exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
+        size, most, even = bounds or (max(cores), exchanges, len(set(cores)) == 1)
+        ends = [left - plan.system for plan in plans]
+        begins = (
+            [end - getattr(p, part) for end, p in zip(ends, plans, strict=True)]
+            for part in ("vision", "core")
+        )
         return cls(
             vision=(classes == STORED) | (classes == CORE),
             core=classes == CORE,
-            counts=per_row(cores, classes.device),
-            size=max(cores),
-            exchanges=max(min(plan.core, plan.vision - plan.core) for plan in plans),
-            even=len(set(cores)) == 1,
+            counts=per_row(cores, device),
+            edges=torch.cat([per_row(slots, device)[:, 0] for slots in (*begins, ends)], dim=-1),
+            size=size,
+            exchanges=most,
+            even=even,
         )
+
+    def copied(self) -> CoreSlots:
+        """The same in tensors of its own."""
+        return replace(self, **{name: getattr(self, name).clone() for name in _CORE_TENSORS})
+
+    def refill(self, other: CoreSlots) -> None:
+        """Become another layout of the same bounds, where the tensors lie."""
+        for name in _CORE_TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
 
     def best(self, weights: Tensor, positions: Tensor, groups: int) -> Tensor:
         """The vision slots that should be the core, bool `[B, groups, n]`; ties go to the lower position.
 
         Args:
-            weights: `[B, H, m]` attention of the step to the last `m` slots, all vision slots among them.
+            weights: `[B, H, m]` attention of the step to the last `m` slots, all vision slots among them; of
+                heads, or their means over sets.
             positions: `[B, G, n]` logical, `G` being `groups` or more.
             groups: sets of tokens: 1, or one a KV head.
         """
@@ -76,28 +103,43 @@ class CoreSlots:
         )
         return pad(chosen, (start, 0)) if start else chosen
 
-    def exchange(
+    def refresh(
         self,
-        new: Tensor,
+        weights: Tensor,
+        start: int,
         buffers: tuple[Tensor, Tensor, Tensor],
+        groups: int,
         fixed: bool,
         stored: StoredBits | None = None,
     ) -> None:
-        """Make `new [B, groups, n]` the core: exchange slots of all buffers.
+        """Make the best vision slots the core, in `groups` sets: exchange slots of all buffers.
 
-        Or, where the rest is `stored` in few bits, exchange slots of the buffers with its own.
-        `fixed`: the host need not ask how many there are. On CUDA the device counts them and moves what
-        changes; else as many pairs are exchanged as could be needed.
+        On CUDA two kernels choose, count on the device, and move what changes.
+
+        Args:
+            weights: `[B, G, m]` attention of the step to the last `m` slots of the left part.
+            start: the first of these slots.
+            buffers: keys, values and positions.
+            groups: as in `best`.
+            fixed: the host need not ask how many slots change; as many are exchanged as could.
+            stored: what lies before the buffers' slots in few bits, and changes places with their core.
         """
         if stored is not None:
+            own = buffers[2][..., : self.core.shape[-1] - stored.width]
+            new = self.best(weights, torch.cat([stored.positions, own], dim=-1), groups)
             most = self.exchanges if fixed else int((self.core & ~new).sum(dim=-1).max())
             stored.exchange(self.core, new, buffers, most)
             return
-        if kernels_run(new):
-            from avlprof.runtime.triton_exchange import triton_exchange
+        if kernels_run(weights):
+            from avlprof.runtime.triton_exchange import triton_refresh
 
-            triton_exchange(buffers, self.core, new, self.exchanges)
+            scores = weights if weights.shape[1] == groups else group_mean(weights, groups)
+            triton_refresh(buffers, scores, start, self.edges, self.exchanges)
             return
+        self.exchange(self.best(weights, buffers[2][..., : self.core.shape[-1]], groups), buffers, fixed)
+
+    def exchange(self, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], fixed: bool) -> None:
+        """Make `new [B, groups, n]` the core; `fixed` as above."""
         if not fixed:
             exchange_counted(buffers, self.core, new)
             return
@@ -129,6 +171,46 @@ class Candidates:
         """bool `[B, 1, n + N]`: system text, which all stays."""
         new = (self.turn.modality == Modality.SYSTEM)[:, None]
         return torch.cat([self.classes == SYSTEM, new], dim=-1)
+
+
+def kept_order(
+    candidates: Candidates,
+    scores: Tensor | None,
+    groups: tuple[int, int],
+    part: TextPart,
+    plans: list[RowPlan],
+    after: list[RowPlan],
+    left: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Columns of all candidates in the order of the layer's slots, `[B, G, n]`, and running scores of text.
+
+    What is in neither the left part nor the text part behind it goes. A first prompt whose text stays by
+    its age is put into order by a kernel on CUDA.
+
+    Args:
+        scores: `[B, H, N]` of the new tokens by the policy's scorer; None for a prompt that stays whole.
+        groups: sets of vision tokens, and of text tokens: 1, or one a KV head.
+        part: the text part, the turn's tokens counted.
+        plans: what each row keeps of the new tokens.
+        after: what each row holds after the turn.
+        left: slots of the left part.
+    """
+    turn = candidates.turn
+    counts, cores = [plan.text for plan in after], [plan.core for plan in after]
+    most, known = max(counts), None if candidates.in_order else candidates.positions
+    if scores is None:
+        classes = whole_classes(turn.modality)
+        return torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1), None
+    by_vision = group_mean(scores, groups[0])
+    if candidates.in_order and part.by_age and kernels_run(scores):
+        from avlprof.runtime.triton_layout import prompt_order
+
+        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None
+    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
+    text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
+    classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
+    classes = classes.expand(-1, candidates.positions.shape[1], -1)
+    return torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1), running
 
 
 def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:

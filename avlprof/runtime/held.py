@@ -27,6 +27,7 @@ class HeldLayer(SlotLayer):
         self.rule = rule
         self.per_kv_head = rule.policy.heads == "kv_head"
         self.bits = rule.policy.bits(rule.layers)[rule.layer]
+        self.packs = self.bits < FULL
         self.reads_stored = self.bits < FULL and rule.policy.vision_compute is None
         self.hold_nothing()
 

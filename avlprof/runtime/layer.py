@@ -9,26 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avlprof.attention.call import AttentionCall
-from avlprof.attention.weights import group_mean, step_weights
-from avlprof.policy import FULL
-from avlprof.runtime.eviction import Candidates, CoreSlots, merged, text_choice, vision_choice
+from avlprof.attention.call import AttentionCall, Bounds, StepStates
+from avlprof.attention.column_sums import kernels_run
+from avlprof.attention.decode import attention_weights
+from avlprof.attention.weights import group_mean
+from avlprof.runtime.buckets import FixedBuffers
+from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
 from avlprof.runtime.held import HeldLayer
-from avlprof.runtime.layout import (
-    PADDING,
-    STORED,
-    SYSTEM,
-    TEXT,
-    FixedWindows,
-    RowPlan,
-    Windows,
-    left_order,
-    text_order,
-)
+from avlprof.runtime.layout import PADDING, RowPlan, per_row
 from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.step import Step
 from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
+from avlprof.runtime.windows import FixedWindows, Windows
 from avlprof.scorers import Scorer
 
 
@@ -43,8 +36,10 @@ class AdaptiveLayer(HeldLayer):
 
     fixed_shapes: bool | None = None  # swap as many slots as could be needed; None: on all but the CPU
 
-    def __init__(self, scorer: Scorer, rule: TextRule) -> None:
+    def __init__(self, scorer: Scorer, rule: TextRule, keeps_all: bool = False) -> None:
+        """`keeps_all`: a first prompt stays as a whole, so that nothing need be ranked."""
         super().__init__(rule)
+        self.keeps_all = keeps_all
         self.scorer = scorer
         self.refresh_interval = rule.policy.refresh_interval
         self.score_only = rule.policy.refresh == "score_only"
@@ -52,7 +47,7 @@ class AdaptiveLayer(HeldLayer):
 
     def _clear(self) -> None:
         self.step: Step | None = None
-        self.fixed: Tensor | None = None
+        self.fixed: FixedBuffers | None = None
         self._spans: list[tuple[int, int]] = []
         self._count = 0
         self._windows = Windows([], 0)
@@ -86,7 +81,7 @@ class AdaptiveLayer(HeldLayer):
             keys, values = (torch.cat(parts, dim=2) for parts in zip(*held, strict=True))
             return keys, values
         step = self.advance() if self.fixed is None else self._present
-        position = self.seen - 1 if self.fixed is None else self.fixed
+        position = self.seen - 1 if self.fixed is None else self.fixed.position
         self.write(self._windows.slot(step.slots, self.device), key_states, value_states, position)
         keys, values, _ = self.buffers
         count = step.end - step.start
@@ -100,7 +95,7 @@ class AdaptiveLayer(HeldLayer):
         self._count += 1
         refreshing = self._has_core and self._count % self.refresh_interval == 0
         slots = [self.text.claim(row) for row in range(len(self.plans))]
-        more = self.grow_for(self._left + max(slots))
+        more = self.grow_for(self._left + max(slots)) if self.fixed is None else 0
         if more:
             self.text.grow(more)
             self._windows.forget_masks()
@@ -109,29 +104,42 @@ class AdaptiveLayer(HeldLayer):
         self.step = self._step(slots, refreshing)
         return self.step
 
-    def fix(self, ahead: int, slots: Tensor, position: Tensor) -> None:
-        """Give the coming steps, `ahead` or more, the same shapes: they differ by what the device holds.
+    def move(self, fixed: FixedBuffers) -> None:
+        """Go on in fixed buffers, where coming steps have the same shapes: they differ by what these hold.
 
-        From now on someone else calls `advance` before each step, and puts the slots of its step,
-        counted from the buffer's first (see `slot_numbers`), into `slots [B, 1, 1]` and the token's
-        logical position into `position [1]`. Call it after `advance`; once a step needs more, again.
+        From now on someone else calls `advance` before each step, and puts the slots of its step (see
+        `slot_numbers`) and the token's logical position into what `fixed` has for them. Call it after
+        `advance`; once a step does not `fit`, again with longer ones.
         """
-        counts = self.text.counts
-        limits = [count + ahead for count in counts]
-        if not self.rule.grows:
-            limits = [min(a, most) for a, (most, _) in zip(limits, self.text.rooms(), strict=True)]
-        self.grow_for(self._left + max(limits) - 1, exactly=True)
-        self._windows = FixedWindows(self._full, self._left, counts, max(limits), slots)
-        if self._has_core and self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
-        self.fixed, self.fixed_shapes = position, True
-        self.step = self._step(self._present.slots, self._present.refreshing)
+        with torch.no_grad():
+            end = self._left + max(self.text.counts)
+            self.keys, self.values, self.positions = fixed.take_over(self.buffers, self._left, end)
+        self._left = fixed.extents.left
+        self._settle(fixed)
+        if self.step is not None:
+            self.step = self._step(self.step.slots, self.step.refreshing)
+
+    def _settle(self, fixed: FixedBuffers) -> None:
+        """Steps from now on are those of fixed buffers, which hold the layer's content."""
+        windows = FixedWindows(self._full, fixed.extents, fixed.held)
+        with torch.no_grad():
+            windows.refill(self.text.counts)
+            if self.stored is not None:
+                self.stored = fixed.stored_like(self.stored)
+            if fixed.extents.core is not None:
+                classes = self._classes(self._first + self._left)
+                self._core = fixed.core_like(CoreSlots.of(self.plans, classes, fixed.extents.core))
+        self._windows, self.fixed, self.fixed_shapes = windows, fixed, True
+
+    def loosen(self) -> None:
+        """Steps from now on are ordinary ones, in the buffers as they are."""
+        self._windows, self._core, self.fixed = Windows(self._full, self._left), None, None
 
     @property
     def fits(self) -> bool:
-        """Whether the present step's tokens lie within the fixed shapes."""
+        """Whether the present step's tokens lie within fixed buffers."""
         windows = self._windows
-        return isinstance(windows, FixedWindows) and max(self._present.slots) < windows.width
+        return isinstance(windows, FixedWindows) and windows.fit(self._present.slots)
 
     @property
     def changing(self) -> list[Tensor]:
@@ -177,61 +185,62 @@ class AdaptiveLayer(HeldLayer):
             span: logical positions before and after the turn.
         """
         # 1 score: the new tokens, by the scorer; held vision stays, held text has running scores or an age
-        scores = self.scorer.score(turn)
-        heads = turn.key.shape[1]
-        by_vision, by_text = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
-        candidates = self._candidates(turn, positions, max(by_vision, by_text))
-        # 2 choose: vision by the counts of the plans, text by its rule; then each token has one class
-        cores = [plan.core for plan in plans]
-        if self.plans:
-            cores = [plan.core + core for plan, core in zip(self.plans, cores, strict=True)]
-        kept = [plan.vision for plan in plans]
-        vision = vision_choice(candidates, group_mean(scores, by_vision), kept, cores)
-        counts = self.text.extend(turn.text_counts, [plan.text for plan in plans])
-        text, running = text_choice(candidates, group_mean(scores, by_text), self.text, plans, counts)
-        classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
-        classes = classes.expand(-1, candidates.positions.shape[1], -1)
-        # 3 lay out: what few bits store, and the rest in the order that makes each step's reads one view;
-        # what is in neither goes
-        self.plans = merged(self.plans, plans, counts)
-        known = None if candidates.in_order else candidates.positions
-        if self.bits < FULL:
-            classes = self._store(call, candidates.positions, classes, known)
-        self._full = self.plans if self.bits == FULL else [replace(p, vision=p.core) for p in self.plans]
-        self._left, most = max(p.system + p.vision for p in self._full), max(counts)
-        text_slots = text_order(classes, known, most)
-        order = torch.cat([left_order(classes, known, self._left), text_slots], dim=-1)
+        counts, heads = self.text.extend(turn.text_counts, [plan.text for plan in plans]), turn.key.shape[1]
+        groups = heads if self.per_kv_head else 1, heads if self.rule.heads_apart else 1
+        candidates = self._candidates(turn, positions, max(groups))
+        scores = None if self.keeps_all and not self.plans else self.scorer.score(turn)
+        # 2 choose: vision by the counts of the plans, text by its rule; what is in neither part goes
+        fixed = None if self.plans else self.fixed  # a turn's content moves there with its first step
+        after, most = merged(self.plans, plans, counts), max(counts)
+        full = [replace(plan, vision=plan.core) for plan in after] if self.packs else after
+        left = fixed.extents.left if fixed is not None else max(p.system + p.vision for p in full)
+        wide = max(left, *(p.system + p.vision for p in after))
+        # 3 lay out: in the order that makes each step's reads one view; what few bits store for itself
+        order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
+        if self.packs:
+            self._store(call, candidates.positions, order[..., :wide], after)
+        order = order[..., wide - left :]
+        self.plans, self._full, self._left = after, full, left
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
-        room = self.text.reserve(most)
-        self.fill(call.key, call.value, candidates.positions, order, room)
+        room, into = self.text.reserve(most), None
+        if fixed is not None:
+            room = fixed.extents.text - most
+            into = fixed.tensors_for(call.key, call.value, order.shape[1])
+        self.fill(call.key, call.value, candidates.positions, order, room, into)
         self._spans.append(span)
         self.seen, self._count = span[1], 0
         if running is not None:
-            running = pad(running.gather(-1, text_slots), (0, room))
-        self.text.lay(counts, candidates.positions.gather(-1, text_slots), self._spans, running)
-        self._plan()
+            running = pad(running.gather(-1, order[..., left:]), (0, room))
+        text = slice(left, left + most)
+        self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
+        self._plan(fixed)
 
-    def _store(self, call: AttentionCall, positions: Tensor, classes: Tensor, known: Tensor | None) -> Tensor:
-        """Store kept vision outside the core in few bits; the classes of what is left for the buffers."""
-        outside = classes == STORED
-        counts = [plan.vision - plan.core for plan in self.plans]
-        order = left_order(classes.masked_fill(~outside, PADDING), known, max(counts))
+    def _store(self, call: AttentionCall, positions: Tensor, order: Tensor, plans: list[RowPlan]) -> None:
+        """Store kept vision outside the core in few bits: it stands before core and system in `order`."""
+        counts = [plan.vision - plan.core for plan in plans]
+        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
+        slots = ends + torch.arange(-max(counts), 0, device=order.device)
+        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1))
         self.stored = StoredBits.of(call.key, call.value, positions, order, counts, self.stored, self.bits)
-        return classes.masked_fill(outside, PADDING)
 
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
         classes = self._classes(turn.past) if turn.past else positions[..., :0]
-        return Candidates(
-            turn, classes, turn.all_positions(positions).expand(-1, groups, -1), self._first + self._left
-        )
+        every = turn.all_positions(positions).expand(-1, groups, -1)
+        return Candidates(turn, classes, every, self._first + self._left)
 
-    def _plan(self) -> None:
-        """Work out once what all steps until the next turn need."""
+    def _plan(self, fixed: FixedBuffers | None = None) -> None:
+        """Work out once what all steps until the next turn need; `fixed`: the buffers are these."""
         self.reads.expect(self.plans, 1.0 if self.stored is None else self.stored.share, self.reads_stored)
-        self.step = self.fixed = None
-        self._windows, self._core = Windows(self._full, self._left), None
-        smaller = any(plan.core < plan.vision for plan in self.plans) and not self.reads_stored
-        self._has_core = smaller and self.refresh_interval > 0
+        self.step = None
+        self._has_core = self.picks(self.plans)
+        self.loosen()
+        if fixed is not None:
+            self._settle(fixed)
+
+    def picks(self, plans: list[RowPlan]) -> bool:
+        """Whether steps pick a core anew."""
+        cored = self.refresh_interval > 0 and not self.reads_stored
+        return cored and any(plan.core < plan.vision for plan in plans)
 
     @property
     def _present(self) -> Step:
@@ -242,11 +251,11 @@ class AdaptiveLayer(HeldLayer):
     def _step(self, slots: list[int], refreshing: bool) -> Step:
         """The step of tokens that go to text slots `slots`."""
         whole = refreshing and not self.score_only
-        (start, end), mask = self._window(whole)
+        (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
-        weighing = whole or self.rule.running is not None
+        weighing = positions.shape[1] if whole or self.rule.running is not None else 0
         stored = self.stored if self._first and (whole or self.reads_stored) else None
-        return Step(slots, start, end, positions, mask, refreshing, weighing, stored)
+        return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -257,17 +266,18 @@ class AdaptiveLayer(HeldLayer):
         """
         step = self._present
         if step.refreshing and self.score_only:
-            (start, end), mask = self._window(True)
+            (start, end), mask, bounds = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            if self.stored is None:
-                weights = step_weights(query, keys, scaling, mask, softcap, sinks)
-            else:
+            if self.stored is not None:
                 weights = self.stored.weights(query, keys, scaling, mask, softcap, sinks)
+            else:
+                states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
+                weights = attention_weights(states, self.buffers[2].shape[1])
             self._pick(weights, start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, H, n]`."""
+        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, G, n]`."""
         keys, values, positions = self.buffers
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
@@ -277,28 +287,33 @@ class AdaptiveLayer(HeldLayer):
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
 
     def _pick(self, weights: Tensor, start: int) -> None:
-        """Choose the core anew by weights `[B, H, n]` of the slots from `start` on."""
-        width = self._first + self._left
+        """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
         if self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(width))
+            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
         groups = self.buffers[0].shape[1] if self.per_kv_head else 1
-        new = self._core.best(weights[..., : width - start], self._positions(width), groups)
         fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
-        self._core.exchange(new, self.buffers, fixed, self.stored if self._first else None)
+        weights = weights[..., : self._first + self._left - start]
+        stored = self.stored if self._first else None
+        self._core.refresh(weights, start, self.buffers, groups, fixed, stored)
 
     def select_rows(self, rows: Tensor) -> None:
+        fixed = self.fixed if len(rows) == len(self.plans) else None
         super().select_rows(rows)
         if self.positions is not None:
             picked = rows.tolist()
-            self.plans = [self.plans[row] for row in picked]
-            self._full = [self._full[row] for row in picked]
+            self.plans, self._full = ([plans[row] for row in picked] for plans in (self.plans, self._full))
             if self.stored is not None:
                 self.stored = self.stored.select_rows(rows)
             self.text.select_rows(picked, rows.to(self.positions.device))
             self._plan()
+            if fixed is not None:
+                self.move(fixed)
 
-    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None]:
-        """The slots that a step attends to, from and to, and a mask if rows differ; `whole`: all vision."""
-        counts, capacity = self.text.counts, self.buffers[2].shape[-1]
+    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None, Bounds | None]:
+        """The slots that a step attends to, from and to; a mask if rows differ, and where kernels run the
+        same as bounds. `whole`: all vision."""
+        counts, positions = self.text.counts, self.buffers[2]
         span = self._windows.span(counts, whole)
-        return span, self._windows.mask(counts, whole, capacity, self.device)
+        mask = self._windows.mask(counts, whole, positions.shape[-1], self.device)
+        runs = kernels_run(positions)
+        return span, mask, self._windows.bounds(counts, whole, self.device) if runs else None

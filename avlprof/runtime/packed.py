@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -166,6 +166,20 @@ class StoredBits:
         mask = None if self.mask is None else chosen(self.mask)
         keys, values = self.keys.each(chosen), self.values.each(chosen)
         return StoredBits(keys, values, chosen(self.positions), counts, self.dtype, mask)
+
+    def copied(self) -> StoredBits:
+        """The same in tensors of its own."""
+        keys, values = self.keys.each(torch.clone), self.values.each(torch.clone)
+        mask = None if self.mask is None else self.mask.clone()
+        return replace(self, keys=keys, values=values, positions=self.positions.clone(), mask=mask)
+
+    def refilled(self, other: StoredBits) -> StoredBits:
+        """Another content of the same shapes, where this one's tensors lie."""
+        for mine, new in zip(self.parts, other.parts, strict=True):
+            mine.copy_(new)
+        if self.mask is not None and other.mask is not None:
+            self.mask.copy_(other.mask)
+        return replace(self, counts=other.counts)
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind codes, scales, offsets and positions."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from avlprof.attention.call import Bounds
 from avlprof.runtime.layout import RowPlan
 from avlprof.runtime.packed import StoredBits
 
@@ -16,9 +17,10 @@ class Step:
 
     `slots` are the text slots that the rows' tokens go to, counted from the text part on. The step
     attends to slots `start` to `end` of the buffers; `positions [B, G, n]` are theirs and `mask` is
-    bool `[B, 1, 1, n]`, or None where all rows hold all of them. Both are views: what the step writes
-    shows in them. `refreshing`: it picks the core anew; `weighing`: its weights are needed afterwards;
-    `stored`: what is stored in few bits, which the step attends to as well.
+    bool `[B, 1, 1, n]`, or None where all rows hold all of them; where kernels run, `bounds` say the
+    same to them. All are views: what the step writes shows in them. `refreshing`: it picks the core
+    anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none; `stored`:
+    what is stored in few bits, which the step attends to as well.
     """
 
     slots: list[int]
@@ -27,7 +29,8 @@ class Step:
     positions: Tensor
     mask: Tensor | None
     refreshing: bool
-    weighing: bool
+    weighing: int
+    bounds: Bounds | None = None
     stored: StoredBits | None = None
 
 

@@ -85,17 +85,15 @@ class TextPart:
     ) -> None:
         """Start anew with slots in the order of their `positions [B, G, n]`; prompts are in `spans`."""
         self.counts, self.scores = counts, scores
-        present = torch.arange(positions.shape[-1], device=positions.device) < per_row(
-            counts, positions.device
-        )
-        tokens = (within(positions, spans) & present).sum(dim=-1)
         if self.rule.running is not None:
-            self.prompt_tokens = tokens
+            self.prompt_tokens = tokens = _prompt_tokens(counts, positions, spans)
             if self.prompt_read is None:
                 self.prompt_read = torch.zeros((), dtype=torch.float64, device=tokens.device)
             return
         # behind a first prompt nothing else is held, and the host need not wait for the device's count
-        self.prompt = list(counts) if len(spans) == 1 else tokens[:, 0].tolist()
+        self.prompt = list(counts)
+        if len(spans) > 1:
+            self.prompt = _prompt_tokens(counts, positions, spans)[:, 0].tolist()
         self._ages = [
             deque(range(min(self.rule.sink(pool), n), n)) for pool, n in zip(self.pools, counts, strict=True)
         ]
@@ -110,6 +108,11 @@ class TextPart:
             return [a + b for a, b in zip(self.counts, kept, strict=True)]
         limits = self.pools if self.rule.policy.joint is not None else [limit for limit, _ in self.rooms()]
         return [min(a + b, most) for a, b, most in zip(self.counts, new, limits, strict=True)]
+
+    @property
+    def by_age(self) -> bool:
+        """Whether of a first prompt the first tokens and the newest stay, by counts alone."""
+        return self.rule.policy.joint is None and self.rule.running is None
 
     def reserve(self, most: int) -> int:
         """Slots to allocate beyond `most` that are held."""
@@ -221,3 +224,9 @@ class TextPart:
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind the scores."""
         return 0 if self.scores is None else self.scores.untyped_storage().nbytes()
+
+
+def _prompt_tokens(counts: list[int], positions: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """How many of each row's first `counts` positions `[B, G, n]` are in the spans, `[B, G]`."""
+    present = torch.arange(positions.shape[-1], device=positions.device) < per_row(counts, positions.device)
+    return (within(positions, spans) & present).sum(dim=-1)

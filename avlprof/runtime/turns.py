@@ -65,7 +65,7 @@ class TurnPrefill(Prefill):
 
     def all_positions(self, positions: Tensor) -> Tensor:
         """Logical positions `[B, G, n + N]` of the held slots and the new tokens, `[B, 1, N]`."""
-        if self.past_positions is None:
+        if not self.past or self.past_positions is None:
             return positions
         groups = self.past_positions.shape[1]
         return torch.cat([self.past_positions, positions.expand(-1, groups, -1)], dim=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.call import AttentionCall
+from avlprof.attention.column_sums import Seen, column_sums, kernels_run
 from avlprof.attention.modality import Modality
 from avlprof.attention.weights import causal_rows, gather_rows, row_weights
 from avlprof.errors import UserError
@@ -83,6 +84,23 @@ class Prefill:
         seen = self._seen(rows)
         query = gather_rows(self.query, rows)
         return row_weights(query, self.key, self.scaling, seen, self.softcap, self.sinks)
+
+    def received(self, rows: Tensor, counted: Tensor) -> Tensor:
+        """Sums of the weights of the rows at `rows [B, R]` that are `counted` (bool), fp32 `[B, H, N]`.
+
+        On CUDA, where attention had no mask of its own, kernels add them up and no weights are written.
+        """
+        if self.mask is not None or self.past or not kernels_run(self.query):
+            return (self.weights(rows) * counted[:, None, :, None]).sum(dim=2)
+        return column_sums(
+            gather_rows(self.query, rows),
+            self.key,
+            self.scaling,
+            Seen(rows=rows, valid=self.valid, causal=self.causal),
+            counted=counted,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
 
     def _seen(self, rows: Tensor) -> Tensor:
         """bool `[B, 1, R, N]`: which keys the rows attend to."""

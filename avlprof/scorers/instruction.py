@@ -24,5 +24,4 @@ class Instruction(Scorer):
 
     def score(self, prefill: Prefill) -> Tensor:
         rows, counted = prefill.text_rows(self.rows)
-        weights = prefill.weights(rows) * counted
-        return weights.sum(dim=2) / counted.sum(dim=2).clamp(min=1)
+        return prefill.received(rows, counted[:, 0, :, 0]) / counted.sum(dim=2).clamp(min=1)

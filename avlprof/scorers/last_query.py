@@ -17,4 +17,5 @@ class LastQuery(Scorer):
     """
 
     def score(self, prefill: Prefill) -> Tensor:
-        return prefill.weights(prefill.last_row[:, None]).squeeze(2)
+        last = prefill.last_row[:, None]
+        return prefill.received(last, last >= 0)

@@ -26,6 +26,5 @@ class Window(Scorer):
         length = prefill.modality.shape[1]
         newest = torch.arange(max(length - self.rows, 0), length, device=prefill.query.device)
         rows = newest.expand(prefill.modality.shape[0], -1)
-        counted = prefill.valid.gather(1, rows)[:, None, :, None]
-        weights = prefill.weights(rows) * counted
-        return weights.sum(dim=2) / counted.sum(dim=2).clamp(min=1)
+        counted = prefill.valid.gather(1, rows)
+        return prefill.received(rows, counted) / counted.sum(dim=1).clamp(min=1)[:, None, None]

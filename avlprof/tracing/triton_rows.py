@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from avlprof.attention.column_sums import Work
 from avlprof.tracing.batch import KEY_BLOCK, BatchRows
 from avlprof.tracing.columns import UNSEEN
 from avlprof.tracing.prompt import KINDS
@@ -61,13 +62,6 @@ def triton_rows(call: PromptRows, plan: BatchRows) -> RowSums:
     """
     with torch.cuda.device(call.query.device if call.query.is_cuda else -1):
         return RowKernels(call, plan).run()
-
-
-class Work(NamedTuple):
-    """What a kernel has to do at least: bytes read and written, and operations of its products."""
-
-    bytes: float
-    operations: float
 
 
 class Tile(NamedTuple):

@@ -1,7 +1,8 @@
 """Search for the best policy at a budget, and prove it.
 
 Names are imported when first asked for: who lists studies, or shows one, needs no model and no
-torch. The verbs are `tune.tune`, `sweep.sweep` and `smallest.smallest`, below `avlprof.tuning`.
+torch. The verbs are `tune.tune`, `sweep.sweep`, `smallest.smallest` and `certify.certified`, below
+`avlprof.tuning`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from avlprof._lazy import exports
 
 if TYPE_CHECKING:
     from avlprof.tuning.candidate import Budget, Candidate
+    from avlprof.tuning.certify import Certified
     from avlprof.tuning.reading import Study, export_policy
     from avlprof.tuning.settings import Settings
     from avlprof.tuning.smallest import Smallest
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Candidate",
+    "Certified",
     "Settings",
     "Smallest",
     "Space",
@@ -42,6 +45,7 @@ __getattr__, __dir__ = exports(
     {
         "Budget": "avlprof.tuning.candidate",
         "Candidate": "avlprof.tuning.candidate",
+        "Certified": "avlprof.tuning.certify",
         "Settings": "avlprof.tuning.settings",
         "Smallest": "avlprof.tuning.smallest",
         "Space": "avlprof.tuning.space",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from avlprof.policy import DENSE, Policy
 from avlprof.runtime.graph import capture
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
+from avlprof.tracing.options import RecordOptions
 from tests.helpers import FEW, few, generate, thinned
 from tests.policies import CORE, KEEP, POLICIES, SCORED
 
@@ -87,7 +89,7 @@ def test_families_are_captured_or_refused(family):
 
 
 def test_a_step_runs_no_python_of_the_model_once_captured(case):
-    """One eager step after the prompt, then one capture of each kind of step, then replays alone."""
+    """One capture of each kind of step, then replays alone."""
     calls = []
     layer = case.model.get_decoder().layers[0]
     hook = layer.register_forward_hook(lambda *_: calls.append(1))
@@ -97,7 +99,7 @@ def test_a_step_runs_no_python_of_the_model_once_captured(case):
             generate(case.model, case.inputs())
     finally:
         hook.remove()
-    assert len(calls) == 1 + 1 + 2 * 3  # a capture runs a step twice before
+    assert len(calls) == 1 + 2 * 3  # a capture runs a step twice before
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
@@ -155,16 +157,77 @@ def test_states_and_tuples_are_given_where_they_are_asked_for():
         assert cache.get_seq_length() == case.inputs()["input_ids"].shape[1] + 5
 
 
-def test_a_recorder_sees_captured_steps(case):
-    inputs = case.inputs(batch=2, seed=3)
-    records = []
-    for captured in (None, AHEAD):
-        with avlprof.apply(case.model, POLICIES["core, k=3"], captured=captured):
-            with avlprof.record(case.model) as recorder:
-                generate(case.model, inputs)
-        records.append([record.scores()["decode"] for record in recorder.records])
-    for a, b in zip(*records, strict=True):
-        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), atol=1e-6, rtol=1e-5)
+def recorded(case, policy, inputs, captured, options, prompts=1):
+    """Tables and scores of all rows of some prompts, and how many steps were captured."""
+    with avlprof.apply(case.model, policy, captured=captured) as runtime:
+        with avlprof.record(case.model, options) as recorder:
+            for _ in range(prompts):
+                generate(case.model, inputs, 9)
+            return [(record.frame(), record.scores()) for record in recorder.records], runtime.captures
+
+
+def assert_recorded_alike(case, policy, inputs, options=None, kinds=1):
+    (plain, none), (replayed, captures) = (
+        recorded(case, policy, inputs, captured, options, prompts=2) for captured in (None, 40)
+    )
+    assert (none, captures) == (0, kinds)
+    for (frame, scores), (other, others) in zip(plain, replayed, strict=True):
+        assert len(frame) == len(other)
+        for row, same in zip(frame, other, strict=True):
+            assert row.keys() == same.keys()
+            for name, value in row.items():
+                if isinstance(value, str):
+                    assert same[name] == value
+                else:
+                    np.testing.assert_allclose(
+                        np.asarray(same[name], float), np.asarray(value, float), atol=1e-5, err_msg=name
+                    )
+        assert scores.keys() == others.keys()
+        for name in scores:
+            pair = (torch.from_numpy(values[name]) for values in (scores, others))
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", thinned(sorted(set(REPLAYED) - {"filter"}), ("dense", "core, k=3", "score only"), ("core, k=3",))
+)
+def test_a_recorder_hears_replayed_steps(case, name):
+    """In batches of rows that differ, with refreshes and text that goes."""
+    policy = DENSE if name == "dense" else POLICIES[name]
+    inputs = case.inputs(batch=3, seed=3, pad=True, text=15, images_per_row=[1, 2, 1])
+    refreshed = policy.refresh_interval > 0 and policy.compute(3) != policy.keep(3)
+    kinds = 1 if not refreshed or policy.refresh_interval == 1 else 2
+    assert_recorded_alike(case, policy, inputs, RecordOptions(per_head=name == "score only"), kinds)
+
+
+@pytest.mark.parametrize("family", thinned(FAMILIES, FEW, ("idefics3",)))
+def test_recorders_of_families_hear_replayed_steps(family):
+    case = FAMILIES[family]()
+    if "sliding_attention" in (getattr(case.model.config.get_text_config(), "layer_types", None) or []):
+        pytest.skip("layers with a sliding window cannot be captured")
+    policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)
+    assert_recorded_alike(case, policy, case.inputs(batch=2, seed=1, pad=True), kinds=2)
+
+
+def test_recorders_come_and_go_between_captured_steps():
+    """Each finds what it finds without capture, and steps that nobody hears keep no queries."""
+    case = random_llava()
+    policy, inputs = POLICIES["core, k=3"], case.inputs()
+    found = []
+    for captured in (None, 40):
+        with avlprof.apply(case.model, policy, captured=captured) as runtime:
+            said = [generate(case.model, inputs).sequences]
+            with avlprof.record(case.model) as first:
+                said.append(generate(case.model, inputs).sequences)
+                with avlprof.record(case.model) as second:
+                    said.append(generate(case.model, inputs).sequences)
+            said.append(generate(case.model, inputs).sequences)
+        assert runtime.captures == (0 if captured is None else 4)
+        assert all(torch.equal(one, said[0]) for one in said)
+        found.append([record.scores()["decode"] for record in [*first.records, *second.records]])
+    assert len(found[0]) == 3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), atol=1e-5, rtol=1e-5)
 
 
 def test_the_model_is_as_it_was_also_after_an_error():
@@ -210,7 +273,7 @@ def test_a_replay_reads_what_tensors_hold_now_and_writes_where_it_wrote():
         top, where = hidden.topk(2, dim=-1)
         state.add_(hidden)[:, 1:].mul_(0.5)
         state.view(-1)[3:9].copy_(given.flatten()[:6])
-        return state.sum() + top.sum() + where.sum()
+        return state.sum() + top.sum() + where.sum(), hidden
 
     _, replay = capture(step, torch.device("cpu"))
     for seed in range(3):
@@ -218,7 +281,8 @@ def test_a_replay_reads_what_tensors_hold_now_and_writes_where_it_wrote():
         before = state.clone()
         want, moved = step(), state.clone()
         state.copy_(before)
-        torch.testing.assert_close(replay(), want)
+        for one, other in zip(replay(), want, strict=True):
+            torch.testing.assert_close(one, other)
         assert torch.equal(state, moved)
 
 
@@ -238,4 +302,4 @@ def test_a_replay_reads_what_tensors_hold_now_and_writes_where_it_wrote():
 def test_what_a_graph_could_not_hold_is_refused(step):
     x = torch.tensor([0.5, -1.0, 2.0])
     with pytest.raises(RuntimeError, match="cannot be replayed"):
-        capture(lambda: step(x), torch.device("cpu"))
+        capture(lambda: (step(x),), torch.device("cpu"))

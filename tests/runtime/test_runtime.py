@@ -32,7 +32,8 @@ from avlprof.policy import (
 from avlprof.runtime.buffers import RESERVE
 from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.layer import AdaptiveLayer
-from avlprof.runtime.layout import RowPlan, Windows, slot_classes
+from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.windows import Windows
 from avlprof.testing.models import cases, random_llava
 from tests.helpers import FEW_MODELS, few, generate, one_row, thinned, waits
 from tests.oracle import NEAR_TIE, Oracle

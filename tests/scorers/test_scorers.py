@@ -12,6 +12,7 @@ from avlprof.errors import UserError
 from avlprof.policy import ScorerSpec
 from avlprof.scorers import SCORERS, make_scorer
 from avlprof.testing.scorers import ScorerConformance, random_prefill
+from tests.interpreted import DEVICE, passes, runs_elsewhere, runs_here
 
 
 @pytest.mark.parametrize("name", SCORERS.names())
@@ -166,3 +167,29 @@ def test_unknown_options_are_refused():
         make_scorer(ScorerSpec(name="last_query", options={"seed": 1}))
     with pytest.raises(UserError, match="did you mean seed"):
         make_scorer(ScorerSpec(name="random", options={"sed": 1}))
+
+
+BY_KERNELS = ("last_query", "instruction", "window")
+
+
+@pytest.mark.full
+@runs_elsewhere
+def test_scores_by_kernels_in_the_interpreter():
+    passes(__file__, len(BY_KERNELS), "-k", "scores_by_kernels_are")
+
+
+@runs_here
+@pytest.mark.parametrize("name", BY_KERNELS)
+def test_scores_by_kernels_are_those_without_them(name, monkeypatch):
+    """Padded rows, learned sinks, a soft cap; where a row is padding it has no score either way."""
+    here = replace(random_prefill(seed=4, pad=3), sinks=torch.linspace(-2, 3, 6), softcap=2.0)
+    scorer = make_scorer(ScorerSpec(name=name))
+    wanted = scorer.score(here)
+    tensors = {part: getattr(here, part) for part in ("query", "key", "value", "modality", "sinks")}
+    there = replace(here, **{part: tensor.to(DEVICE) for part, tensor in tensors.items()})
+    for module in ("attention.column_sums", "scorers._base"):
+        monkeypatch.setattr(f"avlprof.{module}.kernels_run", lambda tensor: True)
+    calls = []
+    monkeypatch.setattr(type(there), "weights", lambda *arguments: calls.append(arguments))
+    torch.testing.assert_close(scorer.score(there).cpu(), wanted, atol=1e-5, rtol=1e-5)
+    assert not calls

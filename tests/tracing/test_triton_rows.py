@@ -17,7 +17,7 @@ from avlprof.tracing.fused import measure_batch
 from avlprof.tracing.prompt import MeasuredRows, PromptAttention, measure_prompt
 from avlprof.tracing.sums import frames
 from tests.helpers import Counted
-from tests.interpreted import DEVICE, passes, runs_elsewhere, runs_here
+from tests.interpreted import DEVICE, Launched, passes, runs_elsewhere, runs_here
 
 PROMPTS = {
     "short": "s1 v20 t7",
@@ -166,17 +166,6 @@ def test_the_kernels_equal_the_plain_way(name, monkeypatch):
                 assert np.isnan(ours[name]) == np.isnan(its[name]), (ours["query"], name)
                 if not np.isnan(its[name]):  # sums in fp32 may need a token more or less
                     assert abs(ours[name] - its[name]) <= 0.26, (ours["query"], ours["head"], name)
-
-
-class Launched:
-    """A kernel that notes its launches in a list, and does not run."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(self.kernel)
-        return lambda *arguments, **constants: None
 
 
 @runs_here

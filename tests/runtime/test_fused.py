@@ -1,0 +1,252 @@
+"""Parts of a decoder that are compiled for captured steps, against the models' own code."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import avlprof
+from avlprof.policy import DENSE, Policy
+from avlprof.runtime.fused import FusedParts, with_global
+from avlprof.testing.families import families
+from avlprof.testing.models import cases, random_llava
+from tests.helpers import generate, thinned
+
+FAMILIES = dict(families()) | dict(cases())
+REFRESHED = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=3)
+AHEAD = 24
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts compilations and runs."""
+
+    def __init__(self):
+        self.compiled = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+COUNTING = Counting()
+torch._dynamo.register_backend(compiler_fn=COUNTING, name="counting")
+
+
+@pytest.fixture(autouse=True)
+def counting():
+    torch._dynamo.reset()
+    COUNTING.compiled = COUNTING.runs = 0
+    yield COUNTING
+    torch._dynamo.reset()
+
+
+def in_place(model):
+    """Modules of the decoder whose forward call is not their own."""
+    return [module for module in model.get_decoder().modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("family", thinned(FAMILIES, list(FAMILIES), ("qwen3_vl", "aya_vision")))
+def test_every_part_compiles_without_a_break(family, counting):
+    """Norms, feed-forward and rotary embedding; logits as before, also where steps cannot be captured."""
+    case = FAMILIES[family]()
+    inputs = case.inputs(batch=2, seed=3, pad=True)
+    parts = FusedParts(case.model, "counting")
+    with torch.no_grad():
+        wanted = case.model(**inputs).logits
+        with parts.in_place():
+            found = case.model(**inputs).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+    assert not parts.refused
+    assert any("Norm" in name for name in parts.names)
+    assert any(name.endswith("MLP") for name in parts.names)
+    assert any(name.endswith("apply_rotary_pos_emb") for name in parts.names)
+    layers = len(case.model.get_decoder().layers)
+    assert counting.runs >= 3 * layers  # a norm, a feed-forward part and a rotation in each
+    assert counting.compiled < 3 * layers  # layers share what is compiled
+    assert not in_place(case.model)
+
+
+@pytest.mark.parametrize("policy", [DENSE, REFRESHED], ids=["dense", "refreshed"])
+def test_replays_run_what_was_compiled_and_prompts_do_not(policy, counting):
+    case = random_llava()
+    inputs, layer = case.inputs(batch=2, pad=True), case.model.get_decoder().layers[0]
+    places = []
+    hook = layer.mlp.register_forward_hook(lambda module, args, _: places.append(args[0].shape[1] == 1))
+    found = []
+    try:
+        for fused in (False, "counting"):
+            with avlprof.apply(case.model, policy, captured=AHEAD, fused=fused) as runtime:
+                said = generate(case.model, inputs, 6).sequences  # else its cache would keep the buffers
+                assert not in_place(case.model)
+                before, steps = counting.runs, runtime.captures
+                again = generate(case.model, inputs, 6)
+                assert runtime.captures == steps
+            assert torch.equal(said, again.sequences)
+            found.append(torch.stack(again.logits))
+            # two norms, a feed-forward part and a rotation a layer, and the last norm, in five steps
+            assert counting.runs - before == ((4 * 3 + 1) * 5 if fused else 0)
+    finally:
+        hook.remove()
+    assert places.count(False) == 4
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
+
+
+def test_another_context_compiles_nothing_again(counting):
+    case = random_llava()
+    compiled = []
+    for _ in range(2):
+        with avlprof.apply(case.model, REFRESHED, captured=AHEAD, fused="counting"):
+            generate(case.model, case.inputs(), 6)
+        compiled.append(counting.compiled)
+    assert compiled[0] == compiled[1] > 0
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_told(counting):
+    case = random_llava()
+    with avlprof.apply(case.model, REFRESHED, captured=AHEAD):
+        generate(case.model, case.inputs(), 6)
+    with avlprof.apply(case.model, REFRESHED, fused="counting"):  # no captured steps to fuse
+        generate(case.model, case.inputs(), 6)
+    assert counting.compiled == 0
+
+
+@pytest.mark.full  # four answers, six captures
+def test_recorders_and_beams_meet_fused_steps(counting):
+    case = random_llava()
+    found = []
+    for fused in (False, "counting"):
+        with avlprof.apply(case.model, REFRESHED, captured=AHEAD, fused=fused):
+            with avlprof.record(case.model) as recorder:
+                said = generate(case.model, case.inputs(), 8)
+            beams = generate(case.model, case.inputs(), 8, num_beams=2)
+        found.append((said.sequences, beams.sequences, recorder.records[0].scores()["decode"]))
+    assert counting.runs > 0
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(*(torch.from_numpy(one[2]) for one in found), atol=1e-5, rtol=1e-5)
+
+
+def test_modules_are_as_they_were_after_an_error():
+    case = random_llava()
+    parts = FusedParts(case.model, "counting")
+
+    def interrupted():
+        with parts.in_place():
+            assert len(in_place(case.model)) == 4 * 3 + 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not in_place(case.model)
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_alone():
+    case = random_llava()
+    own = case.model.get_decoder().layers[1].mlp
+    own.forward = lambda states: states * 0
+    parts = FusedParts(case.model, "counting")
+    with parts.in_place():
+        assert len(in_place(case.model)) == 4 * 3 + 1
+        assert own(torch.ones(2)).sum() == 0
+    assert in_place(case.model) == [own]
+
+
+class Talking(nn.Module):
+    """What no compiler takes as a whole."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states):
+        torch._dynamo.graph_break()
+        return self.inner(states)
+
+
+def test_what_does_not_compile_stays_as_it_is_and_is_told_once(caplog, counting):
+    case = random_llava()
+    with avlprof.apply(case.model, REFRESHED, captured=AHEAD):
+        wanted = generate(case.model, case.inputs(), 6).sequences
+    for layer in case.model.get_decoder().layers:
+        layer.mlp = Talking(layer.mlp)
+    with (
+        caplog.at_level(logging.WARNING, "avlprof"),
+        avlprof.apply(case.model, REFRESHED, captured=AHEAD, fused="counting"),
+    ):
+        assert torch.equal(generate(case.model, case.inputs(), 6).sequences, wanted)
+    told = [record.getMessage() for record in caplog.records if "not fused" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("Talking is not fused in captured steps: ")
+    assert counting.runs > 0  # the norms
+
+
+@torch._dynamo.register_backend(name="broken")
+def broken(graph, inputs):
+    """A backend whose code does not run."""
+
+    def run(*args):
+        raise RuntimeError("no kernel image is available")
+
+    return run
+
+
+def test_what_compiles_and_does_not_run_stays_as_it_is(caplog):
+    case = random_llava()
+    found = []
+    with caplog.at_level(logging.WARNING, "avlprof"):
+        for fused in (False, "broken"):
+            with avlprof.apply(case.model, REFRESHED, captured=AHEAD, fused=fused):
+                found.append(generate(case.model, case.inputs(), 6).sequences)
+    assert torch.equal(*found)
+    assert sum("no kernel image" in record.getMessage() for record in caplog.records) == 3
+
+
+def test_a_function_finds_another_global_through_its_wrappers():
+    def wrapped(function):
+        @functools.wraps(function)
+        def outer(*args, **kwargs):
+            return [function(*args, **kwargs)]
+
+        return outer
+
+    @wrapped
+    @wrapped
+    def answer(*, of=nn.Linear):
+        return nn.Module, of
+
+    copy = with_global(answer, "nn", type("other", (), {"Module": "changed"}))
+    assert copy() == [[("changed", nn.Linear)]]
+    assert answer() == [[(nn.Module, nn.Linear)]]
+
+
+@pytest.mark.slow  # Inductor compiles C++, a minute on a busy core
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_gives_the_same_answers(dtype):
+    case = FAMILIES["qwen2_5_vl-6q2kv"]()
+    model = case.model.to(dtype)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in case.inputs(batch=2, seed=1, pad=True).items()
+    }
+    found = []
+    for fused in (False, True):
+        with avlprof.apply(model, REFRESHED, captured=AHEAD, fused=fused):
+            found.append(generate(model, inputs, 12))
+    plain, fast = (torch.stack(one.logits).float() for one in found)
+    if dtype == torch.float32:
+        assert torch.equal(found[0].sequences, found[1].sequences)
+        torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-5)
+    else:
+        torch.testing.assert_close(fast[:2], plain[:2], atol=0.05, rtol=0.05)
