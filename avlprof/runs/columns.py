@@ -49,7 +49,7 @@ STATS: Final[Mapping[str, Kind]] = {
 }
 
 
-FURTHER: Final[Mapping[str, Kind]] = {"tokens": TEXTS, "seconds": NUMBER}
+FURTHER: Final[Mapping[str, Kind]] = {"tokens": TEXTS, "text_tokens": TEXTS, "seconds": NUMBER}
 """Columns of `samples` that a run can do without."""
 
 
