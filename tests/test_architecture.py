@@ -28,6 +28,7 @@ ORDER = (
     ("evaluation",),
     ("report",),
     ("run",),
+    ("explore",),
     ("plots",),
     ("analysis",),
     ("tracing", "runtime"),

@@ -125,7 +125,7 @@ def trace_batch(
     tables = [(record, record.frame(), record.scores()) for record in recorder.records]
     seconds = (time.monotonic() - started) / len(samples)
     layouts = loaded.adapter.vision_layout(encoding, chats)
-    traced = []
+    traced: list[Traced] = []
     for sample, answer, text, tiles, (record, stats, scores) in zip(
         samples, answers, texts, layouts, tables, strict=True
     ):
