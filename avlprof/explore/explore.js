@@ -382,15 +382,12 @@
       const holder = make("div", { class: "gridholder" });
       if (!own) return holder;
       if (now.length > 1) holder.append(make("h3", {}, data.sides[s].label));
-      const canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "grid", "data-side": s });
-      canvas.addEventListener("click", (event) => {
-        const box = canvas.getBoundingClientRect(), cell = own.layout.at(event.clientX - box.left, event.clientY - box.top);
-        if (cell) enter(s, cell.layer, cell.column);
-      });
-      canvas.addEventListener("mousemove", (event) => {
-        const box = canvas.getBoundingClientRect(), cell = own.layout.at(event.clientX - box.left, event.clientY - box.top);
-        canvas.title = cell && cell.column >= 0 ? cellText(own, cell.layer, cell.column) : "";
-      });
+      const labels = make("canvas", { class: "labels", "aria-hidden": "true" });
+      const canvas = make("canvas", { class: "cells", tabindex: "0", role: "application", "aria-roledescription": "grid", "data-side": s });
+      const under = (event, from) => { const box = from.getBoundingClientRect(); return own.layout.at(event.clientX - box.left, event.clientY - box.top); };
+      canvas.addEventListener("click", (event) => { const cell = under(event, canvas); if (cell) enter(s, cell.layer, cell.column); });
+      labels.addEventListener("click", (event) => { const cell = under(event, labels); if (cell) enter(s, cell.layer, own.grid.byHead ? state.head : state.words[s]); });
+      canvas.addEventListener("mousemove", (event) => { const cell = under(event, canvas); canvas.title = cell ? cellText(own, cell.layer, cell.column) : ""; });
       canvas.addEventListener("keydown", (event) => {
         const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
         if (event.key === "Escape") { state.patch = null; draw(); }
@@ -399,101 +396,105 @@
         const column = own.grid.byHead ? state.head : state.words[s];
         enter(s, Math.min(own.grid.layers - 1, Math.max(-1, state.layer + moves[0])), Math.min(own.grid.columns - 1, Math.max(0, column + moves[1])));
       });
-      holder.append(make("div", { class: "wide bare" }, canvas));
+      holder.append(make("div", { class: "wide frozen" }, labels, canvas));
       return holder;
     }));
   }
   function enter(s, layer, column) {
     stop();
     state.layer = layer;
-    if (now[s].grid.byHead) { state.head = layer < 0 || column < 0 ? -1 : column; draw(); }
+    if (now[s].grid.byHead) { state.head = layer < 0 ? -1 : column; draw(); }
     else choose(s, column);
   }
   function cellText(own, layer, column) {
     const what = own.grid.byHead ? `head ${column}` : `“${shown(own.side.words[column].text)}”`;
     return `${layer < 0 ? "mean of layers" : `layer ${layer}`}, ${what}: ${percent(own.grid.shares[layer + 1][column])}`;
   }
+  function layoutOf(own, room) {
+    const grid = own.grid, count = grid.layers + 1, bar = 58, left = 42 + bar + 8;
+    const w = Math.max(7, Math.min(34, (room - left - 26) / grid.columns)), h = count <= 9 ? 26 : count <= 17 ? 20 : 13;
+    const top = grid.byHead ? 20 : w >= 10 ? 74 : 8, y = (layer) => top + h * (layer + 1) + (layer >= 0 ? 6 : 0);
+    return { w, h, top, y, bar, left, width: w * grid.columns + 26, height: y(grid.layers) + 6, at: (px, py) => {
+      const column = Math.floor(px / w), layer = py < y(-1) + h + 3 ? -1 : Math.floor((py - y(0)) / h);
+      return py >= top && layer < grid.layers && column < grid.columns ? { layer, column } : null;
+    } };
+  }
   function drawGrids() {
-    const stops = isDark() ? NIGHT : HEAT, ink = token("--ink"), soft = token("--soft"), accent = token("--accent");
-    for (const canvas of document.querySelectorAll("#grids canvas")) {
-      const s = Number(canvas.dataset.side), own = now[s], grid = own.grid, count = grid.layers + 1;
-      const room = canvas.parentElement.clientWidth, bar = 58, left = 42 + bar + 8;
-      const w = Math.max(9, Math.min(34, (room - left - 26) / grid.columns)), h = count <= 9 ? 26 : count <= 17 ? 20 : 13;
-      const labels = w >= 10, top = grid.byHead ? 20 : labels ? 74 : 8, width = left + w * grid.columns + 26, height = top + h * count + 10;
-      canvas.style.width = `${width}px`;
-      canvas.style.height = `${height}px`;
-      const context = canvasOf(canvas, width, height), most = Math.max(largest(grid.most), 1e-12);
-      const chosen = grid.byHead ? state.head : state.words[s];
-      const masses = own.side.masses[own.side.words[state.words[s]].kind === "answer" && own.side.words[state.words[s]].rows[0] > 0 ? "generated" : "last"];
-      const y = (layer) => top + h * (layer + 1) + (layer >= 0 ? 6 : 0);
-      own.layout = { at: (px, py) => {
-        const column = Math.floor((px - left) / w), layer = py < y(-1) + h + 3 ? -1 : Math.floor((py - y(0)) / h);
-        return py >= top && layer < grid.layers && column < grid.columns ? { layer, column: column < 0 ? chosen : column } : null;
-      }, x: (column) => left + w * (column + 0.5), y: (layer) => y(layer) + h / 2 };
-      context.font = `${Math.min(12, h)}px system-ui, sans-serif`;
-      context.textBaseline = "middle";
-      for (let layer = -1; layer < grid.layers; layer++) {
-        const bold = layer === own.layer;
-        context.fillStyle = bold ? ink : soft;
-        context.font = `${bold ? "bold " : ""}${Math.min(12, h - 1)}px system-ui, sans-serif`;
-        context.textAlign = "right";
-        context.fillText(layer < 0 ? "mean" : String(layer), 36, y(layer) + h / 2);
-        if (layer >= 0 && masses) {
-          let x = 42;
-          masses[layer].forEach((share, i) => {
-            context.fillStyle = BARS[data.masses[i]];
-            context.fillRect(x, y(layer) + 1.5, share * bar, h - 3);
-            x += share * bar;
-          });
-        }
-        for (let column = 0; column < grid.columns; column++) {
-          context.fillStyle = colour(stops, Math.pow(grid.shares[layer + 1][column] / most, state.patch ? 0.5 : 1));
-          const x = Math.round(left + w * column);
-          context.fillRect(x, y(layer), Math.round(left + w * (column + 1)) - x - (w > 14 ? 1 : 0), h - (h > 14 ? 1 : 0));
-        }
-      }
-      context.strokeStyle = token("--line");
-      context.lineWidth = 1;
-      context.strokeRect(left - 0.5, y(0) - 0.5, w * grid.columns + 1, h * grid.layers + 1);
-      drawColumnNames(context, own, { left, w, top, bottom: y(grid.layers), chosen, ink, soft });
-      context.strokeStyle = accent;
-      context.lineWidth = 2;
-      context.strokeRect(left, y(own.layer), w * grid.columns, h);
-      if (chosen >= 0) {
-        context.strokeRect(left + w * chosen, top + h * 0, w, h * count + 6);
-        context.lineWidth = 3;
-        context.strokeRect(left + w * chosen, y(own.layer), w, h);
-      }
+    for (const canvas of document.querySelectorAll("#grids canvas.cells")) {
+      const s = Number(canvas.dataset.side), own = now[s], grid = own.grid, view = canvas.parentElement;
+      const lay = (own.layout = layoutOf(own, view.clientWidth)), chosen = grid.byHead ? state.head : state.words[s];
+      drawLabels(view.querySelector("canvas.labels"), own, s, lay);
+      drawCells(canvas, own, lay, chosen);
       canvas.setAttribute("aria-label", `${grid.byHead ? "Layers by heads" : "Layers by words"}, ${data.sides[s].label}. ${chosen >= 0 ? cellText(own, own.layer, chosen) : ""}`);
-      const view = canvas.parentElement, at = left + w * Math.max(chosen, 0);
-      if (at < view.scrollLeft + left || at + w > view.scrollLeft + view.clientWidth) view.scrollLeft = Math.max(0, at - view.clientWidth / 2);
+      const at = lay.w * Math.max(chosen, 0), open = view.clientWidth - lay.left;
+      if (at < view.scrollLeft || at + lay.w > view.scrollLeft + open) view.scrollLeft = Math.max(0, at - open / 2);
     }
   }
-  function drawColumnNames(context, own, { left, w, top, bottom, chosen, ink, soft }) {
-    const grid = own.grid, kinds = own.side.words;
-    context.textAlign = "left";
-    if (grid.byHead) {
-      const step = w >= 18 ? 1 : 4;
-      context.textAlign = "center";
-      for (let column = 0; column < grid.columns; column += step) {
-        context.fillStyle = column === chosen ? ink : soft;
-        context.font = "11px system-ui, sans-serif";
-        context.fillText(String(column), left + w * (column + 0.5), top - 9);
+  function drawLabels(canvas, own, s, lay) {
+    canvas.style.width = `${lay.left}px`;
+    canvas.style.height = `${lay.height}px`;
+    const context = canvasOf(canvas, lay.left, lay.height), word = own.side.words[state.words[s]];
+    const masses = own.side.masses[word.kind === "answer" && word.rows[0] > 0 ? "generated" : "last"];
+    context.textBaseline = "middle";
+    context.textAlign = "right";
+    for (let layer = -1; layer < own.grid.layers; layer++) {
+      const bold = layer === own.layer;
+      context.fillStyle = token(bold ? "--ink" : "--soft");
+      context.font = `${bold ? "bold " : ""}${Math.min(12, lay.h - 1)}px system-ui, sans-serif`;
+      context.fillText(layer < 0 ? "mean" : String(layer), 36, lay.y(layer) + lay.h / 2);
+      let x = 42;
+      for (const [i, share] of layer >= 0 && masses ? masses[layer].entries() : []) {
+        context.fillStyle = BARS[data.masses[i]];
+        context.fillRect(x, lay.y(layer) + 1.5, share * lay.bar, lay.h - 3);
+        x += share * lay.bar;
       }
-      return;
     }
-    for (let column = 0; column < grid.columns && w >= 10; column++) {
+  }
+  function drawCells(canvas, own, lay, chosen) {
+    const { w, h, y, width, height } = lay, grid = own.grid, stops = isDark() ? NIGHT : HEAT;
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+    const context = canvasOf(canvas, width, height), most = Math.max(largest(grid.most), 1e-12);
+    for (let layer = -1; layer < grid.layers; layer++) for (let column = 0; column < grid.columns; column++) {
+      context.fillStyle = colour(stops, Math.pow(grid.shares[layer + 1][column] / most, state.patch ? 0.5 : 1));
+      const x = Math.round(w * column);
+      context.fillRect(x, y(layer), Math.round(w * (column + 1)) - x - (w > 14 ? 1 : 0), h - (h > 14 ? 1 : 0));
+    }
+    context.strokeStyle = token("--line");
+    context.lineWidth = 1;
+    context.strokeRect(0.5, y(0) - 0.5, w * grid.columns, h * grid.layers + 1);
+    context.textBaseline = "middle";
+    drawColumnNames(context, own, lay, chosen);
+    context.strokeStyle = token("--accent");
+    context.lineWidth = 2;
+    context.strokeRect(1, y(own.layer), w * grid.columns - 1, h);
+    if (chosen < 0) return;
+    context.strokeRect(w * chosen + 1, y(-1), w - 1, h * (grid.layers + 1) + 6);
+    context.lineWidth = 3;
+    context.strokeRect(w * chosen + 1, y(own.layer), w - 1, h);
+  }
+  function drawColumnNames(context, own, { w, y, top }, chosen) {
+    const grid = own.grid, kinds = own.side.words, ink = token("--ink"), soft = token("--soft");
+    const font = (column, style = "") => { context.fillStyle = column === chosen ? ink : soft; context.font = `${column === chosen ? "bold " : ""}${style}11px system-ui, sans-serif`; };
+    context.textAlign = grid.byHead ? "center" : "left";
+    for (let column = 0; grid.byHead && column < grid.columns; column += w >= 18 ? 1 : 4) {
+      font(column);
+      context.fillText(String(column), w * (column + 0.5), top - 9);
+    }
+    const step = Math.ceil(12 / w), near = (column) => column !== chosen && Math.abs(column - chosen) < step;
+    for (let column = 0; !grid.byHead && w >= 10 && column < grid.columns; column++) {
+      if (column !== chosen && (column % step || near(column))) continue;
+      const last = kinds[column].kind === "last", text = last ? "last prompt" : shown(kinds[column].text);
       context.save();
-      context.translate(left + w * (column + 0.5), top - 5);
+      context.translate(w * (column + 0.5), top - 5);
       context.rotate(-Math.PI / 3);
-      context.fillStyle = column === chosen ? ink : soft;
-      context.font = `${column === chosen ? "bold " : ""}${kinds[column].kind === "last" ? "italic " : ""}11px system-ui, sans-serif`;
-      const text = kinds[column].kind === "last" ? "last prompt" : shown(kinds[column].text);
+      font(column, last ? "italic " : "");
       context.fillText(text.length > 11 ? `${text.slice(0, 10)}…` : text, 0, 0);
       context.restore();
     }
-    const border = kinds.findIndex((word) => word.kind === "answer");
-    if (border > 0) { context.fillStyle = ink; context.fillRect(Math.round(left + w * border) - 1, top - 5, 2, bottom - top + 5); }
+    const border = grid.byHead ? -1 : kinds.findIndex((word) => word.kind === "answer");
+    context.fillStyle = ink;
+    if (border > 0) context.fillRect(Math.round(w * border) - 1, top - 5, 2, y(grid.layers) - top + 5);
   }
 
   /* --- words about it */

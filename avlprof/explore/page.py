@@ -159,7 +159,8 @@ def _sample(sides: Sequence[Side], sample: str, pictures: Pictures, heads: bool)
             for picture in pictures(sample)
         ]
     except UserError as error:
-        note = f"The pictures are missing: {cut(str(error), 300)}."
+        sees = int(sides[0].records[sample].row["vision"]) > 0
+        note = f"The pictures are missing: {cut(str(error), 300)}." if sees else ""
     own = []
     for each in sides:
         record = each.records.get(sample)
