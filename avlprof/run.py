@@ -216,6 +216,9 @@ class Run:
         if against is not None:
             sides.append(Side(names[1], against.meta, records(against.directory, ids)))
         if policy is not None:
+            if loaded is None:
+                raise UserError("a policy is explored by running the model under it; give loaded")
+            self.check_model(loaded)
             sides.append(self._under(policy, loaded, find_samples(self.directory, ids, source), watch))
         return Explorer.of(sides, ids, lambda sample: find_pictures(self.directory, sample, source))
 
@@ -231,15 +234,10 @@ class Run:
             raise UserError(f"sample '{missing}' is not in run {self.path}")
         return ids
 
-    def _under(
-        self, policy: Policy, loaded: LoadedModel | None, samples: Sequence[Sample], watch: Watch
-    ) -> Side:
+    def _under(self, policy: Policy, loaded: LoadedModel, samples: Sequence[Sample], watch: Watch) -> Side:
         from avlprof.explore import Side
         from avlprof.explore.states import run_under
 
-        if loaded is None:
-            raise UserError("a policy is explored by running the model under it; give loaded")
-        self.check_model(loaded)
         found = run_under(loaded, samples, policy, self.meta, watch)
         label = policy.name or policy.hash
         return Side(

@@ -109,7 +109,7 @@ def _pieces(row: Mapping[Any, Any], name: str, count: int) -> list[str]:
 
 
 def _word_maps(record: Record, meta: RunMeta, words: Sequence[Word], suffix: str) -> Array:
-    """Means over the rows of each word, fp32 `[words, layers, vision]`; of heads with an axis before vision."""
+    """Means over each word's rows, fp32 `[words, layers, vision]`; of heads with an axis before vision."""
     scores = record.scores
     name = "text" if "text" in scores else "instruction"
     try:

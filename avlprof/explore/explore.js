@@ -2,7 +2,7 @@
 /* The page of `avlprof explore`. All data is in the element #data; every text goes in as text, never as HTML. */
 (() => {
   const $ = (id) => document.getElementById(id);
-  const LEVELS = 63, PARTS = 15;
+  const LEVELS = 47, PARTS = 15;
   const HEAT = [[255, 255, 255], [253, 212, 158], [252, 141, 89], [215, 48, 31], [127, 0, 0]];
   const NIGHT = [[28, 34, 42], [92, 38, 28], [186, 66, 38], [252, 141, 89], [255, 236, 210]];
   const BARS = { sink: "#6B6B6B", system: "#B9B9B9", vision: "#0072B2", text: "#E69F00", generated: "#009E73", learned_sink: "#CC79A7" };
