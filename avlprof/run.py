@@ -13,6 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from avlprof.analysis import Profile
+from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
 from avlprof.files import checked_path, write_text
 from avlprof.models.chat import one_line
@@ -238,6 +239,8 @@ class Run:
         from avlprof.explore import Side
         from avlprof.explore.states import run_under
 
+        if policy.allocator is not None:
+            policy = resolve(policy, self.profile(watch).evidence())
         found = run_under(loaded, samples, policy, self.meta, watch)
         label = policy.name or policy.hash
         return Side(

@@ -66,17 +66,22 @@ class Explorer:
         Args:
             pictures: the pictures of a sample, in the order of its tiles; where it raises a `UserError`
                 the page says why there are none.
-            heads_bytes: bounds the maps of single heads, which a run with `per_head` has.
+            heads_bytes: bounds the maps of single heads, which a run with `per_head` has; the first sample
+                has them in any case, and none does behind one whose maps go beyond.
 
         Raises:
             UserError: there is no sample, or one's scores do not fit the run.
         """
         if not ids:
             raise UserError("an explorer needs a sample; give the id of one that was traced, or trace some")
-        meta, left, samples = sides[0].meta, heads_bytes, []
+        meta, left = sides[0].meta, heads_bytes
+        samples: list[dict[str, Any]] = []
         for sample in ids:
             shown = _sample(sides, sample, pictures, left > 0)
-            left -= sum(len(own["heads"]["levels"]) for own in shown["sides"] if own and own["heads"])
+            taken = sum(len(own["heads"]["levels"]) for own in shown["sides"] if own and own["heads"])
+            if taken > left and samples:  # the first sample has its heads in any case
+                shown["sides"] = [own and {**own, "heads": None} for own in shown["sides"]]
+            left = max(left - taken, 0)
             samples.append(shown)
         data = {
             "format": FORMAT,

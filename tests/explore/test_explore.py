@@ -190,6 +190,9 @@ def test_heads_are_bounded(run):
     side = Side("dense", run.meta, records(run.directory, ["one", "two"]))
     short = Explorer.of([side], ["one", "two"], lambda sample: [], heads_bytes=1)
     assert [bool(sample["sides"][0]["heads"]) for sample in short.data["samples"]] == [True, False]
+    first = len(whole.data["samples"][0]["sides"][0]["heads"]["levels"])
+    short = Explorer.of([side], ["one", "two"], lambda sample: [], heads_bytes=first + 10)
+    assert [bool(sample["sides"][0]["heads"]) for sample in short.data["samples"]] == [True, False]
 
 
 # --- a policy
@@ -263,7 +266,7 @@ def test_own_pictures_are_run_under_a_policy(tmp_path, tiny):
     Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "mine.png")
     task = avlprof.picture_task(tmp_path / "mine.png", "describe the image.")
     run = avlprof.trace(tiny, task, 1, TraceSettings(max_new_tokens=4), out=tmp_path / "run")
-    page = run.explore(policy=find_policy("uniform"), loaded=tiny)
+    page = run.explore(policy=find_policy("prefixkv"), loaded=tiny)  # whose allocator asks for a profile
     assert page.data["samples"][0]["sides"][1]["states"]["rows"]
 
 
