@@ -30,6 +30,7 @@ from avlprof.runtime.halves import Arguments, Function, Halves, cut, followed, f
 
 _ROTARY = "apply_rotary_pos_emb"  # a global of modeling files
 _SHAPES = 256  # that one function may be compiled for: batches, heads, precisions
+_FAILURES = (torch._dynamo.exc.TorchDynamoException, RuntimeError)  # of a compiler, or of a launch
 _log = logging.getLogger(__name__)
 
 Part = tuple[nn.Module, str, Function]  # a module, the name of the part, the forward call to put in place
@@ -85,8 +86,8 @@ class FusedParts:
         """`backend` of `torch.compile`."""
         self.refused: dict[str, str] = {}
         self._backend = backend
-        self._compiled: dict[Function, Function] = {}
-        self._cuts: dict[Any, Halves | None] = {}
+        self._known: dict[Function, Function] = {}
+        self._cuts: dict[Any, Halves] = {}
         self._ahead: _Ahead | None = None
         self._told: set[str] = set()
         decoder = decoder_of(model)
@@ -112,9 +113,12 @@ class FusedParts:
 
         Inside no gradients are kept, and tensors count their changes, in an inference mode too.
         """
-        layers = [(module, layer.name, partial(self._layer, layer)) for module, layer in self._layers.items()]
+        layers: list[Part] = [
+            (module, layer.name, partial(self._layer, layer)) for module, layer in self._layers.items()
+        ]
+        parts = [part for part in (*self._parts, *layers) if "forward" not in vars(part[0])]
         try:
-            with torch.inference_mode(False), torch.no_grad(), _placed([*self._parts, *layers]):
+            with torch.inference_mode(False), torch.no_grad(), _placed(parts):
                 yield
         finally:
             self._ahead = None
@@ -156,32 +160,40 @@ class FusedParts:
 
     def _layer(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
         """Call a layer, by halves if they can be compiled."""
-        known = numbered(args, kwargs)
+        module, following, known = layer.module, layer.following, numbered(args, kwargs)
         halves = self._halves(layer, known)
         if halves is None:
-            return self._by_parts(layer, *args, **kwargs)
-        before, following = self._before(layer.following, known), layer.following
-        values = self._given(layer.name, layer.module, halves.before, [known[name] for name in halves.takes])
+            return self._by_parts(layer, args, kwargs)
+        before = self._before(following, known)
+        inputs = [known[name] for name in halves.takes]
+        values = self._taken(module, halves.before, inputs)
+        if values is None:
+            values = self._half(layer.name, halves.before, module, *inputs)
+        if values is None:
+            return self._by_parts(layer, args, kwargs)
         known |= zip(halves.gives, values, strict=True)
-        halves.attend(layer.module, known)
+        attended = halves.attend(module, known)
         needs = [known[name] for name in halves.needs]
         if before is None or following is None or not halves.one:
-            return self._run(layer.name, halves.after, layer.module, *needs)
-        both = followed(halves.after, before)
-        states, *values = self._run(layer.name, both, layer.module, following, *needs)
-        self._ahead = _Ahead(following, before, states, states._version, tuple(values))
-        return states
+            output = self._half(layer.name, halves.after, module, *needs)
+        else:
+            output = self._half(layer.name, followed(halves.after, before), module, following, *needs)
+            if output is not None:
+                output, *values = output
+                self._ahead = _Ahead(following, before, output, output._version, tuple(values))
+        return self._by_parts(layer, args, kwargs, attended) if output is None else output
 
     def _norm(self, norm: nn.Module, states: Tensor) -> Any:
-        """Call the norm behind the last layer."""
-        return self._given(type(norm).__name__, norm, _listed(type(norm).forward), [states])[0]
+        """Call the norm behind the last layer, which that may have worked out."""
+        forward = type(norm).forward
+        values = self._taken(norm, _listed(forward), [states])
+        return self._run(type(norm).__name__, forward, norm, states) if values is None else values[0]
 
-    def _given(self, name: str, module: nn.Module, before: Function, inputs: list[Any]) -> Any:
-        """What `before` of a module gives, which the layer in front of it may have worked out."""
+    def _taken(self, module: nn.Module, before: Function, inputs: list[Any]) -> tuple[Tensor, ...] | None:
+        """What `before` of a module gives, if the layer in front of it has worked it out."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and len(inputs) == 1 and ahead.serves(module, before, inputs[0]):
-            return ahead.values
-        return self._run(name, before, module, *inputs)
+        known = ahead is not None and len(inputs) == 1 and ahead.serves(module, before, inputs[0])
+        return ahead.values if ahead is not None and known else None
 
     def _before(self, module: nn.Module | None, arguments: Arguments) -> Function | None:
         """What a module, if it is called with such arguments, works out of the states before it alone."""
@@ -205,48 +217,66 @@ class FusedParts:
                 return None
         return self._cuts[key]
 
-    def _by_parts(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
-        """Call a layer whose parts are compiled, and say so if that is not told by one of them."""
-        with _placed(layer.parts):
+    def _by_parts(self, layer: _Layer, args: Any, kwargs: Any, attended: Any = None) -> Any:
+        """Call a layer whose parts are compiled; if it has attended already, without attending again.
+
+        Of a layer that is refused a warning says so, unless it does of one of its parts.
+        """
+        parts = layer.parts
+        if attended is not None:
+            parts = [*parts, (layer.module.get_submodule(layer.attention), "", lambda *_, **__: attended)]
+        with _placed(parts):
             output = type(layer.module).forward(layer.module, *args, **kwargs)
         if layer.name in self.refused and not any(name in self.refused for _, name, _ in layer.parts):
             self._tell(layer.name, "is fused without its residual additions in captured steps")
         return output
 
     def _run(self, name: str, stock: Function, *args: Any, **kwargs: Any) -> Any:
-        """Call a part or half, compiled if it can be."""
-        if name in self.refused:
-            return stock(*args, **kwargs)
-        if stock not in self._compiled:
-            self._compiled[stock] = self._compile(stock)
+        """Call a part, compiled if it can be."""
+        if name not in self.refused:
+            try:
+                return opaquely(self._compiled(stock), *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except _FAILURES as error:
+                self.refused[name] = _first_line(error)
+                self._tell(name, "is not fused in captured steps")
+        return stock(*args, **kwargs)
+
+    def _half(self, name: str, half: Function, *args: Any) -> Any:
+        """What a half of a layer gives, compiled; None where it cannot be."""
         try:
-            return opaquely(self._compiled[stock], *args, **kwargs)
+            return opaquely(self._compiled(half), *args)
         except torch.OutOfMemoryError:
             raise
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:  # of compiler, or of a launch
+        except _FAILURES as error:
             self.refused[name] = _first_line(error)
-            if all(layer.name != name for layer in self._layers.values()):
-                self._tell(name, "is not fused in captured steps")
-            return stock(*args, **kwargs)
+            return None
 
     def _tell(self, name: str, what: str) -> None:
         if name not in self._told:
             self._told.add(name)
             _log.warning("%s %s: %s", name, what, self.refused[name])
 
-    def _compile(self, stock: Function) -> Function:
-        """A part that runs compiled, in contexts too, where what is compiled runs eagerly else.
+    def _compiled(self, stock: Function) -> Function:
+        """A function that runs compiled, in contexts too, where what is compiled runs eagerly else.
 
-        They do so for the sake of attention, which is in no part.
+        They do so for the sake of attention, which is in none.
         """
-        compiled = torch.compile(stock, fullgraph=True, dynamic=False, backend=self._backend)
-        limits = {"recompile_limit": _SHAPES, "accumulated_recompile_limit": _SHAPES}
+        if stock not in self._known:
+            self._known[stock] = _compiled(stock, self._backend)
+        return self._known[stock]
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.compiler.set_stance("default"), torch._dynamo.config.patch(limits):
-                return compiled(*args, **kwargs)
 
-        return run
+def _compiled(stock: Function, backend: str) -> Function:
+    compiled = torch.compile(stock, fullgraph=True, dynamic=False, backend=backend)
+    limits = {"recompile_limit": _SHAPES, "accumulated_recompile_limit": _SHAPES}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("default"), torch._dynamo.config.patch(limits):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -254,8 +284,11 @@ def _placed(parts: Iterable[Part]) -> Iterator[None]:
     """Have modules call what is put in the place of their forward call."""
     with contextlib.ExitStack() as stack:
         for module, _, forward in parts:
+            if "forward" in vars(module):
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(vars(module).pop, "forward")
             module.forward = forward
-            stack.callback(vars(module).pop, "forward")
         yield
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 _FIXED = (bool, int, float, str, type(None))  # arguments that a layer's code may ask about
-_ATTENDED = "attended"
-_PLACE = "positional_"
+_ATTENDED = "attended"  # the name of what attention returns
+_PLACE = "positional_"  # names of arguments that come without one
 
 Function = Callable[..., Any]
 Arguments = dict[str, Any]
@@ -52,24 +52,27 @@ class Halves:
     one: bool
     """Whether the layer returns one tensor."""
 
-    def attend(self, layer: nn.Module, known: Arguments) -> None:
-        """Call the layer's attention module with values known by name, and add what it returns to them."""
+    def attend(self, layer: nn.Module, known: Arguments) -> Any:
+        """What the layer's attention module returns, called with values known by name; known from then on."""
         args, kwargs = fx.node.map_arg(
             (self.attention.args, self.attention.kwargs), lambda node: known[_name(node)]
         )
         known[_ATTENDED] = layer.get_submodule(str(self.attention.target))(*args, **kwargs)
+        return known[_ATTENDED]
 
 
 def cut(layer: nn.Module, attention: str, arguments: Arguments) -> Halves:
-    """The halves of a layer, whose child `attention` it calls once, as it is called with such `arguments`.
+    """The halves of a layer whose child `attention` it calls once, as it is called with such `arguments`.
+
+    Of the arguments those that are numbers, names, switches or None may decide what the code does.
 
     Raises:
         Exception: of any kind, since the layer's code runs on stand-ins: it cannot be cut.
     """
     graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = _Writer(graph)
     inputs = {
-        name: value if isinstance(value, _FIXED) else fx.Proxy(graph.placeholder(name), tracer)
+        name: value if isinstance(value, _FIXED) else tracer.proxy(graph.placeholder(name))
         for name, value in arguments.items()
     }
     args = [value for name, value in inputs.items() if name.startswith(_PLACE)]
@@ -125,13 +128,32 @@ def _shell(layer: nn.Module, graph: fx.Graph, tracer: fx.proxy.TracerBase) -> nn
         vars(layer)
         | {"_modules": {}, "_parameters": {}, "_buffers": {}}
         | {name: _Child(name, child, tracer) for name, child in layer.named_children()}
-        | {name: fx.Proxy(graph.get_attr(name), tracer) for name, _ in tensors}
+        | {name: tracer.proxy(graph.get_attr(name)) for name, _ in tensors}
     )
     return shell
 
 
+class _StandIn(fx.Proxy):
+    """A value that no code may ask for its kind, since it would not say the right one."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        raise RuntimeError("its code asks for the kind of a value")
+
+
+class _Writer(fx.proxy.GraphAppendingTracer):
+    """Writes a graph by what happens to stand-ins."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
+
+
 class _Child:
-    """Stands for a module: a call is written down, plain attributes are its own."""
+    """Stands for a module: a call is written down, class and plain attributes are the module's."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # which `isinstance` asks for
+        return type(self._module)
 
     def __init__(self, name: str, module: nn.Module, tracer: fx.proxy.TracerBase) -> None:
         self._name, self._module, self._tracer = name, module, tracer
@@ -152,11 +174,12 @@ def _name(node: fx.Node) -> str:
 
 
 def _function(kind: type, nodes: list[fx.Node], output: Any) -> tuple[tuple[str, ...], Function]:
-    """Names of what nodes need from elsewhere, and the function of a layer and of those that runs them."""
+    """Names of what some nodes read of others, and a function of a layer and of that, which runs them."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    read = [node for later in nodes for node in later.all_input_nodes]
+    fx.node.map_arg(output, read.append)
     inside = set(nodes)
-    needed = dict.fromkeys(node for later in nodes for node in later.all_input_nodes if node not in inside)
-    fx.node.map_arg(output, lambda node: needed.setdefault(node) if node not in inside else None)
+    needed = [node for node in dict.fromkeys(read) if node not in inside]
     for node in needed:
         copies[node] = graph.placeholder(_name(node))
     for node in nodes:
