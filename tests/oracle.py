@@ -116,6 +116,7 @@ class Oracle:
         else:
             scan = Scan(self, module.layer_idx, heads // groups, logits, seen, v)
             scan.sinks = s_aux
+            scan.states = query[0].double(), key[0].double(), value[0].double(), scaling, softcap
             out = scan.run()
         return out.transpose(0, 1)[None].to(query.dtype), None
 
@@ -143,6 +144,29 @@ def joined(turns, answer_types):
     return full
 
 
+def to_middle(number):
+    """How far a number is from where half precision rounds it to another one; 0 is never."""
+    if number == 0:
+        return math.inf
+    spacing = 2.0 ** (math.floor(math.log2(abs(number))) - 10)
+    return spacing / 2 - abs(float(number) - float(number.half()))
+
+
+def quantised(numbers, bits, trace):
+    """A token's numbers after few bits: the nearest steps between the least and the largest of a group."""
+    found, most = [], 2**bits - 1
+    group = max(n for n in range(1, 33) if len(numbers) % n == 0)
+    for part in numbers.split(group):
+        low = part.min().half().double()
+        exact = (part.max() - low) / most
+        scale = exact.half().double()
+        codes = (part - low) / scale if scale > 0 else torch.zeros_like(part)
+        near = float((codes.frac().abs() - 0.5).abs().min() * scale)
+        trace.gap = min(trace.gap, 10 * near, 10 * to_middle(part.min()), 10 * most * to_middle(exact))
+        found.append(codes.round().clamp(0, most) * scale + low)
+    return torch.cat(found)
+
+
 def sink_of(sinks, head):
     """A head's learned sink: its logit; None where the model has none."""
     return None if sinks is None else sinks[head].double()
@@ -160,6 +184,7 @@ class Scan:
     """One layer, token by token."""
 
     sinks = None  # learned logits of the heads
+    states = None  # queries, keys and values, the factor and the soft cap of the products
 
     def __init__(self, oracle, layer, size, logits, seen, v):
         self.o, self.policy, self.trace, self.layer = oracle, oracle.policy, oracle.trace, layer
@@ -182,6 +207,8 @@ class Scan:
         self.kept = [set() for _ in self.vgroups]
         self.core = [set() for _ in self.vgroups]
         self.core_size = 0
+        self.packed = [set() for _ in self.vgroups]
+        self.size, self.bits = size, per_layer(policy.vision_bits, layer)
         self.text = [[] for _ in self.tgroups]
         self.h = [{} for _ in self.tgroups]
         self.seen_text = self.pool = 0
@@ -245,6 +272,7 @@ class Scan:
             if start > 0:
                 best = weights[end - 1][members].mean(0).tolist()
             self.core[g] = top(best, sorted(self.kept[g]), self.core_size, trace)
+        self.pack()
         trace.cores[self.layer].append(list(self.core))
         text = [i for i in alive if i not in vision_all and i not in self.o.system]
         self.seen_text += len(text)
@@ -298,6 +326,25 @@ class Scan:
             top(row[members].mean(0).tolist(), sorted(kept), self.core_size, self.trace)
             for members, kept in zip(self.vgroups, self.kept, strict=True)
         ]
+        self.pack()
+
+    def pack(self):
+        """Quantise in the open what is kept and not core; what comes back into the core stays as it is."""
+        if self.bits == 16:
+            return
+        query, key, value, scaling, softcap = self.states
+        for g, members in enumerate(self.vgroups):
+            core = set() if self.policy.vision_compute is None else self.core[g]
+            for j in self.kept[g] - core - self.packed[g]:
+                for head in members:
+                    kv = head // self.size
+                    if head % self.size == 0:
+                        key[kv, j] = quantised(key[kv, j], self.bits, self.trace)
+                        value[kv, j] = quantised(value[kv, j], self.bits, self.trace)
+                    row = query[head] @ key[kv, j] * scaling
+                    self.logits[head, :, j] = row if softcap is None else softcap * torch.tanh(row / softcap)
+                    self.v[head, j] = value[kv, j]
+            self.packed[g] = self.kept[g] - core
 
     def update(self, t, row):
         """Scores after a decoding row."""

@@ -70,13 +70,61 @@ POLICIES = {
     ),
 }
 
-TESTED = ("core and window", "per head", "history", "h2o", "filter")
+PACKED = {
+    "packed": Policy(vision_keep=KEEP, vision_bits=(4, 2, 8)),
+    "packed all": Policy(vision_bits=3, text=TextPolicy(window=6, sink=1)),
+    "packed core": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        vision_bits=(3, 8, 2),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "packed per head": Policy(
+        vision_keep=0.6, vision_compute=0.25, refresh_interval=1, heads="kv_head", vision_bits=4
+    ),
+    "packed score only": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="score_only",
+        vision_bits=(4, 16, 3),
+    ),
+    "packed history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        vision_bits=2,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "packed h2o text": Policy(
+        vision_keep=0.5, vision_bits=4, text=TextPolicy(keep=0.4, minimum=5, recent=0.3, scorer="accumulated")
+    ),
+    "packed filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        vision_compute=(0.5, 0.5, 0.2),
+        refresh_interval=3,
+        vision_bits=3,
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
+}
+"""Stored vision in few bits: with and without a core, beside all that a core goes with."""
+
+POLICIES |= PACKED
+
+TESTED = (
+    *("core and window", "per head", "history", "h2o", "filter"),
+    *("packed", "packed core", "packed per head", "packed score only", "packed history"),
+)
 """One of each part: what `make test` runs of a large matrix."""
 
-QUICK = ("core and window", "history", "h2o")
+QUICK = ("core and window", "history", "h2o", "packed", "packed core")
 """What `make quick` runs of that: a core and a window, text by score, one pool."""
 
-SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
+SCORED = {
+    *("history", "h2o text", "heavy", "h2o", "tova", "two filters"),
+    *("packed history", "packed h2o text"),
+}
 """Those that evict by score while decoding, which captured steps cannot."""
 
 FORCED = POLICIES | {
@@ -111,6 +159,10 @@ TURNS = {
         refresh_interval=4,
         text=TextPolicy(keep=0.4, minimum=4, scorer="history"),
     ),
+    "packed": POLICIES["packed"],
+    "packed core": POLICIES["packed core"],
+    "packed per head": POLICIES["packed per head"],
+    "packed history": POLICIES["packed history"],
     "streaming": POLICIES["streaming"],
     "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),
     "tova": POLICIES["tova"],

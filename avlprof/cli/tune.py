@@ -11,7 +11,7 @@ import typer
 from avlprof.cli._live import board
 from avlprof.cli._options import model_options, parse_shares, task_options
 from avlprof.cli._output import FigureFormat, FigureFormatOption, Format, FormatOption, finished, note
-from avlprof.errors import UserError
+from avlprof.errors import UserError, shortened
 from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 from avlprof.tuning.settings import BUDGET, Settings
@@ -79,6 +79,9 @@ def tune(
         str,
         typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
     ] = "auto",
+    bits: Annotated[
+        str, typer.Option("--bits", help="Bits that stored vision may have; 16 alone: they are not searched.")
+    ] = "16,8,4,3,2",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -153,7 +156,7 @@ def tune(
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
-        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text),
+        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text, bits=bits_of(bits)),
         batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
     check_output(out, folder=True)
@@ -207,6 +210,16 @@ def _show(
         note(sentence)
     policy = tuned.folder / "policy.yaml"
     finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(*on, [policy]))
+
+
+def bits_of(text: str) -> tuple[int, ...]:
+    """Bits with commas between."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--bits must be whole numbers with commas, as in 16,4, got {shortened(text)}"
+        ) from None
 
 
 def _show_sweep(

@@ -25,6 +25,7 @@ from avlprof.runtime.buckets import KEPT_BYTES, Buckets
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable
+from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
@@ -85,11 +86,15 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
+        if step.stored is not None:
+            out, weights = stored_attention(step.stored, call, step.mask)
+            after = partial(layer.after, step, weights) if step.weighing else None
+            return out, view._replace(after=after, decoded=partial(with_stored, step.stored))
         states = StepStates(
             call.query, call.key, call.value, call.scaling, call.softcap, call.sinks, step.mask, step.bounds
         )
-        out, weights = step_attention(states, step.weighing)
-        return out, view if weights is None else view._replace(after=partial(layer.after, step, weights))
+        out, means = step_attention(states, step.weighing)
+        return out, view if means is None else view._replace(after=partial(layer.after, step, means))
 
     def _begin(self, forward: Forward, cache: AVLCache, call: AttentionCall, is_turn: bool) -> None:
         """A forward pass reaches the first layer."""

@@ -82,6 +82,8 @@ class CapturedSteps:
                 del inputs[name]
         more = any(value for name, value in inputs.items() if name.startswith("output_"))
         unlike = more or inputs.get("return_dict") is False  # a replay gives logits and cache alone
+        # observers of a replay look behind it, when what left the core is no longer what was attended to
+        unlike = unlike or bool(self._session.observers and any(layer.changing for layer in layers))
         if unlike:
             return self._forward(**inputs)
         return self._replayed(bucket, cache, inputs)
@@ -111,7 +113,8 @@ class CapturedSteps:
             captured = bucket.steps[kind]
             logits, *queries = captured.replay()
         else:
-            captured, (logits, *queries) = self._capture(bucket, tensors, others)
+            changing = [part for layer in cache.layers for part in layer.changing]
+            captured, (logits, *queries) = self._capture(bucket, tensors, others, changing)
             bucket.keep(kind, captured)
         # since a layer attended, slots of its view may have changed places, each with its position
         self._session.tell(captured.heard(queries))
@@ -123,10 +126,14 @@ class CapturedSteps:
         return self._session.model.training, autocast, bool(self._session.observers)
 
     def _capture(
-        self, bucket: Bucket, tensors: dict[str, Tensor], others: dict[str, Any]
+        self, bucket: Bucket, tensors: dict[str, Tensor], others: dict[str, Any], changing: list[Tensor]
     ) -> tuple[CapturedStep, Outputs]:
-        """Capture a step on fixed inputs, and what it returned this time."""
+        """Capture a step on fixed inputs, and what it returned this time.
+
+        A second run would change the tensors of `changing` once more.
+        """
         output: Any = None
+        before = [part.clone() for part in changing]
         calls: list[AttentionCall] = []
 
         def step() -> Outputs:
@@ -137,10 +144,14 @@ class CapturedSteps:
                 calls = []
             return output.logits, *(call.query for call in calls)
 
+        def undo() -> None:
+            for part, was in zip(changing, before, strict=True):
+                part.copy_(was)
+
         fused = contextlib.nullcontext() if self._fused is None else self._fused.in_place()
         try:
             with fused:
-                outputs, replay = capture(step, bucket.slots.device)
+                outputs, replay = capture(step, bucket.slots.device, undo)
         except RuntimeError as error:
             raise UserError(f"a decoding step of this model cannot be captured: {error}") from error
         self._buckets.captures += 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
-from avlprof.policy import Policy, TextPolicy, live_share
+from avlprof.policy import BITS, FULL, Policy, TextPolicy, live_share
 from avlprof.registry import unknown
 from avlprof.scorers import SCORERS, make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
@@ -30,7 +30,8 @@ class Space:
     """What the search may choose from.
 
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
-    in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `text`
+    in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `bits` are
+    those that stored vision may have; 16 alone are not searched. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
     needs more than the budgets. `more_starts` are taken over from a study at another budget and
     `reads` says that reads are limited, which `within` finds out; both are no part of what the space is.
@@ -50,6 +51,7 @@ class Space:
     heads: tuple[str, ...] = HEADS
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     refresh: tuple[str, ...] = REFRESH
+    bits: tuple[int, ...] = BITS
     text: str = "auto"
     more_starts: tuple[Candidate, ...] = ()
     reads: bool = False
@@ -67,20 +69,27 @@ class Space:
         _check_names("kind of heads", self.heads, HEADS)
         _check_names("kind of refresh", self.refresh, REFRESH)
         _check_names("text of the search space", (self.text,), TEXT)
+        for bits in self.bits:
+            if bits not in BITS:
+                listed = ", ".join(map(str, BITS))
+                raise UserError(f"bits of the search space must be among {listed}, got {bits}")
         if min(self.refreshes) < 0:
             raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
 
     @classmethod
     def of(cls, description: Mapping[str, Sequence[int | str]]) -> Space:
-        """The space that `described` told of; what it says beyond the fields of a space does not count."""
-        usual = cls()
+        """The space that `described` told of; what it says beyond the fields of a space does not count.
+
+        One that tells of no bits is of before they were searched.
+        """
+        usual = cls(bits=(FULL,))
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
             name: value[0] if isinstance(getattr(usual, name), str) else tuple(value)
             for name, value in description.items()
             if name in known
         }
-        return cls(**values)
+        return cls(**{"bits": usual.bits} | values)
 
     def within(self, budget: Budget, layers: int) -> Space:
         """The part of the space in which every candidate can meet the budget.
@@ -131,6 +140,8 @@ class Space:
                 text_share=trial.suggest_float("text_share", 0.02, 1.0, log=True),
                 text_sink=trial.suggest_int("text_sink", 0, MOST_SINKS),
             )
+        if self.bits != (FULL,):
+            candidate = replace(candidate, vision_bits=trial.suggest_categorical("vision_bits", self.bits))
         if budget.read is None:
             return candidate
         return replace(
@@ -143,13 +154,16 @@ class Space:
     def starts(self) -> list[Candidate]:
         """The first trials: every allocator as it is, uniform first, then other scorers, then `more_starts`.
 
+        Uniform has 16 bits, and then all others that the space offers; what follows has 4, if it may.
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
         a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
         also starts with a core that is never re-picked, which short answers can hardly better.
         """
         plain = self._in_reach(Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
-        starts = [replace(plain, allocator=name) for name in allocators]
+        starts = [replace(plain, allocator=allocators[0], vision_bits=bits) for bits in self._precisions()]
+        plain = replace(plain, vision_bits=self._few)
+        starts += [replace(plain, allocator=name) for name in allocators]
         if self.text == "trade":
             starts.insert(1, replace(starts[0], text_share=0.25, text_sink=1))
         if "coverage" in allocators:
@@ -168,6 +182,8 @@ class Space:
     def described(self) -> dict[str, tuple[int | str, ...]]:
         """The space as plain values, as a study notes it."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
+        if self.bits == (FULL,):
+            del values["bits"]
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
 
     def _in_reach(self, start: Candidate) -> Candidate:
@@ -182,7 +198,18 @@ class Space:
             refresh=start.refresh if start.refresh in self.refresh else self.refresh[0],
             text_share=text[0],
             text_sink=text[1],
+            vision_bits=start.vision_bits if start.vision_bits in self._precisions() else self._few,
         )
+
+    def _precisions(self) -> tuple[int | None, ...]:
+        """Bits of the starts, the most first; None alone where they are not searched."""
+        return (None,) if self.bits == (FULL,) else tuple(sorted(self.bits, reverse=True))
+
+    @property
+    def _few(self) -> int | None:
+        """Bits of a start that has no reason for others."""
+        known = self._precisions()
+        return 4 if 4 in known else known[0]
 
     def _refreshes(self, budget: Budget, layers: int) -> tuple[int, ...]:
         """Refresh intervals with which some policy of any spread meets the budgets; empty when none does."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.models.identity import listed, noted_differences
+from avlprof.policy import FULL
 from avlprof.runs.meta import NOTED
 from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
 from avlprof.tuning.storages.journal import FolderStorage
@@ -196,6 +198,13 @@ def begun_study(folder: Path) -> optuna.Study | None:
 def model_of(loaded: LoadedModel) -> dict[str, Any]:
     """What tells one model from another, as fields of `StudyMeta`."""
     return {"model": loaded.source, "model_hash": loaded.revision or "", "checkpoint": loaded.settings}
+
+
+def as_begun(folder: Path, settings: Settings) -> Settings:
+    """The settings as a study has them that was begun before bits were searched: it goes on without."""
+    if not (folder / "study.json").exists() or "bits" in read_meta(folder).space:
+        return settings
+    return replace(settings, space=replace(settings.space, bits=(FULL,)))
 
 
 def study_meta(

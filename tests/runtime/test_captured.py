@@ -49,7 +49,12 @@ def agree(found):
 
 
 @pytest.mark.parametrize(
-    "name", thinned(REPLAYED, ("dense", "core and window", "filter"), ("dense", "core and window"))
+    "name",
+    thinned(
+        REPLAYED,
+        ("dense", "core and window", "filter", "packed", "packed core", "packed score only"),
+        ("dense", "core and window", "packed", "packed core"),
+    ),
 )
 def test_replayed_steps_are_the_same_steps(case, name):
     policy = DENSE if name == "dense" else POLICIES[name]

@@ -42,7 +42,9 @@ def ragged(case):
     return inputs, answers_of(LENGTHS)
 
 
-@pytest.mark.parametrize("name", thinned(FORCED, (*TESTED, "newest grow"), ("history", "filter")))
+@pytest.mark.parametrize(
+    "name", thinned(FORCED, (*TESTED, "newest grow"), ("history", "filter", "packed", "packed core"))
+)
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs, answers = ragged(case)
     ours = ForcedBatch(case.model, inputs, answers).logits(FORCED[name])

@@ -442,26 +442,31 @@ def test_the_model_is_restored(error, before):
 
 @pytest.mark.parametrize("heads", few(["shared", "kv_head"], ["kv_head"]))
 @pytest.mark.parametrize("outer", few(["policy", "recorder"], 1))
-def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads):
+@pytest.mark.parametrize("bits", few([16, (3, 8, 2)], [(3, 8, 2)]))
+def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads, bits):
     monkeypatch.setattr(oracle, "Scan", Watched)
-    monkeypatch.setattr(Watched, "rows", {})
     policy = Policy(
         vision_keep=(0.7, 0.5, 1.0),
         vision_compute=(0.3, 0.2, 1.0),
         refresh_interval=3,
         text=TextPolicy(window=(6, 100, 100), sink=1),
         heads=heads,
+        vision_bits=bits,
     )
-    inputs = case.inputs(1, seed=12, text=13)
     contexts = [lambda: avlprof.apply(case.model, policy), lambda: record(case.model, FEW)]
     if outer == "recorder":
         contexts.reverse()
-    with contexts[0]() as first, contexts[1]() as second:
-        ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
-    recorder = second if outer == "policy" else first
-    prompt = inputs["input_ids"].shape[1]
-    _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
-    assert trace.gap > 1e-5, "near-ties decide the sets; choose another seed"
+    for seed in range(12, 24):
+        monkeypatch.setattr(Watched, "rows", {})
+        inputs = case.inputs(1, seed=seed, text=13)
+        with contexts[0]() as first, contexts[1]() as second:
+            ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
+        recorder = second if outer == "policy" else first
+        prompt = inputs["input_ids"].shape[1]
+        _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
+        if trace.gap > 1e-5:
+            break
+    assert trace.gap > 1e-5, "near-ties decide the sets of every seed"
     modality = codes(ids[:prompt], case.vision_token_ids) + [GENERATED] * (len(ids) - 1 - prompt)
     frame = pd.DataFrame(recorder.records[0].frame())
     frame = frame[frame["phase"] == "decode"].set_index(["layer", "head"])

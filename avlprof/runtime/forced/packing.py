@@ -166,4 +166,5 @@ def _kind(policy: Policy) -> Hashable:
     refreshes = policy.vision_compute is not None and policy.refresh_interval > 0
     refresh = (policy.refresh_interval, policy.refresh) if refreshes else ()
     text = policy.text.model_dump_json()
-    return (text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))
+    bits = (policy.vision_bits, policy.vision_compute is None) if policy.packs else ()
+    return (bits, text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))

@@ -111,18 +111,28 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
         return ranks(ranked) < cores[:, None, :, None]
 
     outputs = []
+    whole = (core | ~kept)[..., : rows.length]  # in full precision, where the rest is stored in few bits
+    none = torch.zeros_like(whole).unsqueeze(3)
     for block in rows.blocks(range(rows.steps)):
-        logits = rows.logits(block)
+        logits, full = rows.logits(block), []
+        stored = logits if rows.stored is None else rows.logits(block, none)
         for index, step in enumerate(block):
             row = logits[..., index, :]
+            if rows.stored is not None:
+                full.append(whole)
+                near = torch.nn.functional.pad(whole, (0, rows.steps), value=True).unsqueeze(3)
+                row = torch.where(near, row, stored[..., index, :])
             pool.join(step)
             refresh = every > 0 and (step + 1) % every == 0
             if refresh and policy.refresh == "score_only":
                 core, refresh = picked(weigh(row, kept)), False
+                whole = whole & (core | ~kept)[..., : rows.length]
+                full[-1:] = [whole] * len(full[-1:])
             weights = weigh(row, kept if refresh else core)
             if refresh:
                 core = picked(weights)
+                whole = whole & (core | ~kept)[..., : rows.length]
             pool.attended(step, weights)
             logits[..., index, :] = weights
-        outputs.append(rows.mixed(logits))
+        outputs.append(rows.mixed(logits, torch.stack(full, dim=3) if full else None))
     return rows.joined(outputs)

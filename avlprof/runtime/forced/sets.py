@@ -30,7 +30,8 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
 class VisionSets:
     """Vision tokens that each row sees: the core of prefill, then that of each refresh.
 
-    `full` refresh rows see all that is kept; under `score_only` they see the core that they pick.
+    `full` refresh rows see all that is kept; under `score_only` they see the core that they pick. Where
+    the rest is stored in few bits, a token is as good as it was as long as it has always been core.
     """
 
     def __init__(
@@ -40,15 +41,30 @@ class VisionSets:
         self._every = policy.refresh_interval
         self._full = policy.refresh == "full"
         self._sets = core[:, :, :, None]
+        self._whole: Tensor | None = None
         counts, cores = plans.vision(layer)
         if not self._every or self._every > rows.steps or bool((counts == cores).all()):
             self._every = 0
             return
         sets = [self._sets]
-        if self._every > 1 or not self._full:
+        if rows.stored is not None:
+            whole = [self._sets | ~kept[:, :, :, None]]
+            for step in range(self._every - 1, rows.steps, self._every):
+                sets.append(_refreshed(rows, kept, cores, always, range(step, step + 1), whole[-1]))
+                whole.append(whole[-1] & (sets[-1] | ~kept[:, :, :, None]))
+            self._whole = torch.cat(whole, dim=3)
+        elif self._every > 1 or not self._full:
             refreshes = range(self._every - 1, rows.steps, self._every)
             sets += [_refreshed(rows, kept, cores, always, block) for block in rows.blocks(refreshes)]
         self._sets = torch.cat([*sets, kept[:, :, :, None]], dim=3)
+
+    def full(self, block: range) -> Tensor | None:
+        """bool `[B, G, P, R, N]`, columns of which rows of a block see full numbers; None: all rows all."""
+        if self._whole is None:
+            return None
+        steps = torch.arange(block.start + 1, block.stop + 1, device=self._whole.device)
+        before = (steps % self._every == 0) if self._full else torch.zeros_like(steps)
+        return self._whole.index_select(3, steps // self._every - before.long())
 
     def seen(self, block: range) -> Tensor:
         """bool `[B, G, P, R or 1, N]` of the rows of a block."""
@@ -61,9 +77,16 @@ class VisionSets:
         return self._sets.index_select(3, index)
 
 
-def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, always: Tensor, block: range) -> Tensor:
+def _refreshed(
+    rows: AnswerRows,
+    kept: Tensor,
+    cores: Tensor,
+    always: Tensor,
+    block: range,
+    full: Tensor | None = None,
+) -> Tensor:
     """Core `[B, G, P, R, N]` that each refresh row of a block picks among the kept tokens."""
-    logits = rows.logits(block)
+    logits = rows.logits(block, full)
     seen = with_prompt(always[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
     weights = rows.weights(logits.masked_fill_(~seen.unsqueeze(3), float("-inf")))
     scores = head_mean(weights[..., : rows.length], kept.shape[1])
