@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from avlprof.runtime.fused import FusedParts
 
 
+MOST_STEPS = 1 << 16
+"""No capture serves more steps: each has a slot in the buffers of every layer."""
+
+
 class CapturedSteps:
     """The forward call of a model under a policy, with decoding steps captured."""
 
@@ -186,12 +190,23 @@ def captured_steps(
             del model.forward
 
 
-def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache, ahead: int) -> None:
+def check_counts(captured: Any, kept_bytes: Any) -> None:
+    """`UserError` unless `captured` is None or a number of steps, and `kept_bytes` a number of bytes."""
+    for name, value, what, least, most in (
+        ("captured", captured, "the number of steps that one capture serves", 1, MOST_STEPS),
+        ("kept_bytes", kept_bytes, "a whole number of bytes", 0, None),
+    ):
+        if name == "captured" and value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and value >= least and (most is None or value <= most):
+            continue
+        limit = f"at least {least}" + ("" if most is None else f" and at most {most:,}")
+        raise UserError(f"{name} must be {what}, {limit}, got {value!r}")
+
+
+def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) -> None:
     """`UserError` when steps under a policy cannot be captured; `cache` is one of the model's."""
-    if ahead < 1:
-        raise UserError(
-            f"captured must be the number of steps that one capture serves, at least 1, got {ahead}"
-        )
     if policy.running is not None:
         raise UserError(
             f"policy '{policy.name}' evicts by score while decoding, which cannot be captured; "

@@ -253,11 +253,25 @@ def test_the_model_is_as_it_was_also_after_an_error():
     [
         (POLICIES["history"], 8, "evicts by score while decoding"),
         (POLICIES["tova"], 8, "evicts by score"),
-        (DENSE, 0, "at least 1, got 0"),
+        (DENSE, 0, "at least 1 and at most 65,536, got 0"),
+        (DENSE, 10**9, "at most 65,536, got 1000000000"),
+        (DENSE, True, "got True"),
+        (DENSE, 1.5, "captured must be the number of steps that one capture serves, .*, got 1.5"),
+        (DENSE, "128", "got '128'"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(policy, ahead, said):
     with pytest.raises(UserError, match=said), avlprof.apply(random_llava().model, policy, captured=ahead):
+        pass
+
+
+@pytest.mark.parametrize("kept", [-5, 1.5, "4GiB", None, False])
+def test_bytes_that_are_kept_are_a_number(kept):
+    model = random_llava().model
+    with (
+        pytest.raises(UserError, match=f"kept_bytes must be a whole number of bytes, at least 0, got {kept!r}"),
+        avlprof.apply(model, DENSE, captured=8, kept_bytes=kept),
+    ):
         pass
 
 
