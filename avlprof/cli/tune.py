@@ -64,7 +64,7 @@ def tune(
         int | None,
         typer.Option(
             "--certify-samples",
-            help="Held-out samples behind those of the proof that a certificate is tested on, 500 unless told.",
+            help="Held-out samples behind those of the proof of a certificate, 500 unless told.",
             show_default=False,
             rich_help_panel=_SEVERAL,
         ),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
+from avlprof.models.generation import first_position
 from avlprof.policy import Policy
 from avlprof.runtime.buckets import Bucket, Buckets, CapturedStep
 from avlprof.runtime.cache import AVLCache
@@ -43,6 +44,7 @@ class CapturedSteps:
     ) -> None:
         self._forward, self._session, self._buckets, self._fused = forward, session, buckets, fused
         self._busy = threading.Lock()
+        self._first: int | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         """One forward call; the session has put the cache among the inputs.
@@ -101,7 +103,9 @@ class CapturedSteps:
             raise UserError(
                 "captured steps of a model with multi-axis RoPE need position_ids, as in generate"
             )
-        return inputs | {"position_ids": torch.full(ids.shape[:2], seen, device=ids.device)}
+        if self._first is None:
+            self._first = first_position(self._session.model)
+        return inputs | {"position_ids": torch.full(ids.shape[:2], seen + self._first, device=ids.device)}
 
     def _replayed(self, bucket: Bucket, cache: AVLCache, inputs: dict[str, Any]) -> Any:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -70,7 +70,10 @@ def test_samples_that_are_missing_are_named():
         (("--confidence", "0.9", "--max-drop", "0"), "must be above 0"),
         (("--confidence", "0.9", "--max-drop", "0.1", "--certify-samples", "0"), "must be 1 or more"),
         (("--max-drop", "0.1", "--certify-samples", "9"), "--certify-samples are those of a certificate"),
-        (("--confidence", "0.9", "--max-drop", "0.1", "--budgets", "0.1,0.10"), "must differ from each other"),
+        (
+            ("--confidence", "0.9", "--max-drop", "0.1", "--budgets", "0.1,0.10"),
+            "must differ from each other",
+        ),
         (("--max-drop", "nan"), "--max-drop must be in [0, 1)"),
         (("--max-drop", "2", "--out", "new"), "--max-drop must be in [0, 1)"),
         (("--max-drop", "0.1", "--read-budget", "0.1"), "leave the read budget out"),
@@ -85,7 +88,7 @@ def test_command_lines_that_certify_nothing(words, message, tmp_path, monkeypatc
 
 
 def test_budgets_of_a_claim_differ():
-    with pytest.raises(UserError, match="budgets of a certificate must differ, got 0.1, 0.1"):
+    with pytest.raises(UserError, match=r"budgets of a certificate must differ, got 0\.1, 0\.1"):
         Claim(budgets=(0.1, 0.1))
 
 
