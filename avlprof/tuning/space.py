@@ -73,6 +73,8 @@ class Space:
             if bits not in BITS:
                 listed = ", ".join(map(str, BITS))
                 raise UserError(f"bits of the search space must be among {listed}, got {bits}")
+        # in one order and each once, since a study cannot go on with its choices in another
+        object.__setattr__(self, "bits", tuple(bits for bits in BITS if bits in self.bits))
         if min(self.refreshes) < 0:
             raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
 

@@ -250,6 +250,7 @@ def test_a_space_comes_back_from_its_description():
     assert Space.of(told) == Space(("uniform",), bits=(16,)), "one that tells of no bits searched none"
     assert Space.of(told | {"bits": (4, 2)}) == Space(("uniform",), bits=(4, 2))
     assert "bits" not in Space(bits=(16,)).described()
+    assert Space(bits=(4, 16, 4)) == Space(bits=(16, 4)), "the same choices, whatever their order"
 
 
 @pytest.mark.parametrize(
