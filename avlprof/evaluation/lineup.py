@@ -115,6 +115,7 @@ def equal_bytes(
             )
             keep, compute = meet_both(flat, prompts, memory, reads, text, bits=bits, follow=lambda keep: flat)
             shares = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
+            shares |= {"core_score": policy.core_score}
         else:
             keep, shares = meet_budget(flat, prompts, memory, text, bits=bits), {}
         uniform = uniform.model_copy(update={"vision_keep": keep} | shares)
@@ -155,7 +156,7 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
         return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
-    refresh = (policy.refresh_interval, policy.refresh) if has_core else (0, "full")
+    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
     return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
 
 
