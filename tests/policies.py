@@ -6,7 +6,16 @@ beside it: forced scoring, several turns, every family, and A-VL step by step.
 
 from __future__ import annotations
 
-from avlprof.policy import DENSE, CoreScore, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, find_policy
+from avlprof.policy import (
+    DENSE,
+    CoreScore,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    ScorerSpec,
+    TextPolicy,
+    find_policy,
+)
 
 KEEP = (0.62, 0.3, 0.45)
 CORE = (0.33, 0.1, 0.2)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
@@ -114,8 +114,8 @@ def equal_bytes(
                 read_share(policy, prompts, layers, answer_tokens), answer_tokens, every, refresh
             )
             keep, compute = meet_both(flat, prompts, memory, reads, text, bits=bits, follow=lambda keep: flat)
-            shares = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
-            shares |= {"core_score": policy.core_score}
+            shares: dict[str, Any] = {"vision_compute": compute, "refresh_interval": every}
+            shares |= {"refresh": refresh, "core_score": policy.core_score}
         else:
             keep, shares = meet_budget(flat, prompts, memory, text, bits=bits), {}
         uniform = uniform.model_copy(update={"vision_keep": keep} | shares)

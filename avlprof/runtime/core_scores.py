@@ -1,4 +1,4 @@
-"""Scores that run while decoding, by which refreshes pick a layer's core: of the prompt, and of rows since."""
+"""Scores that run while decoding, by which refreshes pick a core: the prompt's, and of rows since."""
 
 from __future__ import annotations
 

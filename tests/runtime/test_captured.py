@@ -253,6 +253,7 @@ def test_the_model_is_as_it_was_also_after_an_error():
     [
         (POLICIES["history"], 8, "evicts by score while decoding"),
         (POLICIES["tova"], 8, "evicts by score"),
+        (POLICIES["scored core"], 8, "scores its core at every step"),
         (DENSE, 0, "at least 1, got 0"),
     ],
 )

@@ -94,26 +94,22 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
     joint = policy.joint is not None
     pool = Pool(plans, prompts, layer, groups if joint else prompts.layers[layer].key.shape[1])
     fixed = core = kept = modality.new_zeros((modality.shape[0], 1, 1, rows.columns), dtype=torch.bool)
-    counts, cores = plans.vision(layer)
-    every = 0 if joint or bool((counts == cores).all()) else policy.refresh_interval
     running: RunningCore | None = None
     if not joint:
         fixed = torch.nn.functional.pad(modality == Modality.SYSTEM, (0, rows.steps))[:, None, None]
         chosen = chosen_prompt(plans, prompts, layer, groups)
         kept, core = (torch.nn.functional.pad(c, (0, rows.steps)) for c in chosen)
-        running = RunningCore(plans, prompts, layer, chosen) if every else None
+        running = RunningCore.of(plans, prompts, layer, chosen)
+    every = 0 if running is None else policy.refresh_interval
+    scored = running if policy.scores_core else None
 
     def weigh(logits: Tensor, vision: Tensor) -> Tensor:
         seen = pool.seen | vision | fixed
         return rows.weights(logits.masked_fill(~seen.unsqueeze(3), float("-inf")))
 
-    def count(weights: Tensor, whole: bool) -> None:
-        assert running is not None
-        running.attended(head_mean(weights[..., : rows.length], kept.shape[1]), whole)
-
     def picked(weights: Tensor) -> Tensor:
         assert running is not None
-        count(weights, True)
+        running.attended(weights, True)
         return torch.nn.functional.pad(running.pick(), (0, rows.steps))
 
     outputs = []
@@ -139,8 +135,8 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
             if refresh:
                 core = picked(weights)
                 whole = whole & (core | ~kept)[..., : rows.length]
-            elif policy.scores_core and every and not due:
-                count(weights, False)
+            elif scored is not None and not due:
+                scored.attended(weights, False)
             pool.attended(step, weights)
             logits[..., index, :] = weights
         outputs.append(rows.mixed(logits, torch.stack(full, dim=3) if full else None))

@@ -31,7 +31,8 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
 class RunningCore:
     """The core of a layer where scores run while decoding (`core_score`), bool `[B, G, P, N]`.
 
-    `sets` are the kept and the core tokens right after prefill. Scores change as in `avlprof.runtime.core_scores`.
+    `sets` are the kept and the core tokens right after prefill. Scores change as in
+    `avlprof.runtime.core_scores`.
     """
 
     def __init__(self, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]) -> None:
@@ -42,10 +43,20 @@ class RunningCore:
         self._prompt = torch.stack([prompts.group_scores(spec, groups, layer) for spec in specs], dim=2)
         self._mean = torch.full(self.kept.shape, -1.0, device=self.kept.device)
 
+    @classmethod
+    def of(
+        cls, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]
+    ) -> RunningCore | None:
+        """The core of a layer whose core is picked anew; None where it is not."""
+        counts, cores = plans.vision(layer)
+        picks = plans.policies[0].refresh_interval > 0 and not bool((counts == cores).all())
+        return cls(plans, prompts, layer, sets) if picks else None
+
     def attended(self, weights: Tensor, whole: bool) -> None:
-        """Count a row's attention `[B, G, P, N]` to the prompt: to all that is kept if `whole`, or the core."""
+        """Count a row of weights `[B, Hkv, P, g, N + T]`: on all that is kept if `whole`, else on the core."""
+        row = head_mean(weights[..., : self.kept.shape[-1]], self.kept.shape[1])
         seen = self.kept if whole else self.core
-        self._mean = averaged(self._mean, weights, seen, self.rule.memory)
+        self._mean = averaged(self._mean, row, seen, self.rule.memory)
 
     def pick(self) -> Tensor:
         """Make the best by score the core, which is given back."""
@@ -130,7 +141,7 @@ def _picked_in_turn(
         logits = rows.logits(block, full[-1])
         visible = with_prompt(always[:, :, block.start : block.stop], seen)
         weights = rows.weights(logits.masked_fill_(~visible.unsqueeze(3), float("-inf")))
-        for row in head_mean(weights[..., : rows.length], kept.shape[1]).unbind(3):
+        for row in weights.unbind(4):
             running.attended(row, whole)
 
     for step in range(every - 1, rows.steps, every):
