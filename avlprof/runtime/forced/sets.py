@@ -53,7 +53,7 @@ class RunningCore:
         return cls(plans, prompts, layer, sets) if picks else None
 
     def attended(self, weights: Tensor, whole: bool) -> None:
-        """Count a row of weights `[B, Hkv, P, g, N + T]`: on all that is kept if `whole`, else on the core."""
+        """Count a row of weights `[B, Hkv, P, g, N + T]`: on all that is kept (`whole`), or on the core."""
         row = head_mean(weights[..., : self.kept.shape[-1]], self.kept.shape[1])
         seen = self.kept if whole else self.core
         self._mean = averaged(self._mean, row, seen, self.rule.memory)
