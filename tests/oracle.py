@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from avlprof.policy import Policy
+from avlprof.policy import CoreScore, Policy
 
 NEAR_TIE = 1e-5
 """Relative score gap under which fp32 may order two tokens either way."""
@@ -211,6 +211,8 @@ class Scan:
         self.size, self.bits = size, per_layer(policy.vision_bits, layer)
         self.text = [[] for _ in self.tgroups]
         self.h = [{} for _ in self.tgroups]
+        self.first = [{} for _ in self.vgroups]  # what the scorer gave at a token's turn
+        self.mean = [{} for _ in self.vgroups]
         self.seen_text = self.pool = 0
 
     def run(self):
@@ -268,6 +270,7 @@ class Scan:
         self.core_size += core_size
         for g, members in enumerate(self.vgroups):
             best = scores[members].mean(0).tolist()
+            self.first[g] |= {j: best[j] for j in here}
             self.kept[g] = self.kept[g] | top(best, here, keep, trace)
             if start > 0:
                 best = weights[end - 1][members].mean(0).tolist()
@@ -306,26 +309,47 @@ class Scan:
         if self.kind == "position":  # what falls out of a window falls out before the step attends
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
         every = policy.refresh_interval
-        refresh = every > 0 and step % every == 0 and any(len(k) > self.core_size for k in self.kept)
+        cored = every > 0 and any(len(k) > self.core_size for k in self.kept)
+        refresh = cored and step % every == 0
         full = refresh and policy.refresh == "full"
         if refresh and not full:
             before = self.out.clone()
-            self.pick(self.attend(t, lambda head: self.held(head, self.kept)))
+            row = self.attend(t, lambda head: self.held(head, self.kept))
+            self.average(row, self.kept)
+            self.pick(row)
             self.out = before
         row = self.attend(t, lambda head: self.held(head, self.kept if full else self.core))
         if full:
+            self.average(row, self.kept)
             self.pick(row)
+        elif cored and not refresh:
+            self.average(row, self.core)
         if self.kind in ("history", "accumulated", "last_query"):
             self.update(t, row)
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
         trace.cores[self.layer].append(list(self.core))
         trace.text[self.layer].append([set(text) for text in self.text])
 
+    def average(self, row, seen):
+        """Each vision token's mean of the rows that saw it; the older ones fade."""
+        fading = self.policy.core_score.memory
+        for g, members in enumerate(self.vgroups):
+            for j in seen[g]:
+                new = float(row[members, j].mean())
+                old = self.mean[g].get(j)
+                self.mean[g][j] = new if old is None else fading * old + (1 - fading) * new
+
     def pick(self, row):
-        self.core = [
-            top(row[members].mean(0).tolist(), sorted(kept), self.core_size, self.trace)
-            for members, kept in zip(self.vgroups, self.kept, strict=True)
-        ]
+        for g, members in enumerate(self.vgroups):
+            kept, scores = sorted(self.kept[g]), row[members].mean(0).tolist()
+            if self.policy.core_score != CoreScore():
+                prompt = self.policy.core_score.prompt
+                sums = [sum(part[g][j] for j in kept) or 1.0 for part in (self.first, self.mean)]
+                scores = [0.0] * self.total
+                for j in kept:
+                    scores[j] += prompt * self.first[g][j] / sums[0]
+                    scores[j] += (1 - prompt) * self.mean[g][j] / sums[1]
+            self.core[g] = top(scores, kept, self.core_size, self.trace)
         self.pack()
 
     def pack(self):

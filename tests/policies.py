@@ -6,7 +6,16 @@ beside it: forced scoring, several turns, every family, and A-VL step by step.
 
 from __future__ import annotations
 
-from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, find_policy
+from avlprof.policy import (
+    DENSE,
+    CoreScore,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    ScorerSpec,
+    TextPolicy,
+    find_policy,
+)
 
 KEEP = (0.62, 0.3, 0.45)
 CORE = (0.33, 0.1, 0.2)
@@ -30,6 +39,30 @@ POLICIES = {
     "position": Policy(vision_keep=0.5, scorer=POSITION),
     "score only": Policy(
         vision_keep=KEEP, vision_compute=CORE, refresh_interval=3, refresh="score_only", heads="kv_head"
+    ),
+    "scored core": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        core_score=CoreScore(prompt=0.4, memory=0.7),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "scored per head": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        refresh="score_only",
+        core_score=CoreScore(memory=0.5),
+        heads="kv_head",
+        scorer=ACCUMULATED,
+    ),
+    "scored history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="score_only",
+        core_score=CoreScore(prompt=0.6),
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
     ),
     "history": Policy(
         vision_keep=KEEP,
@@ -90,6 +123,23 @@ PACKED = {
         refresh="score_only",
         vision_bits=(4, 16, 3),
     ),
+    "packed scored": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        core_score=CoreScore(prompt=0.5, memory=0.6),
+        vision_bits=(3, 8, 2),
+        text=TextPolicy(window=6),
+    ),
+    "packed scored per head": Policy(
+        vision_keep=0.6,
+        vision_compute=0.25,
+        refresh_interval=2,
+        refresh="score_only",
+        core_score=CoreScore(memory=0.8),
+        heads="kv_head",
+        vision_bits=(4, 16, 3),
+    ),
     "packed history": Policy(
         vision_keep=KEEP,
         vision_compute=CORE,
@@ -115,17 +165,19 @@ POLICIES |= PACKED
 TESTED = (
     *("core and window", "per head", "history", "h2o", "filter"),
     *("packed", "packed core", "packed per head", "packed score only", "packed history"),
+    *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
 )
 """One of each part: what `make test` runs of a large matrix."""
 
-QUICK = ("core and window", "history", "h2o", "packed", "packed core")
-"""What `make quick` runs of that: a core and a window, text by score, one pool."""
+QUICK = ("core and window", "history", "h2o", "packed", "packed core", "scored core")
+"""What `make quick` runs of that: a core and a window, text by score, one pool, a core by score."""
 
 SCORED = {
     *("history", "h2o text", "heavy", "h2o", "tova", "two filters"),
     *("packed history", "packed h2o text"),
+    *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
 }
-"""Those that evict by score while decoding, which captured steps cannot."""
+"""Those whose scores run while decoding, which captured steps cannot."""
 
 FORCED = POLICIES | {
     "dense": DENSE,
@@ -163,6 +215,9 @@ TURNS = {
     "packed core": POLICIES["packed core"],
     "packed per head": POLICIES["packed per head"],
     "packed history": POLICIES["packed history"],
+    "scored core": POLICIES["scored core"],
+    "scored per head": POLICIES["scored per head"],
+    "packed scored": POLICIES["packed scored"],
     "streaming": POLICIES["streaming"],
     "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),
     "tova": POLICIES["tova"],
@@ -199,6 +254,7 @@ SCORING = {
     ),
     "tova": POLICIES["tova"],
     "score only": POLICIES["score only"],
+    "scored core": POLICIES["scored core"],
     "heavy": Policy(
         vision_keep=(0.5, 0.3, 0.45),
         text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 1), scorer="accumulated"),

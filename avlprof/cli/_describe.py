@@ -19,6 +19,9 @@ def sets(policy: Policy) -> str:
     if policy.vision_compute is not None:
         refresh = f"every {policy.refresh_interval}" if policy.refresh_interval else "fixed"
         scored = ", scoring only" if policy.refresh == "score_only" else ""
+        if policy.scores_core:
+            score = policy.core_score
+            scored += f", core_score prompt {score.prompt:g}, memory {score.memory:g}"
         parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}{scored}")
     if policy.packs:
         parts.append(f"vision_bits {_range(policy.vision_bits)}")

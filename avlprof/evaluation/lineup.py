@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
@@ -114,7 +114,8 @@ def equal_bytes(
                 read_share(policy, prompts, layers, answer_tokens), answer_tokens, every, refresh
             )
             keep, compute = meet_both(flat, prompts, memory, reads, text, bits=bits, follow=lambda keep: flat)
-            shares = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
+            shares: dict[str, Any] = {"vision_compute": compute, "refresh_interval": every}
+            shares |= {"refresh": refresh, "core_score": policy.core_score}
         else:
             keep, shares = meet_budget(flat, prompts, memory, text, bits=bits), {}
         uniform = uniform.model_copy(update={"vision_keep": keep} | shares)
@@ -155,7 +156,7 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
         return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
-    refresh = (policy.refresh_interval, policy.refresh) if has_core else (0, "full")
+    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
     return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
 
 

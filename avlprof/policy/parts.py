@@ -118,6 +118,18 @@ class AllocatorSpec(Part):
     floor: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
+class CoreScore(Part):
+    """What a refresh ranks the kept vision tokens by, each part made to sum to 1 over them.
+
+    `prompt` parts of the score of the prompt's scorer, and the rest of what rows of attention gave: of the
+    refresh step alone, or, with `memory`, of each row that saw a token, a row counting `memory` times as
+    much as the next one that does. A token that a step does not see keeps what it has.
+    """
+
+    prompt: float = Field(default=0.0, ge=0.0, le=1.0)
+    memory: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
 class TextPolicy(Part):
     """What stays of text and generated tokens; system text is protected and not counted.
 

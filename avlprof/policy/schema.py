@@ -15,6 +15,7 @@ from avlprof.policy.parts import (
     FULL,
     AllocatorSpec,
     Bits,
+    CoreScore,
     Count,
     JointPool,
     Part,
@@ -41,7 +42,8 @@ class Policy(Part):
     are in tokens. The words are those of `docs/design.md`.
 
     A refresh step attends to all kept vision tokens (`full`), or reads their keys alone to pick the
-    core anew and attends to that (`score_only`). Kept vision KV outside the core is stored in
+    core anew and attends to that (`score_only`). What is best then is what `core_score` says: by default the
+    step's own attention. Kept vision KV outside the core is stored in
     `vision_bits` bits a number (see `avlprof.attention.codec`); without `vision_compute` there is no core,
     and all that is kept is stored so. With an `allocator`, `vision_keep` (or `joint.keep`)
     is the mean over layers, and `avlprof.budgets.resolve` turns it into one share a layer.
@@ -56,6 +58,7 @@ class Policy(Part):
     vision_compute: Ratio | None = None
     refresh_interval: Annotated[int, Field(ge=0)] = 0
     refresh: Refresh = "full"
+    core_score: CoreScore = CoreScore()
     vision_bits: Bits = FULL
     allocator: AllocatorSpec | None = None
     scorer: ScorerSpec = ScorerSpec()
@@ -90,6 +93,8 @@ class Policy(Part):
             return
         if self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all:
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
+        if self.core_score != CoreScore():
+            raise ValueError("pool: joint has no core; leave core_score out")
         if self.packs:
             raise ValueError("pool: joint stores all tokens in full precision; leave vision_bits out")
         if self.joint.decoding == "evict" and self.scorer.name not in EVICTING:
@@ -163,6 +168,12 @@ class Policy(Part):
         return any(bits != FULL for _, bits in each(self.vision_bits))
 
     @property
+    def scores_core(self) -> bool:
+        """Whether a core is picked anew by more than the row of its step: scores run while decoding."""
+        picks = self.vision_compute is not None and self.refresh_interval > 0
+        return picks and self.core_score != CoreScore()
+
+    @property
     def evicts_by(self) -> str | None:
         """What decides which token goes while decoding; None: none goes.
 
@@ -207,6 +218,8 @@ class Policy(Part):
         said = {"name", "description", "source", "provenance"}
         if not self.packs:
             said.add("vision_bits")  # which policies of before have not: theirs hash as they did
+        if self.core_score == CoreScore():
+            said.add("core_score")  # the same
         acting = self.model_dump(mode="json", by_alias=True, exclude=said)
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 

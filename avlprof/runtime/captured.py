@@ -216,6 +216,11 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
             f"policy '{policy.name}' evicts by score while decoding, which cannot be captured; "
             "leave captured out"
         )
+    if policy.scores_core:
+        raise UserError(
+            f"policy '{policy.name}' scores its core at every step (core_score), which cannot be captured; "
+            "leave captured out"
+        )
     if any(cache.governed(index) is None for index in range(len(cache.layers))):
         raise UserError("layers with a sliding window or a state cannot be captured; leave captured out")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from avlprof.policy import FULL, PromptShape
 from avlprof.runtime.buffers import SlotLayer
+from avlprof.runtime.core_scores import CoreScores
 from avlprof.runtime.layout import RowPlan, slot_classes
 from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.step import LayerUse, Reads
@@ -37,13 +38,16 @@ class HeldLayer(SlotLayer):
         self.plans: list[RowPlan] = []
         self.stored: StoredBits | None = None
         self.text = TextPart(self.rule)
+        policy = self.rule.policy
+        self.scores = CoreScores(policy.core_score) if policy.scores_core else None
         self._full: list[RowPlan] = []
         self._left = 0
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind keys, values, the slots' positions and their scores."""
         stored = 0 if self.stored is None else self.stored.allocated_bytes()
-        return super().allocated_bytes() + self.text.allocated_bytes() + stored
+        scores = 0 if self.scores is None else self.scores.allocated_bytes()
+        return super().allocated_bytes() + self.text.allocated_bytes() + stored + scores
 
     def stored_tokens(self) -> list[int]:
         """Tokens of each row in memory, prompt and generated."""

@@ -195,6 +195,8 @@ class AdaptiveLayer(HeldLayer):
         full = [replace(plan, vision=plan.core) for plan in after] if self.packs else after
         left = fixed.extents.left if fixed is not None else max(p.system + p.vision for p in full)
         wide = max(left, *(p.system + p.vision for p in after))
+        if self.scores is not None and scores is not None:
+            self.scores.extend(group_mean(scores, groups[0]), positions, span[1])
         # 3 lay out: in the order that makes each step's reads one view; what few bits store for itself
         order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
         if self.packs:
@@ -253,7 +255,8 @@ class AdaptiveLayer(HeldLayer):
         whole = refreshing and not self.score_only
         (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
-        weighing = positions.shape[1] if whole or self.rule.running is not None else 0
+        scored = self._has_core and self.scores is not None and not refreshing
+        weighing = positions.shape[1] if whole or scored or self.rule.running is not None else 0
         stored = self.stored if self._first and (whole or self.reads_stored) else None
         return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
 
@@ -277,10 +280,15 @@ class AdaptiveLayer(HeldLayer):
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, G, n]`."""
+        """Pick the core anew at a full refresh, or score it, and let text go, by the step's weights
+        `[B, G, n]`."""
         keys, values, positions = self.buffers
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
+        elif self.scores is not None and self._has_core and not step.refreshing:
+            row = group_mean(weights[..., : self._left - step.start], self._sets)
+            core = self._core_slots.core[..., self._first + step.start :]
+            self.scores.add(row, positions[:, : self._sets, step.start : self._left], core)
         if self.rule.running is not None:
             own = group_mean(weights[..., weights.shape[-1] - step.end + self._left :], positions.shape[1])
             part = slice(self._left, step.end)
@@ -288,13 +296,28 @@ class AdaptiveLayer(HeldLayer):
 
     def _pick(self, weights: Tensor, start: int) -> None:
         """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
-        if self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
-        groups = self.buffers[0].shape[1] if self.per_kv_head else 1
+        core, groups = self._core_slots, self._sets
         fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
         weights = weights[..., : self._first + self._left - start]
+        if self.scores is not None:
+            vision = core.vision[..., start:]
+            positions = self._positions(self._first + self._left)[:, :groups, start:]
+            self.scores.add(group_mean(weights, groups), positions, vision)
+            weights = self.scores.of(positions, vision)
         stored = self.stored if self._first else None
-        self._core.refresh(weights, start, self.buffers, groups, fixed, stored)
+        core.refresh(weights, start, self.buffers, groups, fixed, stored)
+
+    @property
+    def _core_slots(self) -> CoreSlots:
+        """Where core and stored vision lie, worked out when first asked for."""
+        if self._core is None:
+            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
+        return self._core
+
+    @property
+    def _sets(self) -> int:
+        """Sets of vision tokens: 1, or one a KV head."""
+        return self.buffers[0].shape[1] if self.per_kv_head else 1
 
     def select_rows(self, rows: Tensor) -> None:
         fixed = self.fixed if len(rows) == len(self.plans) else None
@@ -305,6 +328,8 @@ class AdaptiveLayer(HeldLayer):
             if self.stored is not None:
                 self.stored = self.stored.select_rows(rows)
             self.text.select_rows(picked, rows.to(self.positions.device))
+            if self.scores is not None:
+                self.scores.select_rows(rows.to(self.positions.device))
             self._plan()
             if fixed is not None:
                 self.move(fixed)

@@ -14,7 +14,7 @@ from avlprof.bisection import largest
 from avlprof.budgets import ReadBudget, meet_both, meet_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import FULL, RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
+from avlprof.policy import FULL, RANKING, CoreScore, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ class Candidate:
     `mix` parts of the allocator and the rest uniform; `temperature` sharpens (> 1) or flattens
     (< 1) what the allocator says; `floor` is the least kept share of a layer; `midpoint` is the depth
     at which allocator `sigmoid` falls, the one shape that `temperature` cannot give. With a read budget,
-    `refresh_interval` is K, `refresh` what a refresh reads, and `compute_temperature` sharpens how
-    reads follow the kept shares. Where text may go, `text_share` of the text that a budget without
-    limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are those of
-    what is stored, in every layer; None: 16, and they are not searched.
+    `refresh_interval` is K, `refresh` what a refresh reads, `core_prompt` and `core_memory` what it ranks
+    by (`core_score`; None: the step's row alone, and they are not searched), and `compute_temperature`
+    sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
+    without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
+    those of what is stored, in every layer; None: 16, and they are not searched.
     """
 
     allocator: str = "uniform"
@@ -102,6 +103,8 @@ class Candidate:
     text_share: float | None = None
     text_sink: int = 0
     vision_bits: int | None = None
+    core_prompt: float | None = None
+    core_memory: float | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Candidate:
@@ -126,13 +129,22 @@ class Candidate:
             text=text,
         )
         if budget.read is not None:
-            refresh = "score_only" if self.refresh == "score_only" and self.refresh_interval else "full"
-            kept = kept.model_copy(update={"refresh_interval": self.refresh_interval, "refresh": refresh})
+            kept = kept.model_copy(update=self._refreshes())
 
         def follow(keep: tuple[float, ...]) -> list[float]:
             return [share**self.compute_temperature for share in keep]
 
         return spread(kept, shares.tolist(), budget, self.floor, follow)
+
+    def _refreshes(self) -> dict[str, Any]:
+        """The fields of a policy that say how its core is picked anew; plain ones where it never is."""
+        if not self.refresh_interval:
+            return {"refresh_interval": 0}
+        return {
+            "refresh_interval": self.refresh_interval,
+            "refresh": "score_only" if self.refresh == "score_only" else "full",
+            "core_score": CoreScore(prompt=self.core_prompt or 0.0, memory=self.core_memory or 0.0),
+        }
 
     def text(self, budget: Budget, layers: int) -> TextPolicy:
         """What stays of text: as much as `text_share` says and as the budgets afford.
@@ -164,6 +176,8 @@ class Candidate:
             del values["midpoint"]
         if budget.read is None:
             del values["refresh_interval"], values["refresh"], values["compute_temperature"]
+        if budget.read is None or self.core_prompt is None:
+            del values["core_prompt"], values["core_memory"]
         if self.text_share is None:
             del values["text_share"], values["text_sink"]
         if self.vision_bits is None:

@@ -201,10 +201,18 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def as_begun(folder: Path, settings: Settings) -> Settings:
-    """The settings as a study has them that was begun before bits were searched: it goes on without."""
-    if not (folder / "study.json").exists() or "bits" in read_meta(folder).space:
+    """The settings as a study has them that was begun before all was searched that is now.
+
+    It goes on without bits, or without what a refresh ranks by.
+    """
+    if not (folder / "study.json").exists():
         return settings
-    return replace(settings, space=replace(settings.space, bits=(FULL,)))
+    known, space = read_meta(folder).space, settings.space
+    if "bits" not in known:
+        space = replace(space, bits=(FULL,))
+    if "core_prompts" not in known:
+        space = replace(space, core_prompts=(0.0,), core_memories=(0.0,))
+    return replace(settings, space=space)
 
 
 def study_meta(

@@ -15,6 +15,7 @@ from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
     RANKING,
+    CoreScore,
     JointPool,
     Policy,
     PrefillFilter,
@@ -65,6 +66,7 @@ def policies(draw, runnable=False):
             share = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
             scaled = [share * k for k in keep] if isinstance(keep, tuple) else share * keep
             fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
+        fields["core_score"] = CoreScore(prompt=draw(RATIO), memory=draw(RATIO.filter(lambda r: r < 1)))
         fields["vision_bits"] = per_layer(st.sampled_from([16, 8, 4, 3, 2]))
         kinds = ["all", "window"] if runnable else ["all", "window", "keep"]
         kind = draw(st.sampled_from(kinds))
@@ -186,6 +188,10 @@ REFUSED = {
     "vision_bits: four": "vision_bits",
     "vision_bits: [4, 8]\nvision_keep: [0.5, 0.2, 0.1]": "vision_bits has 2",
     "pool: joint\njoint: {keep: 0.5}\nvision_bits: 4": "leave vision_bits out",
+    "core_score: {prompt: 1.5}": "core_score.prompt: input should be less than or equal to 1, got 1.5",
+    "core_score: {memory: 1}": "core_score.memory: input should be less than 1, got 1",
+    "core_score: {memroy: 0.5}": "did you mean core_score.memory?",
+    "pool: joint\njoint: {keep: 0.5}\ncore_score: {prompt: 0.5}": "leave core_score out",
     "schema: avlprof.policy/2": "schema",
     "a: [": "not valid YAML",
 }
@@ -363,6 +369,12 @@ def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
     """16 bits are no news; with fewer, no core means that all is packed, and a whole core that nothing is."""
     assert Policy(vision_keep=0.2).hash == Policy(vision_keep=0.2, vision_bits=16).hash
     assert Policy(vision_keep=0.2).hash != Policy(vision_keep=0.2, vision_bits=8).hash
+    cored = Policy(vision_keep=0.2, vision_compute=0.1, refresh_interval=4)
+    assert cored.hash == "c1c11974db74ae3b"  # as it was before cores had scores
+    assert cored.hash == cored.model_copy(update={"core_score": CoreScore()}).hash
+    scored = [cored.model_copy(update={"core_score": CoreScore(**{n: 0.5})}) for n in ("prompt", "memory")]
+    assert len({cored.hash, *(policy.hash for policy in scored)}) == 3
+    assert [policy.scores_core for policy in (cored, *scored)] == [False, True, True]
     prompt = PromptShape(0, 100, 0)
     bare, whole = (
         sizes(Policy(vision_keep=0.4, vision_compute=core, vision_bits=3), prompt, 1)[0]

@@ -272,6 +272,7 @@ def test_a_loop_of_ones_own_begins_where_the_model_counts_from(name):
     [
         (POLICIES["history"], 8, "evicts by score while decoding"),
         (POLICIES["tova"], 8, "evicts by score"),
+        (POLICIES["scored core"], 8, "scores its core at every step"),
         (DENSE, 0, "at least 1 and at most 65,536, got 0"),
         (DENSE, 10**9, "at most 65,536, got 1000000000"),
         (DENSE, True, "got True"),

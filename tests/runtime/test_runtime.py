@@ -40,7 +40,7 @@ from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import POLICIES, QUICK, TESTED
 
 MODELS = dict(cases())
-CORED = ("packed core", "packed per head", "packed score only", "packed history")
+CORED = ("packed core", "packed per head", "packed score only", "packed history", "packed scored")
 """Policies whose cores change places with what few bits store."""
 
 
@@ -155,6 +155,9 @@ def test_live_bytes_are_the_policys_sizes(case, name):
                 beside = 3 * max(p.vision - p.core for p in plans)
                 each = 2 * layer.keys.shape[1] * packed_bytes(16, layer.bits)
                 index += beside * (8 * layer.positions.shape[1] + each)
+            if policy.scores_core:  # by position, of all tokens
+                sets = layer.keys.shape[1] if policy.heads == "kv_head" else 1
+                index += 4 * 3 * sets * (2 * inputs["input_ids"].shape[1] + 1)
         assert use.allocated == slots * 2 * layer.bytes_per_token() + index  # the model runs in fp32
 
 
@@ -271,7 +274,7 @@ def test_beams_and_returned_sequences_keep_their_rows_apart(case):
 
 
 @pytest.mark.parametrize(
-    "name", few(["core and window", "history", "heavy", "h2o", "tova", "newest share"], 2)
+    "name", few(["core and window", "scored per head", "history", "heavy", "h2o", "tova", "newest share"], 2)
 )
 def test_beams_take_their_state_along(name):
     """Reordered rows go on as if each had been alone: against the oracle of the winning answer."""
@@ -299,7 +302,9 @@ def test_beams_take_their_state_along(name):
         assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["core, k=1", "core, k=3", "per head", "score only", "history", *CORED])
+@pytest.mark.parametrize(
+    "name", ["core, k=1", "core, k=3", "per head", "score only", "history", "scored history", *CORED]
+)
 def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
     """The form that devices run, which never asks how many swaps there are."""
     case, policy = random_llava(), POLICIES[name]

@@ -58,6 +58,8 @@ def test_every_candidate_meets_its_budgets(seed):
             text_share=float(rng.uniform(0.02, 1)) if window else None,
             text_sink=int(rng.integers(0, 5)) if window else 0,
             vision_bits=None if seed % 3 == 0 else int(rng.choice(space.bits)),
+            core_prompt=None if seed % 5 == 0 else float(rng.choice(space.core_prompts)),
+            core_memory=None if seed % 5 == 0 else float(rng.choice(space.core_memories)),
         )
         policy = candidate.policy(evidence, budget)
         check_budgets(policy, budget, layers, slack)
@@ -72,6 +74,9 @@ def test_every_candidate_meets_its_budgets(seed):
             assert policy.text.sink <= candidate.text_sink
         if read is not None:
             assert policy.refresh_interval == candidate.refresh_interval
+            asked = (candidate.core_prompt or 0.0, candidate.core_memory or 0.0)
+            wanted = asked if candidate.refresh_interval else (0.0, 0.0)
+            assert (policy.core_score.prompt, policy.core_score.memory) == wanted
             moved = Moved(policy, *(tuple(rng.uniform(-1, 1, layers)) for _ in range(2)))
         else:
             moved = Moved(policy, tuple(rng.uniform(-1, 1, layers)))
@@ -180,7 +185,13 @@ def test_starts_are_points_of_the_space():
     assert Space(refreshes=(0, 2, 4)).starts()[0].refresh_interval == 4
     static = [start for start in replace(Space(), reads=True).starts() if start.refresh_interval == 0]
     assert [start.scorer for start in static] == list(Space().scorers)
-    assert len(replace(Space(), reads=True).starts()) == len(starts) + len(static)
+    limited = replace(Space(), reads=True).starts()
+    assert len(limited) == len(starts) + len(static) + 1
+    assert {(start.core_prompt, start.core_memory) for start in limited[:-1]} == {(0.0, 0.0)}
+    last = limited[-1]
+    assert (last.refresh_interval, last.refresh, last.core_prompt) == (4, "score_only", 0.5)
+    plain = replace(Space(core_prompts=(0.0,), core_memories=(0.0,)), reads=True)
+    assert {start.core_prompt for start in plain.starts()} == {None}
     window = Space(text="trade").starts()
     assert {start.text_share for start in window} == {1.0, 0.25}
 
@@ -247,9 +258,12 @@ def test_a_space_comes_back_from_its_description():
     for space in (Space(), SPACE, Space(("uniform",), refreshes=(0, 8), text="trade")):
         assert Space.of(space.described()) == space
     told = {"allocators": ("uniform",), "of a later version": (1,)}
-    assert Space.of(told) == Space(("uniform",), bits=(16,)), "one that tells of no bits searched none"
-    assert Space.of(told | {"bits": (4, 2)}) == Space(("uniform",), bits=(4, 2))
-    assert "bits" not in Space(bits=(16,)).described()
+    rows = {"core_prompts": (0.0,), "core_memories": (0.0,)}
+    plain = Space(("uniform",), bits=(16,), **rows)
+    assert Space.of(told) == plain, "one that tells of no bits and no scores searched none"
+    assert Space.of(told | {"bits": (4, 2)}) == replace(plain, bits=(4, 2))
+    assert Space.of(told | {"core_prompts": (0.0, 0.3)}) == replace(plain, core_prompts=(0.0, 0.3))
+    assert not {"bits", *rows} & set(plain.described())
     assert Space(bits=(4, 16, 4)) == Space(bits=(16, 4)), "the same choices, whatever their order"
 
 
@@ -264,6 +278,8 @@ def test_a_space_comes_back_from_its_description():
         ({"scorers": ("valued:instrction",)}, "unknown scorer 'instrction'; did you mean instruction"),
         ({"refresh": ("half",)}, "unknown kind of refresh 'half'"),
         ({"bits": (4, 5)}, "bits of the search space must be among 16, 8, 4, 3, 2, got 5"),
+        ({"core_prompts": (0.5, 1.5)}, r"core_prompts of the search space must be in \[0, 1\], got 1.5"),
+        ({"core_memories": (1.0,)}, "core_memories of the search space must be in .0, 0.999., got 1.0"),
         ({"text": "none"}, "unknown text of the search space 'none'"),
     ],
 )

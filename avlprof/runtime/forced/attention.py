@@ -84,8 +84,8 @@ class GroupAttention:
         always = self._visible_always(layer)
         if policy.joint is not None and policy.evicts_by is not None:
             return lambda block: always[:, None, :, block.start : block.stop], _whole
-        kept, core = chosen_prompt(self.plans, self.prompts, layer, groups)
-        sets = VisionSets(rows, self.plans, kept, core, always, layer)
+        chosen = chosen_prompt(self.plans, self.prompts, layer, groups)
+        sets = VisionSets(rows, self.plans, chosen, always, layer, self.prompts)
         return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block)), sets.full
 
     def _visible_always(self, layer: int) -> Tensor:
