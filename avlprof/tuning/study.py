@@ -61,11 +61,14 @@ class StudyMeta(BaseModel):
 
     def differences(self, other: StudyMeta) -> list[str]:
         """Fields in which another study differs, which is asked for, in words."""
-        different = [
-            f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
+        pairs = {
+            name: (getattr(self, name), getattr(other, name))
             for name in type(self).model_fields
-            if name not in NOTED and getattr(self, name) != getattr(other, name)
-        ]
+            if name not in (*NOTED, "space")
+        }
+        parts = dict.fromkeys([*self.space, *other.space])  # of a space the parts that differ, not the whole
+        pairs |= {f"space.{part}": (self.space.get(part), other.space.get(part)) for part in parts}
+        different = [f"{name}: {a!r} here, {b!r} asked" for name, (a, b) in pairs.items() if a != b]
         for name, what in NOTED.items():
             different += noted_differences(what, getattr(self, name), getattr(other, name))
         return different
