@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from avlprof.policy import Policy
+from avlprof.policy import CoreScore, Policy
 
 NEAR_TIE = 1e-5
 """Relative score gap under which fp32 may order two tokens either way."""
@@ -116,6 +116,7 @@ class Oracle:
         else:
             scan = Scan(self, module.layer_idx, heads // groups, logits, seen, v)
             scan.sinks = s_aux
+            scan.states = query[0].double(), key[0].double(), value[0].double(), scaling, softcap
             out = scan.run()
         return out.transpose(0, 1)[None].to(query.dtype), None
 
@@ -143,6 +144,29 @@ def joined(turns, answer_types):
     return full
 
 
+def to_middle(number):
+    """How far a number is from where half precision rounds it to another one; 0 is never."""
+    if number == 0:
+        return math.inf
+    spacing = 2.0 ** (math.floor(math.log2(abs(number))) - 10)
+    return spacing / 2 - abs(float(number) - float(number.half()))
+
+
+def quantised(numbers, bits, trace):
+    """A token's numbers after few bits: the nearest steps between the least and the largest of a group."""
+    found, most = [], 2**bits - 1
+    group = max(n for n in range(1, 33) if len(numbers) % n == 0)
+    for part in numbers.split(group):
+        low = part.min().half().double()
+        exact = (part.max() - low) / most
+        scale = exact.half().double()
+        codes = (part - low) / scale if scale > 0 else torch.zeros_like(part)
+        near = float((codes.frac().abs() - 0.5).abs().min() * scale)
+        trace.gap = min(trace.gap, 10 * near, 10 * to_middle(part.min()), 10 * most * to_middle(exact))
+        found.append(codes.round().clamp(0, most) * scale + low)
+    return torch.cat(found)
+
+
 def sink_of(sinks, head):
     """A head's learned sink: its logit; None where the model has none."""
     return None if sinks is None else sinks[head].double()
@@ -160,6 +184,7 @@ class Scan:
     """One layer, token by token."""
 
     sinks = None  # learned logits of the heads
+    states = None  # queries, keys and values, the factor and the soft cap of the products
 
     def __init__(self, oracle, layer, size, logits, seen, v):
         self.o, self.policy, self.trace, self.layer = oracle, oracle.policy, oracle.trace, layer
@@ -182,8 +207,12 @@ class Scan:
         self.kept = [set() for _ in self.vgroups]
         self.core = [set() for _ in self.vgroups]
         self.core_size = 0
+        self.packed = [set() for _ in self.vgroups]
+        self.size, self.bits = size, per_layer(policy.vision_bits, layer)
         self.text = [[] for _ in self.tgroups]
         self.h = [{} for _ in self.tgroups]
+        self.first = [{} for _ in self.vgroups]  # what the scorer gave at a token's turn
+        self.mean = [{} for _ in self.vgroups]
         self.seen_text = self.pool = 0
 
     def run(self):
@@ -241,10 +270,12 @@ class Scan:
         self.core_size += core_size
         for g, members in enumerate(self.vgroups):
             best = scores[members].mean(0).tolist()
+            self.first[g] |= {j: best[j] for j in here}
             self.kept[g] = self.kept[g] | top(best, here, keep, trace)
             if start > 0:
                 best = weights[end - 1][members].mean(0).tolist()
             self.core[g] = top(best, sorted(self.kept[g]), self.core_size, trace)
+        self.pack()
         trace.cores[self.layer].append(list(self.core))
         text = [i for i in alive if i not in vision_all and i not in self.o.system]
         self.seen_text += len(text)
@@ -278,26 +309,66 @@ class Scan:
         if self.kind == "position":  # what falls out of a window falls out before the step attends
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
         every = policy.refresh_interval
-        refresh = every > 0 and step % every == 0 and any(len(k) > self.core_size for k in self.kept)
+        cored = every > 0 and any(len(k) > self.core_size for k in self.kept)
+        refresh = cored and step % every == 0
         full = refresh and policy.refresh == "full"
         if refresh and not full:
             before = self.out.clone()
-            self.pick(self.attend(t, lambda head: self.held(head, self.kept)))
+            row = self.attend(t, lambda head: self.held(head, self.kept))
+            self.average(row, self.kept)
+            self.pick(row)
             self.out = before
         row = self.attend(t, lambda head: self.held(head, self.kept if full else self.core))
         if full:
+            self.average(row, self.kept)
             self.pick(row)
+        elif cored and not refresh:
+            self.average(row, self.core)
         if self.kind in ("history", "accumulated", "last_query"):
             self.update(t, row)
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
         trace.cores[self.layer].append(list(self.core))
         trace.text[self.layer].append([set(text) for text in self.text])
 
+    def average(self, row, seen):
+        """Each vision token's mean of the rows that saw it; the older ones fade."""
+        fading = self.policy.core_score.memory
+        for g, members in enumerate(self.vgroups):
+            for j in seen[g]:
+                new = float(row[members, j].mean())
+                old = self.mean[g].get(j)
+                self.mean[g][j] = new if old is None else fading * old + (1 - fading) * new
+
     def pick(self, row):
-        self.core = [
-            top(row[members].mean(0).tolist(), sorted(kept), self.core_size, self.trace)
-            for members, kept in zip(self.vgroups, self.kept, strict=True)
-        ]
+        for g, members in enumerate(self.vgroups):
+            kept, scores = sorted(self.kept[g]), row[members].mean(0).tolist()
+            if self.policy.core_score != CoreScore():
+                prompt = self.policy.core_score.prompt
+                sums = [sum(part[g][j] for j in kept) or 1.0 for part in (self.first, self.mean)]
+                scores = [0.0] * self.total
+                for j in kept:
+                    scores[j] += prompt * self.first[g][j] / sums[0]
+                    scores[j] += (1 - prompt) * self.mean[g][j] / sums[1]
+            self.core[g] = top(scores, kept, self.core_size, self.trace)
+        self.pack()
+
+    def pack(self):
+        """Quantise in the open what is kept and not core; what comes back into the core stays as it is."""
+        if self.bits == 16:
+            return
+        query, key, value, scaling, softcap = self.states
+        for g, members in enumerate(self.vgroups):
+            core = set() if self.policy.vision_compute is None else self.core[g]
+            for j in self.kept[g] - core - self.packed[g]:
+                for head in members:
+                    kv = head // self.size
+                    if head % self.size == 0:
+                        key[kv, j] = quantised(key[kv, j], self.bits, self.trace)
+                        value[kv, j] = quantised(value[kv, j], self.bits, self.trace)
+                    row = query[head] @ key[kv, j] * scaling
+                    self.logits[head, :, j] = row if softcap is None else softcap * torch.tanh(row / softcap)
+                    self.v[head, j] = value[kv, j]
+            self.packed[g] = self.kept[g] - core
 
     def update(self, t, row):
         """Scores after a decoding row."""

@@ -6,7 +6,16 @@ beside it: forced scoring, several turns, every family, and A-VL step by step.
 
 from __future__ import annotations
 
-from avlprof.policy import DENSE, JointPool, Policy, PrefillFilter, ScorerSpec, TextPolicy, find_policy
+from avlprof.policy import (
+    DENSE,
+    CoreScore,
+    JointPool,
+    Policy,
+    PrefillFilter,
+    ScorerSpec,
+    TextPolicy,
+    find_policy,
+)
 
 KEEP = (0.62, 0.3, 0.45)
 CORE = (0.33, 0.1, 0.2)
@@ -30,6 +39,30 @@ POLICIES = {
     "position": Policy(vision_keep=0.5, scorer=POSITION),
     "score only": Policy(
         vision_keep=KEEP, vision_compute=CORE, refresh_interval=3, refresh="score_only", heads="kv_head"
+    ),
+    "scored core": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        core_score=CoreScore(prompt=0.4, memory=0.7),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "scored per head": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        refresh="score_only",
+        core_score=CoreScore(memory=0.5),
+        heads="kv_head",
+        scorer=ACCUMULATED,
+    ),
+    "scored history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="score_only",
+        core_score=CoreScore(prompt=0.6),
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
     ),
     "history": Policy(
         vision_keep=KEEP,
@@ -70,14 +103,81 @@ POLICIES = {
     ),
 }
 
-TESTED = ("core and window", "per head", "history", "h2o", "filter")
+PACKED = {
+    "packed": Policy(vision_keep=KEEP, vision_bits=(4, 2, 8)),
+    "packed all": Policy(vision_bits=3, text=TextPolicy(window=6, sink=1)),
+    "packed core": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        vision_bits=(3, 8, 2),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "packed per head": Policy(
+        vision_keep=0.6, vision_compute=0.25, refresh_interval=1, heads="kv_head", vision_bits=4
+    ),
+    "packed score only": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="score_only",
+        vision_bits=(4, 16, 3),
+    ),
+    "packed scored": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        core_score=CoreScore(prompt=0.5, memory=0.6),
+        vision_bits=(3, 8, 2),
+        text=TextPolicy(window=6),
+    ),
+    "packed scored per head": Policy(
+        vision_keep=0.6,
+        vision_compute=0.25,
+        refresh_interval=2,
+        refresh="score_only",
+        core_score=CoreScore(memory=0.8),
+        heads="kv_head",
+        vision_bits=(4, 16, 3),
+    ),
+    "packed history": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=4,
+        vision_bits=2,
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "packed h2o text": Policy(
+        vision_keep=0.5, vision_bits=4, text=TextPolicy(keep=0.4, minimum=5, recent=0.3, scorer="accumulated")
+    ),
+    "packed filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        vision_compute=(0.5, 0.5, 0.2),
+        refresh_interval=3,
+        vision_bits=3,
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
+}
+"""Stored vision in few bits: with and without a core, beside all that a core goes with."""
+
+POLICIES |= PACKED
+
+TESTED = (
+    *("core and window", "per head", "history", "h2o", "filter"),
+    *("packed", "packed core", "packed per head", "packed score only", "packed history"),
+    *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
+)
 """One of each part: what `make test` runs of a large matrix."""
 
-QUICK = ("core and window", "history", "h2o")
-"""What `make quick` runs of that: a core and a window, text by score, one pool."""
+QUICK = ("core and window", "history", "h2o", "packed", "packed core", "scored core")
+"""What `make quick` runs of that: a core and a window, text by score, one pool, a core by score."""
 
-SCORED = {"history", "h2o text", "heavy", "h2o", "tova", "two filters"}
-"""Those that evict by score while decoding, which captured steps cannot."""
+SCORED = {
+    *("history", "h2o text", "heavy", "h2o", "tova", "two filters"),
+    *("packed history", "packed h2o text"),
+    *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
+}
+"""Those whose scores run while decoding, which captured steps cannot."""
 
 FORCED = POLICIES | {
     "dense": DENSE,
@@ -111,6 +211,13 @@ TURNS = {
         refresh_interval=4,
         text=TextPolicy(keep=0.4, minimum=4, scorer="history"),
     ),
+    "packed": POLICIES["packed"],
+    "packed core": POLICIES["packed core"],
+    "packed per head": POLICIES["packed per head"],
+    "packed history": POLICIES["packed history"],
+    "scored core": POLICIES["scored core"],
+    "scored per head": POLICIES["scored per head"],
+    "packed scored": POLICIES["packed scored"],
     "streaming": POLICIES["streaming"],
     "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),
     "tova": POLICIES["tova"],
@@ -147,6 +254,7 @@ SCORING = {
     ),
     "tova": POLICIES["tova"],
     "score only": POLICIES["score only"],
+    "scored core": POLICIES["scored core"],
     "heavy": Policy(
         vision_keep=(0.5, 0.3, 0.45),
         text=TextPolicy(window=3, sink=(0, 1, 2), heavy=(4, 2, 1), scorer="accumulated"),

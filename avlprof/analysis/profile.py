@@ -33,7 +33,7 @@ from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite,
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
-from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy
+from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, scale_group
 from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
 from avlprof.watch import SILENT, Watch
@@ -296,7 +296,8 @@ class Profile:
     def prompts(self) -> list[PromptShape]:
         """Token counts of every traced prompt."""
         counts = self.frames["samples"][["system", "vision", "text"]].to_numpy()
-        return [PromptShape(int(a), int(b), int(c), self.governed) for a, b, c in counts]
+        group = scale_group(self.meta.settings.head_dim)
+        return [PromptShape(int(a), int(b), int(c), self.governed, group) for a, b, c in counts]
 
     def horizon(self, threshold: float = 0.01) -> pd.DataFrame:
         """`query`: first layer from which on vision gets less than `threshold` of the attention.

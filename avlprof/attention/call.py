@@ -19,7 +19,8 @@ class AttentionCall(NamedTuple):
     columns, or None when column and position are the same. `after` is what the runtime does once
     the observers have seen the call: until then nothing moves in the buffers that it views.
     `appended`: the cache makes a new tensor of the old keys and the new ones at each step and leaves
-    the old ones as they are.
+    the old ones as they are. `decoded` gives the call with the keys that it attended to and that are stored
+    packed; observers are shown that one.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class AttentionCall(NamedTuple):
     valid: Tensor | None = None
     after: Callable[[], None] | None = None
     appended: bool = False
+    decoded: Callable[[Any], Any] | None = None
 
     @property
     def sinks(self) -> Tensor | None:

@@ -95,6 +95,21 @@ def governed_layers(text_config: Any) -> tuple[int, ...] | None:
     return None if len(own) == len(roles) else own
 
 
+def governed_config(text_config: Any) -> Any:
+    """The config of a layer that a policy acts on; models may state sizes layer by layer."""
+    own = getattr(text_config, "per_layer_config", None)
+    if own is None:
+        return text_config
+    return own[next((i for i, role in enumerate(layer_roles(text_config)) if role.governed), 0)]
+
+
+def head_size(text_config: Any) -> int:
+    """Numbers of a head in the layers that a policy acts on."""
+    config = governed_config(text_config)
+    stated = getattr(config, "head_dim", None)
+    return int(stated or text_config.hidden_size // config.num_attention_heads)
+
+
 def _role(layer: Any, sharing: str, config: Any) -> Role:
     """By name where a class is newer than the oldest transformers that is supported."""
     kind = type(layer).__name__

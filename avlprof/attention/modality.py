@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from avlprof.errors import UserError
-from avlprof.policy import PromptShape
+from avlprof.policy import GROUP, PromptShape
 
 
 class Modality(IntEnum):
@@ -79,9 +79,11 @@ def turn_map(
     return codes
 
 
-def prompt_shapes(modality: Tensor, governed: tuple[int, ...] | None = None) -> list[PromptShape]:
-    """Token counts of each row of a modality map (padding is not counted); `governed` as in `PromptShape`."""
+def prompt_shapes(
+    modality: Tensor, governed: tuple[int, ...] | None = None, group: int = GROUP
+) -> list[PromptShape]:
+    """Token counts of each row of a modality map (padding is not counted); the rest as in `PromptShape`."""
     counts = [
         (modality == code).sum(dim=1).tolist() for code in (Modality.SYSTEM, Modality.VISION, Modality.TEXT)
     ]
-    return [PromptShape(a, b, c, governed) for a, b, c in zip(*counts, strict=True)]
+    return [PromptShape(a, b, c, governed, group) for a, b, c in zip(*counts, strict=True)]

@@ -71,6 +71,34 @@ def ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, rank)
 
 
+def averaged(before: Tensor, row: Tensor, seen: Tensor, memory: float) -> Tensor:
+    """Running mean of the rows that saw a token, the newest first: fp32, of the shape of `before`.
+
+    Args:
+        before: the mean so far, below 0 where no row has seen the token yet.
+        row: this row's attention weights; not read where it does not see.
+        seen: bool, what the row sees: what it does not stays as it was.
+        memory: what the mean so far counts, in [0, 1); the row counts the rest, and all of a first one.
+    """
+    now = torch.where(before < 0, row, memory * before + (1.0 - memory) * row)
+    return torch.where(seen, now, before)
+
+
+def core_scores(prompt: Tensor, mean: Tensor, vision: Tensor, share: float) -> Tensor:
+    """What a refresh ranks by: `share` parts of the prompt's scores, the rest of the rows' running mean.
+
+    Each of the two is made to sum to 1 over `vision`, bool `[..., n]`; scores below 0 count as 0, and so
+    do all that are no vision. fp32 `[..., n]`, not negative.
+    """
+    if share == 0.0:
+        return mean.clamp(min=0.0).masked_fill(~vision, 0.0)
+    parts = (torch.where(vision, part, 0.0).clamp(min=0.0) for part in (prompt, mean))
+    whole, own = (part / part.sum(dim=-1, keepdim=True).clamp(min=_NOTHING) for part in parts)
+    return share * whole + (1.0 - share) * own
+
+
+_NOTHING = 1e-30
+
 KINDS = ("history", "accumulated", "last_query")
 
 

@@ -110,8 +110,9 @@ class Session:
                 "the prompt, which cannot be recorded (a prefill_filter drops tokens; layers that read "
                 "another layer's keys may look with the last one alone)"
             )
+        seen = call.decoded(call) if self.observers and call.decoded is not None else call
         for observer in self.observers:
-            observer.attended(now.forward, call)
+            observer.attended(now.forward, seen)
 
     def adopt(self, cache: Any, modality: Tensor) -> None:
         """Vouch for a cache that was not filled in this context: its positions' modalities `[B, n]`."""

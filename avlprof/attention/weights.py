@@ -147,6 +147,19 @@ def step_weights(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax weights `[B, H, N]` of one query row per sequence, in fp32; arguments as above."""
+    return logit_weights(step_logits(query, key, scaling, softcap), mask, sinks)
+
+
+def logit_weights(logits: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    """Softmax `[B, H, N]` of the logits of `step_logits`, in place where a mask hides some."""
+    if mask is not None:
+        logits = logits.masked_fill_(~mask, float("-inf"))
+    own = None if sinks is None else sinks.view(*logits.shape[1:3], 1)
+    return softmax(logits, own).flatten(1, 2)
+
+
+def step_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
+    """Logits `[B, Hkv, H / Hkv, N]` of one query row per sequence, in fp32; arguments as above."""
     batch, heads, _, size = query.shape
     length = key.shape[2]
     half = key.dtype in (torch.float16, torch.bfloat16)
@@ -159,12 +172,7 @@ def step_weights(
         logits = products.mul_(scaling).view(batch, key.shape[1], -1, length)
     else:
         logits = row_logits(query, key, scaling).view(batch, key.shape[1], -1, length)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill_(~mask, float("-inf"))
-    own = None if sinks is None else sinks.view(*logits.shape[1:3], 1)
-    return softmax(logits, own).view(batch, heads, length)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:

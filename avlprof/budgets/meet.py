@@ -14,16 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avlprof.bisection import largest
+from avlprof.bisection import largest, largest_share
 from avlprof.budgets.fit import check_unit, floor_count, hand_out, ratio_of
 from avlprof.errors import UserError
 from avlprof.policy import (
+    FULL,
+    Bits,
     Policy,
     PromptShape,
     Refresh,
     TextPolicy,
+    broadcast,
     counted_layers,
     live_share,
+    packed_share,
     read_share,
     tokens,
 )
@@ -49,9 +53,15 @@ class ReadBudget:
 
 
 def vision_share(
-    prompts: Sequence[PromptShape], layers: int, budget: float, text: TextPolicy = ALL_TEXT
+    prompts: Sequence[PromptShape],
+    layers: int,
+    budget: float,
+    text: TextPolicy = ALL_TEXT,
+    bits: Bits = FULL,
 ) -> float:
     """The mean share of vision tokens that a budget leaves once system and text are paid, in [0, 1].
+
+    All of them are stored in `bits` bits a number.
 
     Raises:
         UserError: the budget is out of range, or system and text alone need more.
@@ -65,7 +75,9 @@ def vision_share(
             f"budget {budget:g} is below {_up(least)}, what system and text alone need; "
             "raise the budget or set a text window"
         )
-    vision = sum(prompt.vision for prompt in prompts)
+    own, each = counted_layers(prompts, layers), broadcast(bits, layers)
+    price = sum(packed_share(each[layer], prompts[0].group) for layer in own) / max(len(own), 1)
+    vision = price * sum(prompt.vision for prompt in prompts)
     left = (budget - least) * sum(prompt.total for prompt in prompts)
     return min(left / vision, 1.0) if vision else 1.0
 
@@ -76,6 +88,7 @@ def meet_budget(
     budget: float,
     text: TextPolicy = ALL_TEXT,
     floor: float = 0.0,
+    bits: Bits = FULL,
 ) -> tuple[float, ...]:
     """`vision_keep` of each layer, in proportion to `shares`, at a memory budget.
 
@@ -85,6 +98,7 @@ def meet_budget(
         budget: prompt KV live after prefill over dense, in [0, 1].
         text: what stays of text; it is paid first.
         floor: smallest kept share of a layer, as far as the budget allows.
+        bits: `vision_bits` of a policy without a core, so that what is kept is stored so.
 
     Returns:
         Ratios with `live_share <= budget`; one more token in the next layer would exceed it.
@@ -93,7 +107,7 @@ def meet_budget(
         UserError: system and text alone need more than the budget.
     """
     layers = len(shares)
-    vision_share(prompts, layers, budget, text)
+    vision_share(prompts, layers, budget, text, bits)
     check_unit("floor", floor)
     most = max(prompt.vision for prompt in prompts)
     own = counted_layers(prompts, layers)
@@ -103,7 +117,7 @@ def meet_budget(
     def policy(total: int) -> Policy:
         counts = hand_out(relative, total, floors, caps)
         keep = in_place([ratio_of(int(count), most) for count in counts], own, (1.0,) * layers)
-        return Policy(vision_keep=keep, text=text)
+        return Policy(vision_keep=keep, vision_bits=bits, text=text)
 
     total = _most(policy, lambda p, some: live_share(p, some, layers), prompts, most * len(own), budget)
     return policy(total).keep(layers)
@@ -116,6 +130,7 @@ def meet_read_budget(
     text: TextPolicy = ALL_TEXT,
     shares: Sequence[float] | None = None,
     floor: float = 0.0,
+    bits: Bits = FULL,
 ) -> tuple[float, ...]:
     """`vision_compute` of each layer at a read budget; never above `keep`.
 
@@ -126,6 +141,7 @@ def meet_read_budget(
         text: what stays of text; it is read at every step.
         shares: relative computed share of each layer; without them it is in proportion to `keep`.
         floor: smallest computed share of a layer, as far as keep and budget allow.
+        bits: `vision_bits` outside the core, which refreshes read.
 
     Returns:
         Ratios with `read_share <= reads.share`; one more token in the next layer would exceed it.
@@ -156,6 +172,7 @@ def meet_read_budget(
             vision_compute=in_place(compute, own, keep),
             refresh_interval=reads.refresh_interval,
             refresh=reads.refresh,
+            vision_bits=bits,
             text=text,
         )
 
@@ -171,6 +188,48 @@ def meet_read_budget(
             "raise the read budget, lower the budget, refresh less often or set a text window"
         )
     return policy(_most(policy, used, prompts, int(caps.sum()), reads.share)).compute(layers)
+
+
+def meet_both(
+    shares: Sequence[float],
+    prompts: Sequence[PromptShape],
+    budget: float,
+    reads: ReadBudget,
+    text: TextPolicy = ALL_TEXT,
+    floor: float = 0.0,
+    bits: Bits = FULL,
+    follow: Callable[[tuple[float, ...]], Sequence[float]] = tuple,
+) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+    """`vision_keep` of each layer, and `vision_compute` or None for no core, at a memory and a read budget.
+
+    With fewer bits than 16 a core takes more memory than what is stored beside it: where all that is kept
+    may be read there is none, else both shares are the largest of their kind, to a thousandth of the
+    budget.
+
+    Args:
+        shares: relative kept share of each layer.
+        follow: from kept shares to relative computed ones.
+    """
+    layers = len(shares)
+
+    def at(memory: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        keep = meet_budget(shares, prompts, memory, text, floor, bits)
+        return keep, meet_read_budget(keep, prompts, reads, text, follow(keep), bits=bits)
+
+    def fits(memory: float) -> bool:
+        keep, core = at(memory)
+        policy = Policy(vision_keep=keep, vision_compute=core, vision_bits=bits, text=text)
+        return live_share(policy, prompts, layers) <= budget
+
+    if set(broadcast(bits, layers)) == {FULL}:
+        return at(budget)
+    bare = Policy(
+        vision_keep=meet_budget(shares, prompts, budget, text, floor, bits), vision_bits=bits, text=text
+    )
+    if read_share(bare, prompts, layers, reads.answer_tokens) <= reads.share:
+        return bare.keep(layers), None
+    least = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
+    return at(budget if fits(budget) else largest_share(fits, least, budget, halvings=10))
 
 
 def in_place(ratios: Sequence[float], own: Sequence[int], elsewhere: Sequence[float]) -> tuple[float, ...]:

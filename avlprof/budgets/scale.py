@@ -45,7 +45,7 @@ def scale_to(
     """The policy scaled to a memory budget: never above, at most one token a layer below.
 
     - Split pool: `vision_keep` is scaled in proportion, as `meet_budget` does it, and
-      `vision_compute` keeps its ratio to it. Text is left as it is and paid first.
+      `vision_compute` keeps its ratio to it; `vision_bits` stay. Text is left as it is and paid first.
     - Joint pool: `joint.keep` is scaled in proportion; sinks and newest tokens stay as they are.
     - With a prefill filter, what each layer behind it holds is scaled, and the filter with it, so
       that nothing goes on that no layer holds. Layers before it that keep all vision tokens go on
@@ -78,7 +78,10 @@ def scale_to(
     make, top = _joint(shaped, prompts, layers) if shaped.joint else _split(shaped, prompts, layers)
     if used(make(0)) > budget:
         raise OverBudgetError(policy, budget, used(make(0)))
-    best = make(largest(lambda total: used(make(total)) <= budget, top))
+    total = largest(lambda total: used(make(total)) <= budget, top)
+    while total > 0 and live_share(make(total), prompts, layers) > budget:
+        total -= 1  # sums of shares of tokens are rounded
+    best = make(total)
     return shaped if used(best) <= used(shaped) <= budget else best
 
 
@@ -94,7 +97,7 @@ def _allocated(
         mean = policy.model_copy(update={"joint": policy.joint.model_copy(update={"keep": budget})})
         return resolve(mean, known)
     try:
-        share = vision_share(prompts, layers, budget, policy.text)
+        share = vision_share(prompts, layers, budget, policy.text, policy.vision_bits)
     except UserError:
         bare = policy.model_copy(update={"allocator": None, "vision_keep": 0.0, "vision_compute": None})
         raise OverBudgetError(policy, budget, live_share(bare, prompts, layers)) from None
@@ -168,5 +171,5 @@ def _filter(policy: Policy, keep: Sequence[float], own: Sequence[int]) -> tuple[
     return tuple(step.model_copy(update={"keep": held(step.after_layer)}) for step in policy.prefill_filter)
 
 
-def _stored(policy: Policy, prompt: PromptShape, layers: int) -> int:
-    return sum(size.stored for size in sizes(policy, prompt, layers))
+def _stored(policy: Policy, prompt: PromptShape, layers: int) -> float:
+    return sum(size.live for size in sizes(policy, prompt, layers))

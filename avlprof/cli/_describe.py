@@ -19,7 +19,12 @@ def sets(policy: Policy) -> str:
     if policy.vision_compute is not None:
         refresh = f"every {policy.refresh_interval}" if policy.refresh_interval else "fixed"
         scored = ", scoring only" if policy.refresh == "score_only" else ""
+        if policy.scores_core:
+            score = policy.core_score
+            scored += f", core_score prompt {score.prompt:g}, memory {score.memory:g}"
         parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}{scored}")
+    if policy.packs:
+        parts.append(f"vision_bits {_range(policy.vision_bits)}")
     if policy.allocator is not None:
         parts.append(f"spread by {policy.allocator.name}")
     text = policy.text
@@ -67,10 +72,11 @@ def differences(first: Policy, second: Policy) -> list[dict[str, Any]]:
     """One row a field, and a layer where the field differs between layers, in which two policies differ.
 
     Name, description, source and provenance do not count. Policies written for different numbers
-    of layers are compared field by field. Without a core, `vision_compute` is `vision_keep`.
+    of layers are compared field by field. Without a core, `vision_compute` is `vision_keep`, unless
+    `vision_bits` tell the two apart.
     """
     ours, theirs = flat(first), flat(second)
-    if ours["vision_compute"] != theirs["vision_compute"]:
+    if ours["vision_compute"] != theirs["vision_compute"] and not (first.packs or second.packs):
         for side in (ours, theirs):
             if side["vision_compute"] is None:
                 side["vision_compute"] = side["vision_keep"]
@@ -104,6 +110,7 @@ def flat(policy: Policy) -> dict[str, Any]:
 _LISTED = (
     "vision_keep",
     "vision_compute",
+    "vision_bits",
     "text.window",
     "text.sink",
     "text.heavy",

@@ -17,6 +17,7 @@ OWN_THREADS: Final = "AVLPROF_THREADS"
 _WAITING: Final = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 _MODEL: Final = ("trace", "run", "tune", "evaluate", "compare", "demo")
 """Commands that load a model, by default the embedded one."""
+_EMBEDDED: Final = ("tiny", "tiny-mrope")
 _HEAVY: Final = (*_MODEL, "analyze", "report", "derive", "bench", "studies", "export")
 
 

@@ -11,7 +11,7 @@ import typer
 from avlprof.cli._live import board
 from avlprof.cli._options import model_options, parse_shares, task_options
 from avlprof.cli._output import FigureFormat, FigureFormatOption, Format, FormatOption, finished, note
-from avlprof.errors import UserError
+from avlprof.errors import UserError, shortened
 from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 from avlprof.tuning.settings import BUDGET, Settings
@@ -61,13 +61,14 @@ def tune(
         ),
     ] = None,
     certify_samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--certify-samples",
-            help="Held-out samples behind those of the proof that a certificate is tested on.",
+            help="Held-out samples behind those of the proof of a certificate, 500 unless told.",
+            show_default=False,
             rich_help_panel=_SEVERAL,
         ),
-    ] = 500,
+    ] = None,
     read_budget: Annotated[
         float | None,
         typer.Option("--read-budget", help="Prompt KV read per step; tunes compute shares and K as well."),
@@ -79,6 +80,9 @@ def tune(
         str,
         typer.Option("--text", help="all stays, trade it for vision, or auto: only below what it needs."),
     ] = "auto",
+    bits: Annotated[
+        str, typer.Option("--bits", help="Bits that stored vision may have; 16 alone: they are not searched.")
+    ] = "16,8,4,3,2",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -150,10 +154,12 @@ def tune(
         raise UserError("give one of --budget, --budgets and --max-drop (two with --confidence)")
     if certifying and (max_drop is None or budget is not None):
         raise UserError("--confidence certifies a --max-drop at --budgets; give --max-drop, and no --budget")
+    if certify_samples is not None and not certifying:
+        raise UserError("--certify-samples are those of a certificate; give --confidence and --max-drop")
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
-        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text),
+        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text, bits=bits_of(bits)),
         batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
     check_output(out, folder=True)
@@ -161,7 +167,8 @@ def tune(
     with board() as watch:
         shares = parse_shares("--budgets", "0.1,0.2,0.4" if budgets is None else budgets)
         if confidence is not None and max_drop is not None:
-            claim = Claim(max_drop, confidence, tuple(shares), certify_samples)
+            fresh = Claim.samples if certify_samples is None else certify_samples
+            claim = Claim(max_drop, confidence, tuple(shares), fresh)
             certified = verbs.certified(
                 spec, source, claim, settings, run=run, out=out, workers=by, watch=watch
             )
@@ -207,6 +214,16 @@ def _show(
         note(sentence)
     policy = tuned.folder / "policy.yaml"
     finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(*on, [policy]))
+
+
+def bits_of(text: str) -> tuple[int, ...]:
+    """Bits with commas between."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--bits must be whole numbers with commas, as in 16,4, got {shortened(text)}"
+        ) from None
 
 
 def _show_sweep(

@@ -260,7 +260,7 @@ def _answer(
     encoding = _encode(loaded, batch)
     vision = vision_token_ids(loaded.model.config)
     modality = modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision)
-    rows = prompt_shapes(modality, loaded.adapter.governed)
+    rows = prompt_shapes(modality, loaded.adapter.governed, loaded.adapter.group)
     measured: list[Footprint] = []
 
     def look(cache: Any) -> None:

@@ -22,6 +22,7 @@ from avlprof.evaluation.lineup import Entry, LineUp, line_up, seeded, shipped_ba
 from avlprof.evaluation.store import AnswerStore
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
+from avlprof.models.adapter import Adapter
 from avlprof.policy import Policy, PromptShape
 from avlprof.tasks import Sample, Task
 from avlprof.watch import SILENT, Part, Watch
@@ -276,7 +277,7 @@ def compare(
     ascending = tuple(sorted(set(budgets)))
     lineup = line_up(
         ascending,
-        _shapes(parts[0], loaded.adapter.governed),
+        _shapes(parts[0], loaded.adapter),
         loaded.adapter.layers,
         baselines=shipped_baselines(given) if settings.baselines is None else settings.baselines,
         given=given,
@@ -315,6 +316,6 @@ def _runs(entries: Sequence[Entry]) -> int:
     return sum(len(seeded(entry.policy)) for entry in entries)
 
 
-def _shapes(dense: pd.DataFrame, governed: tuple[int, ...] | None) -> list[PromptShape]:
+def _shapes(dense: pd.DataFrame, adapter: Adapter) -> list[PromptShape]:
     rows = dense[["system", "vision", "text"]].itertuples(index=False)
-    return [PromptShape(int(system), int(vision), int(text), governed) for system, vision, text in rows]
+    return [PromptShape(int(a), int(b), int(c), adapter.governed, adapter.group) for a, b, c in rows]

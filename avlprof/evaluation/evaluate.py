@@ -214,7 +214,8 @@ def evaluate(
 
     dense = answers_of(None)
     if settings.baselines:
-        shapes = [PromptShape(a.system, a.vision, a.text, loaded.adapter.governed) for a in dense]
+        own = loaded.adapter
+        shapes = [PromptShape(a.system, a.vision, a.text, own.governed, own.group) for a in dense]
         length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
         rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
         steps.total = settings.units(rows, len(samples))

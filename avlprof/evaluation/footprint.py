@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from avlprof.policy import PromptShape, counted_layers
+from avlprof.policy import FULL, PromptShape, counted_layers
 from avlprof.runtime.buffers import BufferedLayer
 
 
@@ -16,9 +16,10 @@ from avlprof.runtime.buffers import BufferedLayer
 class Footprint:
     """KV bytes of one row of a batch, over all layers that a policy acts on and their KV heads.
 
-    `live` is what is kept of the prompt, `dense` what the stock cache holds of it without padding,
-    `allocated` the row's equal part of the storage behind the cache: padding to the batch's
-    longest row and the reserve for generated tokens included.
+    `live` is what is kept of the prompt, `dense` what the stock cache holds of it without padding, both
+    in 16 bits a number whatever the model runs in, or as few as are stored. `allocated` is the row's
+    equal part of the storage behind the cache: padding to the batch's longest row and the reserve for
+    generated tokens included.
     """
 
     live: int
@@ -37,10 +38,10 @@ def footprints(cache: Any, rows: Sequence[PromptShape]) -> list[Footprint]:
         if layer.is_sliding:
             continue
         size = _bytes_per_token(layer.keys) + _bytes_per_token(layer.values)
-        totals = [shape.total for shape in rows]
-        kept = layer.stored_prompt_tokens(rows) if isinstance(layer, BufferedLayer) else totals
-        live = [bytes_ + size * count for bytes_, count in zip(live, kept, strict=True)]
-        dense = [bytes_ + size * count for bytes_, count in zip(dense, totals, strict=True)]
+        whole = [size * shape.total for shape in rows]
+        kept = layer.prompt_bytes(rows) if isinstance(layer, BufferedLayer) else whole
+        live = [before + own for before, own in zip(live, kept, strict=True)]
+        dense = [before + own for before, own in zip(dense, whole, strict=True)]
         allocated += storage_bytes(layer)
     return [Footprint(a, b, allocated // len(rows)) for a, b in zip(live, dense, strict=True)]
 
@@ -60,4 +61,4 @@ def storage_bytes(layer: Any) -> int:
 
 
 def _bytes_per_token(states: Tensor) -> int:
-    return states.shape[1] * states.shape[3] * states.element_size()
+    return states.shape[1] * states.shape[3] * FULL // 8

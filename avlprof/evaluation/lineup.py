@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from avlprof.allocators._base import Evidence
-from avlprof.budgets import OverBudgetError, ReadBudget, meet_budget, meet_read_budget, scale_to
+from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
+    FULL,
     RANKING,
     Policy,
     PromptShape,
@@ -92,9 +93,9 @@ def equal_bytes(
 ) -> list[Policy]:
     """`uniform` and `random` with the live bytes and the read bytes of `policy`, never above.
 
-    They share the policy's text part, refreshes and, uniform only, its scorer (`RANKING` where it has
-    none of its own: a joint pool, or one that ranks by `random`); a core that is refreshed is re-picked by
-    attention in both. What the policy is already is left out; so is
+    They share the policy's text part, refreshes, bits of stored vision and, uniform only, its scorer
+    (`RANKING` where it has none of its own: a joint pool, or one that ranks by `random`); a core that is
+    refreshed is re-picked by attention in both. What the policy is already is left out; so is
     everything, with a warning, where a joint pool keeps less than the prompt's text alone needs.
     Counts are exact over `prompts`, to one token, with `answer_tokens` decoding steps.
     """
@@ -102,17 +103,22 @@ def equal_bytes(
     text = TextPolicy() if joint else policy.text
     own = not joint and policy.scorer.name != "random"
     scorer = policy.scorer if own else ScorerSpec.of(RANKING)
-    flat = (1.0,) * layers
+    flat, memory = (1.0,) * layers, live_share(policy, prompts, layers)
+    cored = not joint and policy.compute(layers) != policy.keep(layers)
+    bits = policy.vision_bits if cored or policy.vision_compute is None else FULL
+    uniform = Policy(name="uniform", vision_bits=bits, scorer=scorer, heads=policy.heads, text=text)
     try:
-        keep = meet_budget(flat, prompts, live_share(policy, prompts, layers), text)
-        uniform = Policy(name="uniform", vision_keep=keep, scorer=scorer, heads=policy.heads, text=text)
-        if not joint and policy.compute(layers) != policy.keep(layers):
+        if cored:
             every, refresh = policy.refresh_interval, policy.refresh
-            share = read_share(policy, prompts, layers, answer_tokens)
-            reads = ReadBudget(share, answer_tokens, every, refresh)
-            compute = meet_read_budget(keep, prompts, reads, text, flat)
-            cored = {"vision_compute": compute, "refresh_interval": every, "refresh": refresh}
-            uniform = uniform.model_copy(update=cored)
+            reads = ReadBudget(
+                read_share(policy, prompts, layers, answer_tokens), answer_tokens, every, refresh
+            )
+            keep, compute = meet_both(flat, prompts, memory, reads, text, bits=bits, follow=lambda keep: flat)
+            shares: dict[str, Any] = {"vision_compute": compute, "refresh_interval": every}
+            shares |= {"refresh": refresh, "core_score": policy.core_score}
+        else:
+            keep, shares = meet_budget(flat, prompts, memory, text, bits=bits), {}
+        uniform = uniform.model_copy(update={"vision_keep": keep} | shares)
     except UserError as error:
         _log.warning("policy '%s' has no baselines at equal bytes: %s", policy.name, error)
         return []
@@ -150,14 +156,14 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
         return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
-    refresh = (policy.refresh_interval, policy.refresh) if has_core else (0, "full")
+    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
     return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
 
 
 def _is_flat(policy: Policy, own: Sequence[int], layers: int) -> bool:
     """Whether a policy says the same of all layers that are counted."""
-    keep, compute = policy.keep(layers), policy.compute(layers)
-    return policy.joint is None and len({(keep[layer], compute[layer]) for layer in own}) == 1
+    keep, compute, bits = policy.keep(layers), policy.compute(layers), policy.bits(layers)
+    return policy.joint is None and len({(keep[layer], compute[layer], bits[layer]) for layer in own}) == 1
 
 
 def _unique(rows: Sequence[PolicyRow]) -> list[PolicyRow]:

@@ -12,12 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from avlprof.attention.gate import LayerRole, check_traced, decoder_of, governed_layers, layer_roles
+from avlprof.attention.gate import (
+    LayerRole,
+    check_traced,
+    decoder_of,
+    governed_config,
+    governed_layers,
+    head_size,
+    layer_roles,
+)
 from avlprof.attention.modality import vision_token_ids
 from avlprof.errors import UserError
 from avlprof.models.chat import chat_text, lacking, one_line, processor_inputs
 from avlprof.models.tiles import Layout, Tile
-from avlprof.policy import said_governed
+from avlprof.policy import said_governed, scale_group
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.turn import Message
 
@@ -80,8 +88,12 @@ class Adapter:
     @cached_property
     def head_dim(self) -> int:
         """Width of one head."""
-        stated = getattr(self._layer_config, "head_dim", None)
-        return int(stated or self.text_config.hidden_size // self.heads)
+        return head_size(self.text_config)
+
+    @cached_property
+    def group(self) -> int:
+        """Numbers of a head that share a scale where vision is stored in few bits."""
+        return scale_group(self.head_dim)
 
     @cached_property
     def roles(self) -> list[LayerRole]:
@@ -100,11 +112,7 @@ class Adapter:
 
     @property
     def _layer_config(self) -> Any:
-        """The config of a layer that a policy acts on; models may state sizes layer by layer."""
-        own = getattr(self.text_config, "per_layer_config", None)
-        if own is None:
-            return self.text_config
-        return own[next((index for index, role in enumerate(self.roles) if role.governed), 0)]
+        return governed_config(self.text_config)
 
     @cached_property
     def vision_token_ids(self) -> tuple[int, ...]:

@@ -1,28 +1,34 @@
 """Policies: schema, YAML, and the arithmetic of tokens and bytes."""
 
-from avlprof.policy.provenance import Provenance, Score
-from avlprof.policy.schema import (
-    DENSE,
+from avlprof.policy.parts import (
+    BITS,
     EVICTING,
+    FULL,
     RANKING,
     AllocatorSpec,
+    Bits,
+    CoreScore,
     JointPool,
-    Policy,
     PrefillFilter,
     Refresh,
     ScorerSpec,
     TextPolicy,
     broadcast,
 )
+from avlprof.policy.provenance import Provenance, Score
+from avlprof.policy.schema import DENSE, Policy
 from avlprof.policy.sizes import (
+    GROUP,
     LayerSizes,
     PromptShape,
     acts_on,
     counted_layers,
     dense_tokens,
     live_share,
+    packed_share,
     read_share,
     said_governed,
+    scale_group,
     sizes,
     text_room,
     tokens,
@@ -30,10 +36,15 @@ from avlprof.policy.sizes import (
 from avlprof.policy.yaml_io import dump_policy, find_policy, load_policy, parse_policy, save_policy, shipped
 
 __all__ = [
+    "BITS",
     "DENSE",
     "EVICTING",
+    "FULL",
+    "GROUP",
     "RANKING",
     "AllocatorSpec",
+    "Bits",
+    "CoreScore",
     "JointPool",
     "LayerSizes",
     "Policy",
@@ -52,10 +63,12 @@ __all__ = [
     "find_policy",
     "live_share",
     "load_policy",
+    "packed_share",
     "parse_policy",
     "read_share",
     "said_governed",
     "save_policy",
+    "scale_group",
     "shipped",
     "sizes",
     "text_room",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from avlprof.errors import UserError
-from avlprof.policy.schema import Policy, broadcast, of_layer
+from avlprof.policy.parts import FULL, broadcast, of_layer
+from avlprof.policy.schema import Policy
+
+GROUP = 32
+"""Neighbouring numbers of a head that share a scale and an offset where vision is stored in few bits."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,14 @@ class PromptShape:
 
     `governed` are the layers that policies act on, where a model has others too, which keep a window,
     a state or other layers' keys; None means all. Budgets, shares and bytes are of these layers alone.
+    `group` numbers of a head share a scale where vision is stored in few bits (`scale_group`).
     """
 
     system: int
     vision: int
     text: int
     governed: tuple[int, ...] | None = None
+    group: int = GROUP
 
     @property
     def total(self) -> int:
@@ -30,6 +36,14 @@ class PromptShape:
     def layers(self, layers: int) -> tuple[int, ...]:
         """The layers whose KV is counted, of a model of `layers`."""
         return tuple(range(layers)) if self.governed is None else self.governed
+
+
+def scale_group(size: int) -> int:
+    """Numbers of a head of `size` that share a scale where they are stored in few bits.
+
+    32 where that divides the head; else the largest divisor below it, so that groups are even.
+    """
+    return next(group for group in range(min(GROUP, size), 0, -1) if size % group == 0)
 
 
 def counted_layers(prompts: Sequence[PromptShape], layers: int) -> tuple[int, ...]:
@@ -60,13 +74,16 @@ class LayerSizes:
     """Prompt tokens of one layer after prefill, per KV head.
 
     `vision` are kept, `core` of them are attended to at an ordinary step; in a joint pool
-    everything is counted as `text`.
+    everything is counted as `text`. `packed` of the kept ones are stored in few bits: they take `share` of
+    what they would in 16, scales included.
     """
 
     system: int
     vision: int
     core: int
     text: int
+    packed: int = 0
+    share: float = 1.0
 
     @property
     def stored(self) -> int:
@@ -77,6 +94,17 @@ class LayerSizes:
     def read(self) -> int:
         """Prompt tokens attended to at an ordinary step."""
         return self.system + self.core + self.text
+
+    @property
+    def live(self) -> float:
+        """Prompt KV in memory, in tokens of 16 bits: what a budget counts."""
+        return self.stored - self.packed * (1.0 - self.share)
+
+    @property
+    def reads(self) -> float:
+        """Prompt KV attended to at an ordinary step, in tokens of 16 bits."""
+        packed = max(self.packed + self.core - self.vision, 0)  # none where there is a core beside them
+        return self.read - packed * (1.0 - self.share)
 
 
 NOTHING = LayerSizes(0, 0, 0, 0)
@@ -107,7 +135,7 @@ def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]
         ]
     present = vision_left(policy, prompt.vision, layers)
     text = [min(prompt.text, text_room(policy, prompt.text, 0, layer)[0]) for layer in range(layers)]
-    return [
+    plain = [
         LayerSizes(
             prompt.system,
             min(tokens(keep, prompt.vision), here),
@@ -118,6 +146,20 @@ def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]
             policy.keep(layers), policy.compute(layers), present, text, strict=True
         )
     ]
+    if not policy.packs:
+        return plain
+    cored = policy.vision_compute is not None
+    return [
+        size
+        if each == FULL
+        else replace(size, packed=size.vision - cored * size.core, share=packed_share(each, prompt.group))
+        for size, each in zip(plain, policy.bits(layers), strict=True)
+    ]
+
+
+def packed_share(bits: int, group: int = GROUP) -> float:
+    """What a number of `bits` bits takes over one of 16, with its part of a scale and an offset."""
+    return 1.0 if bits == FULL else (bits + 2 * FULL / group) / FULL
 
 
 def vision_left(policy: Policy, vision: int, layers: int) -> list[int]:
@@ -136,9 +178,9 @@ def live_share(policy: Policy, prompts: Sequence[PromptShape], layers: int) -> f
     """The budget a policy uses: prompt KV live after prefill over the dense cache's.
 
     Summed over prompts and the layers that are counted, which have one head size, so that tokens
-    are bytes.
+    of 16 bits are bytes.
     """
-    stored = sum(size.stored for prompt in prompts for size in sizes(policy, prompt, layers))
+    stored = sum(size.live for prompt in prompts for size in sizes(policy, prompt, layers))
     return stored / dense_tokens(prompts, layers)
 
 
@@ -169,7 +211,7 @@ def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answ
         gone = _text_pushed_out(policy, prompt, layers, steps)
         for size, pushed in zip(sizes(policy, prompt, layers), gone, strict=True):
             refreshes = steps // every if every and size.core < size.vision else 0
-            read += steps * size.read + refreshes * share * (size.vision - size.core) - pushed
+            read += steps * size.reads + refreshes * share * (size.live - size.reads) - pushed
     return read / (steps * dense_tokens(prompts, layers))
 
 

@@ -21,6 +21,7 @@ from avlprof.attention.column_sums import kernels_run
 from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.graph import Replay
 from avlprof.runtime.layout import RowPlan
+from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.windows import Extents, HeldSlots, rounded
 
@@ -45,6 +46,7 @@ class FixedBuffers:
         self.extents, self.held, self.position = extents, HeldSlots(slots), position
         self._tensors: Buffers | None = None
         self._core: CoreSlots | None = None
+        self._stored: StoredBits | None = None
 
     def tensors_for(self, key: Tensor, value: Tensor, groups: int) -> Buffers:
         """Keys and values `[B, Hkv, C, D]` like these, and positions `[B, groups, C]`."""
@@ -92,14 +94,24 @@ class FixedBuffers:
             self._core.refill(core)
         return self._core
 
+    def stored_like(self, stored: StoredBits) -> StoredBits:
+        """`stored`, where captured steps look for it."""
+        if self._stored is None:
+            with torch.inference_mode(False):
+                self._stored = stored.copied()
+        else:
+            self._stored = self._stored.refilled(stored)
+        return self._stored
+
     def holds(self, keys: Tensor | None) -> bool:
         """Whether these keys lie here."""
         return self._tensors is not None and keys is self._tensors[0]
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys, values and positions."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors or ())
+        """Bytes of keys, values and positions, and of what few bits store."""
+        stored = 0 if self._stored is None else self._stored.allocated_bytes()
+        return stored + sum(tensor.untyped_storage().nbytes() for tensor in self._tensors or ())
 
 
 @dataclass(frozen=True)
@@ -288,4 +300,4 @@ def _extents(
         if layer.rule.policy.joint is not None:
             limits = [rounded(limit) for limit in limits]
         most = [min(a, limit) for a, limit in zip(most, limits, strict=True)]
-    return Extents.of(plans, counts, most, layer.picks(plans))
+    return Extents.of(plans, counts, most, layer.picks(plans), layer.packs)

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.column_sums import kernels_run
 from avlprof.errors import UserError
-from avlprof.policy import PromptShape
+from avlprof.policy import FULL, PromptShape
 from avlprof.runtime.layout import RowPlan, take, take_into
 from avlprof.runtime.step import LayerUse, Step
 from avlprof.runtime.windows import Slot
@@ -120,9 +120,9 @@ class BufferedLayer(CacheLayerMixin):
     def after(self, step: Step, weights: Tensor) -> None:
         """What a step's `weights [B, G, n]` change, once all observers have seen it; here nothing."""
 
-    def stored_prompt_tokens(self, rows: Sequence[PromptShape]) -> list[int]:
-        """Prompt tokens of each row in memory, of prompts `rows`; a mean over KV heads rounded down."""
-        return [shape.total for shape in rows]
+    def prompt_bytes(self, rows: Sequence[PromptShape]) -> list[int]:
+        """Bytes of each row's prompt tokens in memory, of prompts `rows`, as `LayerUse` counts them."""
+        return [shape.total * self.bytes_per_token() for shape in rows]
 
     def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
         """Measured use of this layer, number `layer`.
@@ -150,12 +150,9 @@ class BufferedLayer(CacheLayerMixin):
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     def bytes_per_token(self) -> int:
-        """Bytes of one token's key and value over all KV heads of this layer."""
-        if self.keys is None or self.values is None:
-            return 0
-        return (self.keys.shape[1] * self.keys.shape[3] + self.values.shape[1] * self.values.shape[3]) * (
-            self.keys.element_size()
-        )
+        """Bytes of one token's key and value over all KV heads of this layer, in 16 bits a number."""
+        parts = [part for part in (self.keys, self.values) if part is not None]
+        return sum(part.shape[1] * part.shape[3] for part in parts) * FULL // 8
 
 
 class DenseLayer(BufferedLayer):

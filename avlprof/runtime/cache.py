@@ -11,7 +11,7 @@ from avlprof.attention.call import AttentionCall
 from avlprof.attention.gate import governed_roles
 from avlprof.attention.modality import prompt_shapes
 from avlprof.errors import UserError
-from avlprof.policy import Policy, PromptShape, broadcast, sizes
+from avlprof.policy import FULL, Policy, PromptShape, broadcast, sizes
 from avlprof.runtime.buffers import BufferedLayer, DenseLayer
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan
@@ -141,13 +141,18 @@ def is_dense(policy: Policy, layer: int, layers: int) -> bool:
     if policy.joint is not None:
         return broadcast(policy.joint.keep, layers)[layer] >= 1.0 and policy.joint.decoding == "grow"
     whole = all(step.after_layer > layer for step in policy.prefill_filter)
-    return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all and whole
+    full = policy.bits(layers)[layer] == FULL or policy.vision_compute is not None
+    return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all and whole and full
 
 
 def row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
-    """What one prompt keeps in one layer; in a joint pool all of it counts as text."""
+    """What one prompt keeps in one layer; in a joint pool all of it counts as text.
+
+    Where vision is stored in few bits, the core is what is in full precision: nothing, without one.
+    """
     size = sizes(policy, shape, layers)[layer]
     rule = TextRule(policy, layer, layers)
     sink = rule.sink(size.text)
     limit = None if rule.grows else rule.room(shape.text, size.text)[0]
-    return RowPlan(size.system, size.vision, size.core, size.text, sink, limit)
+    core = min(size.core, size.vision - size.packed)
+    return RowPlan(size.system, size.vision, core, size.text, sink, limit)

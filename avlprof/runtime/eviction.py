@@ -27,6 +27,7 @@ from avlprof.runtime.layout import (
     text_order,
     whole_classes,
 )
+from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.text_part import TextPart
 from avlprof.runtime.turns import TurnPrefill, text_scores
 
@@ -103,7 +104,13 @@ class CoreSlots:
         return pad(chosen, (start, 0)) if start else chosen
 
     def refresh(
-        self, weights: Tensor, start: int, buffers: tuple[Tensor, Tensor, Tensor], groups: int, fixed: bool
+        self,
+        weights: Tensor,
+        start: int,
+        buffers: tuple[Tensor, Tensor, Tensor],
+        groups: int,
+        fixed: bool,
+        stored: StoredBits | None = None,
     ) -> None:
         """Make the best vision slots the core, in `groups` sets: exchange slots of all buffers.
 
@@ -115,7 +122,14 @@ class CoreSlots:
             buffers: keys, values and positions.
             groups: as in `best`.
             fixed: the host need not ask how many slots change; as many are exchanged as could.
+            stored: what lies before the buffers' slots in few bits, and changes places with their core.
         """
+        if stored is not None:
+            own = buffers[2][..., : self.core.shape[-1] - stored.width]
+            new = self.best(weights, torch.cat([stored.positions, own], dim=-1), groups)
+            most = self.exchanges if fixed else int((self.core & ~new).sum(dim=-1).max())
+            stored.exchange(self.core, new, buffers, most)
+            return
         if kernels_run(weights):
             from avlprof.runtime.triton_exchange import triton_refresh
 

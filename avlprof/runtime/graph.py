@@ -43,23 +43,29 @@ class Replay(Protocol):
         """Run it again; what it returned, good until the next time."""
 
 
-def capture(function: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Replay]:
+def capture(
+    function: Callable[[], Outputs], device: torch.device, undo: Callable[[], None] = lambda: None
+) -> tuple[Outputs, Replay]:
     """What `function` returns, and how to run it again.
 
-    It may run more than once, so calling it twice must be as good as once.
+    It may run more than once; `undo` then takes back what a run has changed, where calling it twice
+    is not as good as once.
 
     Raises:
         RuntimeError: it does what cannot be replayed.
     """
-    return _cuda_graph(function, device) if device.type == "cuda" else _recorded(function)
+    return _cuda_graph(function, device, undo) if device.type == "cuda" else _recorded(function, undo)
 
 
-def _cuda_graph(function: Callable[[], Outputs], device: torch.device) -> tuple[Outputs, Replay]:
+def _cuda_graph(
+    function: Callable[[], Outputs], device: torch.device, undo: Callable[[], None]
+) -> tuple[Outputs, Replay]:
     aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         for _ in range(_WARM_UP):
             function()
+            undo()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -72,9 +78,10 @@ def _cuda_graph(function: Callable[[], Outputs], device: torch.device) -> tuple[
     return replay(), replay
 
 
-def _recorded(function: Callable[[], Outputs]) -> tuple[Outputs, Replay]:
+def _recorded(function: Callable[[], Outputs], undo: Callable[[], None]) -> tuple[Outputs, Replay]:
     for _ in range(_WARM_UP):  # as a graph does, so that what cannot run again shows on a CPU too
         function()
+        undo()
     with Recording() as recording:
         output = function()
     return output, recording.finished(output)

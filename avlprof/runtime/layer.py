@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,19 +13,19 @@ from avlprof.attention.call import AttentionCall, Bounds, StepStates
 from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.decode import attention_weights
 from avlprof.attention.weights import group_mean
-from avlprof.policy import PromptShape
 from avlprof.runtime.buckets import FixedBuffers
-from avlprof.runtime.buffers import SlotLayer
 from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
-from avlprof.runtime.layout import PADDING, RowPlan, slot_classes
-from avlprof.runtime.step import LayerUse, Reads, Step
-from avlprof.runtime.text_part import TextPart, TextRule
+from avlprof.runtime.held import HeldLayer
+from avlprof.runtime.layout import PADDING, RowPlan, per_row
+from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.step import Step
+from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
 from avlprof.runtime.windows import FixedWindows, Windows
 from avlprof.scorers import Scorer
 
 
-class AdaptiveLayer(SlotLayer):
+class AdaptiveLayer(HeldLayer):
     """One layer's KV under a policy; see `layout` for the order of its slots.
 
     At a prompt or further turn: `update` hands through what is held and what is new, `turn_for` says
@@ -38,29 +38,25 @@ class AdaptiveLayer(SlotLayer):
 
     def __init__(self, scorer: Scorer, rule: TextRule, keeps_all: bool = False) -> None:
         """`keeps_all`: a first prompt stays as a whole, so that nothing need be ranked."""
-        super().__init__()
+        super().__init__(rule)
         self.keeps_all = keeps_all
         self.scorer = scorer
-        self.rule = rule
         self.refresh_interval = rule.policy.refresh_interval
         self.score_only = rule.policy.refresh == "score_only"
-        self.per_kv_head = rule.policy.heads == "kv_head"
         self._clear()
 
     def _clear(self) -> None:
-        self.reads = Reads()
-        self.plans: list[RowPlan] = []
-        self.text = TextPart(self.rule)
         self.step: Step | None = None
         self.fixed: FixedBuffers | None = None
         self._spans: list[tuple[int, int]] = []
-        self._left = self._count = 0
+        self._count = 0
         self._windows = Windows([], 0)
         self._core: CoreSlots | None = None
         self._has_core = False
 
     def reset(self) -> None:
         super().reset()
+        self.hold_nothing()
         self._clear()
 
     def update(
@@ -78,10 +74,12 @@ class AdaptiveLayer(SlotLayer):
             return key_states, value_states
         if new > 1:
             self.seen += new
-            keys, values, _ = self.buffers
             end = self._left + max(self.text.counts)
-            key_states = torch.cat([keys[:, :, :end], key_states], dim=2)
-            return key_states, torch.cat([values[:, :, :end], value_states], dim=2)
+            held = [tuple(part[:, :, :end] for part in self.buffers[:2]), (key_states, value_states)]
+            if self.stored is not None:
+                held.insert(0, self.stored.decoded())
+            keys, values = (torch.cat(parts, dim=2) for parts in zip(*held, strict=True))
+            return keys, values
         step = self.advance() if self.fixed is None else self._present
         position = self.seen - 1 if self.fixed is None else self.fixed.position
         self.write(self._windows.slot(step.slots, self.device), key_states, value_states, position)
@@ -123,23 +121,35 @@ class AdaptiveLayer(SlotLayer):
 
     def _settle(self, fixed: FixedBuffers) -> None:
         """Steps from now on are those of fixed buffers, which hold the layer's content."""
-        windows = FixedWindows(self.plans, fixed.extents, fixed.held)
+        windows = FixedWindows(self._full, fixed.extents, fixed.held)
         with torch.no_grad():
             windows.refill(self.text.counts)
+            if self.stored is not None:
+                self.stored = fixed.stored_like(self.stored)
             if fixed.extents.core is not None:
-                classes = self._classes(self._left)
+                classes = self._classes(self._first + self._left)
                 self._core = fixed.core_like(CoreSlots.of(self.plans, classes, fixed.extents.core))
         self._windows, self.fixed, self.fixed_shapes = windows, fixed, True
 
     def loosen(self) -> None:
         """Steps from now on are ordinary ones, in the buffers as they are."""
-        self._windows, self._core, self.fixed = Windows(self.plans, self._left), None, None
+        self._windows, self._core, self.fixed = Windows(self._full, self._left), None, None
 
     @property
     def fits(self) -> bool:
         """Whether the present step's tokens lie within fixed buffers."""
         windows = self._windows
         return isinstance(windows, FixedWindows) and windows.fit(self._present.slots)
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """What the present step changes in a way that its being run again would change anew.
+
+        A core that is picked again stays, but few bits lose something each time that a token leaves it.
+        """
+        if self.stored is None or not self._present.refreshing:
+            return []
+        return [*self.buffers, *self.stored.parts]
 
     @property
     def slot_numbers(self) -> list[int]:
@@ -153,7 +163,7 @@ class AdaptiveLayer(SlotLayer):
             return TurnPrefill.behind(call, modality, positions, none, none.bool())
         width = call.key.shape[2] - call.query.shape[2]
         present = self._classes(width) != PADDING
-        return TurnPrefill.behind(call, modality, positions, self.positions[..., :width], present)
+        return TurnPrefill.behind(call, modality, positions, self._positions(width), present)
 
     def compact(
         self,
@@ -182,10 +192,17 @@ class AdaptiveLayer(SlotLayer):
         # 2 choose: vision by the counts of the plans, text by its rule; what is in neither part goes
         fixed = None if self.plans else self.fixed  # a turn's content moves there with its first step
         after, most = merged(self.plans, plans, counts), max(counts)
-        left = fixed.extents.left if fixed is not None else max(p.system + p.vision for p in after)
-        # 3 lay out: in the order that makes each step's reads one view
-        order, running = kept_order(candidates, scores, groups, self.text, plans, after, left)
-        self.plans, self._left = after, left
+        full = [replace(plan, vision=plan.core) for plan in after] if self.packs else after
+        left = fixed.extents.left if fixed is not None else max(p.system + p.vision for p in full)
+        wide = max(left, *(p.system + p.vision for p in after))
+        if self.scores is not None and scores is not None:
+            self.scores.extend(group_mean(scores, groups[0]), positions, span[1])
+        # 3 lay out: in the order that makes each step's reads one view; what few bits store for itself
+        order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
+        if self.packs:
+            self._store(call, candidates.positions, order[..., :wide], after)
+        order = order[..., wide - left :]
+        self.plans, self._full, self._left = after, full, left
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
         room, into = self.text.reserve(most), None
         if fixed is not None:
@@ -200,13 +217,22 @@ class AdaptiveLayer(SlotLayer):
         self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
         self._plan(fixed)
 
+    def _store(self, call: AttentionCall, positions: Tensor, order: Tensor, plans: list[RowPlan]) -> None:
+        """Store kept vision outside the core in few bits: it stands before core and system in `order`."""
+        counts = [plan.vision - plan.core for plan in plans]
+        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
+        slots = ends + torch.arange(-max(counts), 0, device=order.device)
+        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1))
+        self.stored = StoredBits.of(call.key, call.value, positions, order, counts, self.stored, self.bits)
+
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
         classes = self._classes(turn.past) if turn.past else positions[..., :0]
-        return Candidates(turn, classes, turn.all_positions(positions).expand(-1, groups, -1), self._left)
+        every = turn.all_positions(positions).expand(-1, groups, -1)
+        return Candidates(turn, classes, every, self._first + self._left)
 
     def _plan(self, fixed: FixedBuffers | None = None) -> None:
         """Work out once what all steps until the next turn need; `fixed`: the buffers are these."""
-        self.reads.expect(self.plans)
+        self.reads.expect(self.plans, 1.0 if self.stored is None else self.stored.share, self.reads_stored)
         self.step = None
         self._has_core = self.picks(self.plans)
         self.loosen()
@@ -215,7 +241,8 @@ class AdaptiveLayer(SlotLayer):
 
     def picks(self, plans: list[RowPlan]) -> bool:
         """Whether steps pick a core anew."""
-        return self.refresh_interval > 0 and any(plan.core < plan.vision for plan in plans)
+        cored = self.refresh_interval > 0 and not self.reads_stored
+        return cored and any(plan.core < plan.vision for plan in plans)
 
     @property
     def _present(self) -> Step:
@@ -228,8 +255,10 @@ class AdaptiveLayer(SlotLayer):
         whole = refreshing and not self.score_only
         (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
-        weighing = positions.shape[1] if whole or self.rule.running is not None else 0
-        return Step(slots, start, end, positions, mask, refreshing, weighing, bounds)
+        scored = self._has_core and self.scores is not None and not refreshing
+        weighing = positions.shape[1] if whole or scored or self.rule.running is not None else 0
+        stored = self.stored if self._first and (whole or self.reads_stored) else None
+        return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -242,89 +271,68 @@ class AdaptiveLayer(SlotLayer):
         if step.refreshing and self.score_only:
             (start, end), mask, bounds = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
-            self._pick(attention_weights(states, self.buffers[2].shape[1]), start)
+            if self.stored is not None:
+                weights = self.stored.weights(query, keys, scaling, mask, softcap, sinks)
+            else:
+                states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
+                weights = attention_weights(states, self.buffers[2].shape[1])
+            self._pick(weights, start)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
-        """Pick the core anew at a full refresh, and let text go, by the step's weights `[B, G, n]`."""
+        """Pick the core anew at a full refresh, or score it, and let text go, by the step's weights
+        `[B, G, n]`."""
         keys, values, positions = self.buffers
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
+        elif self.scores is not None and self._has_core and not step.refreshing:
+            row = group_mean(weights[..., : self._left - step.start], self._sets)
+            core = self._core_slots.core[..., self._first + step.start :]
+            self.scores.add(row, positions[:, : self._sets, step.start : self._left], core)
         if self.rule.running is not None:
-            own = group_mean(weights[..., self._left - step.start :], positions.shape[1])
+            own = group_mean(weights[..., weights.shape[-1] - step.end + self._left :], positions.shape[1])
             part = slice(self._left, step.end)
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
 
     def _pick(self, weights: Tensor, start: int) -> None:
         """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
-        if self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._left))
-        groups = self.buffers[0].shape[1] if self.per_kv_head else 1
+        core, groups = self._core_slots, self._sets
         fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
-        self._core.refresh(weights[..., : self._left - start], start, self.buffers, groups, fixed)
+        weights = weights[..., : self._first + self._left - start]
+        if self.scores is not None:
+            vision = core.vision[..., start:]
+            positions = self._positions(self._first + self._left)[:, :groups, start:]
+            self.scores.add(group_mean(weights, groups), positions, vision)
+            weights = self.scores.of(positions, vision)
+        stored = self.stored if self._first else None
+        core.refresh(weights, start, self.buffers, groups, fixed, stored)
+
+    @property
+    def _core_slots(self) -> CoreSlots:
+        """Where core and stored vision lie, worked out when first asked for."""
+        if self._core is None:
+            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
+        return self._core
+
+    @property
+    def _sets(self) -> int:
+        """Sets of vision tokens: 1, or one a KV head."""
+        return self.buffers[0].shape[1] if self.per_kv_head else 1
 
     def select_rows(self, rows: Tensor) -> None:
         fixed = self.fixed if len(rows) == len(self.plans) else None
         super().select_rows(rows)
         if self.positions is not None:
             picked = rows.tolist()
-            self.plans = [self.plans[row] for row in picked]
+            self.plans, self._full = ([plans[row] for row in picked] for plans in (self.plans, self._full))
+            if self.stored is not None:
+                self.stored = self.stored.select_rows(rows)
             self.text.select_rows(picked, rows.to(self.positions.device))
+            if self.scores is not None:
+                self.scores.select_rows(rows.to(self.positions.device))
             self._plan()
             if fixed is not None:
                 self.move(fixed)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of the storage behind keys, values, the slots' positions and their scores."""
-        return super().allocated_bytes() + self.text.allocated_bytes()
-
-    def stored_tokens(self) -> list[int]:
-        """Tokens of each row in memory, prompt and generated."""
-        return [p.system + p.vision + text for p, text in zip(self.plans, self.text.counts, strict=True)]
-
-    def prompt_slots(self) -> list[int]:
-        """Prompt tokens of each row in memory, summed over KV heads, which may hold different ones."""
-        heads = self.buffers[0].shape[1]
-        own = self.text.prompt_slots(heads)
-        return [(p.system + p.vision) * heads + text for p, text in zip(self.plans, own, strict=True)]
-
-    def stored_prompt_tokens(self, rows: Sequence[PromptShape] = ()) -> list[int]:
-        """Prompt tokens of each row in memory, a mean over KV heads rounded down; it counts them itself."""
-        heads = self.buffers[0].shape[1]
-        return [slots // heads for slots in self.prompt_slots()]
-
-    def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
-        """Measured use of this layer, number `layer`, of prompts `rows`."""
-        size, heads = self.bytes_per_token(), self.buffers[0].shape[1]
-        counted = self.text.prompt_read
-        read = self.reads.prompt + (float(counted) if counted is not None else 0.0)
-        return LayerUse(
-            layer=layer,
-            prompt=sum(self.prompt_slots()) * size // heads,
-            live=sum(self.stored_tokens()) * size,
-            allocated=self.allocated_bytes(),
-            dense_prompt=sum(shape.total for shape in rows) * size,
-            read=read / max(self.reads.steps, 1) * size,
-            refreshes=self.reads.refreshes,
-            steps=self.reads.steps,
-        )
-
-    def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
-        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
-        plan, positions = self.plans[row], self.buffers[2]
-        end = self._left - plan.system
-        own = positions[row] if self.per_kv_head else positions[row, :1]
-        return own[:, end - plan.vision : end], own[:, end - plan.core : end]
-
-    def text_positions(self, row: int) -> Tensor:
-        """Positions of a row's text and generated tokens that are held, `[G, count]`."""
-        positions = self.buffers[2]
-        own = positions[row] if self.rule.heads_apart else positions[row, :1]
-        return own[:, self._left : self._left + self.text.counts[row]]
-
-    def _classes(self, width: int) -> Tensor:
-        return slot_classes(self.plans, self.text.counts, self._left, width, self.device)
 
     def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None, Bounds | None]:
         """The slots that a step attends to, from and to; a mask if rows differ, and where kernels run the

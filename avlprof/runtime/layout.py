@@ -171,6 +171,11 @@ def move(buffer: Tensor, source: Tensor, target: Tensor) -> None:
     buffer.scatter_(2, _spread(target, buffer), buffer.gather(2, _spread(source, buffer)))
 
 
+def put(buffer: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Write `states [B, H, m, ...]` into the slots `[B, G, m]` of `buffer [B, H, C, ...]`."""
+    buffer.scatter_(2, _spread(slots, buffer), states)
+
+
 def take(states: Tensor, order: Tensor) -> Tensor:
     """The tokens `order [B, G, n]` of `states [B, H, N, ...]`, `G` being 1 or `H`."""
     return states.gather(2, _spread(order, states))

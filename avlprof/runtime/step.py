@@ -8,6 +8,7 @@ from torch import Tensor
 
 from avlprof.attention.call import Bounds
 from avlprof.runtime.layout import RowPlan
+from avlprof.runtime.packed import StoredBits
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Step:
     attends to slots `start` to `end` of the buffers; `positions [B, G, n]` are theirs and `mask` is
     bool `[B, 1, 1, n]`, or None where all rows hold all of them; where kernels run, `bounds` say the
     same to them. All are views: what the step writes shows in them. `refreshing`: it picks the core
-    anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none.
+    anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none; `stored`:
+    what is stored in few bits, which the step attends to as well.
     """
 
     slots: list[int]
@@ -29,22 +31,31 @@ class Step:
     refreshing: bool
     weighing: int
     bounds: Bounds | None = None
+    stored: StoredBits | None = None
 
 
 @dataclass
 class Reads:
-    """Prompt tokens attended to, summed over rows and steps, save for text that the device counts."""
+    """Prompt tokens attended to, summed over rows and steps, save for text that the device counts.
+
+    A stored one in few bits counts what it takes of one in 16.
+    """
 
     steps: int = 0
     refreshes: int = 0
     prompt: float = 0.0
-    _usual: int = 0
-    _more: int = 0
+    _usual: float = 0.0
+    _more: float = 0.0
 
-    def expect(self, plans: list[RowPlan]) -> None:
-        """Steps from now on read the system and vision tokens of these plans."""
+    def expect(self, plans: list[RowPlan], share: float, always: bool) -> None:
+        """Steps from now on read the system and core tokens of these plans, and `always` the stored ones.
+
+        A stored token counts `share`.
+        """
         self._usual = sum(plan.system + plan.core for plan in plans)
-        self._more = sum(plan.vision - plan.core for plan in plans)
+        self._more = share * sum(plan.vision - plan.core for plan in plans)
+        if always:
+            self._usual, self._more = self._usual + self._more, 0.0
 
     def count(self, text: float, refreshing: bool, score_only: bool) -> None:
         """Note a step that attends to `text` prompt tokens of text beside the expected ones.
@@ -61,8 +72,9 @@ class Reads:
 class LayerUse:
     """Measured use of one layer, summed over the rows of the batch.
 
-    Bytes are of keys and values over all KV heads; `prompt` is what is left of the prompt,
-    `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what the stock
+    Bytes are of keys and values over all KV heads, of 16 bits a number whatever the model runs in, or as
+    few as are stored; `prompt` is what is left of the prompt,
+    `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what a stock
     cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
     to per decoding step. The prompt is that of all turns.
     """

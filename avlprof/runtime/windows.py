@@ -112,7 +112,8 @@ class Extents:
     `left` are the slots of the left part, `near` those of them that an ordinary step sees, `text` those
     of the text part. `masked`: whether rows hold less than an ordinary step's view, and a refresh's. `core`
     are bounds of its size and of the exchanges of a refresh, and whether all rows have a core of that
-    size; None where no step picks a core.
+    size; None where no step picks a core. `stored` are the slots of what few bits store beside the left
+    part, and whether rows hold as many; None where nothing is.
     """
 
     left: int
@@ -120,11 +121,18 @@ class Extents:
     text: int
     masked: tuple[bool, bool]
     core: tuple[int, int, bool] | None
+    stored: tuple[int, bool] | None = None
 
     @classmethod
-    def of(cls, plans: list[RowPlan], counts: list[int], most: list[int], has_core: bool) -> Extents:
-        """Of rows that hold `counts` text tokens now, and up to `most` while the extents serve."""
-        wholes, nears = [p.system + p.vision for p in plans], [p.system + p.core for p in plans]
+    def of(
+        cls, plans: list[RowPlan], counts: list[int], most: list[int], has_core: bool, packs: bool = False
+    ) -> Extents:
+        """Of rows that hold `counts` text tokens now, and up to `most` while the extents serve.
+
+        `packs`: what is not core is stored in few bits, beside the left part.
+        """
+        nears, beside = [p.system + p.core for p in plans], [p.vision - p.core for p in plans]
+        wholes = nears if packs else [p.system + p.vision for p in plans]
         left, near, text = rounded(max(wholes)), rounded(max(nears)), max(most)
         free = min(counts) < text
         core = None
@@ -134,7 +142,8 @@ class Extents:
             exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
             core = size, min(rounded(exchanges), left), min(cores) == size
         masked = free or min(nears) < near, has_core and (free or min(wholes) < left)
-        return cls(left, near, text, masked, core)
+        stored = (max(beside), len(set(beside)) == 1) if packs else None
+        return cls(left, near, text, masked, core, stored)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,29 +11,10 @@ from typing import Any
 
 from avlprof.allocators import Evidence, make_allocator
 from avlprof.bisection import largest
-from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
+from avlprof.budgets import ReadBudget, meet_both, meet_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
-
-
-def spread_reads(
-    policy: Policy,
-    shares: Sequence[float],
-    prompts: Sequence[PromptShape],
-    read_budget: float,
-    answer_tokens: int,
-) -> Policy:
-    """The policy with a core in each layer, in proportion to `shares`, at a read budget.
-
-    Its kept shares, text, refresh interval and kind of refresh stay; see `meet_read_budget`.
-
-    Raises:
-        UserError: system, text and refreshes alone read more; `Space.within` keeps such policies out.
-    """
-    reads = ReadBudget(read_budget, answer_tokens, policy.refresh_interval, policy.refresh)
-    compute = meet_read_budget(policy.keep(len(shares)), prompts, reads, policy.text, shares)
-    return policy.model_copy(update={"vision_compute": compute})
+from avlprof.policy import FULL, RANKING, CoreScore, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
 
 
 @dataclass(frozen=True)
@@ -66,6 +47,30 @@ class Budget:
         return (steps // interval if interval else 0) / steps * (0.5 if kind == "score_only" else 1.0)
 
 
+def spread(
+    policy: Policy,
+    shares: Sequence[float],
+    budget: Budget,
+    floor: float = 0.0,
+    follow: Callable[[tuple[float, ...]], Sequence[float]] = tuple,
+) -> Policy:
+    """The policy with `vision_keep` in proportion to `shares`, and with a read budget a core, at the budgets.
+
+    Its text, refreshes and bits stay. `follow` gives relative computed shares by the kept ones; see
+    `meet_both`.
+
+    Raises:
+        UserError: system, text and refreshes alone take more; `Space.within` keeps such policies out.
+    """
+    prompts, text, bits = budget.prompts, policy.text, policy.vision_bits
+    if budget.read is None:
+        keep = meet_budget(shares, prompts, budget.memory, text, floor, bits)
+        return policy.model_copy(update={"vision_keep": keep, "vision_compute": None})
+    reads = ReadBudget(budget.read, budget.answer_tokens, policy.refresh_interval, policy.refresh)
+    keep, compute = meet_both(shares, prompts, budget.memory, reads, text, floor, bits, follow)
+    return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
+
+
 def scorer_spec(name: str) -> ScorerSpec:
     """The scorer of a name, as `ScorerSpec.of`."""
     return ScorerSpec.of(name)
@@ -78,9 +83,11 @@ class Candidate:
     `mix` parts of the allocator and the rest uniform; `temperature` sharpens (> 1) or flattens
     (< 1) what the allocator says; `floor` is the least kept share of a layer; `midpoint` is the depth
     at which allocator `sigmoid` falls, the one shape that `temperature` cannot give. With a read budget,
-    `refresh_interval` is K, `refresh` what a refresh reads, and `compute_temperature` sharpens how
-    reads follow the kept shares. Where text may go, `text_share` of the text that a budget without
-    limits would hold is the window, and `text_sink` first tokens stay beside it.
+    `refresh_interval` is K, `refresh` what a refresh reads, `core_prompt` and `core_memory` what it ranks
+    by (`core_score`; None: the step's row alone, and they are not searched), and `compute_temperature`
+    sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
+    without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
+    those of what is stored, in every layer; None: 16, and they are not searched.
     """
 
     allocator: str = "uniform"
@@ -95,6 +102,9 @@ class Candidate:
     compute_temperature: float = 1.0
     text_share: float | None = None
     text_sink: int = 0
+    vision_bits: int | None = None
+    core_prompt: float | None = None
+    core_memory: float | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Candidate:
@@ -106,24 +116,35 @@ class Candidate:
         """The policy at the budget: never above it, at most one token a layer below."""
         prompts, layers = budget.prompts, evidence.layers
         text = self.text(budget, layers)
-        target = vision_share(prompts, layers, budget.memory, text)
+        bits = self.vision_bits or FULL
+        target = vision_share(prompts, layers, budget.memory, text, bits)
         shape = {"midpoint": self.midpoint} if self.allocator == "sigmoid" else {}
         allocator = make_allocator(self.allocator, self.mix, self.temperature, **shape)
         shares = allocator.shares(evidence, target)
-        keep = meet_budget(shares.tolist(), prompts, budget.memory, text, self.floor)
         kept = Policy(
             name=name,
-            vision_keep=keep,
+            vision_bits=bits,
             scorer=scorer_spec(self.scorer),
             heads="kv_head" if self.heads == "kv_head" else "shared",
             text=text,
         )
-        if budget.read is None:
-            return kept
-        refresh = "score_only" if self.refresh == "score_only" and self.refresh_interval else "full"
-        kept = kept.model_copy(update={"refresh_interval": self.refresh_interval, "refresh": refresh})
-        follow = [share**self.compute_temperature for share in keep]
-        return spread_reads(kept, follow, prompts, budget.read, budget.answer_tokens)
+        if budget.read is not None:
+            kept = kept.model_copy(update=self._refreshes())
+
+        def follow(keep: tuple[float, ...]) -> list[float]:
+            return [share**self.compute_temperature for share in keep]
+
+        return spread(kept, shares.tolist(), budget, self.floor, follow)
+
+    def _refreshes(self) -> dict[str, Any]:
+        """The fields of a policy that say how its core is picked anew; plain ones where it never is."""
+        if not self.refresh_interval:
+            return {"refresh_interval": 0}
+        return {
+            "refresh_interval": self.refresh_interval,
+            "refresh": "score_only" if self.refresh == "score_only" else "full",
+            "core_score": CoreScore(prompt=self.core_prompt or 0.0, memory=self.core_memory or 0.0),
+        }
 
     def text(self, budget: Budget, layers: int) -> TextPolicy:
         """What stays of text: as much as `text_share` says and as the budgets afford.
@@ -155,8 +176,12 @@ class Candidate:
             del values["midpoint"]
         if budget.read is None:
             del values["refresh_interval"], values["refresh"], values["compute_temperature"]
+        if budget.read is None or self.core_prompt is None:
+            del values["core_prompt"], values["core_memory"]
         if self.text_share is None:
             del values["text_share"], values["text_sink"]
+        if self.vision_bits is None:
+            del values["vision_bits"]
         return values
 
 

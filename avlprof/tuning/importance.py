@@ -14,6 +14,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.evaluation.intervals import paired_difference
+from avlprof.policy import FULL
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.storages._base import quiet, trials_in
 from avlprof.watch import SILENT, Watch
@@ -115,8 +116,10 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     return {name: float(value) for name, value in shares.items()}
 
 
-PLAIN: Mapping[str, Any] = asdict(Candidate(refresh_interval=0, text_share=1.0))
-"""What each knob is put back to: the plain candidate, its core never picked anew, all text kept."""
+PLAIN: Mapping[str, Any] = asdict(
+    Candidate(refresh_interval=0, text_share=1.0, vision_bits=FULL, core_prompt=0.0, core_memory=0.0)
+)
+"""What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits."""
 
 
 def knob_effects(

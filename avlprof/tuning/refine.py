@@ -13,9 +13,8 @@ from optuna import Trial
 from optuna.trial import FrozenTrial
 
 from avlprof.allocators import Evidence
-from avlprof.budgets import meet_budget
 from avlprof.policy import Policy, counted_layers, parse_policy
-from avlprof.tuning.candidate import Budget, spread_reads
+from avlprof.tuning.candidate import Budget, spread
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.study import find_storage
@@ -45,12 +44,9 @@ class Moved:
         """The policy at the budget: never above it, at most one token a layer below."""
         layers = evidence.layers
         shares = _stretched(self.base.keep(layers), self.keep)
-        keep = meet_budget(shares, budget.prompts, budget.memory, self.base.text)
-        moved = self.base.model_copy(update={"name": name, "vision_keep": keep, "vision_compute": None})
-        if budget.read is None:
-            return moved
-        follow = _stretched(self.base.compute(layers), self.compute)
-        return spread_reads(moved, follow, budget.prompts, budget.read, budget.answer_tokens)
+        moved = self.base.model_copy(update={"name": name})
+        follow = _stretched(self.base.compute(layers), self.compute or (0.0,) * layers)
+        return spread(moved, shares, budget, follow=lambda keep: follow)
 
     def params(self, budget: Budget) -> dict[str, Any]:
         """The steps of the layers that policies act on, as Optuna parameters."""

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from avlprof.allocators import Evidence
 from avlprof.bisection import largest_share
-from avlprof.budgets import meet_budget, scale_to
+from avlprof.budgets import scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
 from avlprof.policy import (
+    FULL,
     RANKING,
     Policy,
     PromptShape,
@@ -23,12 +25,13 @@ from avlprof.policy import (
     shipped,
 )
 from avlprof.runtime.support import unsupported
-from avlprof.tuning.candidate import Budget, spread_reads
+from avlprof.tuning.candidate import Budget, spread
 
 ROW = "last_query"
 """A-VL's own ranking, by the last row of the prompt."""
 
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
+SIXTEEN = "uniform, same scorer, 16 bits"
 LAST = f"uniform, {ROW}"
 FOLDER = "baselines"
 
@@ -37,21 +40,25 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     """The rivals of every proof, at the winner's bytes, without those that do what the winner does.
 
     `uniform` ranks as the shipped policy of that name does (`RANKING`, one set a layer), `uniform,
-    same scorer` as the winner does, `uniform, last_query` as A-VL does; all have the winner's text and
-    refreshes. `random` ranks by chance. Where reads are limited, `static core` spreads memory and reads
-    evenly and never re-picks its core.
+    same scorer` as the winner does, with its bits and with 16, `uniform, last_query` as A-VL does; all have
+    the winner's text and refreshes, and 16 bits but for the second. `random` ranks by chance. Where reads
+    are limited, `static core` spreads memory and reads evenly and never re-picks its core.
     """
     prompts, steps = budget.prompts, budget.answer_tokens
+    full = in_full(winner, budget, layers)
     plain, row = (
-        winner.model_copy(update={"scorer": ScorerSpec.of(name), "heads": "shared"})
-        for name in (RANKING, ROW)
+        full.model_copy(update={"scorer": ScorerSpec.of(name), "heads": "shared"}) for name in (RANKING, ROW)
     )
-    uniform, same, last = (
-        next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
-        for policy in (plain, winner, row)
-    )
-    random = [p for p in equal_bytes(winner, prompts, layers, steps) if p.name == RANDOM]
-    named = [(UNIFORM, uniform), (SAME, same), (LAST, last), *((RANDOM, p) for p in random)]
+
+    def flat(policy: Policy) -> Policy:
+        return next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
+
+    random = [p for p in equal_bytes(full, prompts, layers, steps) if p.name == RANDOM]
+
+    named = [
+        *((UNIFORM, flat(plain)), (SAME, flat(winner)), (SIXTEEN, flat(full)), (LAST, flat(row))),
+        *((RANDOM, policy) for policy in random),
+    ]
     if budget.read is not None:
         named.append((STATIC, static_core(winner, budget, layers)))
     hashes = {winner.hash}
@@ -68,11 +75,32 @@ def static_core(winner: Policy, budget: Budget, layers: int) -> Policy:
 
     All text stays where the winner keeps all; else its window is the winner's.
     """
-    prompts = budget.prompts
-    keep = meet_budget((1.0,) * layers, prompts, live_share(winner, prompts, layers), winner.text)
-    even = Policy(name=STATIC, vision_keep=keep, scorer=winner.scorer, heads=winner.heads, text=winner.text)
-    reads = read_share(winner, prompts, layers, budget.answer_tokens)
-    return spread_reads(even, (1.0,) * layers, prompts, reads, budget.answer_tokens)
+    even = Policy(
+        name=STATIC,
+        vision_bits=winner.vision_bits,
+        scorer=winner.scorer,
+        heads=winner.heads,
+        text=winner.text,
+    )
+    return spread(even, (1.0,) * layers, _used(winner, budget, layers), follow=lambda keep: (1.0,) * layers)
+
+
+def in_full(winner: Policy, budget: Budget, layers: int) -> Policy:
+    """The winner's spread over layers with 16 bits at its bytes: what it gains by fewer bits is the rest."""
+    if not winner.packs:
+        return winner
+    full = winner.model_copy(update={"vision_bits": FULL})
+    if winner.vision_compute is None:
+        full = full.model_copy(update={"refresh_interval": 0, "refresh": "full"})
+    compute = winner.compute(layers)
+    return spread(full, winner.keep(layers), _used(winner, budget, layers), follow=lambda keep: compute)
+
+
+def _used(winner: Policy, budget: Budget, layers: int) -> Budget:
+    """What the winner uses of the budget."""
+    prompts, steps = budget.prompts, budget.answer_tokens
+    reads = None if budget.read is None else read_share(winner, prompts, layers, steps)
+    return replace(budget, memory=live_share(winner, prompts, layers), read=reads)
 
 
 def shipped_rivals(

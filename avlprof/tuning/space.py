@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
-from avlprof.policy import Policy, TextPolicy, live_share
+from avlprof.policy import BITS, FULL, Policy, TextPolicy, live_share
 from avlprof.registry import unknown
 from avlprof.scorers import SCORERS, make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
@@ -23,6 +23,7 @@ REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
 _ASIDE = ("more_starts", "reads")
+_NEW = ("bits", "core_prompts", "core_memories")  # that spaces of before do not tell of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Space:
     """What the search may choose from.
 
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
-    in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only. `text`
+    in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only, and so do
+    `core_prompts` and `core_memories`, what a refresh ranks by: 0 alone of both are not searched. `bits` are
+    those that stored vision may have; 16 alone are not searched. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
     needs more than the budgets. `more_starts` are taken over from a study at another budget and
     `reads` says that reads are limited, which `within` finds out; both are no part of what the space is.
@@ -50,6 +53,9 @@ class Space:
     heads: tuple[str, ...] = HEADS
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     refresh: tuple[str, ...] = REFRESH
+    core_prompts: tuple[float, ...] = (0.0, 0.5, 0.8)
+    core_memories: tuple[float, ...] = (0.0, 0.5, 0.9)
+    bits: tuple[int, ...] = BITS
     text: str = "auto"
     more_starts: tuple[Candidate, ...] = ()
     reads: bool = False
@@ -67,20 +73,31 @@ class Space:
         _check_names("kind of heads", self.heads, HEADS)
         _check_names("kind of refresh", self.refresh, REFRESH)
         _check_names("text of the search space", (self.text,), TEXT)
+        for bits in self.bits:
+            if bits not in BITS:
+                listed = ", ".join(map(str, BITS))
+                raise UserError(f"bits of the search space must be among {listed}, got {bits}")
+        # in one order and each once, since a study cannot go on with its choices in another
+        object.__setattr__(self, "bits", tuple(bits for bits in BITS if bits in self.bits))
+        for name in ("core_prompts", "core_memories"):
+            _check_parts(name, getattr(self, name))
         if min(self.refreshes) < 0:
             raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
 
     @classmethod
-    def of(cls, description: Mapping[str, Sequence[int | str]]) -> Space:
-        """The space that `described` told of; what it says beyond the fields of a space does not count."""
-        usual = cls()
+    def of(cls, description: Mapping[str, Sequence[float | str]]) -> Space:
+        """The space that `described` told of; what it says beyond the fields of a space does not count.
+
+        One that tells of no bits is of before they were searched, and so is one without `core_prompts`.
+        """
+        usual = cls(bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,))
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
             name: value[0] if isinstance(getattr(usual, name), str) else tuple(value)
             for name, value in description.items()
             if name in known
         }
-        return cls(**values)
+        return cls(**{name: getattr(usual, name) for name in _NEW} | values)
 
     def within(self, budget: Budget, layers: int) -> Space:
         """The part of the space in which every candidate can meet the budget.
@@ -131,8 +148,16 @@ class Space:
                 text_share=trial.suggest_float("text_share", 0.02, 1.0, log=True),
                 text_sink=trial.suggest_int("text_sink", 0, MOST_SINKS),
             )
+        if self.bits != (FULL,):
+            candidate = replace(candidate, vision_bits=trial.suggest_categorical("vision_bits", self.bits))
         if budget.read is None:
             return candidate
+        if self._scores_core:
+            candidate = replace(
+                candidate,
+                core_prompt=trial.suggest_categorical("core_prompt", self.core_prompts),
+                core_memory=trial.suggest_categorical("core_memory", self.core_memories),
+            )
         return replace(
             candidate,
             refresh_interval=trial.suggest_categorical("refresh_interval", self.refreshes),
@@ -143,13 +168,17 @@ class Space:
     def starts(self) -> list[Candidate]:
         """The first trials: every allocator as it is, uniform first, then other scorers, then `more_starts`.
 
+        Uniform has 16 bits, and then all others that the space offers; what follows has 4, if it may.
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
         a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
-        also starts with a core that is never re-picked, which short answers can hardly better.
+        also starts with a core that is never re-picked, which short answers can hardly better, and where a
+        refresh may rank by more than its row, uniform starts with one that does.
         """
         plain = self._in_reach(Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
-        starts = [replace(plain, allocator=name) for name in allocators]
+        starts = [replace(plain, allocator=allocators[0], vision_bits=bits) for bits in self._precisions()]
+        plain = replace(plain, vision_bits=self._few)
+        starts += [replace(plain, allocator=name) for name in allocators]
         if self.text == "trade":
             starts.insert(1, replace(starts[0], text_share=0.25, text_sink=1))
         if "coverage" in allocators:
@@ -162,27 +191,62 @@ class Space:
             starts += [
                 replace(plain, allocator=allocators[0], scorer=s, refresh_interval=0) for s in self.scorers
             ]
+        if self.reads and self._scores_core and max(self.refreshes):
+            scored = replace(
+                plain,
+                allocator=allocators[0],
+                refresh_interval=self._nearest(4),
+                refresh="score_only" if "score_only" in self.refresh else self.refresh[0],
+                core_prompt=min(self.core_prompts, key=lambda share: abs(share - 0.5)),
+            )
+            starts.append(scored)
         starts += [self._in_reach(start) for start in self.more_starts if start.allocator in self.allocators]
         return [*dict.fromkeys(starts)]
 
-    def described(self) -> dict[str, tuple[int | str, ...]]:
+    def described(self) -> dict[str, tuple[float | str, ...]]:
         """The space as plain values, as a study notes it."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
+        if self.bits == (FULL,):
+            del values["bits"]
+        if not self._scores_core:
+            del values["core_prompts"], values["core_memories"]
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
 
     def _in_reach(self, start: Candidate) -> Candidate:
         """A candidate with what the space does not offer replaced by the nearest that it does."""
-        above = [k for k in self.refreshes if k >= start.refresh_interval]
+        scored = self.reads and self._scores_core
         text = (start.text_share or 1.0, start.text_sink) if self.text == "trade" else (None, 0)
         return replace(
             start,
             scorer=start.scorer if start.scorer in self.scorers else self.scorers[0],
             heads=start.heads if start.heads in self.heads else self.heads[0],
-            refresh_interval=min(above, default=max(self.refreshes)),
+            refresh_interval=self._nearest(start.refresh_interval),
             refresh=start.refresh if start.refresh in self.refresh else self.refresh[0],
             text_share=text[0],
             text_sink=text[1],
+            vision_bits=start.vision_bits if start.vision_bits in self._precisions() else self._few,
+            core_prompt=_offered(start.core_prompt, self.core_prompts) if scored else None,
+            core_memory=_offered(start.core_memory, self.core_memories) if scored else None,
         )
+
+    def _nearest(self, interval: int) -> int:
+        """The shortest refresh interval on offer that is as long or longer, else the longest."""
+        return min((k for k in self.refreshes if k >= interval), default=max(self.refreshes))
+
+    @property
+    def _scores_core(self) -> bool:
+        """Whether it is searched what a refresh ranks by."""
+        return (self.core_prompts, self.core_memories) != ((0.0,), (0.0,))
+
+    def _precisions(self) -> tuple[int | None, ...]:
+        """Bits of the starts, the most first; None alone where they are not searched."""
+        return (None,) if self.bits == (FULL,) else tuple(sorted(self.bits, reverse=True))
+
+    @property
+    def _few(self) -> int | None:
+        """Bits of a start that has no reason for others."""
+        known = self._precisions()
+        return 4 if 4 in known else known[0]
 
     def _refreshes(self, budget: Budget, layers: int) -> tuple[int, ...]:
         """Refresh intervals with which some policy of any spread meets the budgets; empty when none does."""
@@ -204,6 +268,19 @@ class Space:
             f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
             "alone; raise the read budget or lower the budget"
         )
+
+
+def _check_parts(name: str, values: Sequence[float]) -> None:
+    """`UserError` unless `values` are what a field of `CoreScore` may have."""
+    limit = 1.0 if name == "core_prompts" else 0.999
+    for value in values:
+        if not 0.0 <= value <= limit:
+            raise UserError(f"{name} of the search space must be in [0, {limit:g}], got {value}")
+
+
+def _offered(value: float | None, offered: Sequence[float]) -> float:
+    """The nearest on offer to a value; to 0 where there is none."""
+    return min(offered, key=lambda other: abs(other - (value or 0.0)))
 
 
 def _check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:

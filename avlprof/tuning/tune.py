@@ -38,7 +38,7 @@ from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings, check_budget
 from avlprof.tuning.shortlist import Shortlist, make_shortlist
 from avlprof.tuning.storages._base import StudyStorage
-from avlprof.tuning.study import check_folder, claim_study, finalists, study_meta
+from avlprof.tuning.study import as_begun, check_folder, claim_study, finalists, study_meta
 from avlprof.tuning.workers import Workers, run_workers
 from avlprof.watch import SILENT, Part, Watch
 
@@ -128,7 +128,7 @@ def tune(
         UserError: a budget is infeasible, the profile is of another model, no dense answer has
             a second token, or `folder` holds another study or is worked on by another process.
     """
-    settings = settings or Settings()
+    settings = as_begun(folder, settings or Settings())
     check_budget("budget", budget)
     check_same_model(loaded, profile)
     check_folder(folder, study_meta(loaded, task, profile.meta.run_hash, budget, settings))
@@ -157,6 +157,7 @@ def search(
     Raises:
         UserError: as `tune`.
     """
+    settings = as_begun(folder, settings)
     meta = study_meta(prepared.loaded, prepared.task, prepared.run_hash, memory, settings)
     check_folder(folder, meta)
     budget = prepared.budget(memory, settings.read_budget)

@@ -73,7 +73,7 @@ def test_bytes_of_the_cache_are_those_of_the_budget(name):
         cache = held(model, inputs, policy)
         used, dense = footprints(cache, rows), footprints(stock, rows)
         bytes_ = {
-            layer: sum(t.shape[1] * t.shape[3] * t.element_size() for t in (own.keys, own.values))
+            layer: sum(t.shape[1] * t.shape[3] * 2 for t in (own.keys, own.values))
             for layer, own in ((layer, stock.layers[layer]) for layer in governed)
         }
         for row, shape in enumerate(rows):

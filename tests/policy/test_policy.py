@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from avlprof.budgets import ReadBudget, meet_both, meet_budget, meet_read_budget, scale_to
 from avlprof.errors import UserError
 from avlprof.policy import (
     DENSE,
     RANKING,
+    CoreScore,
     JointPool,
     Policy,
     PrefillFilter,
@@ -64,6 +66,8 @@ def policies(draw, runnable=False):
             share = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
             scaled = [share * k for k in keep] if isinstance(keep, tuple) else share * keep
             fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
+        fields["core_score"] = CoreScore(prompt=draw(RATIO), memory=draw(RATIO.filter(lambda r: r < 1)))
+        fields["vision_bits"] = per_layer(st.sampled_from([16, 8, 4, 3, 2]))
         kinds = ["all", "window"] if runnable else ["all", "window", "keep"]
         kind = draw(st.sampled_from(kinds))
         if kind == "window":
@@ -163,6 +167,8 @@ REFUSED = {
         "vision_compute[0] must not exceed vision_keep[0], got 0.25 > 0.2"
     ),
     "vision_keep: [0.2, 0.3]\nvision_compute: [0.1]": "vision_keep has 2, vision_compute has 1",
+    "vision_bits: []": "vision_bits is an empty list; give one number, or one a layer",
+    "text: {window: []}": "text.window is an empty list",
     "vision_keep: [0.2, 0.3]\ntext: {window: [3, 4, 5]}": "text.window has 3",
     "vison_keep: 0.2": "unknown policy key 'vison_keep'; did you mean vision_keep?",
     "text: {windw: 3}": "unknown policy key 'text.windw'; did you mean text.window?",
@@ -177,6 +183,15 @@ REFUSED = {
     "pool: joint": "pool: joint needs the field joint",
     "pool: joint\njoint: {keep: 0.5}\nvision_keep: 0.5": "leave vision_keep",
     "refresh_interval: -1": "refresh_interval",
+    "vision_bits: 5": "vision_bits must be 16, 8, 4, 3 or 2, got 5",
+    "vision_bits: [16, 4, 1]": "vision_bits[2] must be 16, 8, 4, 3 or 2, got 1",
+    "vision_bits: four": "vision_bits",
+    "vision_bits: [4, 8]\nvision_keep: [0.5, 0.2, 0.1]": "vision_bits has 2",
+    "pool: joint\njoint: {keep: 0.5}\nvision_bits: 4": "leave vision_bits out",
+    "core_score: {prompt: 1.5}": "core_score.prompt: input should be less than or equal to 1, got 1.5",
+    "core_score: {memory: 1}": "core_score.memory: input should be less than 1, got 1",
+    "core_score: {memroy: 0.5}": "did you mean core_score.memory?",
+    "pool: joint\njoint: {keep: 0.5}\ncore_score: {prompt: 0.5}": "leave core_score out",
     "schema: avlprof.policy/2": "schema",
     "a: [": "not valid YAML",
 }
@@ -234,7 +249,7 @@ def simulate(policy, prompt, layers, steps):
     live, read = 0, 0
     for layer in range(layers):
         system = [("system", i) for i in range(prompt.system)]
-        vision = [("vision", i) for i in range(prompt.vision)]
+        vision, packed = [("vision", i) for i in range(prompt.vision)], {}
         text = [("text", i) for i in range(prompt.text)]
         if policy.joint is not None:
             everything = system + vision + text
@@ -250,19 +265,23 @@ def simulate(policy, prompt, layers, steps):
             kept = vision[: exact(at(policy.vision_keep, layer), prompt.vision)]
             compute = policy.vision_keep if policy.vision_compute is None else policy.vision_compute
             core = kept[: exact(at(compute, layer), prompt.vision)]
+            if at(policy.vision_bits, layer) < 16:  # a code each, and 2 scales of 16 bits for 32 of them
+                price = Fraction(at(policy.vision_bits, layer) + 1, 16)
+                full = core if policy.vision_compute is not None else []
+                packed = {token: price for token in kept if token not in full}
             sink, limit = 0, None
             if policy.text.window is not None:
                 sink = at(policy.text.sink, layer)
                 limit = sink + at(policy.text.window, layer)
                 text = text[:sink] + text[max(sink, len(text) - (limit - sink)) :]
-        live += len(system) + len(kept) + len(text)
+        live += sum(packed.get(token, 1) for token in [*system, *kept, *text])
         for step in range(1, steps + 1):
             text = [*text, ("generated", step)]
             if limit is not None and len(text) > limit:
                 text.pop(sink)
             refresh = policy.refresh_interval and step % policy.refresh_interval == 0
             attended = system + (kept if refresh else core) + text
-            read += sum(kind != "generated" for kind, _ in attended)
+            read += sum(packed.get(token, 1) for token in attended if token[0] != "generated")
     return live, read
 
 
@@ -273,8 +292,9 @@ def test_shares_are_those_of_a_simulation(policy, prompts, steps):
     layers = policy.layers or 3
     whole = layers * sum(prompt.total for prompt in prompts)
     counted = [simulate(policy, prompt, layers, steps) for prompt in prompts]
-    assert live_share(policy, prompts, layers) == pytest.approx(sum(live for live, _ in counted) / whole)
-    expected = sum(read for _, read in counted) / (steps * whole)
+    expected = float(sum(live for live, _ in counted) / whole)
+    assert live_share(policy, prompts, layers) == pytest.approx(expected)
+    expected = float(sum(read for _, read in counted) / (steps * whole))
     assert read_share(policy, prompts, layers, steps) == pytest.approx(expected)
 
 
@@ -299,7 +319,69 @@ def test_sizes_are_within_the_prompt_and_monotone(policy, prompt):
     for size in sizes(policy, prompt, layers):
         assert 0 <= size.core <= size.vision <= prompt.vision
         assert 0 <= size.read <= size.stored <= prompt.total
+        assert 0 <= size.reads <= size.live <= size.stored
     assert sum(s.stored for s in sizes(DENSE, prompt, layers)) == layers * prompt.total
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, (16, 4, 2)])
+@pytest.mark.parametrize("group", [32, 20])
+def test_budgets_are_met_in_bytes_of_few_bits(bits, group):
+    """Never above, and one token more in the cheapest place would be; a core beside it is paid in full."""
+    prompts = [PromptShape(3, 91, 12, group=group), PromptShape(2, 60, 30, group=group)]
+    for budget in (0.25, 0.35, 0.6, 1.0):
+        keep = meet_budget((3.0, 1.0, 2.0), prompts, budget, bits=bits)
+        used = live_share(Policy(vision_keep=keep, vision_bits=bits), prompts, 3)
+        grain = 3 * len(prompts) / (3 * sum(prompt.total for prompt in prompts))
+        assert used <= budget
+        assert used > budget - grain or keep == (1.0,) * 3
+        cored = Policy(vision_keep=0.5, vision_compute=0.125, refresh_interval=3, vision_bits=bits)
+        scaled = scale_to(cored, budget, prompts, 3)
+        used = live_share(scaled, prompts, 3)
+        assert used <= budget
+        assert used > budget - grain or scaled.vision_keep == (1.0,) * 3
+        assert scaled.vision_bits == bits
+        reads = ReadBudget(0.45, 12, 3)
+        compute = meet_read_budget(keep, prompts, reads, bits=bits)
+        read = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=3, vision_bits=bits)
+        assert 0.45 - grain < read_share(read, prompts, 3, 12) <= 0.45 or compute == keep
+
+
+@pytest.mark.parametrize("bits", [8, 3, (16, 4, 2)])
+@pytest.mark.parametrize("every", [0, 3])
+def test_both_budgets_are_met_with_a_core_beside_few_bits(bits, every):
+    prompts = [PromptShape(3, 91, 12), PromptShape(2, 60, 30)]
+    grain = len(prompts) / sum(prompt.total for prompt in prompts)
+    for memory, read in ((0.5, 0.35), (0.7, 0.4), (0.4, 0.39)):
+        reads = ReadBudget(read, 12, every)
+        keep, compute = meet_both((3.0, 1.0, 2.0), prompts, memory, reads, bits=bits)
+        policy = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=every, vision_bits=bits)
+        live = live_share(policy, prompts, 3)
+        assert live <= memory
+        assert live > memory - grain - memory / 500 or keep == (1.0,) * 3
+        used = read_share(policy, prompts, 3, 12)
+        assert used <= read
+        assert compute is None or used > read - grain or compute == keep
+    keep, compute = meet_both((1.0,) * 3, prompts, 0.4, ReadBudget(0.4, 12), bits=bits)
+    assert compute is None, "where all that is kept may be read there is no core"
+
+
+def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
+    """16 bits are no news; with fewer, no core means that all is packed, and a whole core that nothing is."""
+    assert Policy(vision_keep=0.2).hash == Policy(vision_keep=0.2, vision_bits=16).hash
+    assert Policy(vision_keep=0.2).hash != Policy(vision_keep=0.2, vision_bits=8).hash
+    cored = Policy(vision_keep=0.2, vision_compute=0.1, refresh_interval=4)
+    assert cored.hash == "c1c11974db74ae3b"  # as it was before cores had scores
+    assert cored.hash == cored.model_copy(update={"core_score": CoreScore()}).hash
+    scored = [cored.model_copy(update={"core_score": CoreScore(**{n: 0.5})}) for n in ("prompt", "memory")]
+    assert len({cored.hash, *(policy.hash for policy in scored)}) == 3
+    assert [policy.scores_core for policy in (cored, *scored)] == [False, True, True]
+    prompt = PromptShape(0, 100, 0)
+    bare, whole = (
+        sizes(Policy(vision_keep=0.4, vision_compute=core, vision_bits=3), prompt, 1)[0]
+        for core in (None, 0.4)
+    )
+    assert (bare.packed, bare.live, bare.reads) == (40, 10, 10)
+    assert (whole.packed, whole.live, whole.reads) == (0, 40, 40)
 
 
 def test_a_share_that_floats_miss_is_whole():

@@ -74,7 +74,11 @@ def without_gc():
 
 @pytest.mark.parametrize(
     "name",
-    thinned(REPLAYED, ("dense", "core and window", "per head"), ("dense", "core and window")),
+    thinned(
+        REPLAYED,
+        ("dense", "core and window", "per head", "packed", "packed core"),
+        ("dense", "core and window", "packed core"),
+    ),
 )
 def test_later_prompts_replay_what_the_first_one_captured(case, name):
     assert_like_plain(case, DENSE if name == "dense" else POLICIES[name], prompts(case))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, Policy, PrefillFilter, ScorerSpec, TextPolicy
+from avlprof.policy import DENSE, CoreScore, Policy, PrefillFilter, ScorerSpec, TextPolicy
 from avlprof.runtime.forced import ForcedBatch, ForcedSet
 from avlprof.runtime.forced import batch as forced_batch
 from avlprof.runtime.forced import rows as forced_rows
@@ -42,7 +42,9 @@ def ragged(case):
     return inputs, answers_of(LENGTHS)
 
 
-@pytest.mark.parametrize("name", thinned(FORCED, (*TESTED, "newest grow"), ("history", "filter")))
+@pytest.mark.parametrize(
+    "name", thinned(FORCED, (*TESTED, "newest grow"), ("history", "filter", "packed", "packed core"))
+)
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs, answers = ragged(case)
     ours = ForcedBatch(case.model, inputs, answers).logits(FORCED[name])
@@ -51,6 +53,24 @@ def test_forced_is_the_stepwise_runtime(case, name):
         a, b = ours[row, : len(answer) - 1], theirs[row, : len(answer) - 1]
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         assert not ours[row, len(answer) - 1 :].any()
+
+
+def test_a_core_ranked_by_the_prompt_alone_never_changes(case):
+    """In the runtime and in forced scoring: it is the static core, whatever rows are remembered."""
+    inputs, answers = ragged(case)
+    static = POLICIES["static core"]
+    scored = static.model_copy(
+        update={
+            "refresh_interval": 2,
+            "refresh": "score_only",
+            "core_score": CoreScore(prompt=1.0, memory=0.5),
+        }
+    )
+    wanted = ForcedBatch(case.model, inputs, answers).logits(static)
+    torch.testing.assert_close(ForcedBatch(case.model, inputs, answers).logits(scored), wanted)
+    ours, theirs = (stepwise(case.model, inputs, answers, policy) for policy in (scored, static))
+    for row, answer in enumerate(answers):
+        torch.testing.assert_close(ours[row, : len(answer) - 1], theirs[row, : len(answer) - 1])
 
 
 @pytest.mark.parametrize("name", few(["core, k=3", "h2o", "filter", "dense"], 1))
@@ -110,7 +130,18 @@ def near(policy, share):
     return policy.model_copy(update={"vision_keep": share, "vision_compute": compute})
 
 
-MIXED = ("evict", "core, k=3", "score only", "history", "heavy", "streaming", "tova", "snapkv", "filter")
+MIXED = (
+    "evict",
+    "core, k=3",
+    "scored core",
+    "score only",
+    "history",
+    "heavy",
+    "streaming",
+    "tova",
+    "snapkv",
+    "filter",
+)
 
 
 @pytest.mark.parametrize("limits", few([(1 << 20, 1024), (1, 1), (3000, 60)], [(3000, 60)]))
@@ -261,13 +292,14 @@ def test_policies_share_a_pass_only_where_they_differ_in_shares():
     apart = [
         base.model_copy(update={"refresh_interval": 4}),
         base.model_copy(update={"refresh": "score_only"}),
+        base.model_copy(update={"core_score": CoreScore(prompt=0.5)}),
         base.model_copy(update={"heads": "kv_head"}),
         base.model_copy(update={"text": TextPolicy(window=5)}),
         base.model_copy(update={"prefill_filter": (PrefillFilter(after_layer=1, keep=0.5),)}),
         POLICIES["tova"],
         POLICIES["h2o"],
     ]
-    assert policy_groups([*alike, *apart]) == [[0, 1, 2], *([i] for i in range(3, 10))]
+    assert policy_groups([*alike, *apart]) == [[0, 1, 2], *([i] for i in range(3, 11))]
 
 
 TASK = "shapes:read,count"

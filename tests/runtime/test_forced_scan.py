@@ -97,6 +97,26 @@ def test_random_policies_are_the_plain_oracle(case, seed):
     torch.testing.assert_close(ours, theirs[1:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", thinned(range(20, 32), range(20, 26), (21, 23)))
+def test_random_policies_in_few_bits_are_the_plain_oracle(case, seed):
+    """With or without a core and scored text: what leaves the core is as the oracle quantises it."""
+    draw = np.random.default_rng(seed)
+    policy = next(p for p in map(drawn, range(seed, seed + 99)) if p.joint is None)
+    bits = tuple(int(n) for n in draw.choice([16, 8, 4, 3, 2], LAYERS))
+    text = policy.text if draw.random() < 0.5 else TextPolicy()
+    compute = policy.vision_compute if draw.random() < 0.7 else None
+    policy = policy.model_copy(update={"vision_bits": bits, "text": text, "vision_compute": compute})
+    for other in range(seed, seed + 1500, 100):
+        inputs = case.inputs(1, seed=other, text=12)
+        answer = answers_of([16], other)[0]
+        theirs, trace = Oracle(case.model, policy, case.vision_token_ids).run(inputs, answer[:-1])
+        if trace.gap >= NEAR_TIE:
+            break
+    assert trace.gap >= NEAR_TIE, "near-ties decide the sets of every seed"
+    ours = ForcedBatch(case.model, inputs, [answer]).logits(policy)[0]
+    torch.testing.assert_close(ours, theirs[1:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 5, 7])
 def test_blocks_of_rows_give_the_same(case, seed, monkeypatch):
     policy = drawn(seed)

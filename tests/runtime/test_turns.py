@@ -92,11 +92,11 @@ def conversation(case, seed, batch=2):
     return [first, second], answers
 
 
-@pytest.mark.parametrize("name", few(TURNS, ("history",)))
+@pytest.mark.parametrize("name", few(TURNS, ("history", "packed core")))
 def test_two_turns_are_those_of_the_oracle(case, name):
     policy = TURNS[name]
     compared = 0
-    for seed in range(30, 36):
+    for seed in range(30, 42):
         turns, answers = conversation(case, seed)
         ours, cache = converse(case, policy, turns, answers)
         for row in range(2):

@@ -55,6 +55,7 @@ FEW = RecordOptions(
     step_logits=1500,
     per_head=True,
     history=0.6,
+    text_rows=True,
 )
 ALL = RecordOptions(
     rows="all",
@@ -231,7 +232,10 @@ def check_scores(scores, seen, vision, options):
         if options.history is not None:
             want = np.mean([history(head, seen, options.history) for head in weights], axis=0)
             np.testing.assert_allclose(scores["history"][layer], want, atol=1e-5)
+        if options.text_rows:
+            np.testing.assert_allclose(scores["text"][:, layer], mean[text], atol=1e-5)
     assert ("all" in scores) == (options.rows == "all")
+    assert ("text" in scores) == options.text_rows
     assert ("history" in scores) == (options.history is not None)
     assert scores["decode"].shape[1:] == scores["last"].shape == scores["instruction"].shape
     assert all(array.dtype == np.float32 for array in scores.values())
@@ -263,6 +267,8 @@ def check_head_scores(scores, seen, vision, text, options):
                 np.testing.assert_allclose(found, values, atol=1e-5, err_msg=f"{name} {layer} {head}")
             for step, found in enumerate(scores["decode_heads"][:, layer, head]):
                 np.testing.assert_allclose(found, rows[prompt + step], atol=1e-5)
+            if options.text_rows:
+                np.testing.assert_allclose(scores["text_heads"][:, layer, head], rows[text], atol=1e-5)
     if vision:
         assert len(scores["decode_heads"]) == len(seen.codes) - prompt
 
@@ -325,7 +331,7 @@ def test_by_default_heads_are_averaged(case):
             generate_words(case, inputs, 6)
         frames.append(pd.DataFrame(recorder.records[0].frame()).assign(sample="s"))
         scores.append(recorder.records[0].scores())
-    assert set(scores[1]) == {"last", "instruction", "decode", "all", "history"}
+    assert set(scores[1]) == {"last", "instruction", "decode", "all", "history", "text"}
     for name, means in scores[1].items():
         np.testing.assert_allclose(scores[0][name], means, atol=1e-6)
     heads, mean = frames
@@ -442,26 +448,31 @@ def test_the_model_is_restored(error, before):
 
 @pytest.mark.parametrize("heads", few(["shared", "kv_head"], ["kv_head"]))
 @pytest.mark.parametrize("outer", few(["policy", "recorder"], 1))
-def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads):
+@pytest.mark.parametrize("bits", few([16, (3, 8, 2)], [(3, 8, 2)]))
+def test_under_a_policy_it_records_what_the_policy_attends_to(monkeypatch, case, outer, heads, bits):
     monkeypatch.setattr(oracle, "Scan", Watched)
-    monkeypatch.setattr(Watched, "rows", {})
     policy = Policy(
         vision_keep=(0.7, 0.5, 1.0),
         vision_compute=(0.3, 0.2, 1.0),
         refresh_interval=3,
         text=TextPolicy(window=(6, 100, 100), sink=1),
         heads=heads,
+        vision_bits=bits,
     )
-    inputs = case.inputs(1, seed=12, text=13)
     contexts = [lambda: avlprof.apply(case.model, policy), lambda: record(case.model, FEW)]
     if outer == "recorder":
         contexts.reverse()
-    with contexts[0]() as first, contexts[1]() as second:
-        ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
-    recorder = second if outer == "policy" else first
-    prompt = inputs["input_ids"].shape[1]
-    _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
-    assert trace.gap > 1e-5, "near-ties decide the sets; choose another seed"
+    for seed in range(12, 24):
+        monkeypatch.setattr(Watched, "rows", {})
+        inputs = case.inputs(1, seed=seed, text=13)
+        with contexts[0]() as first, contexts[1]() as second:
+            ids = generate_words(case, inputs, STEPS).sequences[0].tolist()
+        recorder = second if outer == "policy" else first
+        prompt = inputs["input_ids"].shape[1]
+        _, trace = oracle.Oracle(case.model, policy, case.vision_token_ids).run(inputs, ids[prompt:-1])
+        if trace.gap > 1e-5:
+            break
+    assert trace.gap > 1e-5, "near-ties decide the sets of every seed"
     modality = codes(ids[:prompt], case.vision_token_ids) + [GENERATED] * (len(ids) - 1 - prompt)
     frame = pd.DataFrame(recorder.records[0].frame())
     frame = frame[frame["phase"] == "decode"].set_index(["layer", "head"])

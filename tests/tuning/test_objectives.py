@@ -126,7 +126,8 @@ def test_every_sampler_is_seeded_and_stays_in_the_space(name, tmp_path):
 
     def run(folder, seed):
         folder.mkdir()
-        settings = Settings(trials=9, refine=0, sampler=name, seed=seed, prune=False)
+        trials = len(SPACE.starts()) + 3
+        settings = Settings(trials=trials, refine=0, sampler=name, seed=seed, prune=False)
         study = run_trials(FolderStorage(folder), settings, objective())
         return [(trial.params, trial.value) for trial in study.get_trials()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from avlprof.policy.provenance import Proof
 from avlprof.tasks import Sample, load_metric, load_task
 from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Space
-from avlprof.tuning.candidate import spread_reads
+from avlprof.tuning.candidate import spread
 from avlprof.tuning.proof import dense_sentence, power_sentence, samples_needed, verdict
 from avlprof.tuning.rivals import rivals, shipped_rivals, static_core
 from avlprof.tuning.shortlist import Shortlist, ShortlistEntry, coverage_of, rank_correlation
@@ -290,9 +291,39 @@ def test_shipped_rivals_use_no_more_than_the_winner(seed, read):
         assert live_share(policy, PROMPTS, 5) <= live + 1e-12
         if read is not None:
             assert read_share(policy, PROMPTS, 5, 10) <= reads + token + 1e-9
-        elif policy.joint is None and not policy.prefill_filter:
+        elif policy.joint is None and not policy.prefill_filter and set(policy.keep(5)) != {1.0}:
             assert live_share(policy, PROMPTS, 5) > live - token - 1e-9
     assert all(isinstance(reason, str) and reason for reason in left_out.values())
+
+
+@pytest.mark.parametrize("read", [None, 0.24])
+def test_rivals_of_few_bits_have_the_same_bytes_with_them_and_without(read):
+    budget = Budget(0.28, read, PROMPTS, 10)
+    evidence = random_evidence(5, 60, np.random.default_rng(3))
+    start = Candidate("pyramid", scorer="instruction", refresh_interval=4, vision_bits=3)
+    winner = start.policy(evidence, budget)
+    assert (winner.vision_compute is None) == (read is None)
+    named = {policy.name: policy for policy in rivals(winner, budget, 5)}
+    bits = {name: policy.vision_bits for name, policy in named.items()}
+    assert bits == dict.fromkeys(named, 16) | {"uniform, same scorer": 3} | (
+        {} if read is None else {"static core": 3}
+    )
+    assert {"uniform", "uniform, same scorer, 16 bits", "uniform, last_query", "random"} <= set(named)
+    live, reads = live_share(winner, PROMPTS, 5), read_share(winner, PROMPTS, 5, 10)
+    token = len(PROMPTS) / sum(prompt.total for prompt in PROMPTS)
+    for policy in named.values():
+        assert live - token - 0.001 < live_share(policy, PROMPTS, 5) <= live + 1e-12
+        assert read_share(policy, PROMPTS, 5, 10) <= reads + 1e-9
+        if policy.name.startswith("uniform, same"):
+            assert (policy.scorer, policy.heads) == (winner.scorer, winner.heads)
+    more, _ = shipped_rivals(winner, budget, evidence, list(named.values()))
+    quantised = {policy.name: policy for policy in more if policy.packs}
+    assert set(quantised) == {"quantised-8", "quantised-4", "quantised-2"}
+    if read is None:
+        budget = replace(budget, memory=0.5)
+        wide, _ = shipped_rivals(winner_at(budget, 0)[0], budget, evidence)
+        kept = next(policy.vision_keep for policy in wide if policy.name == "quantised-2")
+        assert kept == 1.0, "what fits is kept whole"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -317,10 +348,11 @@ def test_the_static_core_is_flat_and_never_picked_anew(seed):
 def test_refreshes_that_only_score_leave_room_for_a_larger_core():
     full = Policy(vision_keep=(0.5,) * 4, refresh_interval=2)
     score_only = full.model_copy(update={"refresh": "score_only"})
-    cores = [spread_reads(p, (1.0,) * 4, PROMPTS, 0.5, 10).compute(4) for p in (full, score_only)]
+    budget = Budget(live_share(full, PROMPTS, 4), 0.5, PROMPTS, 10)
+    cores = [spread(p, (1.0,) * 4, budget).compute(4) for p in (full, score_only)]
     assert sum(cores[1]) > sum(cores[0])
     with pytest.raises(UserError, match=r"read budget 0\.1 is below"):
-        spread_reads(full, (1.0,) * 4, PROMPTS, 0.1, 10)
+        spread(full, (1.0,) * 4, replace(budget, read=0.1))
 
 
 # --- what is learnt on the way ---

@@ -19,15 +19,16 @@ from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.gate import Role, layer_roles
 from avlprof.attention.modality import Modality
 from avlprof.errors import UserError
-from avlprof.policy import Policy
+from avlprof.policy import FULL, Policy
 from avlprof.runtime.cache import is_sliding, stock_layers
 from avlprof.runtime.forced.packing import PackedRows
-from avlprof.runtime.forced.prompt import ForcedCache, Prompts
+from avlprof.runtime.forced.prompt import ForcedCache, PromptLayer, Prompts
 from avlprof.runtime.forced.rows import AnswerRows, Plans
 from avlprof.runtime.forced.scan import attend_in_order
 from avlprof.runtime.forced.sets import VisionSets, always_visible, chosen_prompt, with_prompt
 
 Visible = Callable[[range], Tensor]
+Full = Callable[[range], Tensor | None]
 
 
 class GroupAttention:
@@ -54,23 +55,38 @@ class GroupAttention:
     def attend(self, call: AttentionCall) -> Tensor:
         """Output `[B * P, T, H, D]` of every answer row over what its policy lets it see."""
         policy, prompt = self.policies[0], self.prompts.layers[call.layer]
-        rows = AnswerRows(call, prompt, len(self.policies))
         window = self.windows[call.layer]
         if window is not None:
+            rows = AnswerRows(call, prompt, len(self.policies))
             return _attended(rows, self._by_window(rows, window))
+        rows = AnswerRows(call, *self._precision(prompt, call.layer))
         groups = prompt.key.shape[1] if policy.heads == "kv_head" else 1
         if policy.running is not None:
             return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
-        return _attended(rows, self._governed(rows, call.layer, groups))
+        return _attended(rows, *self._governed(rows, call.layer, groups))
 
-    def _governed(self, rows: AnswerRows, layer: int, groups: int) -> Visible:
+    def _precision(self, prompt: PromptLayer, layer: int) -> tuple[PromptLayer, int, PromptLayer | None]:
+        """The prompt as rows see it, the number of policies, and the prompt as few bits leave it.
+
+        The latter only where what is not core is ever read.
+        """
+        policy, count = self.policies[0], len(self.policies)
+        bits = policy.bits(len(self.prompts.layers))[layer]
+        if bits == FULL:
+            return prompt, count, None
+        if policy.vision_compute is None:
+            return prompt.degraded(bits), count, None
+        reads = 0 < policy.refresh_interval <= self.plans.steps
+        return prompt, count, prompt.degraded(bits) if reads else None
+
+    def _governed(self, rows: AnswerRows, layer: int, groups: int) -> tuple[Visible, Full]:
         policy = self.policies[0]
         always = self._visible_always(layer)
         if policy.joint is not None and policy.evicts_by is not None:
-            return lambda block: always[:, None, :, block.start : block.stop]
-        kept, core = chosen_prompt(self.plans, self.prompts, layer, groups)
-        sets = VisionSets(rows, self.plans, kept, core, always, layer)
-        return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block))
+            return lambda block: always[:, None, :, block.start : block.stop], _whole
+        chosen = chosen_prompt(self.plans, self.prompts, layer, groups)
+        sets = VisionSets(rows, self.plans, chosen, always, layer, self.prompts)
+        return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block)), sets.full
 
     def _visible_always(self, layer: int) -> Tensor:
         modality, policy = self.prompts.layers[layer].modality, self.policies[0]
@@ -144,10 +160,15 @@ def windows(text_config: Any) -> list[int | None]:
     return [int(layer.sliding_window) if is_sliding(layer) else None for layer in layers]
 
 
-def _attended(rows: AnswerRows, visible: Visible) -> Tensor:
+def _whole(block: range) -> None:
+    """All columns are in full precision."""
+
+
+def _attended(rows: AnswerRows, visible: Visible, whole: Full = _whole) -> Tensor:
     outputs = []
     for block in rows.blocks(range(rows.steps)):
-        logits = rows.logits(block)
+        full = whole(block)
+        logits = rows.logits(block, full)
         logits.masked_fill_(~visible(block).unsqueeze(3), float("-inf"))
-        outputs.append(rows.mixed(rows.weights(logits)))
+        outputs.append(rows.mixed(rows.weights(logits), full))
     return rows.joined(outputs)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.gate import governed_layers
+from avlprof.attention.gate import governed_layers, head_size
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched, with_cache
-from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec
+from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec, scale_group
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
 from avlprof.runtime.forced.packing import (
     AnswerGroup,
@@ -60,7 +60,9 @@ class ForcedBatch:
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         self.modality = modality_map(ids, mask, vision_token_ids(model.config))
         text = model.config.get_text_config(decoder=True)
-        self.shapes: list[PromptShape] = prompt_shapes(self.modality, governed_layers(text))
+        self.shapes: list[PromptShape] = prompt_shapes(
+            self.modality, governed_layers(text), scale_group(head_size(text))
+        )
         self.lengths = [len(answer) for answer in answers]
         self.steps = [max(length - 1, 0) for length in self.lengths]
         order = sorted(range(len(answers)), key=lambda row: self.steps[row])

@@ -164,6 +164,7 @@ def _kind(policy: Policy) -> Hashable:
     joint = policy.joint.model_dump_json(exclude={"keep"}) if policy.joint else ""
     ranks_by = policy.scorer.name if policy.joint is not None else ""
     refreshes = policy.vision_compute is not None and policy.refresh_interval > 0
-    refresh = (policy.refresh_interval, policy.refresh) if refreshes else ()
+    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if refreshes else ()
     text = policy.text.model_dump_json()
-    return (text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))
+    bits = (policy.vision_bits, policy.vision_compute is None) if policy.packs else ()
+    return (bits, text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))

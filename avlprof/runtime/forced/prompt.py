@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from avlprof.attention.call import AttentionCall, Forward
+from avlprof.attention.codec import degraded
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import ranks
 from avlprof.attention.weights import group_mean
@@ -56,6 +57,12 @@ class PromptLayer:
     value: Tensor
     modality: Tensor
     columns: Tensor
+
+    def degraded(self, bits: int) -> PromptLayer:
+        """The layer with its vision as it is after few bits; a copy, for as long as it is used."""
+        vision = (self.modality == Modality.VISION)[:, None, :, None]
+        key, value = (torch.where(vision, degraded(part, bits), part) for part in (self.key, self.value))
+        return replace(self, key=key, value=value)
 
     @property
     def nbytes(self) -> int:

@@ -106,10 +106,16 @@ class AnswerRows:
     The model's batch holds the policies of the first prompt, then those of the second. Here they are
     an axis of their own, `[B, Hkv, P, g, T, D]` with `g` query heads in a group, so that one product
     serves all policies of a prompt and the prompt's keys are never repeated.
+
+    `stored` is the prompt as few bits leave it, for policies whose cores are picked anew: `full`, bool
+    `[B, G, P, R, N]`, then says of which of its columns each row sees the numbers in full precision.
     """
 
-    def __init__(self, call: AttentionCall, prompt: PromptLayer, policies: int) -> None:
+    def __init__(
+        self, call: AttentionCall, prompt: PromptLayer, policies: int, stored: PromptLayer | None = None
+    ) -> None:
         self.call, self.prompt = call, prompt
+        self.stored = None if stored is None else (stored.key.float(), stored.value.float() - prompt.value)
         batch, groups = prompt.key.shape[:2]
         query, key, value = (
             states.reshape(batch, policies, groups, -1, *states.shape[2:])
@@ -133,14 +139,16 @@ class AnswerRows:
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
-    def logits(self, rows: range) -> Tensor:
+    def logits(self, rows: range, full: Tensor | None = None) -> Tensor:
         """Scaled products `[B, Hkv, P, g, R, N + T]` of some rows with all columns, fp32."""
         query = self.query[..., rows.start : rows.stop : rows.step, :]
-        prompt = query.flatten(2, 4) @ self._key.mT
+        shape = query.shape[:-1]
+        prompt = (query.flatten(2, 4) @ self._key.mT).view(*shape, self.length)
+        if full is not None and self.stored is not None:
+            stored = (query.flatten(2, 4) @ self.stored[0].mT).view_as(prompt)
+            prompt = torch.where(full.unsqueeze(3), prompt, stored)
         answer = query.flatten(3, 4) @ self.key.mT
-        logits = torch.cat(
-            [prompt.view(*query.shape[:-1], self.length), answer.view(*query.shape[:-1], self.steps)], dim=-1
-        )
+        logits = torch.cat([prompt, answer.view(*shape, self.steps)], dim=-1)
         logits *= self.call.scaling
         if self.call.softcap is not None:
             logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
@@ -151,9 +159,12 @@ class AnswerRows:
         sinks = self._sinks
         return softmax(logits, sinks if sinks is None or logits.ndim == 5 else sinks.unsqueeze(-1))
 
-    def mixed(self, weights: Tensor) -> Tensor:
+    def mixed(self, weights: Tensor, full: Tensor | None = None) -> Tensor:
         """Output `[B, Hkv, P, g, R, D]` of rows with weights `[B, Hkv, P, g, R, N + T]`."""
-        prompt = weights[..., : self.length].flatten(2, 4) @ self._value
+        own = weights[..., : self.length]
+        prompt = own.flatten(2, 4) @ self._value
+        if full is not None and self.stored is not None:
+            prompt = prompt + own.masked_fill(full.unsqueeze(3), 0.0).flatten(2, 4) @ self.stored[1]
         answer = weights[..., self.length :].flatten(3, 4) @ self.value
         return prompt.view(*weights.shape[:-1], -1) + answer.view(*weights.shape[:-1], -1)
 

@@ -9,7 +9,7 @@ from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import prompt_scores, ranks, step_scores
 from avlprof.runtime.forced.prompt import Prompts, left_aligned
 from avlprof.runtime.forced.rows import AnswerRows, Plans
-from avlprof.runtime.forced.sets import chosen_prompt, head_mean
+from avlprof.runtime.forced.sets import RunningCore, chosen_prompt, head_mean
 
 
 class Pool:
@@ -94,35 +94,50 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
     joint = policy.joint is not None
     pool = Pool(plans, prompts, layer, groups if joint else prompts.layers[layer].key.shape[1])
     fixed = core = kept = modality.new_zeros((modality.shape[0], 1, 1, rows.columns), dtype=torch.bool)
+    running: RunningCore | None = None
     if not joint:
-        system = torch.nn.functional.pad(modality == Modality.SYSTEM, (0, rows.steps))[:, None, None]
+        fixed = torch.nn.functional.pad(modality == Modality.SYSTEM, (0, rows.steps))[:, None, None]
         chosen = chosen_prompt(plans, prompts, layer, groups)
         kept, core = (torch.nn.functional.pad(c, (0, rows.steps)) for c in chosen)
-        fixed = system
-    counts, cores = plans.vision(layer)
-    every = 0 if joint or bool((counts == cores).all()) else policy.refresh_interval
+        running = RunningCore.of(plans, prompts, layer, chosen)
+    every = 0 if running is None else policy.refresh_interval
+    scored = running if policy.scores_core else None
 
     def weigh(logits: Tensor, vision: Tensor) -> Tensor:
         seen = pool.seen | vision | fixed
         return rows.weights(logits.masked_fill(~seen.unsqueeze(3), float("-inf")))
 
     def picked(weights: Tensor) -> Tensor:
-        ranked = head_mean(weights, kept.shape[1]).masked_fill(~kept, float("-inf"))
-        return ranks(ranked) < cores[:, None, :, None]
+        assert running is not None
+        running.attended(weights, True)
+        return torch.nn.functional.pad(running.pick(), (0, rows.steps))
 
     outputs = []
+    whole = (core | ~kept)[..., : rows.length]  # in full precision, where the rest is stored in few bits
+    none = torch.zeros_like(whole).unsqueeze(3)
     for block in rows.blocks(range(rows.steps)):
-        logits = rows.logits(block)
+        logits, full = rows.logits(block), []
+        stored = logits if rows.stored is None else rows.logits(block, none)
         for index, step in enumerate(block):
             row = logits[..., index, :]
+            if rows.stored is not None:
+                full.append(whole)
+                near = torch.nn.functional.pad(whole, (0, rows.steps), value=True).unsqueeze(3)
+                row = torch.where(near, row, stored[..., index, :])
             pool.join(step)
-            refresh = every > 0 and (step + 1) % every == 0
-            if refresh and policy.refresh == "score_only":
-                core, refresh = picked(weigh(row, kept)), False
+            due = every > 0 and (step + 1) % every == 0
+            refresh = due and policy.refresh == "full"
+            if due and not refresh:
+                core = picked(weigh(row, kept))
+                whole = whole & (core | ~kept)[..., : rows.length]
+                full[-1:] = [whole] * len(full[-1:])
             weights = weigh(row, kept if refresh else core)
             if refresh:
                 core = picked(weights)
+                whole = whole & (core | ~kept)[..., : rows.length]
+            elif scored is not None and not due:
+                scored.attended(weights, False)
             pool.attended(step, weights)
             logits[..., index, :] = weights
-        outputs.append(rows.mixed(logits))
+        outputs.append(rows.mixed(logits, torch.stack(full, dim=3) if full else None))
     return rows.joined(outputs)

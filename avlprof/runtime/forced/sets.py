@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import ranks
+from avlprof.attention.ranking import averaged, core_scores, ranks
+from avlprof.policy import CoreScore
 from avlprof.runtime.forced.packing import scorers_of
 from avlprof.runtime.forced.prompt import Prompts
 from avlprof.runtime.forced.rows import AnswerRows, Plans, TextRoom
@@ -27,28 +28,95 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
     return kept, rank < cores[:, None, :, None]
 
 
+class RunningCore:
+    """The core of a layer where scores run while decoding (`core_score`), bool `[B, G, P, N]`.
+
+    `sets` are the kept and the core tokens right after prefill. Scores change as in
+    `avlprof.runtime.core_scores`.
+    """
+
+    def __init__(self, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]) -> None:
+        self.rule: CoreScore = plans.policies[0].core_score
+        self.kept, self.core = sets
+        self._counts = plans.vision(layer)[1][:, None, :, None]
+        specs, groups = [policy.scorer for policy in plans.policies], self.kept.shape[1]
+        self._prompt = torch.stack([prompts.group_scores(spec, groups, layer) for spec in specs], dim=2)
+        self._mean = torch.full(self.kept.shape, -1.0, device=self.kept.device)
+
+    @classmethod
+    def of(
+        cls, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]
+    ) -> RunningCore | None:
+        """The core of a layer whose core is picked anew; None where it is not."""
+        counts, cores = plans.vision(layer)
+        picks = plans.policies[0].refresh_interval > 0 and not bool((counts == cores).all())
+        return cls(plans, prompts, layer, sets) if picks else None
+
+    def attended(self, weights: Tensor, whole: bool) -> None:
+        """Count a row of weights `[B, Hkv, P, g, N + T]`: on all that is kept (`whole`), or on the core."""
+        row = head_mean(weights[..., : self.kept.shape[-1]], self.kept.shape[1])
+        seen = self.kept if whole else self.core
+        self._mean = averaged(self._mean, row, seen, self.rule.memory)
+
+    def pick(self) -> Tensor:
+        """Make the best by score the core, which is given back."""
+        scores = core_scores(self._prompt, self._mean, self.kept, self.rule.prompt)
+        self.core = ranks(scores.masked_fill(~self.kept, float("-inf"))) < self._counts
+        return self.core
+
+
 class VisionSets:
     """Vision tokens that each row sees: the core of prefill, then that of each refresh.
 
-    `full` refresh rows see all that is kept; under `score_only` they see the core that they pick.
+    `full` refresh rows see all that is kept; under `score_only` they see the core that they pick. Where
+    the rest is stored in few bits, a token is as good as it was as long as it has always been core.
+    Where scores run, `running`, the rows between two refreshes are weighed together, with the core that all
+    of them see, and one refresh comes after the other.
     """
 
     def __init__(
-        self, rows: AnswerRows, plans: Plans, kept: Tensor, core: Tensor, always: Tensor, layer: int
+        self,
+        rows: AnswerRows,
+        plans: Plans,
+        sets: tuple[Tensor, Tensor],
+        always: Tensor,
+        layer: int,
+        prompts: Prompts,
     ) -> None:
+        """`sets` are the kept and the core tokens after prefill, as `chosen_prompt` gives them."""
+        kept, core = sets
         policy = plans.policies[0]
         self._every = policy.refresh_interval
         self._full = policy.refresh == "full"
         self._sets = core[:, :, :, None]
+        self._whole: Tensor | None = None
         counts, cores = plans.vision(layer)
         if not self._every or self._every > rows.steps or bool((counts == cores).all()):
             self._every = 0
             return
-        sets = [self._sets]
-        if self._every > 1 or not self._full:
+        cored = [self._sets]
+        if policy.scores_core:
+            running = RunningCore(plans, prompts, layer, sets)
+            cored, whole = _picked_in_turn(rows, running, always, self._every)
+            self._whole = None if rows.stored is None else torch.cat(whole, dim=3)
+        elif rows.stored is not None:
+            whole = [self._sets | ~kept[:, :, :, None]]
+            for step in range(self._every - 1, rows.steps, self._every):
+                cored.append(_refreshed(rows, kept, cores, always, range(step, step + 1), whole[-1]))
+                whole.append(whole[-1] & (cored[-1] | ~kept[:, :, :, None]))
+            self._whole = torch.cat(whole, dim=3)
+        elif self._every > 1 or not self._full:
             refreshes = range(self._every - 1, rows.steps, self._every)
-            sets += [_refreshed(rows, kept, cores, always, block) for block in rows.blocks(refreshes)]
-        self._sets = torch.cat([*sets, kept[:, :, :, None]], dim=3)
+            cored += [_refreshed(rows, kept, cores, always, block) for block in rows.blocks(refreshes)]
+        self._sets = torch.cat([*cored, kept[:, :, :, None]], dim=3)
+
+    def full(self, block: range) -> Tensor | None:
+        """bool `[B, G, P, R, N]`, columns of which rows of a block see full numbers; None: all rows all."""
+        if self._whole is None:
+            return None
+        steps = torch.arange(block.start + 1, block.stop + 1, device=self._whole.device)
+        before = (steps % self._every == 0) if self._full else torch.zeros_like(steps)
+        return self._whole.index_select(3, steps // self._every - before.long())
 
     def seen(self, block: range) -> Tensor:
         """bool `[B, G, P, R or 1, N]` of the rows of a block."""
@@ -61,9 +129,42 @@ class VisionSets:
         return self._sets.index_select(3, index)
 
 
-def _refreshed(rows: AnswerRows, kept: Tensor, cores: Tensor, always: Tensor, block: range) -> Tensor:
+def _picked_in_turn(
+    rows: AnswerRows, running: RunningCore, always: Tensor, every: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cores `[B, G, P, 1, N]` of prefill and of each refresh, and what is in full precision with each."""
+    kept, begin = running.kept[:, :, :, None], 0
+    cores = [running.core[:, :, :, None]]
+    full = [cores[0] | ~kept]
+
+    def attend(block: range, seen: Tensor, whole: bool) -> None:
+        logits = rows.logits(block, full[-1])
+        visible = with_prompt(always[:, :, block.start : block.stop], seen)
+        weights = rows.weights(logits.masked_fill_(~visible.unsqueeze(3), float("-inf")))
+        for row in weights.unbind(4):
+            running.attended(row, whole)
+
+    for step in range(every - 1, rows.steps, every):
+        for block in rows.blocks(range(begin, step)):
+            attend(block, cores[-1], False)
+        attend(range(step, step + 1), kept, True)
+        running.pick()
+        cores.append(running.core[:, :, :, None])
+        full.append(full[-1] & (cores[-1] | ~kept))
+        begin = step + 1
+    return cores, full
+
+
+def _refreshed(
+    rows: AnswerRows,
+    kept: Tensor,
+    cores: Tensor,
+    always: Tensor,
+    block: range,
+    full: Tensor | None = None,
+) -> Tensor:
     """Core `[B, G, P, R, N]` that each refresh row of a block picks among the kept tokens."""
-    logits = rows.logits(block)
+    logits = rows.logits(block, full)
     seen = with_prompt(always[:, :, block.start : block.stop : block.step], kept[:, :, :, None])
     weights = rows.weights(logits.masked_fill_(~seen.unsqueeze(3), float("-inf")))
     scores = head_mean(weights[..., : rows.length], kept.shape[1])

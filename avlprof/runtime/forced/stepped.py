@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from avlprof.attention.gate import governed_layers
+from avlprof.attention.gate import governed_layers, head_size
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.models.generation import greedy
-from avlprof.policy import DENSE, Policy, PromptShape
+from avlprof.policy import DENSE, Policy, PromptShape, scale_group
 from avlprof.runtime.apply import apply
 from avlprof.runtime.forced.score import ForcedScore, Head, HeadInput, check_finite, closeness, scores_of
 
@@ -40,7 +40,9 @@ class SteppedBatch:
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         text = model.config.get_text_config(decoder=True)
         modality = modality_map(ids, mask, vision_token_ids(model.config))
-        self.shapes: list[PromptShape] = prompt_shapes(modality, governed_layers(text))
+        self.shapes: list[PromptShape] = prompt_shapes(
+            modality, governed_layers(text), scale_group(head_size(text))
+        )
         self.lengths = [len(answer) for answer in answers]
         self._head = head or Head(model)
         width = max([*self.lengths, 1])

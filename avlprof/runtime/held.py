@@ -1,0 +1,121 @@
+"""What a layer under a policy holds: in which slots, and in how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avlprof.policy import FULL, PromptShape
+from avlprof.runtime.buffers import SlotLayer
+from avlprof.runtime.core_scores import CoreScores
+from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.step import LayerUse, Reads
+from avlprof.runtime.text_part import TextPart, TextRule
+
+
+class HeldLayer(SlotLayer):
+    """Slots of a layer, counted from those that are `stored` in few bits on to those of the buffers.
+
+    `plans` say what each row holds, `_full` what of it the buffers hold, whose text begins at slot `_left`
+    of theirs. Without few bits the two are the same.
+    """
+
+    def __init__(self, rule: TextRule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.per_kv_head = rule.policy.heads == "kv_head"
+        self.bits = rule.policy.bits(rule.layers)[rule.layer]
+        self.packs = self.bits < FULL
+        self.reads_stored = self.bits < FULL and rule.policy.vision_compute is None
+        self.hold_nothing()
+
+    def hold_nothing(self) -> None:
+        """As before the first prompt."""
+        self.reads = Reads()
+        self.plans: list[RowPlan] = []
+        self.stored: StoredBits | None = None
+        self.text = TextPart(self.rule)
+        policy = self.rule.policy
+        self.scores = CoreScores(policy.core_score) if policy.scores_core else None
+        self._full: list[RowPlan] = []
+        self._left = 0
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind keys, values, the slots' positions and their scores."""
+        stored = 0 if self.stored is None else self.stored.allocated_bytes()
+        scores = 0 if self.scores is None else self.scores.allocated_bytes()
+        return super().allocated_bytes() + self.text.allocated_bytes() + stored + scores
+
+    def stored_tokens(self) -> list[int]:
+        """Tokens of each row in memory, prompt and generated."""
+        return [p.system + p.vision + text for p, text in zip(self.plans, self.text.counts, strict=True)]
+
+    def prompt_slots(self) -> list[int]:
+        """Prompt tokens of each row in memory, summed over KV heads, which may hold different ones."""
+        heads = self.buffers[0].shape[1]
+        own = self.text.prompt_slots(heads)
+        return [(p.system + p.vision) * heads + text for p, text in zip(self.plans, own, strict=True)]
+
+    def prompt_bytes(self, rows: Sequence[PromptShape] = ()) -> list[int]:
+        """Bytes of each row's prompt tokens in memory; the layer counts them itself."""
+        size, heads = self.bytes_per_token(), self.buffers[0].shape[1]
+        slots = zip(self.prompt_slots(), self._spared(), strict=True)
+        return [count * size // heads - spared for count, spared in slots]
+
+    def _spared(self) -> list[int]:
+        """Bytes of each row that few bits spare."""
+        stored = self.stored
+        if stored is None:
+            return [0] * len(self.plans)
+        spared = (1.0 - stored.share) * self.bytes_per_token()
+        return [round(count * spared) for count in stored.counts]
+
+    def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
+        """Measured use of this layer, number `layer`, of prompts `rows`."""
+        size = self.bytes_per_token()
+        counted = self.text.prompt_read
+        read = self.reads.prompt + (float(counted) if counted is not None else 0.0)
+        return LayerUse(
+            layer=layer,
+            prompt=sum(self.prompt_bytes()),
+            live=sum(self.stored_tokens()) * size - sum(self._spared()),
+            allocated=self.allocated_bytes(),
+            dense_prompt=sum(shape.total for shape in rows) * size,
+            read=read / max(self.reads.steps, 1) * size,
+            refreshes=self.reads.refreshes,
+            steps=self.reads.steps,
+        )
+
+    def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
+        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
+        plan, end = self.plans[row], self._first + self._left - self.plans[row].system
+        own = self._positions(end)[row, : None if self.per_kv_head else 1]
+        core = own[:, end - plan.core :]
+        if self.stored is None:
+            return own[:, end - plan.vision :], core
+        kept = torch.cat([own[:, self._first - self.stored.counts[row] : self._first], core], dim=-1)
+        return kept, kept if self.reads_stored else core
+
+    def text_positions(self, row: int) -> Tensor:
+        """Positions of a row's text and generated tokens that are held, `[G, count]`."""
+        positions = self.buffers[2]
+        own = positions[row] if self.rule.heads_apart else positions[row, :1]
+        return own[:, self._left : self._left + self.text.counts[row]]
+
+    def _classes(self, width: int) -> Tensor:
+        """Class `[B, 1, width]` of each of the first slots."""
+        own = slot_classes(self._full, self.text.counts, self._left, width - self._first, self.device)
+        return own if self.stored is None else torch.cat([self.stored.classes, own], dim=-1)
+
+    def _positions(self, width: int) -> Tensor:
+        """Logical positions `[B, G, width]` of the first slots."""
+        own = self.buffers[2][..., : width - self._first]
+        return own if self.stored is None else torch.cat([self.stored.positions, own], dim=-1)
+
+    @property
+    def _first(self) -> int:
+        """Slots of what is stored in few bits, which come before those of the buffers."""
+        return 0 if self.stored is None else self.stored.width
