@@ -86,8 +86,9 @@ def test_the_fetched_model_computes_what_the_trained_one_does(language, tmp_path
     batch, images = collate([packed], 0), pictures([page])["images"]
     fetched = AutoModelForImageTextToText.from_pretrained(folder)
     with torch.no_grad():
-        ours, _, _ = answer_logits(trainer.model.eval(), features(trainer.model, images), batch)
-        theirs, _, _ = answer_logits(fetched, features(fetched, images), batch)
+        models = (trainer.model.eval(), fetched)
+        vision = [model.model.multi_modal_projector(features(model, images)) for model in models]
+        ours, theirs = (answer_logits(m, seen, batch)[0] for m, seen in zip(models, vision, strict=True))
     assert (ours - theirs).abs().max() < 0.02 * ours.abs().max()
     assert ours.std() > 0.1
 
@@ -101,7 +102,7 @@ def test_a_packed_question_is_an_ordinary_prompt(language):
     page = draw_page(77, 0)
     images, questions = pictures([page])["images"], page.questions[:4]
     with torch.no_grad():
-        seen = features(model, images)
+        seen = model.model.multi_modal_projector(features(model, images))
         together, _, _ = answer_logits(model, seen, collate([packer(questions)[0]], 0))
         alone = [answer_logits(model, seen, collate([packer([q])[0]], 0))[0] for q in questions]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-3, rtol=1e-3)

@@ -69,7 +69,8 @@ def held_out_scores(
         if blank:
             images = torch.full_like(images, _BLANK)
         batch = {name: value.to(device) for name, value in collate([packed], 0).items()}
-        logits, target, _ = answer_logits(model, features(model, images), batch)
+        vision = model.model.multi_modal_projector(features(model, images))
+        logits, target, _ = answer_logits(model, vision, batch)
         for question, right in zip(
             asked, _answers_right(packed.segments, packed.weights, logits, target), strict=True
         ):

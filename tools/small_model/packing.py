@@ -55,7 +55,7 @@ class PagePacker:
             weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
             if len(packed) == _MOST_QUESTIONS:
                 break
-        return Packed(ids, positions, segments, weights), packed
+        return Packed(ids, torch.tensor([positions]), segments, weights), packed
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -95,7 +95,8 @@ class Trainer:
                 projected = self.model.model.multi_modal_projector(seen)
                 loss = loss + _ALIGN * self.words.loss(projected, batch)
             else:
-                logits, target, weights = answer_logits(self.model, seen, batch)
+                vision = self.model.model.multi_modal_projector(seen)
+                logits, target, weights = answer_logits(self.model, vision, batch)
                 answers = weighted_loss(logits, target, weights)
                 report = report | {"answers": answers.detach()}
                 report["tokens"] = (logits.argmax(-1) == target).float().mean()
