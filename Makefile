@@ -28,7 +28,7 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 demo: $(VENV)/ready ## the whole loop on the embedded model: trace, analyse, derive, tune, prove, run
 	$(BIN)/avlprof demo --out demo
 
-evidence: $(VENV)/ready ## docs/evidence.md: trace, tune and compare on tiny and small (fetched first); about an hour
+evidence: $(VENV)/ready ## docs/evidence.md: trace, tune and compare on tiny, tiny-mrope and small (fetched first); over an hour
 	$(BIN)/avlprof models fetch small
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence $(ARGS)
 

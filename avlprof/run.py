@@ -13,6 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from avlprof.analysis import Profile
+from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
 from avlprof.files import checked_path, write_text
 from avlprof.models.chat import one_line
@@ -26,7 +27,9 @@ from avlprof.tasks.text import printable
 from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
+    from avlprof.explore import Explorer, Side
     from avlprof.models import LoadedModel
+    from avlprof.policy import Policy
 
 ImageLike = str | Path | Image.Image
 NAME = "pictures"
@@ -84,16 +87,35 @@ def find_pictures(run: RunDirectory, sample: str, task: Task | None = None) -> l
     noted = _noted(run.path).get(sample)
     if task is None and noted is not None:
         return Sample(sample, tuple(Path(path) for path in noted), "").open_images()
-    if task is None:
+    (entry,) = find_samples(run, [sample], task)
+    return [picture for message in entry.messages() for picture in message.pictures()]
+
+
+def find_samples(run: RunDirectory, ids: Sequence[str], task: Task | None = None) -> list[Sample]:
+    """Traced samples as they were asked, in the order of `ids`: from `task`, or from the run's own.
+
+    Raises:
+        UserError: the task is not to be had, or has no sample of such an id.
+    """
+    if task is None and run.meta.task == NAME:
+        prompts = dict(run.samples()[["sample", "prompt"]].itertuples(index=False, name=None))
+        noted = _noted(run.path)
+        known = {
+            name: Sample(name, tuple(Path(path) for path in noted[name]), str(prompts[name]))
+            for name in ids
+            if name in noted and name in prompts
+        }
+    else:
         try:
-            task = load_task(run.meta.task)
+            task = task or load_task(run.meta.task)
         except UserError as error:
             raise UserError(f"the pictures of run {run.path} need its task ({error}); give task") from None
-    most = len(run.samples())
-    for entry in task.samples(run.meta.split, most):
-        if entry.id == sample:
-            return [picture for message in entry.messages() for picture in message.pictures()]
-    raise UserError(f"sample '{sample}' of run {run.path} is not in task '{task.name}'; give its own task")
+        known = {entry.id: entry for entry in task.samples(run.meta.split, len(run.samples()))}
+    for name in ids:
+        if name not in known:
+            where = f"task '{run.meta.task if task is None else task.name}'"
+            raise UserError(f"sample '{name}' of run {run.path} is not in {where}; give its own task")
+    return [known[name] for name in ids]
 
 
 def _noted(run: Path) -> dict[str, list[str]]:
@@ -157,6 +179,78 @@ class Run:
         """
         return find_pictures(self.directory, sample, load_task(task) if isinstance(task, str) else task)
 
+    def explore(
+        self,
+        samples: int | Sequence[str] = 16,
+        *,
+        against: Run | None = None,
+        policy: Policy | None = None,
+        loaded: LoadedModel | None = None,
+        task: Task | str | None = None,
+        watch: Watch = SILENT,
+    ) -> Explorer:
+        """An interactive page: choose a word and see where it looks, or a patch and see who looks at it.
+
+        The last line of a notebook's cell shows it; `save` writes it.
+
+        Args:
+            samples: how many from the first, or the ids of those to show.
+            against: another run, whose same samples stand beside.
+            policy: run the samples under it once more, with `loaded`, the run's own model, and show
+                beside the run what it keeps, computes and drops, and where its attention goes.
+            task: where samples and pictures are, if the run cannot tell.
+            watch: its phase `explore` counts samples that were run under the policy.
+
+        Raises:
+            UserError: a sample was not traced, model or policy do not fit, or both a run and a policy
+                are to stand beside.
+        """
+        from avlprof.explore import Explorer, Side
+        from avlprof.explore.data import records
+
+        if against is not None and policy is not None:
+            raise UserError("an explorer shows a run beside another or beside a policy; leave one out")
+        ids = self._chosen(samples)
+        source = load_task(task) if isinstance(task, str) else task
+        names = _labels(self.meta, None if against is None else against.meta)
+        sides = [Side(names[0], self.meta, records(self.directory, ids))]
+        if against is not None:
+            sides.append(Side(names[1], against.meta, records(against.directory, ids)))
+        if policy is not None:
+            if loaded is None:
+                raise UserError("a policy is explored by running the model under it; give loaded")
+            self.check_model(loaded)
+            sides.append(self._under(policy, loaded, find_samples(self.directory, ids, source), watch))
+        return Explorer.of(sides, ids, lambda sample: find_pictures(self.directory, sample, source))
+
+    def _chosen(self, samples: int | Sequence[str]) -> list[str]:
+        traced = self.directory.ids()
+        if isinstance(samples, int):
+            if samples < 1:
+                raise UserError(f"samples must be at least 1, got {samples}")
+            return traced[:samples]
+        ids = [samples] if isinstance(samples, str) else list(samples)
+        missing = next((sample for sample in ids if sample not in traced), None)
+        if missing is not None:
+            raise UserError(f"sample '{missing}' is not in run {self.path}")
+        return ids
+
+    def _under(self, policy: Policy, loaded: LoadedModel, samples: Sequence[Sample], watch: Watch) -> Side:
+        from avlprof.explore import Side
+        from avlprof.explore.states import run_under
+
+        if policy.allocator is not None:
+            policy = resolve(policy, self.profile(watch).evidence())
+        found = run_under(loaded, samples, policy, self.meta, watch)
+        label = policy.name or policy.hash
+        return Side(
+            label,
+            self.meta,
+            {name: record for name, (record, _) in found.items()},
+            {name: states.packed() for name, (_, states) in found.items()},
+            label,
+        )
+
     def check_model(self, loaded: LoadedModel) -> None:
         """`UserError` when the run was traced on another model, or another state of it."""
         if not self._is_of(loaded):
@@ -182,6 +276,17 @@ class Run:
 
     def _is_of(self, loaded: LoadedModel) -> bool:
         return (self.meta.model, self.meta.model_hash) == (loaded.source, loaded.revision or "")
+
+
+def _labels(here: RunMeta, other: RunMeta | None) -> tuple[str, str]:
+    """What tells two runs apart, at best in a word; `dense` for a run without a policy."""
+    mine = here.policy_label or "dense"
+    if other is None:
+        return mine, ""
+    theirs = other.policy_label or "dense"
+    if here.model != other.model or mine == theirs:
+        mine, theirs = f"{here.model}, {mine}", f"{other.model}, {theirs}"
+    return (mine, theirs) if mine != theirs else (f"{mine} (this run)", f"{theirs} (the other)")
 
 
 def latest_run(

@@ -28,6 +28,7 @@ ORDER = (
     ("evaluation",),
     ("report",),
     ("run",),
+    ("explore",),
     ("plots",),
     ("analysis",),
     ("tracing", "runtime"),
@@ -309,11 +310,13 @@ def check(what):
     heavy = [name for name in ("torch", "transformers") if name in sys.modules]
     assert not heavy, (what, heavy)
 
-import avlprof.analysis, avlprof.run, avlprof.report, avlprof.cli.analyze, avlprof.cli.report
+import avlprof.analysis, avlprof.run, avlprof.report
+import avlprof.cli.analyze, avlprof.cli.report, avlprof.cli.explore
 check("import")
 from typer.testing import CliRunner
 from avlprof.cli._app import app
-for words in (["analyze", "--figures"], ["report", "--policy", "uniform"], ["derive", "--budget", "0.8"]):
+derive = ["derive", "--budget", "0.8"]
+for words in (["analyze", "--figures"], ["report", "--policy", "uniform"], ["explore"], derive):
     done = CliRunner().invoke(app, [words[0], {str(tmp_path / "run")!r}, *words[1:]])
     assert done.exit_code == 0, done.output
     check(words)

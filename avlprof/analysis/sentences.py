@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 ENOUGH = 10
 """Samples, and long answers, from which on there is advice."""
 
-_OWN = {"tiny": ("shapes", tiny.FOREIGN), small.NAME: ("pages", small.FOREIGN)}
+_OWN = {
+    "tiny": (("shapes",), tiny.FOREIGN),
+    "tiny-mrope": (("shapes", "shapes-sizes"), tiny.FOREIGN),
+    small.NAME: (("pages",), small.FOREIGN),
+}
 _WHEN = {"generated": "while decoding", "last": "in the last prompt row"}
 
 
@@ -55,8 +59,8 @@ def findings(profile: Profile) -> list[str]:
 def _foreign(profile: Profile) -> list[str]:
     """A warning where a model that knows one task alone was shown what it does not know."""
     settings = profile.meta.settings
-    own, sentence = _OWN.get(settings.model, ("", ""))
-    return [] if settings.task.partition(":")[0] == own or not own else [f"Beware: {sentence}."]
+    own, sentence = _OWN.get(settings.model, ((), ""))
+    return [] if settings.task.partition(":")[0] in own or not own else [f"Beware: {sentence}."]
 
 
 def _looking(profile: Profile) -> str:

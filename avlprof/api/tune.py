@@ -22,6 +22,7 @@ from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Certified, Settings, Smallest, Sweep, Tuned, Workers, read_meta
 from avlprof.tuning.certify import certified as run_certified
 from avlprof.tuning.settings import BUDGET, check_budget
+from avlprof.tuning.smallest import check_wanted
 from avlprof.tuning.smallest import smallest as run_smallest
 from avlprof.tuning.study import check_folder, model_of
 from avlprof.tuning.sweep import sweep as run_sweep
@@ -119,6 +120,7 @@ def smallest(
         UserError: as `tune`, or no budget holds the drop.
     """
     settings = settings or Settings()
+    check_wanted(drop, settings)
     plan = _plan(model, task, settings, f"drop{drop:g}", run, out, workers, watch)
     return run_smallest(
         plan.loaded, plan.task, plan.profile, plan.folder, drop, settings,

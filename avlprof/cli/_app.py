@@ -62,6 +62,7 @@ COMMANDS: Final[dict[str, str]] = {
     "trace": "avlprof.cli.trace",
     "analyze": "avlprof.cli.analyze",
     "report": "avlprof.cli.report",
+    "explore": "avlprof.cli.explore",
     "derive": "avlprof.cli.derive",
     "policy": "avlprof.cli.policy",
     "run": "avlprof.cli.run",

@@ -233,7 +233,7 @@ def run_or_newest(path: Path | None) -> Run:
 
 
 def parse_shares(option: str, text: str) -> list[float]:
-    """Shares in (0, 1] with commas between, as in `0.1,0.2`; `UserError` for anything else."""
+    """Different shares in (0, 1] with commas between, as in `0.1,0.2`; `UserError` for anything else."""
     from avlprof.errors import UserError, shortened
 
     try:
@@ -246,6 +246,8 @@ def parse_shares(option: str, text: str) -> list[float]:
         raise UserError(
             f"{option} must be shares in (0, 1] with commas, as in 0.1,0.2,0.4, got {shortened(text)}{remedy}"
         )
+    if len(set(shares)) < len(shares):
+        raise UserError(f"{option} must differ from each other, got {shortened(text)}")
     return shares
 
 

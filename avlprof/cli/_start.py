@@ -9,12 +9,15 @@ from typing import Final
 
 import typer
 
+from avlprof.models.tiny import FOLDERS
+
 OWN_THREADS: Final = "AVLPROF_THREADS"
 """Set beside `OMP_NUM_THREADS` where this command line chose it, so that workers choose again."""
 
 _WAITING: Final = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 _MODEL: Final = ("trace", "run", "tune", "evaluate", "compare", "demo")
 """Commands that load a model, by default the embedded one."""
+_EMBEDDED: Final = ("tiny", "tiny-mrope")
 _HEAVY: Final = (*_MODEL, "analyze", "report", "derive", "bench", "studies", "export")
 
 
@@ -47,12 +50,12 @@ def free_cores() -> int:
 
 
 def _embedded(words: Sequence[str]) -> bool:
-    """Whether the model is the embedded one, for which a second thread costs more than it does."""
+    """Whether the model is an embedded one, for which a second thread costs more than it does."""
     for index, word in enumerate(words):
         if word in ("--model", "-m"):
-            return list(words[index + 1 : index + 2]) == ["tiny"]
+            return "".join(words[index + 1 : index + 2]) in FOLDERS
         if word.startswith("--model="):
-            return word == "--model=tiny"
+            return word.removeprefix("--model=") in FOLDERS
         if word.startswith("-m") and not word.startswith("--"):
-            return word.removeprefix("-m") == "tiny"
+            return word.removeprefix("-m") in FOLDERS
     return True

@@ -71,6 +71,9 @@ def trace(
         float | None,
         typer.Option("--history", help="Record history scores of text for this kept share of it."),
     ] = None,
+    text_rows: Annotated[
+        bool, typer.Option("--text-rows", help="Store each word of the question, for avlprof explore.")
+    ] = False,
     form: FormatOption = Format.table,
 ) -> None:
     """Let a model answer samples and record the attention of every layer and head.
@@ -93,7 +96,9 @@ def trace(
         batch_size=batch_size,
         forced=forced,
         policy=policy,
-        record=RecordOptions(rows=rows, vision_rows=vision_rows, per_head=per_head, history=history),
+        record=RecordOptions(
+            rows=rows, vision_rows=vision_rows, per_head=per_head, history=history, text_rows=text_rows
+        ),
     )
     plan = plan_trace(
         spec,

@@ -61,13 +61,14 @@ def tune(
         ),
     ] = None,
     certify_samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--certify-samples",
-            help="Held-out samples behind those of the proof that a certificate is tested on.",
+            help="Held-out samples behind those of the proof of a certificate, 500 unless told.",
+            show_default=False,
             rich_help_panel=_SEVERAL,
         ),
-    ] = 500,
+    ] = None,
     read_budget: Annotated[
         float | None,
         typer.Option("--read-budget", help="Prompt KV read per step; tunes compute shares and K as well."),
@@ -153,6 +154,8 @@ def tune(
         raise UserError("give one of --budget, --budgets and --max-drop (two with --confidence)")
     if certifying and (max_drop is None or budget is not None):
         raise UserError("--confidence certifies a --max-drop at --budgets; give --max-drop, and no --budget")
+    if certify_samples is not None and not certifying:
+        raise UserError("--certify-samples are those of a certificate; give --confidence and --max-drop")
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
@@ -164,7 +167,8 @@ def tune(
     with board() as watch:
         shares = parse_shares("--budgets", "0.1,0.2,0.4" if budgets is None else budgets)
         if confidence is not None and max_drop is not None:
-            claim = Claim(max_drop, confidence, tuple(shares), certify_samples)
+            fresh = Claim.samples if certify_samples is None else certify_samples
+            claim = Claim(max_drop, confidence, tuple(shares), fresh)
             certified = verbs.certified(
                 spec, source, claim, settings, run=run, out=out, workers=by, watch=watch
             )

@@ -50,6 +50,8 @@ class Claim:
             raise UserError(f"confidence must be above 0 and below 1, got {self.confidence}")
         if not self.budgets:
             raise UserError("a certificate needs at least one budget")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise UserError(f"budgets of a certificate must differ, got {', '.join(map(str, self.budgets))}")
         if self.samples < 1:
             raise UserError(f"certify_samples must be 1 or more, got {self.samples}")
 

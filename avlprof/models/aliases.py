@@ -29,9 +29,9 @@ FETCHED: Final = "fetched"
 class Alias:
     """One short name.
 
-    `source` is a Hugging Face hub id, `EMBEDDED` for the model inside this package, or `FETCHED` for
+    `source` is a Hugging Face hub id, `EMBEDDED` for a model inside this package, or `FETCHED` for
     the one that `avlprof models fetch` puts together; `family` is the `model_type` of its config.
-    `tested` says what was run in this project: the embedded model is loaded and run in the tests;
+    `tested` says what was run in this project: the embedded models are loaded and run in the tests;
     "measured here" means that it was run and measured, but not by the tests, which need no network;
     "random-weight tests" that small random models of the family pass them; "not yet tested" that the
     generic adapter is expected to serve.
@@ -49,6 +49,7 @@ _UNTESTED: Final = "not yet tested"
 
 ALIASES: Final[dict[str, Alias]] = {
     "tiny": Alias(EMBEDDED, "llava", "embedded"),
+    "tiny-mrope": Alias(EMBEDDED, "qwen2_5_vl", "embedded", ("own grid", "mrope")),
     "small": Alias(FETCHED, "llava", "measured here"),
     "llava": Alias("llava-hf/llava-1.5-7b-hf", "llava", _RANDOM),
     "llava-13b": Alias("llava-hf/llava-1.5-13b-hf", "llava", _RANDOM),

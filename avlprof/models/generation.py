@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -149,6 +150,19 @@ def greedy(
         )
     finite.check(model, encoding, samples)
     return ids
+
+
+def first_position(model: Any) -> int:
+    """The position that `generate` gives the first token of a prompt: 1 for PaliGemma, 0 for the others.
+
+    For models whose positions are one number a token.
+    """
+    one = torch.zeros(1, 1, dtype=torch.long)
+    prepared = model.prepare_inputs_for_generation(
+        one, position_ids=one, attention_mask=torch.ones_like(one), use_cache=False
+    )
+    positions = prepared.get("position_ids")
+    return 0 if positions is None else int(positions.flatten()[0])
 
 
 def set_aside(model: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from avlprof.models.aliases import ALIASES, EMBEDDED, FETCHED, is_tested
 from avlprof.models.chat import complete, one_line
 from avlprof.models.families import adapter_for
 from avlprof.models.families.small import SmallAdapter
-from avlprof.models.families.tiny import TinyAdapter
+from avlprof.models.families.tiny import EMBEDDED_ADAPTERS, PictureProcessor
 from avlprof.models.identity import checkpoint_settings, settings_hash
 from avlprof.models.placement import (
     attention_argument,
@@ -47,7 +47,7 @@ from avlprof.models.placement import (
 )
 from avlprof.models.small import fetched_folder, mark_of
 from avlprof.models.spec import ModelOptions, ModelSpec
-from avlprof.models.tiny import WEIGHTS
+from avlprof.models.tiny import FOLDERS, MROPE_WEIGHTS
 from avlprof.registry import unknown
 
 _CONNECT_SECONDS = 3.0
@@ -146,8 +146,8 @@ def _load(spec: ModelSpec) -> LoadedModel:
         _log.warning("model family '%s' is not yet tested with avlprof; check its results", config.model_type)
     commit = _folder_fingerprint(folder) if folder else _hub_commit(source, revision) or revision
     adapter = adapter_for(model, processor)
-    if folder == WEIGHTS:
-        adapter = TinyAdapter(model, processor)
+    if folder in FOLDERS.values():
+        adapter = EMBEDDED_ADAPTERS[config.model_type](model, processor)
     elif folder is not None and mark_of(folder) is not None:
         adapter = SmallAdapter(model, processor)
     if folder is not None and name in ALIASES:
@@ -161,7 +161,7 @@ def _locate(name: str) -> tuple[str, Path | None]:
         source = ALIASES[name].source
         if source not in (EMBEDDED, FETCHED):
             return source, None
-        path = WEIGHTS if source == EMBEDDED else fetched_folder()
+        path = FOLDERS[name] if source == EMBEDDED else fetched_folder()
         return str(path), path
     path = checked_path(name, "model").expanduser()
     if path.is_dir():
@@ -196,8 +196,9 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
 
 
 def _processor(name: str, source: str, config: Any, options: dict[str, Any]) -> Any:
+    kind = PictureProcessor if source == str(MROPE_WEIGHTS) else AutoProcessor
     try:
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = kind.from_pretrained(source, **options)
     except (ImportError, AttributeError) as error:
         hint = "" if find_spec("torchvision") else "; install the torchvision that fits your torch"
         raise UserError(f"the processor of '{name}' cannot be built: {one_line(error)}{hint}") from error

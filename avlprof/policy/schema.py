@@ -107,6 +107,9 @@ class Policy(Part):
         lengths = {
             name: len(value) for name, value in self._per_layer_fields().items() if isinstance(value, tuple)
         }
+        for name, length in lengths.items():
+            if length == 0:
+                raise ValueError(f"{name} is an empty list; give one number, or one a layer")
         if len(set(lengths.values())) > 1:
             listed = ", ".join(f"{name} has {n}" for name, n in lengths.items())
             raise ValueError(f"per-layer lists must have one length: {listed}")

@@ -45,6 +45,7 @@ def trace_command(meta: RunMeta, samples: int, out: Path) -> str:
     words += ["--rows", meta.rows] if meta.rows != "default" else []
     words += ["--vision-rows", str(meta.vision_rows)] if meta.vision_rows != VISION_ROWS else []
     words += ["--per-head"] if meta.per_head else []
+    words += ["--text-rows"] if meta.text_rows else []
     words += ["--history", f"{meta.history:g}"] if meta.history is not None else []
     words += ["--dtype", meta.dtype, "--out", str(out)]
     return shlex.join(words)

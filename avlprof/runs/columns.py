@@ -49,12 +49,12 @@ STATS: Final[Mapping[str, Kind]] = {
 }
 
 
-FURTHER: Final[Mapping[str, Kind]] = {"tokens": TEXTS, "seconds": NUMBER}
+FURTHER: Final[Mapping[str, Kind]] = {"tokens": TEXTS, "text_tokens": TEXTS, "seconds": NUMBER}
 """Columns of `samples` that a run can do without."""
 
 
 def check_part(folder: Path, part: str, meta: RunMeta, whole: bool = False) -> None:
-    """`UserError` where a table of a part is missing, cannot be read, or holds something else.
+    """`UserError` where a table of a part is missing, cannot be read, or holds something else or no UTF-8.
 
     With `whole` every column that an analysis asks for must be there, else ids alone.
     """
@@ -62,6 +62,15 @@ def check_part(folder: Path, part: str, meta: RunMeta, whole: bool = False) -> N
     stats = {**STATS, **dict.fromkeys(levels, NUMBER)}
     for kind, needed, more in (("samples", SAMPLES, FURTHER), ("stats", stats, {})):
         _check(folder / f"{kind}-{part}.parquet", {**needed, **more}, set(needed) if whole else {"sample"})
+    _check_texts(folder / f"samples-{part}.parquet")
+
+
+def _check_texts(path: Path) -> None:
+    """`UserError` where a text is no UTF-8, which parquet does not see to."""
+    try:
+        pq.read_table(path).validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(path, error) from None
 
 
 def _check(path: Path, columns: Mapping[str, Kind], needed: Set[str]) -> None:

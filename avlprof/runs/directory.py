@@ -43,8 +43,8 @@ class RunDirectory:
     """A traced run on disk.
 
     Tables:
-        samples: one row a sample: `sample, group, prompt, references, answer, tokens, system, vision,
-            text, generated, tiles, seconds`; `tiles` is JSON, for `avlprof.models.tiles.parse_tiles`.
+        samples: one row a sample: `sample, group, prompt, references, answer, tokens, text_tokens, system,
+            vision, text, generated, tiles, seconds`; `tiles` is JSON, for `avlprof.models.tiles.parse_tiles`.
         stats: one row per `sample, layer, head, phase, query`, where `query` names the query
             rows averaged over: `system`, `vision`, `text` or `last` in prefill, `generated`
             while decoding. Columns: `rows` (how many), `mass_system`, `mass_vision`,
@@ -56,9 +56,10 @@ class RunDirectory:
         scores: per sample the head-mean attention that vision tokens received, fp32: `last` and
             `instruction` `[layers, vision]`, `decode [steps, layers, vision]`; with every row
             recorded also `all [layers, vision]`, and with `history` of the text tokens
-            `history [layers, text]`. In a run of all heads each of them stands there head by head
-            as well: `last_heads [layers, heads, vision]`, `decode_heads [steps, layers, heads,
-            vision]` and so on.
+            `history [layers, text]`, and with `text_rows` of the prompt's text rows one by one
+            `text [text tokens, layers, vision]`. In a run of all heads each of them stands there
+            head by head as well: `last_heads [layers, heads, vision]`, `decode_heads [steps,
+            layers, heads, vision]` and so on.
     """
 
     def __init__(self, path: Path | str) -> None:

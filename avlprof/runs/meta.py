@@ -61,6 +61,7 @@ class RunMeta(BaseModel):
     coverage_rows: int = 16
     per_head: bool = False
     history: float | None = None
+    text_rows: bool = False
     policy: str = ""
     policy_hash: str = ""
     top_share: float = 0.1
@@ -90,7 +91,8 @@ class RunMeta(BaseModel):
         """What makes a run what it is, as the hash of its directory takes it; as version 0.1.0 wrote it."""
         joined = self.model_copy(update={"policy": self.policy_label})
         unknown = {name for name in NOTED if not getattr(self, name)}
-        return joined.model_dump_json(exclude={"created", "policy_hash", "governed", *unknown})
+        later = set() if self.text_rows else {"text_rows"}
+        return joined.model_dump_json(exclude={"created", "policy_hash", "governed", *unknown, *later})
 
     def differences(self, other: RunMeta) -> list[str]:
         """Fields in which another run's settings differ, as `field: ours, theirs`."""

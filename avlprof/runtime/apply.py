@@ -24,7 +24,7 @@ from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buckets import KEPT_BYTES, Buckets
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
-from avlprof.runtime.captured import captured_steps, check_capturable
+from avlprof.runtime.captured import captured_steps, check_capturable, check_counts
 from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.support import check_supported
@@ -165,6 +165,7 @@ def apply(
     model = unwrapped(model)
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
+    check_counts(captured, kept_bytes)
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
@@ -180,7 +181,7 @@ def apply(
         stack.enter_context(runtime.short.hooked(model, policy))
         session = stack.enter_context(switched(model, runtime=runtime))
         if captured is not None:
-            check_capturable(model, policy, cache, captured)
+            check_capturable(model, policy, cache)
             runtime.buckets = Buckets(model, captured, kept_bytes)
             stack.callback(runtime.buckets.forget)
             stack.enter_context(captured_steps(model, session, runtime.buckets, parts))
@@ -196,8 +197,9 @@ class Unwrap(Generic[Model]):
         self.runtime = self._contexts.enter_context(apply(unwrapped(model), policy, captured))
 
     def __call__(self) -> Model:
-        """End the policy; what `apply` does on exit."""
-        vars(self._model).pop(_UNWRAP, None)
+        """End the policy; what `apply` does on exit. A model that was wrapped again since stays so."""
+        if vars(self._model).get(_UNWRAP) is self:
+            del vars(self._model)[_UNWRAP]
         self._contexts.close()
         return self._model
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.session import Session
 from avlprof.errors import UserError
+from avlprof.models.generation import first_position
 from avlprof.policy import Policy
 from avlprof.runtime.buckets import Bucket, Buckets, CapturedStep
 from avlprof.runtime.cache import AVLCache
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from avlprof.runtime.fused import FusedParts
 
 
+MOST_STEPS = 1 << 16
+"""No capture serves more steps: each has a slot in the buffers of every layer."""
+
+
 class CapturedSteps:
     """The forward call of a model under a policy, with decoding steps captured."""
 
@@ -39,6 +44,7 @@ class CapturedSteps:
     ) -> None:
         self._forward, self._session, self._buckets, self._fused = forward, session, buckets, fused
         self._busy = threading.Lock()
+        self._first: int | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         """One forward call; the session has put the cache among the inputs.
@@ -97,7 +103,9 @@ class CapturedSteps:
             raise UserError(
                 "captured steps of a model with multi-axis RoPE need position_ids, as in generate"
             )
-        return inputs | {"position_ids": torch.full(ids.shape[:2], seen, device=ids.device)}
+        if self._first is None:
+            self._first = first_position(self._session.model)
+        return inputs | {"position_ids": torch.full(ids.shape[:2], seen + self._first, device=ids.device)}
 
     def _replayed(self, bucket: Bucket, cache: AVLCache, inputs: dict[str, Any]) -> Any:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -186,12 +194,23 @@ def captured_steps(
             del model.forward
 
 
-def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache, ahead: int) -> None:
+def check_counts(captured: Any, kept_bytes: Any) -> None:
+    """`UserError` unless `captured` is None or a number of steps, and `kept_bytes` a number of bytes."""
+    for name, value, what, least, most in (
+        ("captured", captured, "the number of steps that one capture serves", 1, MOST_STEPS),
+        ("kept_bytes", kept_bytes, "a whole number of bytes", 0, None),
+    ):
+        if name == "captured" and value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and value >= least and (most is None or value <= most):
+            continue
+        limit = f"at least {least}" + ("" if most is None else f" and at most {most:,}")
+        raise UserError(f"{name} must be {what}, {limit}, got {value!r}")
+
+
+def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) -> None:
     """`UserError` when steps under a policy cannot be captured; `cache` is one of the model's."""
-    if ahead < 1:
-        raise UserError(
-            f"captured must be the number of steps that one capture serves, at least 1, got {ahead}"
-        )
     if policy.running is not None:
         raise UserError(
             f"policy '{policy.name}' evicts by score while decoding, which cannot be captured; "

@@ -26,6 +26,7 @@ TASKS: Registry[TaskFactory] = Registry(
     "task",
     {
         "shapes": "avlprof.tasks.shapes.task:shapes_task",
+        "shapes-sizes": "avlprof.tasks.shapes.task:sizes_task",
         "pages": "avlprof.tasks.pages.task:pages_task",
     },
 )

@@ -19,9 +19,10 @@ MOST_HEAD_DIM = 256
 
 
 def serves(call: AttentionCall, options: RecordOptions) -> bool:
-    """Whether kernels measure a prompt's rows: on CUDA with Triton, where no block of weights is set."""
+    """Whether kernels measure a prompt's rows: on CUDA with Triton, where no block is set and rows add up."""
     return (
         options.block is None
+        and not options.text_rows
         and call.positions is None
         and call.key.shape[2] == call.query.shape[2]
         and call.query.shape[-1] <= MOST_HEAD_DIM

@@ -27,7 +27,8 @@ class RecordOptions:
     `all`; of each kind of prompt row at most `coverage_rows`, evenly spaced, are measured for
     coverage. Statistics are averaged over query heads unless `per_head`, which also keeps the
     scores of single tokens head by head, beside their mean. With `history`, the kept share of
-    text in (0, 1], A-VL's history scores of text tokens are recorded for that share.
+    text in (0, 1], A-VL's history scores of text tokens are recorded for that share; with `text_rows`
+    what each text row of a prompt gave the vision tokens, beside their mean.
     `block` and `step_logits` bound memory and change no result.
 
     Raises:
@@ -39,6 +40,7 @@ class RecordOptions:
     coverage_rows: int = 16
     per_head: bool = False
     history: float | None = None
+    text_rows: bool = False
     top_share: float = 0.1
     text_sink: int = TEXT_SINK
     coverages: tuple[int, ...] = COVERAGES
@@ -143,6 +145,7 @@ def run_meta(loaded: LoadedModel, task: Task, settings: TraceSettings) -> RunMet
         coverage_rows=options.coverage_rows,
         per_head=options.per_head,
         history=options.history,
+        text_rows=options.text_rows,
         top_share=options.top_share,
         text_sink=options.text_sink,
         coverages=options.coverages,
@@ -163,10 +166,12 @@ def estimate_bytes(
     Args:
         vision: vision tokens of a prompt.
         answer_tokens: tokens of the longest answer; by default `meta.max_new_tokens`.
-        text: text tokens of a prompt, of which a run with `history` stores scores.
+        text: text tokens of a prompt, of which a run with `history` or `text_rows` stores scores.
     """
     tokens = meta.max_new_tokens if answer_tokens is None else answer_tokens
     scores = vision * (2 + tokens + (meta.rows == "all"))
+    if meta.text_rows:
+        scores += vision * text
     if meta.history is not None:
         scores += text + tokens
     row = 8 * (13 + len(meta.coverages) + len(meta.lags)) + 4 * (len(meta.distances) + 1)

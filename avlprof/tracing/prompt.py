@@ -30,9 +30,10 @@ class Block:
     `rows [R]` ascend; `bins` is theirs as in `Columns`, `order` their number among the text tokens.
     `kinds [K, R]` is 1 where a row is of a kind; `covered [C]` indexes the rows that are measured
     for coverage and `covered_kinds [K, C]` tells their kinds; `received [3, R]` is 1 where a row
-    counts for each of `RECEIVED`; `is_text` indexes the text rows. `later [R, last - first]` is
-    `UNSEEN` on keys that come after a row, 0 elsewhere, from the key behind `first` on: those
-    before are seen by all. `first` and `last` are the bounds of the rows, on the host.
+    counts for each of `RECEIVED`; `is_text` indexes the text rows, which are `texts` of the pass.
+    `later [R, last - first]` is `UNSEEN` on keys that come after a row, 0 elsewhere, from the key
+    behind `first` on: those before are seen by all. `first` and `last` are the bounds of the rows, on
+    the host.
     """
 
     first: int
@@ -47,6 +48,7 @@ class Block:
     received: Tensor
     is_received: bool
     is_text: Tensor
+    texts: slice
 
 
 class MeasuredRows:
@@ -112,7 +114,7 @@ class MeasuredRows:
     def _block(self, start: int, stop: int) -> Block:
         device = self.columns.device
         kinds, covered, received = (marks[:, start:stop] for marks in self.marks)
-        rows = self.rows[start:stop]
+        rows, before = self.rows[start:stop], int(self.marks[2][INSTRUCTION, :start].sum())
         first, last = int(rows[0]), int(rows[-1])
         chosen = covered.any(dim=0).nonzero()[:, 0]
 
@@ -132,6 +134,7 @@ class MeasuredRows:
             received=there(received, torch.float32),
             is_received=bool(received.any()),
             is_text=there(received[1].nonzero()[:, 0], torch.long),
+            texts=slice(before, before + int(received[1].sum())),
         )
 
 
@@ -173,7 +176,8 @@ class PromptAttention:
 @dataclass
 class PromptSums:
     """Sums over the rows: `received` fp32 `[H, 3, V]`, what each vision token got from `RECEIVED`;
-    `history` fp64 `[H, T]`, where it was asked for. Without `per_head` H is 1, the mean over heads.
+    `history` fp64 `[H, T]`, and `texts` fp32 `[H, T, V]`, what each text row gave, where they were asked
+    for. Without `per_head` H is 1, the mean over heads.
 
     With `columns`, on the host, `received [H, 3, N]` is of all tokens, and these are vision's.
     """
@@ -182,6 +186,7 @@ class PromptSums:
     received: Tensor
     history: Tensor | None
     columns: Tensor | None = None
+    texts: Tensor | None = None
 
 
 def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums:
@@ -198,15 +203,18 @@ def measure_prompt(attention: PromptAttention, plan: MeasuredRows) -> PromptSums
     total = PromptSums(Sums(plan.kinds), torch.zeros(shape, dtype=torch.float32, device=device), None)
     if plan.options.history is not None:
         total.history = torch.zeros(kept, len(plan.columns.text), dtype=torch.float64, device=device)
+    if plan.options.text_rows:
+        texts = plan.kinds.get("text", 0)
+        total.texts = torch.zeros(kept, texts, shape[-1], dtype=torch.float32, device=device)
     for block in plan.blocks(min(max(budget // (length * size), 1), MOST_ROWS)):
         seen = block.last + 1 if attention.mask is None and attention.causal else length
         together = max(budget // (len(block.rows) * seen * size), 1)
         for start in range(0, groups, together):
             _measure(total, attention, plan, block, seen, slice(start, min(start + together, groups)))
     if not plan.options.per_head:
-        total.received /= heads
-        if total.history is not None:
-            total.history /= heads
+        for added in (total.received, total.history, total.texts):
+            if added is not None:
+                added /= heads
     return total
 
 
@@ -221,7 +229,11 @@ def joined(before: PromptSums | None, latest: PromptSums) -> PromptSums:
     past = before.history
     if past is not None and latest.history is not None:
         past = _widened(past.to(device), latest.history) + latest.history
-    return PromptSums(joined_sums(before.sums, latest.sums, "last"), received + latest.received, past)
+    texts = before.texts
+    if texts is not None and latest.texts is not None:
+        texts = torch.cat([_widened(texts.to(device), latest.received), latest.texts], dim=1)
+    sums = joined_sums(before.sums, latest.sums, "last")
+    return PromptSums(sums, received + latest.received, past, texts=texts)
 
 
 def _widened(values: Tensor, latest: Tensor) -> Tensor:
@@ -266,6 +278,9 @@ def _measure(
     if block.is_received:
         gained = columns.vision.of_first(_kept(block.received @ weights, options))
         total.received[where, :, : gained.shape[-1]] += gained
+    if total.texts is not None and len(block.is_text):
+        given = columns.vision.of_first(_kept(weights[:, block.is_text], options))
+        total.texts[where, block.texts, : given.shape[-1]] += given
     if total.history is not None and options.history is not None and len(block.is_text):
         rows = block.is_text
         scores = history(text[:, rows], block.order[rows], options.history, decoding=False)

@@ -161,7 +161,8 @@ class RowRecord:
         the last row of the latest, V counts the vision tokens of all, and a row gave 0 to those that
         came behind it. With all rows recorded,
         `all [L, V]` are the column sums over all rows of the prompt. With `options.history`,
-        `history [L, T]` are A-VL's scores of the text tokens, prompt text and generated.
+        `history [L, T]` are A-VL's scores of the text tokens, prompt text and generated; with
+        `options.text_rows`, `text [T, L, V]` is what each text row of the prompt gave.
 
         With `per_head` each of them stands there head by head as well, as `last_heads [L, H, V]`,
         `decode_heads [steps, L, H, V]` and so on.
@@ -181,6 +182,8 @@ class RowRecord:
             heads["all"] = received[:, :, ALL]
         if self.options.history is not None:
             heads["history"] = self._history(received.shape[1])
+        if self.options.text_rows:
+            heads["text"] = self._texts(received.shape)
         scores = {name: values.mean(dim=-2) for name, values in heads.items()}
         if self.options.per_head:
             scores |= {f"{name}{HEADS}": values for name, values in heads.items()}
@@ -194,7 +197,7 @@ class RowRecord:
         places: list[tuple[Any, str]] = [
             (one.sums, name) for one in prompts for name in ("values", "coverage")
         ]
-        places += [(one, name) for one in prompts for name in ("received", "history")]
+        places += [(one, name) for one in prompts for name in ("received", "history", "texts")]
         together: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
         for owner, name in places:
             tensor = getattr(owner, name)
@@ -225,6 +228,13 @@ class RowRecord:
                 wide = [torch.nn.functional.pad(part, (0, vision - part.shape[-1])) for part in parts]
                 scores[:, index] = torch.cat(wide)[:steps]
         return scores
+
+    def _texts(self, shape: torch.Size) -> Tensor:
+        """fp32 `[T, L, H, V]`; `shape` is that of `_received`. 0 in layers that did not attend."""
+        known = [None if prompt is None else prompt.texts for prompt in self._prompt]
+        rows = next((len(texts[0]) for texts in known if texts is not None), 0)
+        none = torch.zeros(shape[1], rows, shape[3], dtype=torch.float32)
+        return torch.stack([none if texts is None else texts.cpu() for texts in known]).permute(2, 0, 1, 3)
 
     def _history(self, heads: int) -> Tensor:
         """fp32 `[L, H, T]`: the prompt's rows and the steps' together."""

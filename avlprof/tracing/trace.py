@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from avlprof.attention.modality import prompt_shapes
+from avlprof.attention.modality import Modality, prompt_shapes
 from avlprof.attention.session import switched
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel
@@ -125,7 +125,7 @@ def trace_batch(
     tables = [(record, record.frame(), record.scores()) for record in recorder.records]
     seconds = (time.monotonic() - started) / len(samples)
     layouts = loaded.adapter.vision_layout(encoding, chats)
-    traced = []
+    traced: list[Traced] = []
     for sample, answer, text, tiles, (record, stats, scores) in zip(
         samples, answers, texts, layouts, tables, strict=True
     ):
@@ -137,6 +137,7 @@ def trace_batch(
             "references": list(sample.answers),
             "answer": text,
             "tokens": loaded.processor.tokenizer.convert_ids_to_tokens(answer),
+            "text_tokens": _text_tokens(loaded, encoding, len(traced), record.modality),
             "system": shape.system,
             "vision": shape.vision,
             "text": shape.text,
@@ -146,6 +147,15 @@ def trace_batch(
         }
         traced.append(Traced(row, [{"sample": sample.id, **line} for line in stats], scores))
     return traced
+
+
+def _text_tokens(loaded: LoadedModel, encoding: dict[str, Tensor], row: int, modality: Tensor) -> list[str]:
+    """The text tokens of one row's prompt, which is left-padded; `modality [N]` of it."""
+    ids = encoding["input_ids"][row].cpu()[-len(modality) :]
+    tokens: list[str] = loaded.processor.tokenizer.convert_ids_to_tokens(
+        ids[modality == Modality.TEXT].tolist()
+    )
+    return tokens
 
 
 def _references(loaded: LoadedModel, samples: Sequence[Sample], ids: Tensor, limit: int) -> list[list[int]]:

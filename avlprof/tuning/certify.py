@@ -41,7 +41,7 @@ class Certified:
         return None if budget is None else studies[budget].policy
 
     def write(self) -> Path:
-        """The tests as JSON in the folder of the sweep, and the certified policy beside it."""
+        """The tests as JSON in the folder of the sweep, and the certified policy beside it, or none."""
         path = self.sweep.folder / FILE
         certificate = self.certificate
         record = {
@@ -52,8 +52,11 @@ class Certified:
             "sentence": certificate.sentence(),
         }
         write_text(path, json.dumps(record, indent=1) + "\n")
+        chosen = self.sweep.folder / "policy.yaml"
         if self.policy is not None:
-            save_policy(self.policy, self.sweep.folder / "policy.yaml")
+            save_policy(self.policy, chosen)
+        else:  # what an earlier claim had certified is not what the tests beside it say
+            chosen.unlink(missing_ok=True)
         return path
 
 

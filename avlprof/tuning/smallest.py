@@ -83,6 +83,14 @@ class Smallest:
         return path
 
 
+def check_wanted(drop: float, settings: Settings) -> None:
+    """`UserError` unless a drop is in range and no read budget is set."""
+    if not 0.0 <= drop < 1.0:
+        raise UserError(f"max_drop must be in [0, 1), in units of the task's metric, got {drop}")
+    if settings.read_budget is not None:
+        raise UserError("the smallest memory budget is looked for; leave the read budget out")
+
+
 def smallest(
     loaded: LoadedModel,
     task: Task,
@@ -105,11 +113,8 @@ def smallest(
     Raises:
         UserError: as `tune`, `drop` is out of range, or a read budget is set.
     """
-    if not 0.0 <= drop < 1.0:
-        raise UserError(f"drop must be in [0, 1), in units of the task's metric, got {drop}")
     settings = settings or Settings()
-    if settings.read_budget is not None:
-        raise UserError("the smallest memory budget is looked for; leave the read budget out")
+    check_wanted(drop, settings)
     prepared = prepare(loaded, task, profile, settings, watch)
     folder.mkdir(parents=True, exist_ok=True)
     tried: list[tuple[float, float]] = []

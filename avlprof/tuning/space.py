@@ -77,6 +77,8 @@ class Space:
             if bits not in BITS:
                 listed = ", ".join(map(str, BITS))
                 raise UserError(f"bits of the search space must be among {listed}, got {bits}")
+        # in one order and each once, since a study cannot go on with its choices in another
+        object.__setattr__(self, "bits", tuple(bits for bits in BITS if bits in self.bits))
         for name in ("core_prompts", "core_memories"):
             _check_parts(name, getattr(self, name))
         if min(self.refreshes) < 0:

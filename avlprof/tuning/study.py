@@ -19,6 +19,7 @@ from avlprof.files import write_text
 from avlprof.models.identity import listed, noted_differences
 from avlprof.policy import FULL
 from avlprof.runs.meta import NOTED
+from avlprof.tuning.space import Space
 from avlprof.tuning.storages._base import META, StudyStorage, quiet, trials_in
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage
@@ -57,15 +58,18 @@ class StudyMeta(BaseModel):
     sampler: str = "tpe"
     seed: int
     run_hash: str
-    space: dict[str, tuple[int | str, ...]]
+    space: dict[str, tuple[int | float | str, ...]]
 
     def differences(self, other: StudyMeta) -> list[str]:
         """Fields in which another study differs, which is asked for, in words."""
-        different = [
-            f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} asked"
+        pairs = {
+            name: (getattr(self, name), getattr(other, name))
             for name in type(self).model_fields
-            if name not in NOTED and getattr(self, name) != getattr(other, name)
-        ]
+            if name not in (*NOTED, "space")
+        }
+        parts = dict.fromkeys([*self.space, *other.space])  # of a space the parts that differ, not the whole
+        pairs |= {f"space.{part}": (self.space.get(part), other.space.get(part)) for part in parts}
+        different = [f"{name}: {a!r} here, {b!r} asked" for name, (a, b) in pairs.items() if a != b]
         for name, what in NOTED.items():
             different += noted_differences(what, getattr(self, name), getattr(other, name))
         return different
@@ -203,14 +207,15 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
 def as_begun(folder: Path, settings: Settings) -> Settings:
     """The settings as a study has them that was begun before all was searched that is now.
 
-    It goes on without bits, or without what a refresh ranks by.
+    It goes on without bits, or without what a refresh ranks by, unless these are asked for by choice.
     """
     if not (folder / "study.json").exists():
         return settings
-    known, space = read_meta(folder).space, settings.space
-    if "bits" not in known:
+    known, space, usual = read_meta(folder).space, settings.space, Space()
+    if "bits" not in known and space.bits == usual.bits:
         space = replace(space, bits=(FULL,))
-    if "core_prompts" not in known:
+    scored = space.core_prompts, space.core_memories
+    if "core_prompts" not in known and scored == (usual.core_prompts, usual.core_memories):
         space = replace(space, core_prompts=(0.0,), core_memories=(0.0,))
     return replace(settings, space=space)
 

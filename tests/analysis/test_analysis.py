@@ -460,7 +460,10 @@ def test_the_embedded_model_is_believed_about_its_own_pictures_alone(tmp_path: P
     assert first("a", "tiny", "pets").startswith("Beware: the embedded model knows only pictures such as")
     assert first("a2", "small", "shapes").startswith("Beware: the model 'small' knows only pictures such as")
     assert not first("a3", "small", "pages:describe").startswith("Beware")
-    for number, (model, task) in enumerate((("tiny", "shapes:count"), ("tiny", "shapes"), ("llava", "pets"))):
+    assert first("a4", "tiny-mrope", "pages").startswith("Beware: the embedded model knows only")
+    assert first("a5", "tiny", "shapes-sizes").startswith("Beware")
+    own = [("tiny", "shapes:count"), ("tiny", "shapes"), ("tiny-mrope", "shapes-sizes"), ("llava", "pets")]
+    for number, (model, task) in enumerate(own):
         assert "embedded" not in first(f"own{number}", model, task)
 
 

@@ -114,6 +114,7 @@ COMMANDS = {
     ("derive",): ("--budget", "--read-budget", "--coverage", "--allocator", "--option", "--mix", "POLICY"),
     ("analyze",): ("--what", "--against", "--layer", "POLICY"),
     ("report",): ("--policy", "--pictures", "--against"),
+    ("explore",): ("--samples", "--sample", "--against", "POLICY"),
     ("run", "--policy"): ("POLICY", "--max-new-tokens", "--image", "--model-args", "--dtype", "--attention"),
     ("tune",): ("--budgets", "--budget", "--trials", "--samples", "--sampler", "--prompt-bytes"),
     ("bench", "decode"): ("--shape", "--sizes", "--batch", "--vision", "--budget"),

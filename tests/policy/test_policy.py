@@ -167,6 +167,8 @@ REFUSED = {
         "vision_compute[0] must not exceed vision_keep[0], got 0.25 > 0.2"
     ),
     "vision_keep: [0.2, 0.3]\nvision_compute: [0.1]": "vision_keep has 2, vision_compute has 1",
+    "vision_bits: []": "vision_bits is an empty list; give one number, or one a layer",
+    "text: {window: []}": "text.window is an empty list",
     "vision_keep: [0.2, 0.3]\ntext: {window: [3, 4, 5]}": "text.window has 3",
     "vison_keep: 0.2": "unknown policy key 'vison_keep'; did you mean vision_keep?",
     "text: {windw: 3}": "unknown policy key 'text.windw'; did you mean text.window?",

@@ -248,17 +248,50 @@ def test_the_model_is_as_it_was_also_after_an_error():
     assert torch.equal(generate(case.model, inputs).sequences, before)
 
 
+@pytest.mark.parametrize("name", ["paligemma", "llava_next"])
+def test_a_loop_of_ones_own_begins_where_the_model_counts_from(name):
+    case, logits = FAMILIES[name](), []
+    inputs = case.inputs(1, seed=3)
+    for captured in (None, 4):
+        with (
+            avlprof.apply(case.model, Policy(vision_keep=0.6), captured=captured) as runtime,
+            torch.no_grad(),
+        ):
+            cache, steps = runtime.new_cache(), []
+            out = case.model(**inputs, **with_cache(case.model, cache))
+            for _ in range(3):
+                token = out.logits[:, -1:].argmax(dim=-1)
+                out = case.model(input_ids=token, **with_cache(case.model, cache))
+                steps.append(out.logits)
+        logits.append(torch.cat(steps))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("policy", "ahead", "said"),
     [
         (POLICIES["history"], 8, "evicts by score while decoding"),
         (POLICIES["tova"], 8, "evicts by score"),
         (POLICIES["scored core"], 8, "scores its core at every step"),
-        (DENSE, 0, "at least 1, got 0"),
+        (DENSE, 0, "at least 1 and at most 65,536, got 0"),
+        (DENSE, 10**9, "at most 65,536, got 1000000000"),
+        (DENSE, True, "got True"),
+        (DENSE, 1.5, "captured must be the number of steps that one capture serves, .*, got 1.5"),
+        (DENSE, "128", "got '128'"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(policy, ahead, said):
     with pytest.raises(UserError, match=said), avlprof.apply(random_llava().model, policy, captured=ahead):
+        pass
+
+
+@pytest.mark.parametrize("kept", [-5, 1.5, "4GiB", None, False])
+def test_bytes_that_are_kept_are_a_number(kept):
+    model = random_llava().model
+    with (
+        pytest.raises(UserError, match=f"kept_bytes must be a whole number of bytes, .*, got {kept!r}"),
+        avlprof.apply(model, DENSE, captured=8, kept_bytes=kept),
+    ):
         pass
 
 

@@ -12,6 +12,7 @@ from avlprof.api.tune import tune
 from avlprof.policy import DENSE, Policy, live_share
 from avlprof.runtime.forced import ForcedBatch, ForcedSet, SteppedBatch
 from avlprof.tasks import load_task
+from avlprof.testing.families import families
 from avlprof.testing.models import cases
 from avlprof.tracing import TraceSettings
 from avlprof.tuning import Settings
@@ -37,6 +38,16 @@ def test_a_model_that_bears_both_is_scored_the_same(name):
         assert ours.kl == pytest.approx(theirs.kl, abs=1e-4)
         assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, abs=1e-4)
     assert stepped.shapes == forced.shapes
+
+
+@pytest.mark.parametrize("name", few(dict(families()), ["paligemma"]))
+def test_families_are_scored_the_same_in_few_bits(name):
+    """Codes follow the rotated keys, so that prompts have to stand at the positions of `generate`."""
+    case = dict(families())[name]()
+    inputs, answers = case.inputs(batch=2, seed=33, pad=True, text=11), answers_of((9, 4))
+    policy = Policy(vision_keep=0.6, vision_bits=4)
+    stepped, forced = (kind(case.model, inputs, answers) for kind in (SteppedBatch, ForcedBatch))
+    torch.testing.assert_close(stepped.logits(policy), forced.logits(policy), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

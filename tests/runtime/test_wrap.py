@@ -83,3 +83,17 @@ def test_captured_steps_can_be_wrapped(case):
         wanted = answer(case.model, inputs)
     assert answer(avlprof.wrap(case.model, POLICY, captured=4), inputs).equal(wanted)
     case.model.unwrap()
+
+
+def test_an_old_unwrap_leaves_a_model_that_was_wrapped_again(case):
+    old = avlprof.wrap(case.model, POLICY).unwrap
+    old()
+    inputs = case.inputs(seed=3)
+    stock = answer(case.model, inputs)
+    avlprof.wrap(case.model, Policy(vision_keep=0.1))
+    wanted = answer(case.model, inputs)
+    assert not wanted.equal(stock)
+    old()
+    assert answer(case.model, inputs).equal(wanted)
+    assert case.model.unwrap() is case.model
+    assert answer(case.model, inputs).equal(stock)

@@ -8,8 +8,10 @@ import pytest
 
 import avlprof
 from avlprof.evaluation import paired_difference
+from tests.helpers import ROOT
 from tools.evidence.__main__ import main
 from tools.evidence.measure import COLUMNS, strongest
+from tools.evidence.page import assembled, former_parts, write_page
 from tools.evidence.plan import PLANS, plans
 from tools.evidence.words import shown, told
 
@@ -52,6 +54,22 @@ def test_plans_take_sizes_and_other_models():
     assert (other.model, other.task, other.trials) == ("mine", "shapes:read", 3)
     with pytest.raises(avlprof.UserError, match="mine=TASK"):
         plans(["mine"], {})
+
+
+def test_a_page_keeps_what_it_says_of_other_models(tmp_path):
+    """The shipped page comes apart into its models, and is the same put together or written again."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    parts = former_parts(page)
+    assert {"tiny", "small"} <= set(parts)
+    assert assembled(list(parts.values())) == page
+    assert all(len(part.short) == 4 and len(part.command) == len(part.plan) == 1 for part in parts.values())
+    copy = tmp_path / "docs" / "evidence.md"
+    copy.parent.mkdir()
+    copy.write_text(page, encoding="utf-8")
+    write_page([], [0.1], copy)
+    assert copy.read_text(encoding="utf-8") == page
+    without = assembled([part for name, part in parts.items() if name != "small"])
+    assert "`small`" not in without.replace("tiny and small", "") and "## The model `tiny`" in without
 
 
 @pytest.mark.full  # traces, tunes and compares, though at the smallest size

@@ -55,6 +55,7 @@ FEW = RecordOptions(
     step_logits=1500,
     per_head=True,
     history=0.6,
+    text_rows=True,
 )
 ALL = RecordOptions(
     rows="all",
@@ -231,7 +232,10 @@ def check_scores(scores, seen, vision, options):
         if options.history is not None:
             want = np.mean([history(head, seen, options.history) for head in weights], axis=0)
             np.testing.assert_allclose(scores["history"][layer], want, atol=1e-5)
+        if options.text_rows:
+            np.testing.assert_allclose(scores["text"][:, layer], mean[text], atol=1e-5)
     assert ("all" in scores) == (options.rows == "all")
+    assert ("text" in scores) == options.text_rows
     assert ("history" in scores) == (options.history is not None)
     assert scores["decode"].shape[1:] == scores["last"].shape == scores["instruction"].shape
     assert all(array.dtype == np.float32 for array in scores.values())
@@ -263,6 +267,8 @@ def check_head_scores(scores, seen, vision, text, options):
                 np.testing.assert_allclose(found, values, atol=1e-5, err_msg=f"{name} {layer} {head}")
             for step, found in enumerate(scores["decode_heads"][:, layer, head]):
                 np.testing.assert_allclose(found, rows[prompt + step], atol=1e-5)
+            if options.text_rows:
+                np.testing.assert_allclose(scores["text_heads"][:, layer, head], rows[text], atol=1e-5)
     if vision:
         assert len(scores["decode_heads"]) == len(seen.codes) - prompt
 
@@ -325,7 +331,7 @@ def test_by_default_heads_are_averaged(case):
             generate_words(case, inputs, 6)
         frames.append(pd.DataFrame(recorder.records[0].frame()).assign(sample="s"))
         scores.append(recorder.records[0].scores())
-    assert set(scores[1]) == {"last", "instruction", "decode", "all", "history"}
+    assert set(scores[1]) == {"last", "instruction", "decode", "all", "history", "text"}
     for name, means in scores[1].items():
         np.testing.assert_allclose(scores[0][name], means, atol=1e-6)
     heads, mean = frames

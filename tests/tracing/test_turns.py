@@ -21,7 +21,14 @@ from tests.eager_rows import EDGES, GENERATED, LAGS, LEVELS, TEXT, VISION
 from tests.helpers import generate_words
 
 WHOLE = RecordOptions(
-    rows="all", coverage_rows=1000, per_head=True, history=0.4, lags=LAGS, coverages=LEVELS, distances=EDGES
+    rows="all",
+    coverage_rows=1000,
+    per_head=True,
+    history=0.4,
+    text_rows=True,
+    lags=LAGS,
+    coverages=LEVELS,
+    distances=EDGES,
 )
 CASES = {
     "llava": random_llava,
@@ -189,6 +196,7 @@ def test_a_further_turn_with_a_picture_equals_eager_weights(name):
         np.testing.assert_allclose(scores["last"][layer], mean[spans[1][0] - 1], atol=1e-5)
         np.testing.assert_allclose(scores["instruction"][layer], mean[kinds["text"]].mean(axis=0), atol=1e-5)
         np.testing.assert_allclose(scores["decode"][:, layer], mean[generated], atol=1e-5)
+        np.testing.assert_allclose(scores["text"][:, layer], mean[kinds["text"]], atol=1e-5)
         prompts = [i for i in range(len(seen.codes)) if i not in generated]
         np.testing.assert_allclose(scores["all"][layer], mean[prompts].sum(axis=0), atol=1e-5)
 

@@ -12,13 +12,14 @@ import pytest
 import avlprof
 from avlprof.api.tune import certified
 from avlprof.errors import UserError
-from avlprof.evaluation.certificate import Claim, certify
-from avlprof.policy import load_policy
+from avlprof.evaluation.certificate import BudgetTest, Certificate, Claim, certify
+from avlprof.policy import Policy, load_policy, save_policy
 from avlprof.tasks import load_task
 from avlprof.tracing import TraceSettings
 from avlprof.tuning import Settings
-from avlprof.tuning.certify import FILE, fresh_samples
+from avlprof.tuning.certify import FILE, Certified, fresh_samples
 from avlprof.tuning.prepared import Generated, answer_store
+from avlprof.tuning.sweep import Sweep
 from tests.cli_runner import invoke, refused
 from tests.watching import Notes
 
@@ -68,11 +69,36 @@ def test_samples_that_are_missing_are_named():
         (("--confidence", "2", "--max-drop", "0.1"), "confidence must be above 0"),
         (("--confidence", "0.9", "--max-drop", "0"), "must be above 0"),
         (("--confidence", "0.9", "--max-drop", "0.1", "--certify-samples", "0"), "must be 1 or more"),
+        (("--max-drop", "0.1", "--certify-samples", "9"), "--certify-samples are those of a certificate"),
+        (
+            ("--confidence", "0.9", "--max-drop", "0.1", "--budgets", "0.1,0.10"),
+            "must differ from each other",
+        ),
+        (("--max-drop", "nan"), "--max-drop must be in [0, 1)"),
+        (("--max-drop", "2", "--out", "new"), "--max-drop must be in [0, 1)"),
+        (("--max-drop", "0.1", "--read-budget", "0.1"), "leave the read budget out"),
     ],
 )
 def test_command_lines_that_certify_nothing(words, message, tmp_path, monkeypatch):
+    """Each before a model is loaded or anything written."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("avlprof.api.tune._plan", lambda *given: pytest.fail("work was begun"))
     assert message in refused(invoke("tune", *words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_budgets_of_a_claim_differ():
+    with pytest.raises(UserError, match=r"budgets of a certificate must differ, got 0\.1, 0\.1"):
+        Claim(budgets=(0.1, 0.1))
+
+
+def test_a_policy_of_an_earlier_claim_does_not_stay_beside_tests_that_failed(tmp_path):
+    save_policy(Policy(vision_keep=0.2), tmp_path / "policy.yaml")
+    failed = Certificate(0.01, 0.95, (BudgetTest(0.4, 0.1, 0.7, 50),))
+    result = Certified(Sweep(tmp_path, []), failed)
+    assert result.policy is None
+    assert json.loads(result.write().read_text())["budget"] is None
+    assert not (tmp_path / "policy.yaml").exists()
 
 
 @pytest.mark.slow  # four thousand answers of the embedded model

@@ -264,6 +264,7 @@ def test_a_space_comes_back_from_its_description():
     assert Space.of(told | {"bits": (4, 2)}) == replace(plain, bits=(4, 2))
     assert Space.of(told | {"core_prompts": (0.0, 0.3)}) == replace(plain, core_prompts=(0.0, 0.3))
     assert not {"bits", *rows} & set(plain.described())
+    assert Space(bits=(4, 16, 4)) == Space(bits=(16, 4)), "the same choices, whatever their order"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from avlprof.tracing.options import TraceSettings
 from avlprof.tuning import Settings, StudyMeta, read_meta, read_study
 from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence, shared_evidence
 from avlprof.tuning.reading import overview, studies_below
+from avlprof.tuning.space import Space
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.study import claim_folder
 from avlprof.tuning.trials import note_goal, run_trials
@@ -378,3 +379,10 @@ def test_another_task_or_a_study_not_begun_is_refused(tuned, tmp_path):
     assert read_study(storage.folder).trials == []
     with pytest.raises(UserError, match=r"workers must be 1 or more, got 0"):
         Workers(0)
+
+
+def test_of_two_spaces_the_parts_that_differ_are_named():
+    one, eight, full = (meta(space=Space(bits=bits).described()) for bits in ((16, 4), (8,), (16,)))
+    assert one.differences(eight) == ["space.bits: (16, 4) here, (8,) asked"]
+    assert one.differences(full) == ["space.bits: (16, 4) here, None asked"]
+    assert one.differences(one) == []

@@ -164,7 +164,7 @@ def test_a_drop_that_nothing_holds_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no budget up to 1 holds a drop of 0\.01 on the search split"):
         searched(lambda b: 0.2, monkeypatch, tmp_path, 0.01)
     for value in (-0.1, 1.0):
-        with pytest.raises(UserError, match=r"^drop must be in \[0, 1\)"):
+        with pytest.raises(UserError, match=r"^max_drop must be in \[0, 1\)"):
             searched(lambda b: 0.0, monkeypatch, tmp_path, value)
 
 

@@ -3,7 +3,8 @@
     python -m tools.evidence --models tiny,small
 
 Each step's result lies in a folder of its model below `--out` and is not made again, so the same command
-goes on where it stopped. `--steps page` writes the page from what is there.
+goes on where it stopped. `--steps page` writes the page from what is there. What the page says of models that
+are not asked for stays.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ LONG = "pages:describe,paragraph,read_fields,read_chart,read_table"
 SLOW = Plan("small", LONG, 12, 6, 12, 10, 16, 18, 4, 1, batch=16)
 """576 vision tokens and 30 layers: a trial takes 3 to 5 seconds of one CPU thread, an answer 2 to 4."""
 
-PLANS: Mapping[str, Plan] = {plan.model: plan for plan in (QUICK, SLOW)}
+MROPE = Plan("tiny-mrope", QUICK.task, 48, 16, 48, 100, 120, 40, 12, 2, space=Space())
+"""The other embedded model: as quick, with positions of three axes; sized for 20 minutes of one thread."""
+
+PLANS: Mapping[str, Plan] = {plan.model: plan for plan in (QUICK, MROPE, SLOW)}
 
 
 def plans(models: Sequence[str], sizes: Mapping[str, int | None]) -> list[Plan]:

@@ -1,12 +1,14 @@
-"""The untrained embedded model: a small LLaVA and its processor, built from nothing."""
+"""The recipe of `tiny`: a small LLaVA and its processor, built from nothing."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -14,12 +16,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from avlprof.tasks.shapes.questions import QUESTIONS
-from avlprof.tasks.shapes.scene import CELLS, COLORS, IMAGE_SIZE, KINDS, PATCH_SIZE, SHAPES
+from avlprof.tasks.shapes.scene import CELLS, COLORS, IMAGE_SIZE, KINDS, PATCH_SIZE, SHAPES, Frame
+from tools.tiny_model.recipe import Prefix, Recipe, flat_positions
 
 _CHAT_TEMPLATE = """{% for m in messages %}{% if m['role'] == 'user' %}USER: \
 {% if m['content'] is string %}{{ m['content'] }}{% else %}\
@@ -28,6 +32,35 @@ _CHAT_TEMPLATE = """{% for m in messages %}{% if m['role'] == 'user' %}USER: \
 {% else %} ASSISTANT: {% if m['content'] is string %}{{ m['content'] }}{% else %}\
 {{ m['content'][0]['text'] }}{% endif %}</s>{% endif %}{% endfor %}\
 {% if add_generation_prompt %} ASSISTANT:{% endif %}"""
+
+
+class LlavaRecipe(Recipe):
+    """LLaVA 1.5: one resolution, a CLIP tower, and positions that count up."""
+
+    def build_processor(self) -> LlavaProcessor:
+        return build_processor()
+
+    def build_model(self, seed: int) -> LlavaForConditionalGeneration:
+        return build_model(self.processor, seed)
+
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        tower: nn.Module = model.model.vision_tower
+        return tower
+
+    def features(self, model: PreTrainedModel, pixels: Mapping[str, Tensor]) -> Tensor:
+        hidden: Tensor = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state
+        return hidden[:, 1:]
+
+    def projected(self, model: PreTrainedModel, features: Tensor) -> Tensor:
+        projected: Tensor = model.model.multi_modal_projector(features)
+        return projected
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Nothing: projector and decoder start at random."""
+
+    def prefix(self, frame: Frame) -> Prefix:
+        ids = self.picture_ids("USER: ", "<image>", "", frame)
+        return Prefix(ids, flat_positions(len(ids)), len(ids))
 
 
 def build_processor() -> LlavaProcessor:

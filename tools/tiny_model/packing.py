@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 
 from avlprof.tasks.shapes.questions import QUESTIONS
 from avlprof.tasks.shapes.scene import Scene
+from tools.tiny_model.recipe import ANSWER_ROOM, Recipe
 
 WEIGHTS = {
     "describe": 2.0,
@@ -39,47 +40,42 @@ class Packed:
     """One image's sequence. All arrays have one entry per token, the prefix included."""
 
     ids: list[int]
-    positions: list[int]
+    positions: Tensor  # int64 [axes, tokens]
     segments: list[int]  # 0 = prefix
     weights: list[float]  # of the loss on predicting this token; 0 on prompts
 
 
-class Packer:
-    """Turns scenes into packed sequences of at most `length` tokens."""
+def pack(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> Packed:
+    """A picture's tokens and `ANSWER_ROOM` tokens of questions and answers about it."""
+    tokenizer = recipe.processor.tokenizer
 
-    def __init__(self, processor: LlavaProcessor, vision_tokens: int, length: int) -> None:
-        self._tokenizer = processor.tokenizer
-        image = self._tokenizer.convert_tokens_to_ids("<image>")
-        head = self._tokenizer("USER: <image>").input_ids
-        at = head.index(image)
-        self._prefix = head[:at] + [image] * vision_tokens + head[at + 1 :]
-        self._length = length
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    def __call__(self, scene: Scene, rng: np.random.Generator) -> Packed:
-        ids, positions = list(self._prefix), list(range(len(self._prefix)))
-        segments, weights = [0] * len(ids), [0.0] * len(ids)
-        names = list(WEIGHTS)
-        chance = np.array([WEIGHTS[n] for n in names]) / sum(WEIGHTS.values())
-        for segment in range(1, 64):
-            asked = QUESTIONS[str(rng.choice(names, p=chance))](scene, rng)
-            if asked is None:
-                continue
-            prompt = self._encode(f"\n{asked[0]} ASSISTANT:")
-            answer = [*self._encode(f" {asked[1]}"), self._tokenizer.eos_token_id]
-            if len(ids) + len(prompt) + len(answer) > self._length:
-                break
-            ids += prompt + answer
-            positions += range(len(self._prefix), len(self._prefix) + len(prompt) + len(answer))
-            segments += [segment] * (len(prompt) + len(answer))
-            weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
-        return Packed(ids, positions, segments, weights)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+    prefix = recipe.prefix(scene.frame)
+    ids, following = list(prefix.ids), list[int]()
+    segments, weights = [0] * len(ids), [0.0] * len(ids)
+    names = list(WEIGHTS)
+    chance = np.array([WEIGHTS[n] for n in names]) / sum(WEIGHTS.values())
+    for segment in range(1, 64):
+        asked = QUESTIONS[str(rng.choice(names, p=chance))](scene, rng)
+        if asked is None:
+            continue
+        prompt = encode(f"\n{asked[0]} ASSISTANT:")
+        answer = [*encode(f" {asked[1]}"), tokenizer.eos_token_id]
+        length = len(prompt) + len(answer)
+        if len(following) + length > ANSWER_ROOM - (len(prefix.ids) - prefix.ids.count(recipe.image_id)):
+            break
+        ids += prompt + answer
+        following += range(prefix.next, prefix.next + length)
+        segments += [segment] * length
+        weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
+    behind = torch.tensor(following).expand(len(prefix.positions), -1)
+    return Packed(ids, torch.cat([prefix.positions, behind], dim=1), segments, weights)
 
 
 def collate(batch: list[Packed], pad: int) -> dict[str, Tensor]:
-    """Right-padded tensors: ids, positions, weights `[B, S]` and a bool mask `[B, 1, S, S]`."""
+    """Right-padded tensors: ids, weights `[B, S]`, positions `[axes, B, S]`, a bool mask `[B, 1, S, S]`."""
     length = max(len(p.ids) for p in batch)
 
     def stack(rows: list[list[int]], fill: int) -> Tensor:
@@ -93,29 +89,28 @@ def collate(batch: list[Packed], pad: int) -> dict[str, Tensor]:
         weights[i, : len(packed.weights)] = torch.tensor(packed.weights)
     return {
         "ids": stack([p.ids for p in batch], pad),
-        "positions": stack([p.positions for p in batch], 0),
+        "positions": torch.stack([F.pad(p.positions, (0, length - len(p.ids))) for p in batch], dim=1),
         "weights": weights,
         "mask": (seen & causal)[:, None],
     }
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, features: Tensor, sequences: dict[str, Tensor]
+    model: PreTrainedModel, vision: Tensor, sequences: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `[tokens, vocabulary]` of all answer tokens of a batch, the tokens, and their weights.
 
     Args:
-        model: any LLaVA.
-        features: the tower's, `[B, patches, width]`.
+        model: a LLaVA or a Qwen2.5-VL.
+        vision: projected features of the pictures, `[B, patches, hidden]`.
         sequences: what `collate` gives.
     """
-    inner, ids = model.model, sequences["ids"]
+    inner, ids, positions = model.model, sequences["ids"], sequences["positions"]
     embeds = inner.get_input_embeddings()(ids)
-    vision = inner.multi_modal_projector(features).to(embeds.dtype)
     at = ids == model.config.image_token_id
     hidden = inner.language_model(
-        inputs_embeds=embeds.masked_scatter(at[..., None], vision),
-        position_ids=sequences["positions"],
+        inputs_embeds=embeds.masked_scatter(at[..., None], vision.to(embeds.dtype)),
+        position_ids=positions[0] if len(positions) == 1 else positions,
         attention_mask=sequences["mask"],
         use_cache=False,
     ).last_hidden_state

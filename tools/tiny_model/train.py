@@ -25,15 +25,27 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 
 from avlprof.files import replacing, write_text
 from avlprof.tasks.shapes.scene import label_sizes, patch_labels, sample_scene
-from tools.tiny_model.build import build_model, build_processor
+from tools.tiny_model.build import LlavaRecipe
+from tools.tiny_model.mrope import MropeRecipe
 from tools.tiny_model.muon import Muon
-from tools.tiny_model.packing import Packer, answer_logits, collate, weighted_loss
+from tools.tiny_model.packing import answer_logits, collate, pack, weighted_loss
+from tools.tiny_model.recipe import Recipe
 
 TRAIN_SPLIT = 1
+RECIPES: dict[str, type[Recipe]] = {"tiny": LlavaRecipe, "tiny-mrope": MropeRecipe}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pictures of a step: pixels, labels `[B, patches, 5]`, sequences in the joint stage."""
+
+    pixels: dict[str, Tensor]
+    labels: Tensor
+    sequences: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,39 +65,34 @@ class Stage:
 class Trainer:
     """Model, patch-label heads and both optimisers, with checkpoints as safetensors."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.seed = work, seed
-        self.processor: LlavaProcessor = build_processor()
-        self.model: LlavaForConditionalGeneration = build_model(self.processor, seed)
+    def __init__(self, work: Path, recipe: Recipe, seed: int) -> None:
+        self.work, self.seed, self.recipe = work, seed, recipe
+        self.model: PreTrainedModel = recipe.build_model(seed)
         width = self.model.config.vision_config.hidden_size
         self.sizes = label_sizes()
         self.heads = nn.Linear(width, sum(self.sizes))
-        vision_tokens = self.model.config.image_seq_length
-        self.packer = Packer(self.processor, vision_tokens, length=vision_tokens + 204)
 
-    def batch(self, stage: Stage, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def batch(self, stage: Stage, step: int) -> Batch:
         """The images, patch labels and packed questions of a step; a pure function of it."""
+        which = 0 if stage.name == "tower" else 1
+        frame = self.recipe.frame(np.random.default_rng((self.seed, TRAIN_SPLIT, which, step, 3)))
         images, labels, packed = [], [], []
-        for i in range(stage.batch):
-            index = step * stage.batch + i
-            seed = (self.seed, TRAIN_SPLIT, 0 if stage.name == "tower" else 1, index)
-            rng = np.random.default_rng((*seed, 2))
-            if stage.name == "tower":
-                scene = sample_scene(seed, (9, 9), 0.8) if index % 2 else sample_scene(seed)
-            else:
-                scene = sample_scene(seed)
-                packed.append(self.packer(scene, rng))
+        for index in range(step * stage.batch, (step + 1) * stage.batch):
+            seed = (self.seed, TRAIN_SPLIT, which, index)
+            wall = stage.name == "tower" and index % 2
+            items, text_share = ((9, 9), 0.8) if wall else ((3, 6), 0.5)
+            scene = sample_scene(seed, items, text_share, frame)
+            if stage.name == "joint":
+                packed.append(pack(scene, self.recipe, np.random.default_rng((*seed, 2))))
             image, label = patch_labels(scene)
             images.append(image)
             labels.append(label)
-        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        sequences = collate(packed, self.processor.tokenizer.pad_token_id) if packed else {}
-        return pixels, torch.from_numpy(np.stack(labels)), sequences
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """The tower's last hidden states of the patches, `[B, patches, width]`."""
-        hidden: Tensor = self.model.model.vision_tower(pixels).last_hidden_state
-        return hidden[:, 1:]
+        pad = self.recipe.processor.tokenizer.pad_token_id
+        return Batch(
+            self.recipe.pixels(images),
+            torch.from_numpy(np.stack(labels)),
+            collate(packed, pad) if packed else {},
+        )
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
         """Summed cross-entropies of the label columns and the accuracy of each on ink."""
@@ -101,13 +108,14 @@ class Trainer:
 
     def answer_loss(self, features: Tensor, sequences: dict[str, Tensor]) -> tuple[Tensor, float]:
         """Weighted cross-entropy of the answer tokens, and their unweighted accuracy."""
-        logits, target, weights = answer_logits(self.model, features, sequences)
+        vision = self.recipe.projected(self.model, features)
+        logits, target, weights = answer_logits(self.model, vision, sequences)
         right = (logits.argmax(-1) == target).float().mean().item()
         return weighted_loss(logits, target, weights), right
 
     def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
         """Muon for hidden matrices; AdamW for embeddings, convolution, heads, norms, biases."""
-        tower = self.model.model.vision_tower
+        tower = self.recipe.tower(self.model)
         matrices: dict[str, list[nn.Parameter]] = {"tower": [], "rest": []}
         others: dict[str, list[nn.Parameter]] = {"tower": [], "rest": []}
         tower_ids = {id(p) for p in tower.parameters()}
@@ -151,18 +159,18 @@ class Trainer:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
-            pixels, labels, sequences = self.batch(stage, step)
+            batch = self.batch(stage, step)
             frozen = stage.name == "joint" and (step < 0.4 * steps or step % 2 == 1)
             with torch.set_grad_enabled(not frozen):
-                features = self.features(pixels)
+                features = self.recipe.features(self.model, batch.pixels)
             report: dict[str, float] = {}
             loss = features.new_zeros(())
             if not frozen:
-                patch, accuracies = self.patch_loss(features, labels)
+                patch, accuracies = self.patch_loss(features, batch.labels)
                 loss = loss + patch * (1.0 if stage.name == "tower" else 0.15)
                 report |= dict(zip(("kind", "color", "glyph", "index", "rank"), accuracies, strict=True))
             if stage.name == "joint":
-                answers, right = self.answer_loss(features, sequences)
+                answers, right = self.answer_loss(features, batch.sequences)
                 loss = loss + answers
                 report |= {"answer_loss": answers.item(), "answer_tokens": right}
             loss.backward()  # type: ignore[no-untyped-call]
@@ -188,13 +196,13 @@ class Trainer:
         """Write the model as fp16 safetensors with its processor, loadable by the Auto classes."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() for k, v in self.model.state_dict().items()}
-        half = build_model(self.processor, self.seed).half()
+        half = self.recipe.build_model(self.seed).half()
         half.load_state_dict(state)
         half.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        self.processor.save_pretrained(folder)
+        self.recipe.save_processor(folder)
 
     def _load(self, stage: Stage, optimizers: list[torch.optim.Optimizer]) -> int:
         path = self.work / f"{stage.name}.safetensors"
@@ -229,6 +237,7 @@ def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description="Train the embedded model from scratch.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints; resumes from it")
+    parser.add_argument("--model", choices=RECIPES, default="tiny")
     parser.add_argument("--tower-images", type=int, default=20_000)
     parser.add_argument("--joint-images", type=int, default=40_000)
     parser.add_argument("--joint-adam-lr", type=float, default=8e-4)
@@ -240,9 +249,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args.work, args.seed)
+    trainer = Trainer(args.work, RECIPES[args.model](), args.seed)
     if not (args.work / "joint.safetensors").exists():
         trainer.run(Stage("tower", args.tower_images, batch=8, adam_lr=1.5e-3, muon_lr=0.02))
+        trainer.recipe.settle(trainer.model)
     trainer.run(
         Stage(
             "joint",

@@ -1,15 +1,20 @@
-"""The embedded model: a LLaVA that knows one kind of picture, and says so of others."""
+"""The embedded models: they know one kind of picture, and say so of others."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+from transformers.processing_utils import ProcessorMixin
 
+from avlprof.models.adapter import Adapter
 from avlprof.models.families.llava import LlavaAdapter
+from avlprof.models.families.qwen_vl import QwenVLAdapter
 from avlprof.models.tiny import FOREIGN
 from avlprof.tasks.shapes.scene import is_drawn
 from avlprof.tasks.turn import Message
@@ -18,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TinyAdapter(LlavaAdapter):
-    """LLaVA 1.5 whose first picture of another kind than task `shapes` draws gives one warning."""
+class OneKindAdapter(Adapter):
+    """A model whose first picture of another kind than task `shapes` draws gives one warning."""
 
     _warned: list[str] = field(default_factory=list, repr=False, compare=False)
 
@@ -35,3 +40,36 @@ class TinyAdapter(LlavaAdapter):
                 self._warned.append(said)
                 _log.warning(said)
         return super().encode_chats(chats)
+
+
+@dataclass(frozen=True)
+class TinyAdapter(OneKindAdapter, LlavaAdapter):
+    """`tiny`: LLaVA 1.5."""
+
+
+@dataclass(frozen=True)
+class TinyMropeAdapter(OneKindAdapter, QwenVLAdapter):
+    """`tiny-mrope`: Qwen2.5-VL."""
+
+
+class PictureProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without its part for videos, which needs torchvision."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        chat_template: str | None = None,
+        **_: Any,
+    ) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        at = tokenizer.convert_tokens_to_ids if tokenizer is not None else lambda token: None
+        self.image_token_id, self.video_token_id = at(self.image_token), at(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+EMBEDDED_ADAPTERS: Final[dict[str, type[OneKindAdapter]]] = {
+    "llava": TinyAdapter,
+    "qwen2_5_vl": TinyMropeAdapter,
+}
+"""Adapter of an embedded model by its `model_type`."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.session import switched
-from avlprof.models.generation import running
+from avlprof.models.generation import first_position, running
 from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cache import stock_layers
 from avlprof.runtime.forced.packing import prefix_key, scorers_of
@@ -92,6 +92,7 @@ class Prefixes:
         self.model, self.inputs, self.mask, self.shapes = model, inputs, mask, shapes
         self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
+        self._begin: int | None = None
         self._prompts: dict[str, Prompts] = {}
         self._parked: dict[str, Prompts] = {}
         self._views: dict[tuple[str, int, int], Prompts] = {}
@@ -164,7 +165,7 @@ class Prefixes:
         seen = self.mask.sum(dim=1)[self.order][rows]
         text = seen[:, None] + torch.arange(steps, device=seen.device)
         if self._deltas is None:
-            return text
+            return text + self._first
         return (text + self._deltas.to(text.device).view(-1, 1)[self.order][rows])[None].expand(3, -1, -1)
 
     def _run(self, capture: Capture, policy: Policy) -> None:
@@ -186,7 +187,14 @@ class Prefixes:
         """Positions that skip padding, as `generate` makes them; multi-axis models make their own."""
         if _deltas(self.model) is not None or "mm_token_type_ids" in self.inputs:
             return None
-        return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0) + self._first
+
+    @property
+    def _first(self) -> int:
+        """The first token's position; few bits leave other keys of what is rotated otherwise."""
+        if self._begin is None:
+            self._begin = first_position(self.model)
+        return self._begin
 
 
 def _deltas(model: PreTrainedModel) -> Tensor | None:

@@ -65,17 +65,39 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Width and height of a picture in pixels, multiples of `PATCH_SIZE`; `zoom` scales its items alone."""
+
+    width: int = IMAGE_SIZE
+    height: int = IMAGE_SIZE
+    zoom: float = 1.0
+
+
+@dataclass(frozen=True)
 class Scene:
-    """Items in reading order, and the seed of the drawing's free choices (jitter, font)."""
+    """Items in reading order, the seed of the drawing's free choices (jitter, font), and its frame."""
 
     items: tuple[Item, ...]
     seed: tuple[int, ...]
+    frame: Frame = Frame()
 
 
-def sample_scene(seed: tuple[int, ...], items: tuple[int, int] = (3, 6), text_share: float = 0.5) -> Scene:
+def sampled_frame(seed: tuple[int, ...]) -> Frame:
+    """A frame of 88 to 168 pixels a side, each side drawn by itself."""
+    width, height = np.random.default_rng((*seed, 3)).integers(11, 22, size=2)
+    return Frame(PATCH_SIZE * int(width), PATCH_SIZE * int(height))
+
+
+def sample_scene(
+    seed: tuple[int, ...],
+    items: tuple[int, int] = (3, 6),
+    text_share: float = 0.5,
+    frame: Frame | None = None,
+) -> Scene:
     """Draw a scene with a number of items in the closed range `items`.
 
-    `text_share` is the chance that an item is a word or a number instead of a shape.
+    `text_share` is the chance that an item is a word or a number instead of a shape. The items do
+    not depend on the `frame`.
     """
     rng = np.random.default_rng(seed)
     count = int(rng.integers(items[0], items[1] + 1))
@@ -90,11 +112,11 @@ def sample_scene(seed: tuple[int, ...], items: tuple[int, int] = (3, 6), text_sh
         else:
             kind, value = "number", "".join(rng.choice(list(DIGITS), size=int(rng.integers(2, 4))))
         drawn.append(Item(cell, kind, value, color))
-    return Scene(tuple(drawn), tuple(seed))
+    return Scene(tuple(drawn), tuple(seed), frame or Frame())
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, `IMAGE_SIZE` pixels square."""
+    """The picture of a scene, RGB, in the size of its frame (`IMAGE_SIZE` pixels square by itself)."""
     return _draw(scene)[0]
 
 
@@ -132,22 +154,22 @@ def label_sizes() -> tuple[int, int, int, int, int]:
 def _draw(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
     rng = np.random.default_rng((*scene.seed, 1))
     tone = int(rng.integers(_LIGHTEST, 256))
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (tone, tone, tone))
-    grid = IMAGE_SIZE // PATCH_SIZE
-    owner = np.zeros((grid * grid, 5), dtype=np.int64)
-    most = np.full(grid * grid, _INK_OF_A_LABEL)
-    cell_size = IMAGE_SIZE / 3
+    frame = scene.frame
+    picture = Image.new("RGB", (frame.width, frame.height), (tone, tone, tone))
+    rows, columns = frame.height // PATCH_SIZE, frame.width // PATCH_SIZE
+    owner = np.zeros((rows * columns, 5), dtype=np.int64)
+    most = np.full(rows * columns, _INK_OF_A_LABEL)
     for rank, item in enumerate(scene.items):
-        glyphs = _glyphs(item, rng)
+        glyphs = [(round(x * frame.zoom), _zoomed(mask, frame.zoom)) for x, mask in _glyphs(item, rng)]
         width = max(x + m.width for x, m in glyphs)
         height = max(m.height for _, m in glyphs)
-        left = _jittered(item.cell % 3 * cell_size, cell_size, width, rng)
-        top = _jittered(item.cell // 3 * cell_size, cell_size, height, rng)
+        left = _jittered(item.cell % 3, frame.width, width, rng)
+        top = _jittered(item.cell // 3, frame.height, height, rng)
         for index, (x, mask) in enumerate(glyphs):
             picture.paste(COLORS[item.color], (left + x, top), mask)
-            ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+            ink = np.zeros((frame.height, frame.width), dtype=np.float32)
             ink[top : top + mask.height, left + x : left + x + mask.width] = np.asarray(mask) / 255.0
-            ink = ink.reshape(grid, PATCH_SIZE, grid, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
+            ink = ink.reshape(rows, PATCH_SIZE, columns, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
             glyph = _GLYPHS[item.value if item.kind == "shape" else item.value[index]]
             label = (KINDS.index(item.kind) + 1, list(COLORS).index(item.color) + 1, glyph, index, rank + 1)
             owner[ink > most] = label
@@ -155,9 +177,18 @@ def _draw(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
     return picture, owner
 
 
-def _jittered(start: float, room: float, size: int, rng: np.random.Generator) -> int:
+def _jittered(third: int, length: int, size: int, rng: np.random.Generator) -> int:
+    """Where an item of `size` pixels starts in its third (0 to 2) of a side of `length` pixels."""
+    room = length / 3
     slack = max(room - size - 2, 0.0)
-    return int(np.clip(round(start + 1 + rng.random() * slack), 0, IMAGE_SIZE - size))
+    return int(np.clip(round(third * room + 1 + rng.random() * slack), 0, length - size))
+
+
+def _zoomed(mask: Image.Image, zoom: float) -> Image.Image:
+    if zoom == 1.0:
+        return mask
+    size = (max(round(mask.width * zoom), 1), max(round(mask.height * zoom), 1))
+    return mask.resize(size, Image.Resampling.BICUBIC)
 
 
 def _glyphs(item: Item, rng: np.random.Generator) -> list[tuple[int, Image.Image]]:

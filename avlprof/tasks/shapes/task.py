@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.shapes.questions import QUESTIONS
-from avlprof.tasks.shapes.scene import render, sample_scene
+from avlprof.tasks.shapes.scene import Frame, render, sample_scene, sampled_frame
 from avlprof.tasks.splits import HELD_OUT, SEARCH
 from avlprof.tasks.task import Task, chosen_types
 
@@ -35,23 +35,37 @@ def shapes_task(types: str = "") -> Task:
 
     `UserError` when a type is unknown.
     """
-    chosen = chosen_types("shapes", types, QUESTIONS)
+    return _task("shapes", types, lambda seed: Frame())
+
+
+def sizes_task(types: str = "") -> Task:
+    """The same scenes and questions in pictures of many sizes, for models whose grids follow the picture.
+
+    Width and height are drawn one by one, 88 to 168 pixels; items are as large as in `shapes_task`.
+    """
+    return _task("shapes-sizes", types, sampled_frame)
+
+
+def _task(name: str, types: str, frame: Callable[[tuple[int, ...]], Frame]) -> Task:
+    chosen = chosen_types(name, types, QUESTIONS)
     return Task(
-        name=f"shapes:{','.join(chosen)}" if types.strip() else "shapes",
+        name=f"{name}:{','.join(chosen)}" if types.strip() else name,
         metric="token_f1" if set(chosen) <= set(LISTS) else "exact_match",
         splits=tuple(SEEDS),
-        stream=partial(_stream, chosen),
+        stream=partial(_stream, chosen, frame),
         max_new_tokens=_MAX_NEW_TOKENS,
         default_samples=_PER_TYPE * len(chosen),
     )
 
 
-def _stream(types: tuple[str, ...], split: str) -> Iterator[Sample]:
+def _stream(
+    types: tuple[str, ...], frame: Callable[[tuple[int, ...]], Frame], split: str
+) -> Iterator[Sample]:
     turn = 0
     for number in count():
         question_type = types[turn % len(types)]
         seed = (*SEEDS[split], number)
-        scene = sample_scene(seed)
+        scene = sample_scene(seed, frame=frame(seed))
         asked = QUESTIONS[question_type](scene, np.random.default_rng((*seed, 2)))
         if asked is None:
             continue
