@@ -17,7 +17,7 @@ from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
 ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.layer", "runtime.buckets")
-INTERPRETED = ("core and window", "per head", "score only", "history")
+INTERPRETED = ("core and window", "per head", "score only", "scored core", "scored per head", "history")
 
 
 @pytest.fixture

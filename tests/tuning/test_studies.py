@@ -32,7 +32,7 @@ from avlprof.tuning.evidence import dump_evidence, parse_evidence, read_evidence
 from avlprof.tuning.reading import overview, studies_below
 from avlprof.tuning.space import Space
 from avlprof.tuning.storages.journal import FolderStorage
-from avlprof.tuning.study import claim_folder
+from avlprof.tuning.study import as_begun, claim_folder
 from avlprof.tuning.trials import note_goal, run_trials
 from avlprof.tuning.workers import Workers, join
 from tests.fake_study import Sleepy
@@ -61,6 +61,22 @@ class Noted(Sleepy):
         trial.set_user_attr("live_share", 0.2 - value / 100)
         trial.set_user_attr("read_share", 0.1)
         return -1.0 if cut else value
+
+
+def test_a_study_of_before_goes_on_with_what_was_searched_then(tmp_path):
+    """Without bits and what a refresh ranks by, unless they are asked for by choice."""
+    settings, asked = Settings(space=Space()), Settings(space=Space(bits=(4,), core_prompts=(0.3,)))
+    assert as_begun(tmp_path / "none yet", settings) == settings
+    claim_folder(tmp_path / "old", meta())
+    found = as_begun(tmp_path / "old", settings).space
+    assert (found.bits, found.core_prompts, found.core_memories) == ((16,), (0.0,), (0.0,))
+    assert as_begun(tmp_path / "old", asked) == asked
+    claim_folder(tmp_path / "bits", meta(space=Space(core_prompts=(0.0,), core_memories=(0.0,)).described()))
+    found = as_begun(tmp_path / "bits", settings).space
+    assert (found.bits, found.core_prompts) == (Space().bits, (0.0,))
+    claim_folder(tmp_path / "new", meta(space=Space().described()))
+    assert as_begun(tmp_path / "new", settings) == settings
+    assert Space.of(read_meta(tmp_path / "new").space) == Space()
 
 
 def run(folder, trials, **changed):
