@@ -443,7 +443,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "name", ["core, k=1", "history", "h2o", "tova", "score only", "core and window", *CORED]
+    "name", ["core, k=1", "history", "h2o", "tova", "score only", "core and window", "scored core", *CORED]
 )
 def test_a_step_asks_the_device_nothing(name):
     case, policy = random_llava(), POLICIES[name]
@@ -462,7 +462,11 @@ def test_a_step_asks_the_device_nothing(name):
                     keys, _ = layer.update(*states)
                     step = layer.step_for(query, 0.25, None)
                     if step.weighing:
-                        layer.after(step, step_weights(query, keys, 0.25))
+                        if step.stored is None:
+                            weights = step_weights(query, keys, 0.25)
+                        else:
+                            weights = step.stored.weights(query, keys, 0.25, step.mask)
+                        layer.after(step, weights)
             assert bool(asked.found) == (not fixed and policy.refresh_interval > 0)
 
 
