@@ -281,7 +281,7 @@ def test_windows_hold_their_share_of_text(run: RunDirectory, profile: Profile) -
 
 
 def test_prompts_and_answer_length(profile: Profile) -> None:
-    assert profile.prompts() == [PromptShape(3 + i, n, 6 + i % 3) for i, n in enumerate(VISION)]
+    assert profile.prompts() == [PromptShape(3 + i, n, 6 + i % 3, group=8) for i, n in enumerate(VISION)]
     assert profile.answer_tokens == STEPS - 2
     assert profile.layers == LAYERS
 

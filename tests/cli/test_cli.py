@@ -97,9 +97,9 @@ def test_wrong_usage(arguments, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "tinny"], "unknown model 'tinny'; did you mean tiny?"),
+        (["--model", "tinny"], "unknown model 'tinny'; did you mean tiny or tiny-mrope?"),
         (["--model", "./no/such/folder"], "does not exist"),
-        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes or pages?"),
+        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes or pages or shapes-sizes?"),
         (["--task", "none.jsonl"], "task file none.jsonl does not exist"),
         (["--split", "serch"], "did you mean search?"),
         (["--samples", "0"], "at least 1, got 0"),

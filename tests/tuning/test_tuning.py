@@ -310,9 +310,9 @@ def test_kill_9_in_a_trial_loses_and_repeats_none(study, tmp_path):
         (["--trials", 0], "trials must be 1 or more, got 0"),
         (["--budget", 1.2], "budget must be in [0, 1]"),
         (["--samples", 1], "samples must be 2 or more, got 1"),
-        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes or pages?"),
+        (["--task", "shpes"], "unknown task 'shpes'; did you mean shapes or pages or shapes-sizes?"),
         (["--run", "no/such/run"], "no/such/run"),
-        (["--model", "tinny"], "unknown model 'tinny'; did you mean tiny?"),
+        (["--model", "tinny"], "unknown model 'tinny'; did you mean tiny or tiny-mrope?"),
     ],
 )
 def test_tune_refuses(arguments, said, tmp_path):
