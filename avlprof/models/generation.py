@@ -103,13 +103,13 @@ def running(model: Any) -> Iterator[None]:
 
 
 def _raised_by_the_model(error: BaseException) -> bool:
-    """Whether the last of our own or of the model's functions on the way to an error is the model's."""
-    ours, owner = __name__.partition(".")[0], ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in (ours, "transformers", "transformers_modules"):
-            owner = package
-    return owner != ours and not isinstance(error, UserError)
+    """Whether the last function on the way to an error, those of torch aside, is transformers'."""
+    if isinstance(error, UserError):
+        return False
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    owners = [package for package in packages if package != "torch"]
+    return owners[-1] in ("transformers", "transformers_modules")
 
 
 def greedy(
