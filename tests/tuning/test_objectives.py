@@ -99,9 +99,10 @@ def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     budget = Budget(0.3, None, (PromptShape(3, 196, 9),), 6)
     space = Space(("uniform", "pyramid"), ("last_query",), ("shared",)).within(budget, 6)
     study = optuna.create_study(pruner=optuna.pruners.NopPruner())
-    for start in space.starts():
+    starts = space.starts()
+    for start in starts:
         study.enqueue_trial(start.params(budget))
-    study.optimize(Objective(made, evidence, budget, space, "accuracy"), n_trials=2)
+    study.optimize(Objective(made, evidence, budget, space, "accuracy"), n_trials=len(starts))
     for trial in study.trials:
         policy = parse_policy(trial.user_attrs["policy"])
         answers = generate_answers(tiny, few, policy, AnswerSettings(8, 1, task.metric))
