@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Group:
         label = re.sub(r"[^\w.-]+", "-", f"{model.name}-{task.name}-{task.split}", flags=re.ASCII)
         return f"{label[:120]}-{model.key[:4]}{task.key[:4]}"
 
+    @cached_property
     def table(self) -> pd.DataFrame:
         """One row a method and budget, dense first, then by budget and score; columns `COLUMNS`.
 
@@ -121,7 +123,7 @@ class Leaderboard:
         """All groups below each other, with `model`, `dtype`, `task`, `split` and `metric` in front."""
         frames = []
         for group in self.groups:
-            frame, model, task = group.table(), group.first.model, group.first.task
+            frame, model, task = group.table.copy(), group.first.model, group.first.task
             told = (model.name, model.dtype, task.name, task.split, task.metric)
             for at, (name, value) in enumerate(zip(_TOLD, told, strict=True)):
                 frame.insert(at, name, clean(value))
@@ -134,11 +136,11 @@ class Leaderboard:
         for at, group in enumerate(self.groups):
             lines += [f"## {_escaped(group.title)}", ""]
             lines += [f"![Score over bytes]({figures[at]})", ""] if figures else []
-            lines += [*_markdown(group.table()), ""]
+            lines += [*_markdown(group.table), ""]
         lines += [
             "Scores are means over the samples with 95% intervals; *behind* is the difference to the best of "
-            "the budget and *vs dense* to the stock model, paired by sample. Intervals are not corrected for the "
-            "number of rows.",
+            "the budget and *vs dense* to the stock model, paired by sample. Intervals are not corrected for "
+            "the number of rows.",
             "",
         ]
         if self.set_aside:

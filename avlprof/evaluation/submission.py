@@ -169,8 +169,9 @@ class Submission(_Part):
         return self.model.key, self.task.key
 
     def text(self) -> str:
-        """The file."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+        """The file: lists of numbers on one line, all else spread out."""
+        spread = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+        return re.sub(r"\[\n[-\d.e+,\s]+\]", lambda numbers: "".join(numbers[0].split()), spread) + "\n"
 
     @property
     def file_name(self) -> str:

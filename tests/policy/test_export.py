@@ -333,7 +333,7 @@ def test_kvpress_answers_as_the_runtime_does(tmp_path):
     import avlprof
     from tests.policy import kvpress_side as side
 
-    names = [*SCORERS.names(), "valued:instruction", "pooled:instruction"]
+    names = [*SCORERS.names(), "valued:instruction", "pooled:valued:window", "distinct:last_query"]
     policies = {f"split-{at}": split(name, ("shared", "kv_head")[at % 2]) for at, name in enumerate(names)}
     policies |= {f"pool-{at}": pool(name, ("kv_head", "shared")[at % 2]) for at, name in enumerate(names)}
     jobs = [{"name": name, "model": "gemma3"} for name in policies]

@@ -11,7 +11,7 @@ from avlprof.policy.export._base import Case, Target, head, listed
 
 SCORERS = (
     *("last_query", "window", "instruction", "text_weighted", "accumulated", "position", "random"),
-    *("key_norm", "value_norm", "key_diversity", "valued", "pooled"),
+    *("key_norm", "value_norm", "key_diversity", "valued", "pooled", "distinct"),
 )
 ABOVE = 1e-10
 """Keeps `int(length * (1 - ratio))` of kvpress from falling below a pool's `floor(share * length)`."""
@@ -67,8 +67,8 @@ class KVPress(Target):
                 f"policy '{policy.name}' drops no token of a prompt, and that is all that kvpress can do: "
                 "nothing of it would be left"
             )
-        inner = policy.scorer.options.get("of", SCORERS[0])
-        for name in (policy.scorer.name, inner):
+        inner = str(policy.scorer.options.get("of", SCORERS[0])).split(":")
+        for name in (policy.scorer.name, *inner):
             if name not in SCORERS:
                 raise UserError(
                     f"scorer '{name}' of policy '{policy.name}' is not known to the export; "
