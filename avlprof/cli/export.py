@@ -12,6 +12,7 @@ from avlprof.files import check_output
 
 if TYPE_CHECKING:
     from avlprof.policy import Policy, PromptShape
+    from avlprof.run import Run
 
 app = typer.Typer(add_completion=False)
 
@@ -44,6 +45,12 @@ def export(
             help="A typical prompt for engines that count tokens: SYSTEM,VISION,TEXT, as in 14,576,30.",
         ),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", help="Traced run in place of --layers and --tokens: its longest prompt counts."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File; without it, stdout.")] = None,
 ) -> None:
     """Write the winner, a trial, or a point of the front of a study as a policy file.
@@ -53,9 +60,11 @@ def export(
     from avlprof.files import write_text
     from avlprof.policy import dump_policy, save_policy
     from avlprof.policy.export import TARGETS, export_to
+    from avlprof.run import Run
 
     check_output(out)
     prompt = _prompt(tokens)
+    traced = None if run is None else Run.open(run)
     if to != YAML:
         TARGETS.get(to)
     policy = _policy(source, trial, max_read)
@@ -65,7 +74,9 @@ def export(
         else:
             finished([save_policy(policy, out)], f"avlprof policy show {out}")
         return
-    policy = _resolved(policy, layers)
+    if traced is not None:
+        layers, prompt = layers or traced.meta.layers, prompt or _longest(traced)
+    policy = _resolved(policy, layers, traced)
     handed = export_to(to, policy, policy.layers or layers or 0, prompt)
     if out is None:
         typer.echo(handed.text, nl=False)
@@ -92,17 +103,27 @@ def _policy(source: str, trial: int | None, max_read: float | None) -> Policy:
     return find_policy(source)
 
 
-def _resolved(policy: Policy, layers: int | None) -> Policy:
-    """With a share for each layer, from their number alone; `UserError` where that does not do."""
-    from avlprof.budgets.resolve import resolve_by_depth
+def _longest(run: Run) -> PromptShape:
+    """The token counts of the run's longest prompt."""
+    from avlprof.policy import PromptShape
+
+    rows = run.samples()[["system", "vision", "text"]].itertuples(index=False)
+    return max((PromptShape(int(a), int(b), int(c)) for a, b, c in rows), key=lambda prompt: prompt.total)
+
+
+def _resolved(policy: Policy, layers: int | None, run: Run | None) -> Policy:
+    """With a share for each layer, from their number or a profile; `UserError` where that does not do."""
+    from avlprof.budgets.resolve import resolve, resolve_by_depth
     from avlprof.errors import UserError
     from avlprof.policy import acts_on
 
     count = policy.layers or layers
     if count is None:
-        raise UserError(f"policy '{policy.name}' is for models of any depth; give --layers of yours")
+        raise UserError(f"policy '{policy.name}' is for models of any depth; give --layers or --run of yours")
     if layers is not None:
         policy.model_copy(update={"allocator": None}).check_layers(layers)
+    if policy.allocator is not None and run is not None:
+        return resolve(policy, run.profile().evidence())
     return resolve_by_depth(policy, count, acts_on(policy))
 
 

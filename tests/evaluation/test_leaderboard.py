@@ -265,6 +265,7 @@ def test_what_several_people_found_alike_is_one_row(tmp_path):
     assert all(len(files.split(", ")) == 2 for files in group.table["files"][1:])
 
 
+@pytest.mark.full  # draws figures
 def test_texts_of_others_are_only_texts(tmp_path):
     for path in made(tmp_path / "in"):
         tampered(path, path, lambda data: [put("by", HOSTILE)(data), put("results.3.method", HOSTILE)(data)])
@@ -283,6 +284,7 @@ def test_texts_of_others_are_only_texts(tmp_path):
 # --- the command, and the figure
 
 
+@pytest.mark.full  # draws figures
 def test_the_command_writes_table_and_figure(tmp_path):
     made(tmp_path / "in", by="Ada")
     (tmp_path / "in" / "bad.json").write_text("{")

@@ -74,7 +74,7 @@ class Case:
         if self.prompt is None:
             raise UserError(
                 f"{target} counts tokens, not shares: give --tokens SYSTEM,VISION,TEXT of a typical prompt, "
-                "such as 14,576,30"
+                "such as 14,576,30, or a traced run"
             )
         return self.prompt, sizes(self.policy, self.prompt, self.layers)
 
