@@ -17,7 +17,6 @@ from avlprof.cli._output import (
     percent,
     records,
     show,
-    size,
 )
 from avlprof.cli._progress import bars
 from avlprof.files import check_output
@@ -80,23 +79,30 @@ def _write(board: Leaderboard, place: Path, suffix: str) -> list[Path]:
 
 
 def _print(group: Group) -> None:
-    from avlprof.evaluation.leaderboard import said_difference
-
-    rows: list[dict[str, Any]] = [
+    """What fits a terminal; the files have all intervals."""
+    rows = records(group.table)
+    named = any(row["by"] for row in rows)
+    table = [
         {
             "budget": row["budget"],
             "#": row["rank"],
             "method": row["method"],
-            "by": row["by"] or "-",
-            "score": f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-            "behind": said_difference(row, "behind"),
-            "vs dense": said_difference(row, "vs_dense"),
-            "live_share": row["live_share"],
-            "read_share": row["read_share"],
-            "live_bytes": row["live_bytes"],
+            **({"by": row["by"] or "-"} if named else {}),
+            "score": f"{row['score']:.3f} [{row['low']:.2f}, {row['high']:.2f}]",
+            "behind": _marked(row, "behind"),
+            "vs dense": _marked(row, "vs_dense"),
+            "KV": row["live_share"],
         }
-        for row in records(group.table)
+        for row in rows
     ]
-    shares = dict.fromkeys(("budget", "live_share", "read_share"), percent)
     rank = {"#": lambda value: "-" if value is None else f"{value:.0f}"}
-    show(rows, Format.table, group.title, {**shares, **rank, "live_bytes": size})
+    show(table, Format.table, group.title, {**rank, "budget": percent, "KV": percent})
+    note("behind: the best of the budget; * the paired 95% interval excludes 0, not corrected for many rows")
+
+
+def _marked(row: dict[str, Any], name: str) -> str:
+    """A difference, with a star where these samples show it."""
+    if row[name] is None:
+        return "-"
+    sure = row[f"{name}_low"] > 0.0 or row[f"{name}_high"] < 0.0
+    return f"{row[name]:+.3f}{'*' if sure else ' '}"
