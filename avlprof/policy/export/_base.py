@@ -27,6 +27,7 @@ LOST: Final[Mapping[str, str]] = {
     "refresh": "without a core there is nothing to refresh",
     "core_score": "without a core there is nothing to refresh",
     "vision_bits": "what is kept stays in the precision of the cache",
+    "text.bits": "text stays in the precision of the cache",
     "text.window": "all text stays, and every generated token",
     "text.sink": "all text stays",
     "text.heavy": "all text stays",

@@ -60,6 +60,8 @@ class KVPress(Target):
         }
     )
 
+    says = MappingProxyType({"heads": "each KV head has a set of its own, of as many tokens as the others"})
+
     def check(self, case: Case) -> None:
         policy = case.policy
         if all(share >= 1.0 for share in case.shares()):
@@ -87,7 +89,7 @@ class KVPress(Target):
         values = {
             "SCORER": policy.scorer.name,
             "OPTIONS": dict(policy.scorer.options),
-            "PER_HEAD": policy.heads == "kv_head",
+            "PER_HEAD": policy.heads != "shared",
             "POOL": joint is not None,
             "SINK": joint.sink if joint else 0,
             "RECENT": joint.recent if joint else 0,
