@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from avlprof.errors import UserError
 
 EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
-RANKING = "valued:instruction"
+RANKING = "distinct:valued:instruction"
 """The scorer of what is derived, searched first, or shipped as `uniform`; it was measured to win
 (`docs/policies.md`). A policy file without a scorer means `last_query`."""
 MOST = 10**9

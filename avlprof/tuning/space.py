@@ -50,6 +50,7 @@ class Space:
     scorers: tuple[str, ...] = (
         *("last_query", "instruction", "accumulated"),
         *("valued:instruction", "pooled:instruction"),
+        *("distinct:valued:instruction", "distinct:valued:pooled:instruction"),
     )
     heads: tuple[str, ...] = HEADS
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
