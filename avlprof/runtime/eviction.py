@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import best, best_slots
+from avlprof.attention.ranking import best, best_pairs, best_slots
 from avlprof.attention.weights import group_mean
 from avlprof.runtime.layout import (
     CORE,
@@ -152,7 +152,7 @@ class CoreSlots:
 class Candidates:
     """What competes for a layer's slots at a prompt or turn: its `n` held slots, then `N` new tokens.
 
-    `turn` are the new tokens, `classes [B, 1, n]` those of the held slots, whose text begins at slot
+    `turn` are the new tokens, `classes [B, 1 or G, n]` those of the held slots, whose text begins at slot
     `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads.
     """
 
@@ -170,7 +170,7 @@ class Candidates:
     def system(self) -> Tensor:
         """bool `[B, 1, n + N]`: system text, which all stays."""
         new = (self.turn.modality == Modality.SYSTEM)[:, None]
-        return torch.cat([self.classes == SYSTEM, new], dim=-1)
+        return torch.cat([self.classes[:, :1] == SYSTEM, new], dim=-1)
 
 
 def kept_order(
@@ -181,11 +181,12 @@ def kept_order(
     plans: list[RowPlan],
     after: list[RowPlan],
     left: int,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Columns of all candidates in the order of the layer's slots, `[B, G, n]`, and running scores of text.
 
-    What is in neither the left part nor the text part behind it goes. A first prompt whose text stays by
-    its age is put into order by a kernel on CUDA.
+    What is in neither the left part nor the text part behind it goes. Where heads differ in their counts
+    of vision tokens, these are in no slots: the third answer, bool `[B, G, n + N]`, says which stay. A
+    first prompt whose text stays by its age is put into order by a kernel on CUDA.
 
     Args:
         scores: `[B, H, N]` of the new tokens by the policy's scorer; None for a prompt that stays whole.
@@ -200,17 +201,36 @@ def kept_order(
     most, known = max(counts), None if candidates.in_order else candidates.positions
     if scores is None:
         classes = whole_classes(turn.modality)
-        return torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1), None
+        whole = torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1)
+        return whole, None, None
     by_vision = group_mean(scores, groups[0])
-    if candidates.in_order and part.by_age and kernels_run(scores):
+    policy, kept = part.rule.policy, [plan.vision for plan in plans]
+    apart = policy.heads == "adaptive"
+    if candidates.in_order and part.by_age and kernels_run(scores) and not apart:
         from avlprof.runtime.triton_layout import prompt_order
 
-        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None
-    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
+        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None, None
+    if apart:
+        vision = pairs_choice(candidates, by_vision, kept, policy.head_parts(part.rule.layer, groups[0]))
+    else:
+        vision = vision_choice(candidates, by_vision, kept, cores)
     text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
     classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
     classes = classes.expand(-1, candidates.positions.shape[1], -1)
-    return torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1), running
+    order = torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1)
+    return order, running, vision == STORED if apart else None
+
+
+def pairs_choice(candidates: Candidates, scores: Tensor, kept: list[int], parts: tuple[float, ...]) -> Tensor:
+    """STORED or else PADDING for each candidate, `[B, G, n + N]`, where heads differ in their counts.
+
+    What is held stays; of the new vision tokens the best pairs of head and token stay. Arguments as in
+    `vision_choice`, `kept` in the mean over heads, `parts` as in `best_pairs`.
+    """
+    vision = (candidates.turn.modality == Modality.VISION)[:, None]
+    new = best_pairs(scores, vision, per_row(kept, scores.device)[:, 0, 0], parts)
+    was = (candidates.classes == STORED).expand(-1, scores.shape[1], -1)
+    return torch.where(torch.cat([was, new], dim=-1), STORED, PADDING)
 
 
 def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:
@@ -250,7 +270,7 @@ def text_choice(
     """
     turn, rule, groups = candidates.turn, part.rule, scores.shape[1]
     new = (turn.modality == Modality.TEXT)[:, None].expand(-1, groups, -1)
-    was = (candidates.classes == TEXT).expand(-1, groups, -1)
+    was = (candidates.classes[:, :1] == TEXT).expand(-1, groups, -1)
     text, positions = torch.cat([was, new], dim=-1), candidates.positions[:, :groups]
     joint = rule.policy.joint
     if joint is not None and not rule.evicts:

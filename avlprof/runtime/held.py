@@ -7,36 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from avlprof.attention.call import AttentionCall
 from avlprof.policy import FULL, PromptShape
 from avlprof.runtime.buffers import SlotLayer
 from avlprof.runtime.core_scores import CoreScores
-from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.layout import RowPlan, per_row, slot_classes
 from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.ragged import RaggedHeads
 from avlprof.runtime.step import LayerUse, Reads
 from avlprof.runtime.text_part import TextPart, TextRule
 
 
 class HeldLayer(SlotLayer):
-    """Slots of a layer, counted from those that are `stored` in few bits on to those of the buffers.
+    """Slots of a layer, counted from those that are `stored` beside the buffers on to those of the buffers.
 
     `plans` say what each row holds, `_full` what of it the buffers hold, whose text begins at slot `_left`
-    of theirs. Without few bits the two are the same.
+    of theirs. What is stored beside them are vision tokens in few bits, or of heads that differ in how many
+    they keep; without either the two are the same.
     """
 
     def __init__(self, rule: TextRule) -> None:
         super().__init__()
         self.rule = rule
-        self.per_kv_head = rule.policy.heads == "kv_head"
+        self.per_kv_head = rule.policy.heads != "shared"
         self.bits = rule.policy.bits(rule.layers)[rule.layer]
-        self.packs = self.bits < FULL
-        self.reads_stored = self.bits < FULL and rule.policy.vision_compute is None
+        self.apart = rule.policy.heads == "adaptive"
+        self.packs = self.bits < FULL or self.apart
+        self.reads_stored = self.packs and rule.policy.vision_compute is None
         self.hold_nothing()
 
     def hold_nothing(self) -> None:
         """As before the first prompt."""
         self.reads = Reads()
         self.plans: list[RowPlan] = []
-        self.stored: StoredBits | None = None
+        self.stored: StoredBits | RaggedHeads | None = None
         self.text = TextPart(self.rule)
         policy = self.rule.policy
         self.scores = CoreScores(policy.core_score) if policy.scores_core else None
@@ -89,8 +93,35 @@ class HeldLayer(SlotLayer):
             steps=self.reads.steps,
         )
 
+    def _store(
+        self, call: AttentionCall, positions: Tensor, order: Tensor, kept: Tensor | None, plans: list[RowPlan]
+    ) -> None:
+        """Store kept vision outside the core beside the buffers.
+
+        Args:
+            positions: `[B, G, n]` logical, of the call's keys.
+            order: columns `[B, G, m]` of the left part: it stands before core and system there.
+            kept: bool `[B, Hkv, n]`, which it is, where heads differ in how many they keep.
+            plans: what each row holds.
+        """
+        if kept is not None:
+            held = self.stored if isinstance(self.stored, RaggedHeads) else None
+            self.stored = RaggedHeads.of(call.key, call.value, positions, kept, held, self.bits)
+            return
+        counts = [plan.vision - plan.core for plan in plans]
+        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
+        slots = ends + torch.arange(-max(counts), 0, device=order.device)
+        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1))
+        before = self.stored if isinstance(self.stored, StoredBits) else None
+        self.stored = StoredBits.of(call.key, call.value, positions, order, counts, before, self.bits)
+
     def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
-        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
+        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`.
+
+        Where heads differ in how many they keep, a head that keeps fewer than the most begins with -1.
+        """
+        if isinstance(self.stored, RaggedHeads):
+            return (self.stored.positions[row],) * 2
         plan, end = self.plans[row], self._first + self._left - self.plans[row].system
         own = self._positions(end)[row, : None if self.per_kv_head else 1]
         core = own[:, end - plan.core :]
@@ -106,9 +137,12 @@ class HeldLayer(SlotLayer):
         return own[:, self._left : self._left + self.text.counts[row]]
 
     def _classes(self, width: int) -> Tensor:
-        """Class `[B, 1, width]` of each of the first slots."""
+        """Class `[B, 1 or Hkv, width]` of each of the first slots."""
         own = slot_classes(self._full, self.text.counts, self._left, width - self._first, self.device)
-        return own if self.stored is None else torch.cat([self.stored.classes, own], dim=-1)
+        if self.stored is None:
+            return own
+        beside = self.stored.classes
+        return torch.cat([beside, own.expand(-1, beside.shape[1], -1)], dim=-1)
 
     def _positions(self, width: int) -> Tensor:
         """Logical positions `[B, G, width]` of the first slots."""

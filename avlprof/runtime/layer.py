@@ -16,7 +16,7 @@ from avlprof.attention.weights import group_mean
 from avlprof.runtime.buckets import FixedBuffers
 from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
 from avlprof.runtime.held import HeldLayer
-from avlprof.runtime.layout import PADDING, RowPlan, per_row
+from avlprof.runtime.layout import PADDING, RowPlan
 from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.step import Step
 from avlprof.runtime.text_part import TextRule
@@ -124,7 +124,7 @@ class AdaptiveLayer(HeldLayer):
         windows = FixedWindows(self._full, fixed.extents, fixed.held)
         with torch.no_grad():
             windows.refill(self.text.counts)
-            if self.stored is not None:
+            if isinstance(self.stored, StoredBits):
                 self.stored = fixed.stored_like(self.stored)
             if fixed.extents.core is not None:
                 classes = self._classes(self._first + self._left)
@@ -198,9 +198,9 @@ class AdaptiveLayer(HeldLayer):
         if self.scores is not None and scores is not None:
             self.scores.extend(group_mean(scores, groups[0]), positions, span[1])
         # 3 lay out: in the order that makes each step's reads one view; what few bits store for itself
-        order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
+        order, running, kept = kept_order(candidates, scores, groups, self.text, plans, after, wide)
         if self.packs:
-            self._store(call, candidates.positions, order[..., :wide], after)
+            self._store(call, candidates.positions, order[..., :wide], kept, after)
         order = order[..., wide - left :]
         self.plans, self._full, self._left = after, full, left
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
@@ -216,14 +216,6 @@ class AdaptiveLayer(HeldLayer):
         text = slice(left, left + most)
         self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
         self._plan(fixed)
-
-    def _store(self, call: AttentionCall, positions: Tensor, order: Tensor, plans: list[RowPlan]) -> None:
-        """Store kept vision outside the core in few bits: it stands before core and system in `order`."""
-        counts = [plan.vision - plan.core for plan in plans]
-        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
-        slots = ends + torch.arange(-max(counts), 0, device=order.device)
-        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1))
-        self.stored = StoredBits.of(call.key, call.value, positions, order, counts, self.stored, self.bits)
 
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
         classes = self._classes(turn.past) if turn.past else positions[..., :0]
@@ -304,7 +296,7 @@ class AdaptiveLayer(HeldLayer):
             positions = self._positions(self._first + self._left)[:, :groups, start:]
             self.scores.add(group_mean(weights, groups), positions, vision)
             weights = self.scores.of(positions, vision)
-        stored = self.stored if self._first else None
+        stored = self.stored if self._first and isinstance(self.stored, StoredBits) else None
         core.refresh(weights, start, self.buffers, groups, fixed, stored)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,8 +96,7 @@ class StoredBits:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Starts and lengths of runs of slots that are decoded at a time."""
         rows, heads = self.keys.codes.shape[:2]
-        most = _NUMBERS if self.positions.device.type == "cpu" else _NUMBERS << 4
-        size = max(most // (rows * heads * self.keys.size), _LEAST)
+        size = block_size(rows * heads * self.keys.size, self.positions.device)
         for start in range(0, self.width, size):
             yield start, min(size, self.width - start)
 
@@ -193,7 +193,39 @@ _LEAST = 16
 """Slots of a block, of however many rows and heads."""
 
 
-def stored_attention(stored: StoredBits, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def block_size(numbers: int, device: torch.device) -> int:
+    """Slots that are decoded at a time, of so many numbers each."""
+    most = _NUMBERS if device.type == "cpu" else _NUMBERS << 4
+    return max(most // numbers, _LEAST)
+
+
+class Stored(Protocol):
+    """What is stored beside the buffers, `StoredBits` or `RaggedHeads`: its slots come before theirs.
+
+    `mask` is bool `[B, 1 or Hkv, 1, width]`, or None where all slots hold a token; `positions`
+    `[B, 1 or Hkv, width]` are logical.
+    """
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def positions(self) -> Tensor: ...
+    def decoded(self) -> tuple[Tensor, Tensor]: ...
+    def mixed(self, weights: Tensor) -> Tensor: ...
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def stored_attention(stored: Stored, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output `[B, 1, H, D]` and weights `[B, H, M + n]` of a step over what is stored and the call's keys."""
     weights = stored.weights(call.query, call.key, call.scaling, mask, call.softcap, call.sinks)
     own = weighted_values(weights[..., stored.width :], call.value)
@@ -201,16 +233,16 @@ def stored_attention(stored: StoredBits, call: AttentionCall, mask: Tensor | Non
     return out.to(call.value.dtype), weights
 
 
-def joined_mask(stored: StoredBits, mask: Tensor | None, count: int) -> Tensor | None:
-    """Bool `[B, 1, 1, M + count]` over stored slots and `count` others with a mask of their own."""
+def joined_mask(stored: Stored, mask: Tensor | None, count: int) -> Tensor | None:
+    """Bool `[B, 1 or Hkv, 1, M + count]` over stored slots and `count` others with a mask of their own."""
     if stored.mask is None:
         return mask if mask is None else pad(mask, (stored.width, 0), value=True)
     if mask is None:
         return pad(stored.mask, (0, count), value=True)
-    return torch.cat([stored.mask, mask], dim=-1)
+    return torch.cat([stored.mask, mask.expand(-1, stored.mask.shape[1], -1, -1)], dim=-1)
 
 
-def with_stored(stored: StoredBits, call: AttentionCall) -> AttentionCall:
+def with_stored(stored: Stored, call: AttentionCall) -> AttentionCall:
     """The call with what is stored decoded before its own keys: what observers are shown."""
     keys, values = stored.decoded()
     positions, valid = call.positions, joined_mask(stored, call.valid, call.key.shape[2])

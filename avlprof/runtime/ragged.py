@@ -1,0 +1,230 @@
+"""Vision tokens where KV heads differ in how many they keep: one run of all heads', without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from avlprof.attention.codec import Packed, decode, encode, packed_bytes
+from avlprof.attention.weights import logit_weights, step_logits, weighted_values
+from avlprof.policy import FULL
+from avlprof.runtime.layout import PADDING, STORED
+from avlprof.runtime.packed import block_size, joined_mask
+
+States = Tensor | Packed
+
+
+@dataclass(frozen=True)
+class RaggedHeads:
+    """What a layer keeps of vision where its KV heads differ in their counts; all of it is read at each step.
+
+    `keys` and `values` are `[S, D]`, in 16 bits or packed: the tokens of the first row's first head, of its
+    second, and so on; `places [S]` are their logical positions. `lengths` are tokens by row and head, whose
+    sum in a row is a multiple of the heads. What asks for slots, one for each head of each row, sees
+    `width` of them, the longest head's, with tokens right-aligned; only logits and weights are laid out so.
+    """
+
+    keys: States
+    values: States
+    places: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        kept: Tensor,
+        held: RaggedHeads | None,
+        bits: int,
+    ) -> RaggedHeads:
+        """Of the tokens `kept`, bool `[B, Hkv, n]`, of `key` and `value [B, Hkv, n, D]`.
+
+        The first of them are the slots of what is `held`, which moves as it is, without being quantised
+        again. Waits for the device: how many a head keeps depends on scores.
+
+        Args:
+            positions: `[B, Hkv, n]` logical.
+            bits: 16, or the few bits that a number is stored in.
+        """
+        rows, heads, columns = kept.nonzero().unbind(1)
+        old = held.slots(rows, heads, columns) if held is not None and held.width else None
+        was = columns < (0 if held is None else held.width)
+
+        def stored(states: Tensor, before: States | None) -> States:
+            taken = states[rows, heads, columns]
+            if bits == FULL:
+                return taken
+            new = encode(taken, bits)
+            if old is None or not isinstance(before, Packed):
+                return new
+            as_it_was = before.each(lambda part: part[old])
+            return new.each(lambda fresh, mine: torch.where(was[:, None], mine, fresh), as_it_was)
+
+        keys = stored(key, None if held is None else held.keys)
+        values = stored(value, None if held is None else held.values)
+        lengths = tuple(tuple(row) for row in kept.sum(dim=-1).tolist())
+        return cls(keys, values, positions[rows, heads, columns], lengths, key.dtype)
+
+    def slots(self, rows: Tensor, heads: Tensor, columns: Tensor) -> Tensor:
+        """Where in the run the slots `columns` of heads of rows are; 0 for slots behind the last."""
+        device = self.places.device
+        ends = torch.tensor([*accumulate(self._flat_lengths())], device=device).view(len(self.lengths), -1)
+        at = ends[rows, heads] - self.width + columns
+        return at.masked_fill(columns >= self.width, 0)
+
+    @cached_property
+    def width(self) -> int:
+        """Slots of a head: as many as the longest holds."""
+        return max(self._flat_lengths(), default=0)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each row, in the mean over heads."""
+        return tuple(sum(row) // len(row) for row in self.lengths)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All that tokens are made of, positions too."""
+        held = (part for states in (self.keys, self.values) for part in _parts(states))
+        return [*held, self.places]
+
+    @property
+    def share(self) -> float:
+        """Bytes of a token over those it takes in 16 bits."""
+        if not isinstance(self.keys, Packed) or not isinstance(self.values, Packed):
+            return 1.0
+        sizes = self.keys.size, self.values.size
+        return sum(packed_bytes(size, self.keys.bits) for size in sizes) * 8 / (sum(sizes) * FULL)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool `[B, Hkv, 1, width]`: slots that hold a token; None where all do."""
+        if min(self._flat_lengths(), default=0) == self.width:
+            return None
+        column = torch.arange(self.width, 0, -1, device=self.places.device)
+        return (column <= torch.tensor(self.lengths, device=column.device)[..., None])[:, :, None]
+
+    @property
+    def classes(self) -> Tensor:
+        """STORED or PADDING for each slot, `[B, Hkv, width]`."""
+        shape = (len(self.lengths), len(self.lengths[0]), self.width)
+        classes = torch.full(shape, STORED, device=self.places.device)
+        return classes if self.mask is None else classes.masked_fill(~self.mask[:, :, 0], PADDING)
+
+    @property
+    def positions(self) -> Tensor:
+        """Logical positions of the slots, `[B, Hkv, width]`; -1 where they hold nothing."""
+        return self._laid_out(self.places[:, None], -1)[..., 0]
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """All keys and values by slot, `[B, Hkv, width, D]` each: for a turn or an observer, not a step."""
+        keys, values = _numbers(self.keys, self.dtype), _numbers(self.values, self.dtype)
+        return self._laid_out(keys, 0), self._laid_out(values, 0)
+
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `StoredBits.weights`: `[B, H, width + n]`, 0 on slots that hold nothing."""
+        own = self._logits(query, scaling, softcap)
+        logits = torch.cat([own, step_logits(query, key, scaling, softcap)], dim=-1)
+        return logit_weights(logits, joined_mask(self, mask, key.shape[2]), sinks)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Values weighted by `weights [B, H, width]`, added up in fp32: `[B, 1, H, D]`."""
+        batch, heads = weights.shape[:2]
+        size = self.values.size if isinstance(self.values, Packed) else self.values.shape[-1]
+        out = weights.new_zeros((batch, 1, heads, size), dtype=torch.float32)
+        for row, head, slot, start, count in self._pieces():
+            value = _numbers(_narrowed(self.values, start, count), self.dtype)[None, None]
+            own = self._queries(head, heads)
+            out[row : row + 1, :, own] += weighted_values(
+                weights[row : row + 1, own, slot : slot + count], value
+            )
+        return out
+
+    def select_rows(self, rows: Tensor) -> RaggedHeads:
+        """The batch's rows `rows`, in that order and with repeats."""
+        counts = [sum(row) for row in self.lengths]
+        ends = [*accumulate(counts)]
+        picked = rows.tolist()
+        device = self.places.device
+        at = torch.cat([torch.arange(ends[row] - counts[row], ends[row], device=device) for row in picked])
+        keys, values = (_each(states, at) for states in (self.keys, self.values))
+        lengths = tuple(self.lengths[row] for row in picked)
+        return RaggedHeads(keys, values, self.places[at], lengths, self.dtype)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind all that is held."""
+        return sum(part.untyped_storage().nbytes() for part in self.parts)
+
+    def _logits(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Logits of `query [B, H, 1, D]`, fp32 `[B, Hkv, g, width]`."""
+        batch, heads = query.shape[:2]
+        groups = len(self.lengths[0])
+        out = query.new_zeros((batch, groups, heads // groups, self.width), dtype=torch.float32)
+        for row, head, slot, start, count in self._pieces():
+            key = _numbers(_narrowed(self.keys, start, count), self.dtype)[None, None]
+            own = query[row : row + 1, self._queries(head, heads)]
+            out[row, head, :, slot : slot + count] = step_logits(own, key, scaling, softcap)[0, 0]
+        return out
+
+    def _queries(self, head: int, heads: int) -> slice:
+        """The query heads of a KV head, of `heads` in all."""
+        group = heads // len(self.lengths[0])
+        return slice(head * group, (head + 1) * group)
+
+    def _pieces(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """Row, head, first slot, first token and length of runs that are read, or decoded, at a time."""
+        most = max(self.width, 1)
+        if isinstance(self.keys, Packed):
+            most = block_size(self.keys.size, self.places.device)
+        begin = 0
+        for row, counts in enumerate(self.lengths):
+            for head, count in enumerate(counts):
+                for at in range(0, count, most):
+                    yield row, head, self.width - count + at, begin + at, min(most, count - at)
+                begin += count
+
+    def _flat_lengths(self) -> list[int]:
+        return [count for row in self.lengths for count in row]
+
+    def _laid_out(self, states: Tensor, empty: int) -> Tensor:
+        """Numbers `[S, D]` by slot, `[B, Hkv, width, D]`, `empty` where there is none."""
+        shape = (len(self.lengths), len(self.lengths[0]), self.width, states.shape[-1])
+        whole = states.new_full(shape, empty)
+        mask = self.mask
+        if mask is None:
+            return states.view(shape)
+        whole[mask[:, :, 0]] = states
+        return whole
+
+
+def _parts(states: States) -> tuple[Tensor, ...]:
+    return states.parts if isinstance(states, Packed) else (states,)
+
+
+def _each(states: States, at: Tensor) -> States:
+    """The tokens `at`."""
+    return states.each(lambda part: part[at]) if isinstance(states, Packed) else states[at]
+
+
+def _narrowed(states: States, start: int, count: int) -> States:
+    return states.narrow(start, count) if isinstance(states, Packed) else states.narrow(0, start, count)
+
+
+def _numbers(states: States, dtype: torch.dtype) -> Tensor:
+    return decode(states, dtype) if isinstance(states, Packed) else states
