@@ -17,10 +17,10 @@ from avlprof.runtime.forced import ForcedBatch
 from avlprof.runtime.packed import stored_attention
 from avlprof.runtime.ragged import RaggedHeads
 from avlprof.testing.models import cases, random_llava
+from tests.conversations import conversation, converse
 from tests.helpers import answers_of, generate, one_row, stepwise, thinned
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import ADAPTIVE
-from tests.runtime.test_turns import conversation, converse
 
 MODELS = dict(cases())
 QUICK = ("adaptive", "adaptive, 4 bits")
