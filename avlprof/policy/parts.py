@@ -21,6 +21,7 @@ BITS = (FULL, 8, 4, 3, 2)
 N = TypeVar("N", int, float)
 
 Refresh = Literal["full", "score_only"]
+Heads = Literal["shared", "kv_head", "adaptive"]
 Bit = Annotated[int, Field(json_schema_extra={"enum": list(BITS)})]
 Bits = Bit | tuple[Bit, ...]
 Ratio = float | tuple[float, ...]

@@ -17,6 +17,7 @@ from avlprof.policy.parts import (
     Bits,
     CoreScore,
     Count,
+    Heads,
     JointPool,
     Part,
     PrefillFilter,
@@ -71,7 +72,7 @@ class Policy(Part):
     vision_bits: Bits = FULL
     allocator: AllocatorSpec | None = None
     scorer: ScorerSpec = ScorerSpec()
-    heads: Literal["shared", "kv_head", "adaptive"] = "shared"
+    heads: Heads = "shared"
     head_floor: Annotated[float, Field(ge=0.0, le=1.0)] = HEAD_FLOOR
     head_shares: Shares | None = None
     text: TextPolicy = TextPolicy()
