@@ -10,7 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from avlprof.attention.call import AttentionCall, Bounds, StepStates
 from avlprof.attention.codec import Packed, decode, encode, packed_bytes
+from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.weights import logit_weights, step_logits, weighted_values
 from avlprof.policy import FULL
 from avlprof.runtime.layout import PADDING, STORED
@@ -29,8 +31,8 @@ class RaggedHeads:
     `width` of them, the longest head's, with tokens right-aligned; only logits and weights are laid out so.
     """
 
-    keys: States
-    values: States
+    keys: Tensor | Packed
+    values: Tensor | Packed
     places: Tensor
     lengths: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
@@ -155,6 +157,34 @@ class RaggedHeads:
                 weights[row : row + 1, own, slot : slot + count], value
             )
         return out
+
+    def by_kernels(self, call: AttentionCall, mask: Tensor | None, bounds: Bounds | None) -> Tensor | None:
+        """Output `[B, 1, H, D]` of a step over what is here and the call's keys; None where no kernels run.
+
+        Arguments are those of `stored_attention`; `bounds` say what `mask` does.
+        """
+        keys, values = self.keys, self.values
+        if isinstance(keys, Packed) or isinstance(values, Packed) or not self.width:
+            return None
+        if not kernels_run(call.query) or (mask is not None and bounds is None):
+            return None
+        from avlprof.attention.triton_decode import triton_joined
+
+        near = StepStates(
+            call.query, call.key, call.value, call.scaling, call.softcap, call.sinks, mask, bounds
+        )
+        pairs = len(self._flat_lengths())
+        keys, values = (part.expand(pairs, 1, -1, -1) for part in (keys, values))
+        queries = call.query.reshape(pairs, -1, 1, call.query.shape[-1])
+        far = StepStates(queries, keys, values, call.scaling, call.softcap, None, None, self._bounds)
+        return triton_joined(near, far)
+
+    @cached_property
+    def _bounds(self) -> Bounds:
+        """The tokens of each head of each row."""
+        lengths = torch.tensor(self._flat_lengths(), device=self.places.device)
+        ends = lengths.cumsum(dim=0)
+        return Bounds(ends - lengths, ends - 1, 0)
 
     def select_rows(self, rows: Tensor) -> RaggedHeads:
         """The batch's rows `rows`, in that order and with repeats."""
