@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,7 +12,7 @@ from torch import Tensor
 from avlprof.attention.call import AttentionCall, Bounds, StepStates
 from avlprof.attention.codec import Packed, decode, encode, packed_bytes
 from avlprof.attention.column_sums import kernels_run
-from avlprof.attention.weights import logit_weights, step_logits, weighted_values
+from avlprof.attention.weights import logit_weights, step_logits
 from avlprof.policy import FULL
 from avlprof.runtime.layout import PADDING, STORED
 from avlprof.runtime.packed import block_size, joined_mask
@@ -147,16 +146,15 @@ class RaggedHeads:
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Values weighted by `weights [B, H, width]`, added up in fp32: `[B, 1, H, D]`."""
-        batch, heads = weights.shape[:2]
+        groups = len(self.lengths[0])
+        rows = weights.view(len(weights), groups, -1, self.width)
         size = self.values.size if isinstance(self.values, Packed) else self.values.shape[-1]
-        out = weights.new_zeros((batch, 1, heads, size), dtype=torch.float32)
-        for row, head, slot, start, count in self._pieces():
-            value = _numbers(_narrowed(self.values, start, count), self.dtype)[None, None]
-            own = self._queries(head, heads)
-            out[row : row + 1, :, own] += weighted_values(
-                weights[row : row + 1, own, slot : slot + count], value
-            )
-        return out
+        out = weights.new_zeros((*rows.shape[:3], size), dtype=torch.float32)
+        for start, count, pieces in self._blocks:
+            value = _numbers(_narrowed(self.values, start, count), self.dtype).float()
+            for row, head, slot, at, n in pieces:
+                out[row, head] += rows[row, head, :, slot : slot + n] @ value[at : at + n]
+        return out.view(len(weights), 1, -1, size)
 
     def by_kernels(self, call: AttentionCall, mask: Tensor | None, bounds: Bounds | None) -> Tensor | None:
         """Output `[B, 1, H, D]` of a step over what is here and the call's keys; None where no kernels run.
@@ -205,29 +203,38 @@ class RaggedHeads:
         """Logits of `query [B, H, 1, D]`, fp32 `[B, Hkv, g, width]`."""
         batch, heads = query.shape[:2]
         groups = len(self.lengths[0])
-        out = query.new_zeros((batch, groups, heads // groups, self.width), dtype=torch.float32)
-        for row, head, slot, start, count in self._pieces():
-            key = _numbers(_narrowed(self.keys, start, count), self.dtype)[None, None]
-            own = query[row : row + 1, self._queries(head, heads)]
-            out[row, head, :, slot : slot + count] = step_logits(own, key, scaling, softcap)[0, 0]
-        return out
+        rows = query.view(batch, groups, heads // groups, -1).float() * scaling
+        out = rows.new_zeros((*rows.shape[:3], self.width))
+        for start, count, pieces in self._blocks:
+            key = _numbers(_narrowed(self.keys, start, count), self.dtype).float()
+            for row, head, slot, at, n in pieces:
+                out[row, head, :, slot : slot + n] = rows[row, head] @ key[at : at + n].mT
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
 
-    def _queries(self, head: int, heads: int) -> slice:
-        """The query heads of a KV head, of `heads` in all."""
-        group = heads // len(self.lengths[0])
-        return slice(head * group, (head + 1) * group)
+    @cached_property
+    def _blocks(self) -> list[tuple[int, int, list[tuple[int, int, int, int, int]]]]:
+        """First token and length of runs that are read, or decoded, at a time, and the heads' pieces of each.
 
-    def _pieces(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Row, head, first slot, first token and length of runs that are read, or decoded, at a time."""
-        most = max(self.width, 1)
+        A piece is a row, a head, its first slot, where it begins in the run, and its length.
+        """
+        total = sum(self._flat_lengths())
+        most = max(total, 1)
         if isinstance(self.keys, Packed):
             most = block_size(self.keys.size, self.places.device)
+        blocks: list[tuple[int, int, list[tuple[int, int, int, int, int]]]] = [
+            (start, min(most, total - start), []) for start in range(0, total, most)
+        ]
         begin = 0
         for row, counts in enumerate(self.lengths):
             for head, count in enumerate(counts):
-                for at in range(0, count, most):
-                    yield row, head, self.width - count + at, begin + at, min(most, count - at)
+                at = begin
+                while at < begin + count:
+                    start, length, pieces = blocks[at // most]
+                    end = min(begin + count, start + length)
+                    pieces.append((row, head, self.width - begin - count + at, at - start, end - at))
+                    at = end
                 begin += count
+        return blocks
 
     def _flat_lengths(self) -> list[int]:
         return [count for row in self.lengths for count in row]
