@@ -50,8 +50,9 @@ class Policy(Part):
     core anew and attends to that (`score_only`). What is best then is what `core_score` says: by default the
     step's own attention. Kept vision KV outside the core is stored in
     `vision_bits` bits a number (see `avlprof.attention.codec`); without `vision_compute` there is no core,
-    and all that is kept is stored so. With an `allocator`, `vision_keep` (or `joint.keep`)
-    is the mean over layers, and `avlprof.budgets.resolve` turns it into one share a layer.
+    and all that is kept is stored so; system and prompt text in `text.bits`. With an `allocator`,
+    `vision_keep` (or `joint.keep`) is the mean over layers, and `avlprof.budgets.resolve` turns it into one
+    share a layer.
 
     The vision tokens of a layer are one set, one for each KV head, or, `adaptive`, one for each KV head with
     counts that differ, `vision_keep` being their mean. A head is then sure of its best tokens, `head_floor`
@@ -114,8 +115,9 @@ class Policy(Part):
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
         if self.core_score != CoreScore():
             raise ValueError("pool: joint has no core; leave core_score out")
-        if self.packs:
-            raise ValueError("pool: joint stores all tokens in full precision; leave vision_bits out")
+        if self.packs or self.text.packs:
+            field = "vision_bits" if self.packs else "text.bits"
+            raise ValueError(f"pool: joint stores all tokens in full precision; leave {field} out")
         if self.joint.decoding == "evict" and self.scorer.name not in EVICTING:
             raise ValueError(
                 f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
@@ -159,6 +161,7 @@ class Policy(Part):
             "text.sink": self.text.sink,
             "text.heavy": self.text.heavy,
             "text.keep": self.text.keep,
+            "text.bits": self.text.bits,
             "joint.keep": self.joint.keep if self.joint else None,
         }
 
@@ -182,12 +185,18 @@ class Policy(Part):
         """`vision_bits` of each layer."""
         return broadcast(self.vision_bits, layers)
 
-    def head_parts(self, layer: int, heads: int) -> tuple[float, ...]:
-        """What each of a layer's KV heads is sure of, over the mean count: floors of `heads: adaptive`.
+    def text_bits(self, layers: int) -> tuple[int, ...]:
+        """`text.bits` of each layer."""
+        return broadcast(self.text.bits, layers)
+
+    def head_parts(self, layer: int, heads: int) -> tuple[float, ...] | None:
+        """What each of a layer's KV heads is sure of, over the mean count; None where all have that count.
 
         Raises:
             UserError: `head_shares` are of another number of KV heads.
         """
+        if self.heads != "adaptive":
+            return None
         shares = self.head_shares[layer] if self.head_shares is not None else (1.0,) * heads
         if len(shares) != heads:
             raise UserError(
@@ -249,13 +258,15 @@ class Policy(Part):
     @property
     def hash(self) -> str:
         """Hash of what the policy does: name, description, source and provenance do not count."""
-        said = {"name", "description", "source", "provenance"}
+        said: dict[str, Any] = dict.fromkeys(("name", "description", "source", "provenance"), True)
         if not self.packs:
-            said.add("vision_bits")  # which policies of before have not: theirs hash as they did
+            said["vision_bits"] = True  # which policies of before have not: theirs hash as they did
         if self.core_score == CoreScore():
-            said.add("core_score")  # the same
+            said["core_score"] = True  # the same
+        if not self.text.packs:
+            said["text"] = {"bits"}  # the same
         if self.heads != "adaptive":
-            said |= {"head_floor", "head_shares"}  # the same
+            said |= {"head_floor": True, "head_shares": True}  # the same
         acting = self.model_dump(mode="json", by_alias=True, exclude=said)
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -87,11 +87,11 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
-        if isinstance(step.stored, RaggedHeads) and not step.weighing:
-            joined = step.stored.by_kernels(call, step.mask, step.bounds)
+        if len(step.stored) == 1 and not step.weighing and isinstance(step.stored[0], RaggedHeads):
+            joined = step.stored[0].by_kernels(call, step.mask, step.bounds)
             if joined is not None:
                 return joined, view._replace(decoded=partial(with_stored, step.stored))
-        if step.stored is not None:
+        if step.stored:
             out, weights = stored_attention(step.stored, call, step.mask)
             after = partial(layer.after, step, weights) if step.weighing else None
             return out, view._replace(after=after, decoded=partial(with_stored, step.stored))

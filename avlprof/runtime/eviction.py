@@ -153,13 +153,15 @@ class Candidates:
     """What competes for a layer's slots at a prompt or turn: its `n` held slots, then `N` new tokens.
 
     `turn` are the new tokens, `classes [B, 1 or G, n]` those of the held slots, whose text begins at slot
-    `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads.
+    `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads. `apart`, bool
+    `[B, 1, n + N]`, are system and text tokens that few bits store, and that compete for no slot.
     """
 
     turn: TurnPrefill
     classes: Tensor
     positions: Tensor
     left: int
+    apart: Tensor | None = None
 
     @property
     def in_order(self) -> bool:
@@ -169,8 +171,22 @@ class Candidates:
     @property
     def system(self) -> Tensor:
         """bool `[B, 1, n + N]`: system text, which all stays."""
-        new = (self.turn.modality == Modality.SYSTEM)[:, None]
-        return torch.cat([self.classes[:, :1] == SYSTEM, new], dim=-1)
+        return self._of(SYSTEM, Modality.SYSTEM)
+
+    @property
+    def text(self) -> Tensor:
+        """bool `[B, 1, n + N]`: text and generated tokens."""
+        return self._of(TEXT, Modality.TEXT)
+
+    @property
+    def text_counts(self) -> list[int]:
+        """New text tokens of each row that compete."""
+        return [0] * len(self.classes) if self.apart is not None else self.turn.text_counts
+
+    def _of(self, code: int, modality: Modality) -> Tensor:
+        held = self.classes[:, :1] == code  # heads differ in vision alone
+        marked = torch.cat([held, (self.turn.modality == modality)[:, None]], dim=-1)
+        return marked if self.apart is None else marked & ~self.apart
 
 
 def kept_order(
@@ -204,36 +220,29 @@ def kept_order(
         whole = torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1)
         return whole, None, None
     by_vision = group_mean(scores, groups[0])
-    policy, kept = part.rule.policy, [plan.vision for plan in plans]
-    apart = policy.heads == "adaptive"
-    if candidates.in_order and part.by_age and kernels_run(scores) and not apart:
+    parts = part.rule.policy.head_parts(part.rule.layer, groups[0])
+    if candidates.in_order and part.by_age and kernels_run(scores) and parts is None:
         from avlprof.runtime.triton_layout import prompt_order
 
-        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None, None
-    if apart:
-        vision = pairs_choice(candidates, by_vision, kept, policy.head_parts(part.rule.layer, groups[0]))
-    else:
-        vision = vision_choice(candidates, by_vision, kept, cores)
+        modality = turn.modality
+        if candidates.apart is not None:
+            modality = modality.masked_fill(candidates.apart[:, 0], Modality.PAD)
+        return prompt_order(by_vision, modality, after, candidates.text_counts, (left, most)), None, None
+    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores, parts)
     text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
     classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
     classes = classes.expand(-1, candidates.positions.shape[1], -1)
     order = torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1)
-    return order, running, vision == STORED if apart else None
+    return order, running, None if parts is None else vision == STORED
 
 
-def pairs_choice(candidates: Candidates, scores: Tensor, kept: list[int], parts: tuple[float, ...]) -> Tensor:
-    """STORED or else PADDING for each candidate, `[B, G, n + N]`, where heads differ in their counts.
-
-    What is held stays; of the new vision tokens the best pairs of head and token stay. Arguments as in
-    `vision_choice`, `kept` in the mean over heads, `parts` as in `best_pairs`.
-    """
-    vision = (candidates.turn.modality == Modality.VISION)[:, None]
-    new = best_pairs(scores, vision, per_row(kept, scores.device)[:, 0, 0], parts)
-    was = (candidates.classes == STORED).expand(-1, scores.shape[1], -1)
-    return torch.where(torch.cat([was, new], dim=-1), STORED, PADDING)
-
-
-def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:
+def vision_choice(
+    candidates: Candidates,
+    scores: Tensor,
+    kept: list[int],
+    cores: list[int],
+    parts: tuple[float, ...] | None,
+) -> Tensor:
     """STORED, CORE or else PADDING for each candidate, `[B, G, n + N]`.
 
     What is held stays; of the new vision tokens the best stay, and the core is picked among all.
@@ -242,14 +251,18 @@ def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores
         scores: `[B, G, N]` of the new tokens.
         kept: new vision tokens that each row keeps.
         cores: each row's core after the turn.
+        parts: as in `best_pairs`, where heads differ in their counts and there is no core; None elsewhere.
     """
     turn, old, groups, device = candidates.turn, candidates.classes, scores.shape[1], scores.device
     vision = (turn.modality == Modality.VISION)[:, None].expand_as(scores)
-    new = best(scores, vision, per_row(kept, device)[:, 0, 0])
-    if candidates.in_order and cores == kept:
+    counts = per_row(kept, device)[:, 0, 0]
+    new = best(scores, vision, counts) if parts is None else best_pairs(scores, vision, counts, parts)
+    if candidates.in_order and cores == kept and parts is None:
         return torch.where(new, CORE, PADDING)
     was = ((old == STORED) | (old == CORE)).expand(-1, groups, -1)
     stays = torch.cat([was, new], dim=-1)
+    if parts is not None:
+        return torch.where(stays, STORED, PADDING)
     if turn.past:
         scores = group_mean(turn.all_weights(turn.last_row[:, None])[:, :, 0], groups)
     positions = None if candidates.in_order else candidates.positions[:, :groups]
@@ -269,9 +282,8 @@ def text_choice(
         counts: text tokens that each row holds after the turn.
     """
     turn, rule, groups = candidates.turn, part.rule, scores.shape[1]
-    new = (turn.modality == Modality.TEXT)[:, None].expand(-1, groups, -1)
-    was = (candidates.classes[:, :1] == TEXT).expand(-1, groups, -1)
-    text, positions = torch.cat([was, new], dim=-1), candidates.positions[:, :groups]
+    text, positions = candidates.text.expand(-1, groups, -1), candidates.positions[:, :groups]
+    was, new = text[..., : turn.past], text[..., turn.past :]
     joint = rule.policy.joint
     if joint is not None and not rule.evicts:
         # a pool that grows: what it holds stays, and the new tokens compete among themselves
@@ -282,7 +294,7 @@ def text_choice(
         return torch.cat([was, choose(scores, new, fresh, own, sinks, newest)], -1), None
     # any other part: held and new tokens compete together, as they will at every step
     running = _running(candidates, scores, part, text)
-    if candidates.in_order and counts == turn.text_counts:  # all stay
+    if candidates.in_order and counts == candidates.text_counts:  # all stay
         return text, running
     ranked = running
     if ranked is None:
@@ -329,13 +341,3 @@ def choose(
     safe = (age < per_row(sinks, device)) | (age >= total - per_row(newest, device))
     ranked = scores.masked_fill(safe & candidates, float("inf"))
     return best(ranked, candidates, per_row(counts, device)[:, 0, 0], positions)
-
-
-def merged(before: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[RowPlan]:
-    """Plans after a turn that adds `new` to those `before` it (none at first), with `texts` text tokens."""
-    if not before:
-        return [replace(plan, text=text) for plan, text in zip(new, texts, strict=True)]
-    return [
-        RowPlan(a.system + b.system, a.vision + b.vision, a.core + b.core, text, a.sink, b.limit)
-        for a, b, text in zip(before, new, texts, strict=True)
-    ]

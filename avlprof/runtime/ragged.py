@@ -12,10 +12,9 @@ from torch import Tensor
 from avlprof.attention.call import AttentionCall, Bounds, StepStates
 from avlprof.attention.codec import Packed, decode, encode, packed_bytes
 from avlprof.attention.column_sums import kernels_run
-from avlprof.attention.weights import logit_weights, step_logits
 from avlprof.policy import FULL
 from avlprof.runtime.layout import PADDING, STORED
-from avlprof.runtime.packed import block_size, joined_mask
+from avlprof.runtime.packed import block_size
 
 States = Tensor | Packed
 
@@ -130,19 +129,17 @@ class RaggedHeads:
         keys, values = _numbers(self.keys, self.dtype), _numbers(self.values, self.dtype)
         return self._laid_out(keys, 0), self._laid_out(values, 0)
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        mask: Tensor | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """As `StoredBits.weights`: `[B, H, width + n]`, 0 on slots that hold nothing."""
-        own = self._logits(query, scaling, softcap)
-        logits = torch.cat([own, step_logits(query, key, scaling, softcap)], dim=-1)
-        return logit_weights(logits, joined_mask(self, mask, key.shape[2]), sinks)
+    def logits(self, query: Tensor, scaling: float, softcap: float | None) -> list[Tensor]:
+        """Logits of `query [B, H, 1, D]` on the slots, fp32 `[B, Hkv, g, width]`; 0 where none is."""
+        batch, heads = query.shape[:2]
+        groups = len(self.lengths[0])
+        rows = query.view(batch, groups, heads // groups, -1).float() * scaling
+        out = rows.new_zeros((*rows.shape[:3], self.width))
+        for start, count, pieces in self._blocks:
+            key = _numbers(_narrowed(self.keys, start, count), self.dtype).float()
+            for row, head, slot, at, n in pieces:
+                out[row, head, :, slot : slot + n] = rows[row, head] @ key[at : at + n].mT
+        return [out if softcap is None else softcap * torch.tanh(out / softcap)]
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Values weighted by `weights [B, H, width]`, added up in fp32: `[B, 1, H, D]`."""
@@ -198,18 +195,6 @@ class RaggedHeads:
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind all that is held."""
         return sum(part.untyped_storage().nbytes() for part in self.parts)
-
-    def _logits(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Logits of `query [B, H, 1, D]`, fp32 `[B, Hkv, g, width]`."""
-        batch, heads = query.shape[:2]
-        groups = len(self.lengths[0])
-        rows = query.view(batch, groups, heads // groups, -1).float() * scaling
-        out = rows.new_zeros((*rows.shape[:3], self.width))
-        for start, count, pieces in self._blocks:
-            key = _numbers(_narrowed(self.keys, start, count), self.dtype).float()
-            for row, head, slot, at, n in pieces:
-                out[row, head, :, slot : slot + n] = rows[row, head] @ key[at : at + n].mT
-        return out if softcap is None else softcap * torch.tanh(out / softcap)
 
     @cached_property
     def _blocks(self) -> list[tuple[int, int, list[tuple[int, int, int, int, int]]]]:

@@ -252,7 +252,7 @@ def test_a_step_attends_to_each_heads_own_tokens(softcap, sinks, bits, monkeypat
     mask = torch.rand(3, 1, 1, 5, generator=generator) < 0.8
     options = {"s_aux": torch.randn(6, generator=generator)} if sinks else {}
     call = AttentionCall(0, None, query, key, value, None, 0.3, softcap, None, options, None, mask)
-    out, weights = stored_attention(stored, call, mask)
+    out, weights = stored_attention([stored], call, mask)
     for row in range(3):
         for head in range(6):
             mine, seen = kept[row, head // 3], mask[row, 0, 0]

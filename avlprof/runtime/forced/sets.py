@@ -232,7 +232,7 @@ def _best_pairs(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tens
             prompts.group_scores(policy.scorer, groups, layer),
             vision,
             counts[:, index],
-            policy.head_parts(layer, groups),
+            policy.head_parts(layer, groups) or (),
         )
         for index, policy in enumerate(plans.policies)
     ]
