@@ -302,6 +302,9 @@ ADAPTIVE = {
         text=TextPolicy(window=5, sink=2),
     ),
     "adaptive, 4 bits": Policy(vision_keep=KEEP, heads="adaptive", vision_bits=(4, 16, 2)),
+    "adaptive, packed text": Policy(
+        vision_keep=KEEP, heads="adaptive", vision_bits=(16, 4, 16), text=TextPolicy(bits=(4, 3, 16))
+    ),
     "adaptive, history": Policy(
         vision_keep=KEEP,
         heads="adaptive",

@@ -41,7 +41,7 @@ def held(layer, row, padding=0):
     return [{p - padding for p in places.tolist() if p >= 0} for places in kept]
 
 
-@pytest.mark.parametrize("name", thinned(ADAPTIVE, ("adaptive", "adaptive, no floor"), ("adaptive",)))
+@pytest.mark.parametrize("name", thinned(ADAPTIVE, ("adaptive", "adaptive, packed text"), ("adaptive",)))
 def test_rows_of_a_batch_are_those_of_the_oracle(case, name):
     policy, compared, uneven = ADAPTIVE[name], 0, 0
     for seed in range(2, 30):
@@ -69,7 +69,7 @@ def test_rows_of_a_batch_are_those_of_the_oracle(case, name):
     assert uneven, "no head keeps more than another"
 
 
-@pytest.mark.parametrize("name", thinned(ADAPTIVE, ("adaptive, 4 bits",)))
+@pytest.mark.parametrize("name", thinned(ADAPTIVE, ("adaptive, packed text",)))
 def test_two_turns_are_those_of_the_oracle(case, name):
     policy, compared = ADAPTIVE[name], 0
     for seed in range(30, 50):
@@ -94,7 +94,7 @@ def test_two_turns_are_those_of_the_oracle(case, name):
     raise AssertionError("near-ties decide the sets of every seed")
 
 
-@pytest.mark.parametrize("name", thinned(ADAPTIVE, (*QUICK, "adaptive, history"), QUICK))
+@pytest.mark.parametrize("name", thinned(ADAPTIVE, (*QUICK, "adaptive, packed text"), QUICK))
 def test_forced_is_the_stepwise_runtime(case, name):
     inputs = case.inputs(batch=4, seed=21, pad=True, text=11, images_per_row=[1, 2, 0, 1])
     answers = answers_of((9, 5, 1, 7))
@@ -123,7 +123,7 @@ def test_policies_of_one_pass_have_shares_of_their_own():
     assert len({round(found[0].kl, 7) for found in together}) == 3
 
 
-@pytest.mark.parametrize("name", thinned(ADAPTIVE, (*QUICK, "adaptive, history"), QUICK))
+@pytest.mark.parametrize("name", thinned(ADAPTIVE, (*QUICK, "adaptive, packed text"), QUICK))
 def test_bytes_are_those_of_the_policy_and_nothing_is_padding(case, name):
     policy = ADAPTIVE[name]
     inputs = case.inputs(batch=3, seed=4, pad=True, text=12, images_per_row=[1, 0, 2])
