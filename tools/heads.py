@@ -21,7 +21,7 @@ from avlprof.budgets import meet_budget
 from avlprof.evaluation import AnswerStore, paired_difference
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.models import LoadedModel
-from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec
+from avlprof.policy import Policy, PromptShape, ScorerSpec
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Task
 
@@ -33,10 +33,12 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def policies(budget: float, bits: int, shapes: Sequence[PromptShape], layers: int) -> Iterator[Policy]:
-    """One policy of each kind of heads at a budget, by the ranking that wins."""
+def policies(
+    budget: float, bits: int, shapes: Sequence[PromptShape], layers: int, scorer: ScorerSpec
+) -> Iterator[Policy]:
+    """One policy of each kind of heads at a budget."""
     keep = meet_budget((1.0,) * layers, shapes, budget, bits=bits)
-    flat = Policy(vision_keep=keep, vision_bits=bits, scorer=ScorerSpec.of(RANKING))
+    flat = Policy(vision_keep=keep, vision_bits=bits, scorer=scorer)
     if min(keep) < 1.0:
         for name, update in KINDS.items():
             yield flat.model_copy(update={"name": name} | update)
@@ -79,19 +81,19 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--budgets", default="0.1,0.2,0.4")
     parser.add_argument("--bits", default="16,4")
+    parser.add_argument("--scorer", default="valued:instruction")
     parser.add_argument("--samples", type=int, default=240, help="of the search split")
     parser.add_argument("--answers", type=int, default=0, help="held-out samples that are answered")
     parser.add_argument("--out", type=Path, default=Path("heads"))
     given = parser.parse_args()
     loaded, task = avlprof.load_model(given.model), avlprof.load_task(given.task)
+    scorer = ScorerSpec.of(given.scorer)
     samples = task.samples("search", given.samples)
-    forced = ForcedSet.prepare(
-        loaded, samples, max_new_tokens=task.max_new_tokens, scorers=[ScorerSpec.of(RANKING)]
-    )
+    forced = ForcedSet.prepare(loaded, samples, max_new_tokens=task.max_new_tokens, scorers=[scorer])
     store, parts = AnswerStore(given.out / "answers"), []
     for bits in map(int, given.bits.split(",")):
         for budget in map(float, given.budgets.split(",")):
-            kinds = list(policies(budget, bits, forced.shapes, loaded.adapter.layers))
+            kinds = list(policies(budget, bits, forced.shapes, loaded.adapter.layers, scorer))
             if not kinds:
                 continue  # all vision fits
             about: dict[str, object] = {"budget": budget, "bits": bits}

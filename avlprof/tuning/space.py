@@ -18,7 +18,7 @@ from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 if TYPE_CHECKING:
     from optuna import Trial
 
-HEADS = get_args(Heads)
+HEADS: tuple[str, ...] = get_args(Heads)
 REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
@@ -34,7 +34,8 @@ class Space:
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only, and so do
     `core_prompts` and `core_memories`, what a refresh ranks by: 0 alone of both are not searched. `bits` are
     those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched.
-    `adaptive` heads are tried without a read budget only, since no core goes with them. `text`
+    `heads` may offer `adaptive` as well, which was not measured to pay (`docs/tuning.md`), and counts without
+    a read budget only, since no core goes with it. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
     needs more than the budgets in whatever bits. `more_starts` are taken over from a study at another
     budget and `reads` says that reads are limited, which `within` finds out; both are no part of what the
@@ -53,7 +54,7 @@ class Space:
         *("valued:instruction", "pooled:instruction"),
         *("distinct:valued:instruction", "distinct:valued:pooled:instruction"),
     )
-    heads: tuple[str, ...] = HEADS
+    heads: tuple[str, ...] = ("shared", "kv_head")
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     refresh: tuple[str, ...] = REFRESH
     core_prompts: tuple[float, ...] = (0.0, 0.5, 0.8)
