@@ -157,7 +157,8 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
     refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
-    return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
+    heads = (policy.heads, policy.head_floor, policy.head_shares)
+    return counts, refresh, policy.scorer, heads, policy.text, policy.joint
 
 
 def _is_flat(policy: Policy, own: Sequence[int], layers: int) -> bool:

@@ -15,6 +15,7 @@ from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
 from avlprof.policy import (
     FULL,
+    HEAD_FLOOR,
     RANKING,
     Policy,
     PromptShape,
@@ -47,9 +48,8 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     """
     prompts, steps = budget.prompts, budget.answer_tokens
     full = in_full(winner, budget, layers)
-    plain, row = (
-        full.model_copy(update={"scorer": ScorerSpec.of(name), "heads": "shared"}) for name in (RANKING, ROW)
-    )
+    shared = full.model_copy(update={"heads": "shared", "head_floor": HEAD_FLOOR, "head_shares": None})
+    plain, row = (shared.model_copy(update={"scorer": ScorerSpec.of(name)}) for name in (RANKING, ROW))
 
     def flat(policy: Policy) -> Policy:
         return next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
