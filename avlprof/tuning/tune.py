@@ -14,6 +14,7 @@ from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.evaluation import AnswerStore, Evaluation
 from avlprof.evaluation.doubts import best_guess
+from avlprof.evaluation.smaller import Method
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
@@ -215,9 +216,10 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
     winner, strongest = shortlist.winner, shortlist.strongest
     names = f"tuned - {strongest.name}"
     watch.say(power_sentence(settings.proof_samples, settings.margin, winner.metric, strongest.metric, names))
-    others = rivals(winner.policy, done.budget, prepared.layers)
-    if strongest.name not in {policy.name for policy in others}:
-        others.append(strongest.policy)
+    others: list[Method] = [*rivals(winner.policy, done.budget, prepared.layers)]
+    others += [entry.method for entry in shortlist.entries if entry.pictures]
+    if strongest.name not in {method.name for method in others}:
+        others.append(strongest.method)
     lock = FolderLock(done.folder)
     try:
         proof = prove(prepared, winner.policy, others, settings, answer_store(done.folder), watch)
