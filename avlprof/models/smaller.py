@@ -32,7 +32,7 @@ Kind = Literal["pooled", "resized"]
 KINDS: Final[tuple[Kind, ...]] = ("pooled", "resized")
 
 _SQUARE: Final = frozenset(("llava",))
-_GRIDS: Final = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"))
+_GRIDS: Final = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))
 _DEEP: Final = frozenset(("qwen3_vl",))  # which adds features of the tower in several layers
 FAMILIES: Final[Mapping[Kind, frozenset[str]]] = {"pooled": (_SQUARE | _GRIDS) - _DEEP, "resized": _GRIDS}
 """Families by `model_type` whose pictures can be made smaller in each way."""
@@ -131,7 +131,8 @@ class SmallerAdapter(Adapter):
         side = int(vision_config.patch_size) * int(vision_config.spatial_merge_size)
         resample = getattr(self.processor.image_processor, "resample", None)
         shrunk = [_resized(chat, row, side, resample) for chat, row in zip(chats, wanted, strict=True)]
-        encoding: dict[str, Tensor] = self.exact.encode_chats(shrunk)
+        # without what a family says of pictures that its model does not know: these are such on purpose
+        encoding = Adapter.encode_chats(self.exact, shrunk)
         if picture_grids(self.exact, encoding, shrunk) != wanted:
             raise UserError(
                 f"the image processor of '{self.family}' does not take pictures of {side} pixels a token as "
