@@ -12,7 +12,7 @@ from avlprof.budgets import vision_share
 from avlprof.errors import UserError
 from avlprof.policy import BITS, FULL, Policy, TextPolicy, live_share
 from avlprof.registry import unknown
-from avlprof.scorers import SCORERS, make_scorer
+from avlprof.scorers import make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ class Space:
         for name in self.allocators:
             ALLOCATORS.get(name)
         for name in self.scorers:
-            spec = scorer_spec(name)
-            make_scorer(spec)
-            SCORERS.get(str(spec.options.get("of", spec.name)))
+            make_scorer(scorer_spec(name))
         _check_names("kind of heads", self.heads, HEADS)
         _check_names("kind of refresh", self.refresh, REFRESH)
         _check_names("text of the search space", (self.text,), TEXT)
