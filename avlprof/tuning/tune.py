@@ -18,7 +18,7 @@ from avlprof.evaluation.smaller import Method
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, save_policy
+from avlprof.policy import FULL, Policy, save_policy
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.evidence import probed, shared_evidence
@@ -169,7 +169,9 @@ def search(
     def measured() -> Evidence:
         if "sensitivity" not in allocators or prepared.evidence.damage is not None:
             return prepared.evidence
-        return probed(prepared.evidence, prepared.forced, probe or folder / "probe.json", watch)
+        bits = bool(settings.refining) and settings.space.bits != (FULL,)
+        path = probe or folder / "probe.json"
+        return probed(prepared.evidence, prepared.forced, path, watch, bits=bits)
 
     lock = FolderLock(folder)
     try:
