@@ -15,7 +15,7 @@ from avlprof.budgets import OverBudgetError
 from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.smaller import Grid, Kind, check_kind, picture_grids, smaller_grid
-from avlprof.policy import DENSE, Policy, PromptShape, dense_tokens, sizes
+from avlprof.policy import DENSE, Policy, PromptShape, TextPolicy, dense_tokens, sizes
 from avlprof.tasks import Sample
 
 HALVINGS = 20
@@ -64,13 +64,14 @@ Method = Policy | SmallerPictures
 """What can be generated with beside the stock model."""
 
 POOLED, RESIZED = "pooled", "smaller-picture"
+FOUR: Final = Policy(vision_bits=4, text=TextPolicy(bits=4))
 METHODS: Final[tuple[SmallerPictures, ...]] = (
     SmallerPictures(POOLED, "pooled"),
-    SmallerPictures(f"{POOLED}-4", "pooled", policy=Policy(vision_bits=4)),
+    SmallerPictures(f"{POOLED}-4", "pooled", policy=FOUR),
     SmallerPictures(RESIZED, "resized"),
-    SmallerPictures(f"{RESIZED}-4", "resized", policy=Policy(vision_bits=4)),
+    SmallerPictures(f"{RESIZED}-4", "resized", policy=FOUR),
 )
-"""The methods that every comparison tries, in full precision and in 4 bits."""
+"""The methods that every comparison tries, in full precision and with the whole prompt in 4 bits."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import BITS, FULL, Policy, ScorerSpec
+from avlprof.policy import BITS, FULL, RANKING, Policy, ScorerSpec
 from avlprof.tuning.storages._base import EVIDENCE, StudyStorage
 from avlprof.watch import SILENT, Part, Watch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
 FEWER = tuple(bits for bits in BITS if bits < FULL)
-SCORER = "instruction"
+SCORER = RANKING
 
 
 def probe(
@@ -42,7 +42,7 @@ def probe(
 
     def kept(layer: int) -> list[Policy]:
         shares = [tuple(level if other == layer else 1.0 for other in range(layers)) for level in below]
-        return [Policy(vision_keep=keep, scorer=ScorerSpec(name=scorer)) for keep in shares]
+        return [Policy(vision_keep=keep, scorer=ScorerSpec.of(scorer)) for keep in shares]
 
     damage = np.zeros((layers, len(LEVELS)))
     damage[:, : len(below)] = _damage(forced, layers, governed, kept, Part(watch, "probe"))

@@ -37,7 +37,7 @@ def shapes_of(loaded, samples) -> list[PromptShape]:
 @pytest.mark.parametrize("method", [POOLED, POOLED4], ids=lambda method: method.name)
 def test_a_fitted_method_holds_what_is_counted_and_no_more_than_the_budget(method, tiny, samples) -> None:
     prompts, pictures = shapes_of(tiny, samples), Pictures(tiny.adapter, samples)
-    for budget in (0.08, 0.3):
+    for budget in (0.08, 0.28):
         found = fitted(method, budget, prompts, pictures)
         assert found.live_share(prompts, pictures.grids, tiny.adapter.layers) <= budget
         answers = generate_answers(tiny, samples, found, SETTINGS)
@@ -46,13 +46,15 @@ def test_a_fitted_method_holds_what_is_counted_and_no_more_than_the_budget(metho
         vision = math.prod(smaller_grid(14, 14, found.share))
         share = packed_share(method.policy.bits(1)[0], tiny.adapter.group)
         whole = sum(prompt.total for prompt in prompts)
-        held = sum(prompt.system + prompt.text + vision * share for prompt in prompts)
+        part = packed_share(method.policy.text.bits, tiny.adapter.group)
+        held = sum((prompt.system + prompt.text) * part + vision * share for prompt in prompts)
         assert live / dense == pytest.approx(held / whole, rel=1e-3)
         assert sum(a.vision for a in answers) == vision * len(answers)
         assert {a.policy_hash for a in answers} == {found.hash}
         grids = (math.prod(smaller_grid(14, 14, n / 196)) for n in range(1, 197))
         following = min(tokens for tokens in grids if tokens > vision)  # the next finer grid is too much
-        assert sum(prompt.system + prompt.text + following * share for prompt in prompts) / whole > budget
+        finer = sum((prompt.system + prompt.text) * part + following * share for prompt in prompts)
+        assert finer / whole > budget
 
 
 def test_answers_are_found_again_and_never_for_others(tiny, samples, tmp_path: Path, monkeypatch) -> None:
