@@ -167,6 +167,7 @@ _UNITS = {
     "bench gpu": "parts",
     "bench prefill": "prefills",
     "probe": "forwards",
+    "probe of bits": "forwards",
     "trials": "trials",
     "finalists": "answers",
     "proof": "answers",
