@@ -175,6 +175,7 @@ _UNITS = {
     "assemble": "steps",
     "evaluate": "steps",
     "compare": "answers",
+    "knockout": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
 }

@@ -109,6 +109,19 @@ class Cut:
         heads = "" if self.heads is None else f"#{','.join(map(str, self.heads))}"
         return f"{self.route.name}@{','.join(map(str, self.layers))}{heads}"
 
+    def closed(self, heads: int) -> Tensor:
+        """bool `[heads]`: for which query heads of a layer of its own the route is closed.
+
+        Raises:
+            UserError: the layer has no such head.
+        """
+        marks = torch.full((heads,), self.heads is None)
+        for head in self.heads or ():
+            if not 0 <= head < heads:
+                raise UserError(f"head of a cut must be in 0 to {heads - 1}, got {head} ({self.name})")
+            marks[head] = True
+        return marks
+
 
 def coded(modality: Tensor, prompt: int) -> Tensor:
     """A map `[B, n]` of `Modality` codes with `LAST` at the last of the `prompt` columns."""
@@ -132,6 +145,7 @@ class CutRuntime:
 
     def __init__(self, cut: Cut, text_config: Any) -> None:
         self.cut, self._config = cut, text_config
+        self.heard: set[int] = set()
 
     def new_cache(self) -> Any:
         """The cache that `generate` would have made."""
@@ -148,6 +162,7 @@ class CutRuntime:
     def attend(self, forward: Forward, cache: Any, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """Output `[B, q, H, E]` of a layer."""
         out = call.stock()
+        self.heard.add(call.layer)
         if call.layer not in self.cut.layers:
             return out, call
         modality = forward.modality
@@ -159,8 +174,7 @@ class CutRuntime:
         if len(wanted) == 0 or not bool(hidden.any()):
             return out, call
         size = max(_WEIGHTS // (call.query.shape[0] * call.query.shape[1] * length), 1)
-        changed = torch.zeros(out.shape[2], dtype=torch.bool, device=out.device)
-        changed[slice(None) if self.cut.heads is None else list(self.cut.heads)] = True
+        changed = self.cut.closed(out.shape[2]).to(out.device)
         for block in torch.split(wanted, size):
             cut = looking[:, block, None] & hidden[:, None]
             cut &= torch.arange(length, device=block.device) != (block + length - count)[:, None]
@@ -194,8 +208,14 @@ def cutting(model: Any, cut: Cut) -> Iterator[None]:
     """A model that is run without a route, for the length of the context.
 
     Raises:
-        UserError: the model's attention cannot be followed, or it runs under a policy.
+        UserError: the model's attention, or that of a layer of the cut, cannot be followed, or the model
+            runs under a policy.
     """
-    config = model.config.get_text_config(decoder=True)
-    with switched(model, runtime=CutRuntime(cut, config)):
+    runtime = CutRuntime(cut, model.config.get_text_config(decoder=True))
+    with switched(model, runtime=runtime):
         yield
+    deaf = [layer for layer in cut.layers if layer not in runtime.heard]
+    if deaf and runtime.heard:
+        raise UserError(
+            f"layer {deaf[0]} does not ask transformers' attention interface, so no route can be closed in it"
+        )

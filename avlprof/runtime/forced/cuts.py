@@ -205,10 +205,10 @@ class CutAttention:
     def _closed(self, layer: int, rows: AnswerRows) -> Tensor | None:
         """bool `[1, Hkv, P, g, 1, 1]`: the heads for which each cut closes its route here; None: for none."""
         groups, size = rows.query.shape[1], rows.query.shape[3]
-        heads = torch.zeros((len(self.cuts), groups * size), dtype=torch.bool)
-        for number, cut in enumerate(self.cuts):
-            if cut is not None and layer in cut.layers:
-                heads[number, slice(None) if cut.heads is None else list(cut.heads)] = True
+        none = torch.zeros(groups * size, dtype=torch.bool)
+        heads = torch.stack(
+            [none if cut is None or layer not in cut.layers else cut.closed(len(none)) for cut in self.cuts]
+        )
         if not bool(heads.any()):
             return None
         if torch.equal(heads.all(dim=1), heads.any(dim=1)):  # whole layers: one mask for all heads
