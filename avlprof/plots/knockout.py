@@ -122,6 +122,7 @@ def knockout_map(source: pd.DataFrame | KnockoutInfo, metric: str = "") -> Figur
         axes = figure.subplots(len(info.maps), 1, squeeze=False)[:, 0]
         for one, ax in zip(info.maps, axes, strict=True):
             _draw_routes(figure, ax, one, info, few)
+            ax.set_ylabel("Route")
         axes[-1].set_xlabel("Layer (0 = first)")
         return figure
 
@@ -185,21 +186,19 @@ def _write(
 ) -> None:
     """The number of each cell in the colours of `scale`, its own interval below it unless there is one."""
     norm, colours = _colours(scale or one)
-    for (row, column), value in np.ndenumerate(one.values):
+    for (row, column), value in zip(np.ndindex(one.values.shape), one.values.ravel().tolist(), strict=True):
         where = float(centres[column])
         if not math.isfinite(value):
             continue
-        red, green, blue, _ = colours(float(norm(float(value) if one.signed else max(float(value), LEAST))))
+        red, green, blue, _ = colours(float(norm(value if one.signed else max(value, LEAST))))
         ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
         form = _signed if one.signed else _small
-        low, high = (0.0, 0.0) if scale else (one.low[row, column], one.high[row, column])
+        ends = () if scale else (float(one.low[row, column]), float(one.high[row, column]))
         weight: Any = "bold" if one.signed and one.sure[row, column] else "normal"
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}
-        down = 0.36 if scale is None else 0.5
-        ax.text(where, row + down, form(value), fontsize=12.5, fontweight=weight, **style)
-        if scale is None:
-            ends = dict.fromkeys((form(low), form(high)))  # once where both are below what a cell shows
-            ax.text(where, row + 0.70, " to ".join(ends), fontsize=8.5, **style)
+        ax.text(where, row + (0.36 if ends else 0.5), form(value), fontsize=12.5, fontweight=weight, **style)
+        if ends:  # one word for both where they are less than a cell shows
+            ax.text(where, row + 0.70, " to ".join(dict.fromkeys(map(form, ends))), fontsize=8.5, **style)
 
 
 def _small(value: float) -> str:
@@ -217,7 +216,7 @@ def _signed(value: float) -> str:
 
 
 def _bar(figure: Figure, ax: Axes | list[Axes], drawn: Any, one: DamageMap) -> None:
-    bar = figure.colorbar(drawn, ax=ax, pad=0.02, aspect=14 if one.signed else 12)
+    bar = figure.colorbar(drawn, ax=ax, pad=0.02, aspect=28 if isinstance(ax, list) else 13)
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
     if not one.signed:

@@ -174,33 +174,35 @@ class CutRuntime:
         if len(wanted) == 0 or not bool(hidden.any()):
             return out, call
         size = max(_WEIGHTS // (call.query.shape[0] * call.query.shape[1] * length), 1)
-        changed = self.cut.closed(out.shape[2]).to(out.device)
+        heads = self.cut.closed(out.shape[2]).to(out.device)
         for block in torch.split(wanted, size):
             cut = looking[:, block, None] & hidden[:, None]
             cut &= torch.arange(length, device=block.device) != (block + length - count)[:, None]
-            mixed = self._without(call, block, cut, columns != Modality.PAD)
-            out[:, block] = torch.where(
-                looking[:, block, None, None] & changed[:, None], mixed, out[:, block]
+            seen = self._seen(call, block, columns != Modality.PAD)
+            lost = (seen & cut[:, None]).any(dim=-1).any(dim=1)  # other rows stay as they are, bit by bit
+            weights = row_weights(
+                call.query[:, :, block],
+                call.key,
+                call.scaling,
+                seen & ~cut[:, None],
+                call.softcap,
+                call.sinks,
             )
+            batch, groups = call.value.shape[:2]
+            mixed = weights.reshape(batch, groups, -1, length) @ call.value.float()
+            mixed = mixed.view(*weights.shape[:3], -1).transpose(1, 2).to(out.dtype)
+            out[:, block] = torch.where(lost[:, :, None, None] & heads[:, None], mixed, out[:, block])
         return out, call
 
-    def _without(self, call: AttentionCall, rows: Tensor, cut: Tensor, valid: Tensor) -> Tensor:
-        """Output `[B, R, H, E]` of the rows at `rows [R]` that do not see `cut [B, R, n]`."""
-        batch, groups, length, _ = call.key.shape
-        count = call.query.shape[2]
+    def _seen(self, call: AttentionCall, rows: Tensor, valid: Tensor) -> Tensor:
+        """bool `[B, 1, R, n]`: what the rows at `rows [R]` see where nothing is cut."""
+        count, length = call.query.shape[2], call.key.shape[2]
         if call.mask is not None:
-            seen = call.mask[:, :, rows]
-        elif count > 1 and getattr(call.module, "is_causal", True):
+            return call.mask[:, :, rows]
+        if count > 1 and getattr(call.module, "is_causal", True):
             later = torch.arange(length, device=rows.device) > (rows + length - count)[:, None]
-            seen = (valid[:, None] & ~later)[:, None]
-        else:
-            seen = valid[:, None, None]
-        weights = row_weights(
-            call.query[:, :, rows], call.key, call.scaling, seen & ~cut[:, None], call.softcap, call.sinks
-        )
-        mixed = weights.reshape(batch, groups, -1, length) @ call.value.float()
-        mixed = mixed.view(*weights.shape[:3], -1).transpose(1, 2)
-        return mixed.to(call.query.dtype)
+            return (valid[:, None] & ~later)[:, None]
+        return valid[:, None, None].expand(-1, -1, len(rows), -1)
 
 
 @contextlib.contextmanager
