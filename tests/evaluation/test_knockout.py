@@ -22,7 +22,7 @@ from avlprof.tracing import TraceSettings
 from tests.cli_runner import invoke, refused
 from tests.watching import Counts, Notes
 
-TASK = "shapes:count,color"
+TASK = "shapes:count"
 SETTINGS = KnockoutSettings(
     samples=3, routes=("answer-to-vision", "vision-to-question"), layers=(0, 2), batch_size=2
 )
@@ -137,18 +137,21 @@ def test_a_second_call_measures_what_is_new(tiny, task, found, monkeypatch):
     assert again.counts("knockout")[1] == (6, 9)
 
 
-def test_an_interrupted_knockout_resumes(tiny, task, tmp_path, found):
+@pytest.mark.full  # three knockouts
+def test_an_interrupted_knockout_resumes(tiny, task, tmp_path):
+    settings = replace(SETTINGS, routes=("answer-to-vision",), answers=False)
+
     def interrupt(done, total):
-        if done >= 6:
+        if done >= 4:
             raise KeyboardInterrupt
 
     store = LossStore(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        knockout(tiny, task, SETTINGS, store=store, watch=Counts(interrupt))
+        knockout(tiny, task, settings, store=store, watch=Counts(interrupt))
     watch = Notes()
-    result = knockout(tiny, task, SETTINGS, store=LossStore(tmp_path), watch=watch)
-    assert 6 <= watch.counts("knockout")[0][0] < 18
-    pd.testing.assert_frame_equal(result.losses, found[0].losses, atol=1e-5)
+    result = knockout(tiny, task, settings, store=LossStore(tmp_path), watch=watch)
+    assert 4 <= watch.counts("knockout")[0][0] < 9
+    pd.testing.assert_frame_equal(result.losses, knockout(tiny, task, settings).losses, atol=1e-5)
 
 
 def test_damaged_parts_are_refused(tmp_path):
@@ -185,6 +188,7 @@ def test_rank_correlations_are_their_bootstrap(monkeypatch):
     assert damages.rank_correlation(damage * 0.0, mass) is None
 
 
+@pytest.mark.full  # a trace and a knockout
 def test_attention_of_a_route_is_the_traces(tiny, task, tmp_path):
     """Shares by sample and layer are those of the run, and a window of layers has the mean of theirs."""
     run = avlprof.trace(tiny, task, 3, TraceSettings(max_new_tokens=4), out=tmp_path / "run")
@@ -208,21 +212,20 @@ def test_attention_of_a_route_is_the_traces(tiny, task, tmp_path):
     assert rest.beside(run.profile()).empty
 
 
+@pytest.mark.full  # a command and its figures
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ("knockout", "-t", TASK, "-n", "2", "--layers", "1", "--route", "last-to-vision", "--heads")
-    done = invoke(*words, "--format", "csv", "-o", "out")
+    words = ("knockout", "-t", TASK, "-n", "1", "--layers", "1", "--route", "last-to-vision", "--heads")
+    done = invoke(*words, "-o", "out")
     assert done.exit_code == 0, done.output
-    rows = pd.read_csv(tmp_path / "out" / "summary.csv")
-    assert len(rows) == 8
-    assert len(done.stdout.splitlines()) == 9
+    assert len(pd.read_csv(tmp_path / "out" / "summary.csv")) == 8
     noted = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert noted["meta"]["routes"] == ["last-to-vision"]
     assert {"knockout.png", "heads.png", "losses.parquet"} <= {p.name for p in (tmp_path / "out").iterdir()}
-    again = invoke(*words, "-o", "out")
-    assert "16 of 16" in again.stderr
-    assert "of single heads" in again.stderr
-    assert "same answers" in again.stdout
+    assert "of single heads" in done.stderr
+    assert "8 of 8" in done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    assert "same answers" in done.stdout
     assert "layer 6 is not in 0 to 5" in refused(invoke(*words[:5], "--layers", "6"))
     assert "--window must be" in refused(invoke("knockout", "--window", "x"))
     assert "end of a route" in refused(invoke("knockout", "--route", "questoin-to-vision"))
