@@ -26,7 +26,7 @@ from avlprof.watch import SILENT, Watch
 ROUTES = ("question-to-vision", "answer-to-vision", "answer-to-question")
 REST: Literal["rest"] = "rest"
 _DENSE = "dense"  # stands for a cut's name where nothing is cut
-_TOGETHER = 32  # cuts that are scored between two words of progress
+_TOGETHER = 8  # cuts that are scored between two words of progress
 
 
 @dataclass(frozen=True, kw_only=True)
