@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from avlprof.plots.style import INK, MARKERS, OKABE_ITO, new_figure, theme
 from tools.predict.measure import MAPS, OF_LAYERS
@@ -80,30 +82,44 @@ def figure(policies: pd.DataFrame, rankings: pd.DataFrame, model: str, share: fl
     """Two panels at one share: KL of rankings and of spreads over the attention that they drop."""
     with theme():
         samples = rankings["sample"].nunique()
-        note = f"{model}, {share:.0%} of the vision KV, n = {samples} samples; a dot is a policy"
-        drawn = new_figure("What is dropped of the answer's attention, and what it costs", note, (12.0, 5.4))
+        note = f"{model}, {share:.0%} of the vision KV, n = {samples} samples; a mark is a policy"
+        drawn = new_figure("What is dropped of the answer's attention, and what it costs", note, (14.0, 6.2))
         left, right = drawn.subplots(1, 2)
         of_rankings = rankings[rankings["share"] == share].groupby("ranking")[["answer", "kl"]].mean()
         left.scatter(of_rankings["answer"], of_rankings["kl"], color=OKABE_ITO[0], s=60)
-        for name, row in of_rankings.iterrows():
-            left.annotate(
-                str(name), (row["answer"], row["kl"]), (6, 4), textcoords="offset points", fontsize=10
-            )
-        left.set_title("13 rankings, the same share in every layer")
+        _named(left, of_rankings)
+        left.set_title(f"{len(of_rankings)} rankings, flat over layers")
         spread = (
             policies[policies["share"] == share].groupby(["policy", "allocator"])[["answer", "kl"]].mean()
         )
-        names: Sequence[str] = sorted(spread.index.unique("allocator"))
-        for place, name in enumerate(names):
+        for place, name in enumerate(sorted(spread.index.unique("allocator"))):
             rows = spread.xs(name, level="allocator")
             right.scatter(
                 rows["answer"], rows["kl"], label=name, s=46, alpha=0.85,
                 color=OKABE_ITO[place % len(OKABE_ITO)], marker=MARKERS[place % len(MARKERS)],
             )  # fmt: skip
-        right.set_title("One ranking, shares over layers by chance")
-        right.legend(fontsize=10, ncols=2)
+        right.set_title("one ranking, spread over layers by")
+        right.legend(fontsize=11, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for ax in (left, right):
-            ax.set_xlabel("attention of the answer that is dropped, summed over layers", color=INK)
-            ax.set_ylabel("KL to dense (nat a token)")
+            ax.set_xlabel("dropped attention of the answer")
             ax.set_yscale("log")
+            for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+                axis(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        left.set_ylabel("KL to dense (nat a token)")
         return drawn
+
+
+def _named(ax: Axes, points: pd.DataFrame) -> None:
+    """Write each point's name beside it, on the side where there is room, no two on each other."""
+    heights = np.log(points["kl"])
+    least, middle = 0.045 * np.ptp(heights), points["answer"].mean()
+    taken: dict[bool, float] = {}
+    for name in heights.sort_values().index:
+        x, right = points.loc[name, "answer"], bool(points.loc[name, "answer"] < middle)
+        place = max(heights[name], taken.get(right, -np.inf) + least)
+        taken[right] = place
+        ax.annotate(
+            str(name), (x, np.exp(place)), (8 if right else -8, -4), textcoords="offset points",
+            fontsize=11, color=INK, ha="left" if right else "right",
+        )  # fmt: skip
+    ax.set_xlim(points["answer"].min() - 0.15 * np.ptp(points["answer"]), None)
