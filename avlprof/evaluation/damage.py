@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -42,6 +43,7 @@ _MASSES = {
     "system": "mass_system",
     "generated": "mass_generated",
 }
+_MEASURED = ("kl", "score", "dense")
 Array = NDArray[np.float64]
 
 
@@ -56,10 +58,11 @@ class Traced(Protocol):
 class Knockout:
     """Losses of a model's dense answers under closed routes; `docs/knockout.md` explains the numbers.
 
-    `losses` has one row per `route, layer, head, sample`. `layer` is the one that the closed layers stand
-    around (`first` to `last`), -1 for all of them at once; `head` is -1 for all heads. `kl` is nat a
-    token from dense to cut, `same` is 1 where no token of the answer changes, `score` and `dense` are the
-    task's metric of the answer under the cut and of the dense one (NaN where answers were not judged).
+    `losses` has one row per `route, layer, head, sample`: sample by sample, with the cuts in one order.
+    `layer` is the one that the closed layers stand around (`first` to `last`), -1 for all of them at once;
+    `head` is -1 for all heads. `kl` is nat a token from dense to cut, `same` is 1 where no token of the
+    answer changes, `score` and `dense` are the task's metric of the answer under the cut and of the dense
+    one (NaN where answers were not judged).
     `meta` says what was measured, and with what.
     """
 
@@ -77,12 +80,23 @@ class Knockout:
         cut less the dense one, paired by sample; `p_value` is of a sign-flip test, for whole layers alone,
         and not corrected for the number of rows.
         """
-        keys = ["route", "layer", "head", "first", "last"]
-        rows = [
-            dict(zip(keys, key, strict=True)) | _row(own)
-            for key, own in self.losses.groupby(keys, sort=False)
-        ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return self._summary.copy()
+
+    @cached_property
+    def _summary(self) -> pd.DataFrame:
+        """Worked out for all cuts at once: there may be thousands of heads."""
+        keys, samples = ["route", "layer", "head", "first", "last"], self.losses["sample"].nunique()
+        table = self.losses.groupby(keys, sort=False)[["agreement", "same", "score"]].mean().reset_index()
+        columns = {name: self.losses[name].to_numpy(float).reshape(samples, -1) for name in _MEASURED}
+        kl, score, dense = (columns[name] for name in _MEASURED)
+        table["samples"] = samples
+        table["kl"], table["kl_low"], table["kl_high"] = intervals(kl)
+        table["difference"], table["difference_low"], table["difference_high"] = intervals(score - dense)
+        table["p_value"] = math.nan
+        if self.meta["judged"]:
+            for row in np.flatnonzero(table["head"] == ALL):
+                table.loc[row, "p_value"] = paired_difference(score[:, row], dense[:, row]).p_value
+        return table[list(COLUMNS)]
 
     def beside(self, profile: Traced) -> pd.DataFrame:
         """What a layer's damage has to do with its attention, a row a route; columns `BESIDE`.
@@ -213,6 +227,15 @@ def rank_correlation(damage: pd.DataFrame, mass: pd.DataFrame) -> dict[str, Any]
     }
 
 
+def intervals(values: Array) -> tuple[Array, Array, Array]:
+    """`mean_interval` of each column of `values [samples, columns]`: means, lower ends, upper ends."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    means, tail = _means(values, draws), (1.0 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1.0 - tail], axis=0)
+    mean, flat = values.mean(axis=0), np.ptp(values, axis=0) == 0.0
+    return mean, np.where(flat, mean, low), np.where(flat, mean, high)
+
+
 def _means(values: Array, draws: NDArray[np.int64]) -> Array:
     """Means `[resamples, layers]` of drawn rows of `values [samples, layers]`."""
     counts = np.stack([np.bincount(draw, minlength=len(values)) for draw in draws])
@@ -226,31 +249,6 @@ def _row_correlations(a: Array, b: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         found: Array = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     return found
-
-
-def _row(own: pd.DataFrame) -> dict[str, Any]:
-    kl = mean_interval(own["kl"])
-    row: dict[str, Any] = {
-        "samples": kl.samples,
-        "kl": kl.mean,
-        "kl_low": kl.low,
-        "kl_high": kl.high,
-        "agreement": own["agreement"].mean(),
-        "same": own["same"].mean(),
-    }
-    if own["score"].isna().any():
-        return row
-    row["score"] = own["score"].mean()
-    if (own["head"] == ALL).all():
-        paired = paired_difference(own["score"], own["dense"])
-        difference, row["p_value"] = paired.difference, paired.p_value
-    else:
-        difference = mean_interval(own["score"] - own["dense"])
-    return row | {
-        "difference": difference.mean,
-        "difference_low": difference.low,
-        "difference_high": difference.high,
-    }
 
 
 def words(beside: pd.DataFrame) -> list[str]:

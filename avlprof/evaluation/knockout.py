@@ -14,7 +14,7 @@ from avlprof.errors import UserError, shortened
 from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings, generate_tokens, prompt_lengths, said
 from avlprof.evaluation.damage import ALL, Knockout
 from avlprof.evaluation.doubts import check_finite
-from avlprof.evaluation.evaluate import check_samples
+from avlprof.evaluation.evaluate import check_ids, check_samples
 from avlprof.evaluation.store import Loss, LossStore, model_key
 from avlprof.models import LoadedModel
 from avlprof.runtime.cuts import Cut, Route, cutting
@@ -135,8 +135,7 @@ def knockout(
     attending = [layer for layer, role in enumerate(adapter.roles) if role.attends]
     wanted = places(settings, attending, adapter.layers, adapter.heads)
     samples = task.samples(settings.split, settings.samples)
-    if settings.answers:
-        check_samples(samples)
+    (check_samples if settings.answers else check_ids)(samples)
     if len(attending) < adapter.layers:
         watch.say(
             f"{len(attending)} of {adapter.layers} layers attend; routes through the state of the others "

@@ -12,7 +12,14 @@ from scipy.stats import spearmanr
 
 import avlprof
 from avlprof.errors import UserError
-from avlprof.evaluation import AnswerSettings, Knockout, KnockoutSettings, LossStore, generate_answers
+from avlprof.evaluation import (
+    AnswerSettings,
+    Knockout,
+    KnockoutSettings,
+    LossStore,
+    generate_answers,
+    mean_interval,
+)
 from avlprof.evaluation import damage as damages
 from avlprof.evaluation.knockout import knockout, parse_layers, places
 from avlprof.runtime.cuts import Cut, Route, cutting
@@ -164,6 +171,14 @@ def brute(damage, mass, draws):
     """Ends of the interval of Spearman's correlation over means of drawn samples."""
     rhos = [spearmanr(damage.iloc[draw].mean(), mass.iloc[draw].mean()).statistic for draw in draws]
     return np.quantile(rhos, [0.025, 0.975])
+
+
+def test_intervals_of_many_cuts_are_those_of_each():
+    values = np.random.default_rng(1).random((9, 4))
+    values[:, 2] = 0.5
+    found = np.stack(damages.intervals(values), axis=1)
+    wanted = [mean_interval(column) for column in values.T]
+    np.testing.assert_allclose(found, [(one.mean, one.low, one.high) for one in wanted], atol=1e-12)
 
 
 def test_rank_correlations_are_their_bootstrap(monkeypatch):
