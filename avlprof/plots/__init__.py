@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     )
     from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
     from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
+    from avlprof.plots.lens import (
+        LensLayersInfo,
+        LensWordsInfo,
+        lens_layers,
+        lens_layers_info,
+        lens_words,
+        lens_words_info,
+    )
     from avlprof.plots.mass import MassInfo, mass_info, modality_mass
     from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
     from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
@@ -75,6 +83,12 @@ _LAZY = {
     "PolicyInfo": "layers",
     "policy_layers": "layers",
     "policy_layers_info": "layers",
+    "LensLayersInfo": "lens",
+    "LensWordsInfo": "lens",
+    "lens_layers": "lens",
+    "lens_layers_info": "lens",
+    "lens_words": "lens",
+    "lens_words_info": "lens",
     "MassInfo": "mass",
     "mass_info": "mass",
     "modality_mass": "mass",
@@ -113,6 +127,8 @@ __all__ = [
     "HorizonInfo",
     "ImportanceInfo",
     "KnobInfo",
+    "LensLayersInfo",
+    "LensWordsInfo",
     "MassInfo",
     "OverlapInfo",
     "ParetoInfo",
@@ -140,6 +156,10 @@ __all__ = [
     "knob_effects_info",
     "layer_diff",
     "layer_overlap",
+    "lens_layers",
+    "lens_layers_info",
+    "lens_words",
+    "lens_words_info",
     "mass_info",
     "modality_mass",
     "overlap_info",

@@ -168,7 +168,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
     """Small multiples of the pictures: as they are, then under each panel's weights."""
     count = len(info.panels) + 1
     placed = arrange([(picture.shape[1], picture.shape[0]) for picture in info.pictures])
-    cols = _columns(count, placed.width / placed.height)
+    cols = panel_columns(count, placed.width / placed.height)
     rows = math.ceil(count / cols)
     side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
     size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
@@ -189,7 +189,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
             share = panel.peak if info.beside == "peak" else panel.mass
             _overlay(panel, share, info.pictures, placed, ax)
         for ax in flat[:count]:
-            _frame(placed, ax)
+            frame_pictures(placed, ax)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
         bar = figure.colorbar(colours, ax=flat, aspect=28, pad=0.015)
         bar.set_label("Attention, relative to panel's peak")
@@ -217,7 +217,7 @@ def _overlay(
     ax.set_title(beside, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
 
 
-def _frame(placed: Arrangement, ax: Axes) -> None:
+def frame_pictures(placed: Arrangement, ax: Axes) -> None:
     """A line around each picture, which on white paper may have no other edge."""
     for left, right, bottom, top in placed.extents:
         ax.add_patch(
@@ -257,7 +257,7 @@ def arrange(sizes: Sequence[tuple[int, int]]) -> Arrangement:
     return Arrangement(widest, y + 1, tuple(extents))
 
 
-def _columns(count: int, shape: float) -> int:
+def panel_columns(count: int, shape: float) -> int:
     """Few panels in one row; more of them in a grid that is wider than tall and well filled.
 
     `shape` is a panel's width over its height.
