@@ -151,10 +151,11 @@ def draw_words(info: LensWordsInfo) -> Figure:
     cols = 1 if alone else panel_columns(count, shape)
     rows = 1 if alone else -(-count // cols)
     side = 9.0 if alone else max(3.0, 11.4 / cols)
-    size = (max(cols * side, 7.0), rows * (side / shape + 0.32) + 1.75)
+    size = (max(cols * side, 7.0), rows * (side / shape + 0.32) + 1.6)
     colours = word_colours(info.words[:NAMED])
     with theme():
-        figure = new_figure(info.title, info.note, size, square=True, subtitle=info.subtitle)
+        # the note stands above, since the legend takes its place below
+        figure = new_figure(info.title, "", size, square=True, subtitle=f"{info.subtitle}\n{info.note}")
         axes = list(figure.subplots(rows, cols, squeeze=False).flat)
         for ax in axes:
             ax.set_axis_off()
@@ -179,7 +180,7 @@ def draw_words(info: LensWordsInfo) -> Figure:
         if len(info.words) > NAMED:
             handles.append(Patch(color=REST))
             names.append(f"{len(info.words) - NAMED} other words {sum(info.counts[NAMED:]) / total:.0%}")
-        figure.legend(handles, names, loc="outside upper left", ncols=6, handlelength=1.0, columnspacing=1.4)
+        figure.legend(handles, names, loc="outside lower left", ncols=6, handlelength=1.0, columnspacing=1.4)
         return figure
 
 
