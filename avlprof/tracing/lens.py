@@ -283,8 +283,8 @@ def read_vision(
 
     Args:
         encoding: a left-padded batch, as `Adapter.encode_chats` makes it.
-        layers: of which the states are read, among those of the readout; the state behind a layer is what
-            the next one gets, with what the model adds in between.
+        layers: of which the states are read, among those of the readout. The state behind a layer is what
+            it gives, as transformers reports it; what a model adds before the next layer is not in it.
         top: words of each token and layer.
         names: ids of the rows, for sentences about them.
 
@@ -322,21 +322,12 @@ def read_vision(
 def _reading(
     decoder: Any, layers: Sequence[int], read: Callable[[int, Tensor | None], None]
 ) -> Iterator[None]:
-    """Hand over the state behind each of some layers: what the next layer gets, or the last one gives."""
-
-    def before(layer: int, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        read(layer, _state(args) if args else options.get("hidden_states"))
+    """Hand over what each of some layers gives."""
 
     def behind(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         read(layer, _state(output))
 
-    handles = []
-    for layer in layers:
-        if layer + 1 < len(decoder.layers):
-            hook = partial(before, layer)
-            handles.append(decoder.layers[layer + 1].register_forward_pre_hook(hook, with_kwargs=True))
-        else:
-            handles.append(decoder.layers[layer].register_forward_hook(partial(behind, layer)))
+    handles = [decoder.layers[layer].register_forward_hook(partial(behind, layer)) for layer in layers]
     try:
         yield
     finally:
