@@ -31,6 +31,7 @@ from avlprof.plots.pictures import (
     seen_pictures,
 )
 from avlprof.plots.style import (
+    INK,
     OKABE_ITO,
     SOFT,
     interval_band,
@@ -53,8 +54,10 @@ INKS: Mapping[str, str] = {
 }  # fmt: skip
 """Words that are colours are drawn in them."""
 FREE = (*OKABE_ITO[:6], "#6A3D9A", "#8C6D31", "#17BECF", "#B15928")
-SMALLEST, LONGEST = 8.5, 7
-"""Points and characters of a word within a patch."""
+LARGE, SMALL, LONGEST = 9.0, 7.8, 7
+"""Points of a word within a patch, at most and at least, and its characters at most."""
+WIDE = 0.66
+"""Width of a letter, in its size."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def draw_words(info: LensWordsInfo) -> Figure:
         for panel, ax in zip(info.panels, axes if alone else axes[1:], strict=False):
             _paint(info, panel, placed, ax, colours)
             if alone:
-                _write(info, panel, placed, ax, size[0] / placed.width)
+                _write(info, panel, placed, ax, colours, 0.97 * size[0] / placed.width)
             else:
                 ax.set_title(panel.title, fontsize=TITLE, pad=5)
         for ax in axes[: len(info.panels) + (not alone)]:
@@ -180,7 +183,14 @@ def draw_words(info: LensWordsInfo) -> Figure:
         if len(info.words) > NAMED:
             handles.append(Patch(color=REST))
             names.append(f"{len(info.words) - NAMED} other words {sum(info.counts[NAMED:]) / total:.0%}")
-        figure.legend(handles, names, loc="outside lower left", ncols=6, handlelength=1.0, columnspacing=1.4)
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower left",
+            ncols=6 if size[0] > 10 else 5,
+            handlelength=1.0,
+            columnspacing=1.4,
+        )
         return figure
 
 
@@ -197,22 +207,45 @@ def _paint(
         ax.imshow(np.dstack([table[words], opacity]), extent=extent, interpolation="nearest")
 
 
-def _write(info: LensWordsInfo, panel: WordPanel, placed: Arrangement, ax: Axes, inches: float) -> None:
-    """Each cell's word within it, where cells are large enough for letters that can be read."""
+def _write(
+    info: LensWordsInfo,
+    panel: WordPanel,
+    placed: Arrangement,
+    ax: Axes,
+    colours: Mapping[str, str],
+    inches: float,
+) -> None:
+    """Each cell's word within it, where cells are large enough for letters that can be read.
+
+    Args:
+        inches: of a unit of the axes.
+    """
     for (left, right, bottom, top), words in zip(placed.extents, panel.words, strict=True):
         rows, columns = words.shape
         wide, high = (right - left) / columns, (bottom - top) / rows
-        room = int(72 * wide * inches / (0.62 * SMALLEST))
-        if room < 3 or 72 * high * inches < SMALLEST:
+        room = 72 * wide * inches - 3
+        if room < 3 * WIDE * SMALL or 72 * high * inches < SMALL:
             continue
         for (row, column), word in np.ndenumerate(words):
-            if word < 0:
-                continue
-            text = info.words[word]
-            most = min(room, LONGEST)
-            text = text if len(text) <= most else f"{text[: most - 1]}…"
-            x, y = left + (column + 0.5) * wide, top + (row + 0.5) * high
-            ax.text(x, y, text, ha="center", va="center", fontsize=SMALLEST)
+            if word >= 0:
+                most = min(int(room / (WIDE * SMALL)), LONGEST)
+                text = info.words[word]
+                text = text if len(text) <= most else f"{text[: most - 1]}…"
+                ax.text(
+                    left + (column + 0.5) * wide,
+                    top + (row + 0.5) * high,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=min(LARGE, max(SMALL, room / (WIDE * len(text)))),
+                    color=_readable(colours.get(info.words[word], REST)),
+                )
+
+
+def _readable(colour: str) -> str:
+    """Ink that is read on a colour: white on dark ones."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.38 else INK
 
 
 def word_colours(words: Sequence[str]) -> dict[str, str]:
