@@ -17,10 +17,11 @@ from avlprof.testing.models import cases
 from avlprof.testing.types import tiny_inputs, tiny_model
 from avlprof.tracing import lens
 from avlprof.tracing.lens import find_readout, read_vision
-from tests.helpers import few, one_row
+from tests.helpers import few, one_row, thinned
 
 BUILDERS = {**dict(cases()), **dict(families())}
 PICTURED = ("llava-4q2kv", "qwen2_5_vl-6q2kv", "llava_next", "qwen3_vl", "idefics3", "gemma3", "paligemma")
+TESTED = ("llava-4q2kv", "qwen2_5_vl-6q2kv", "qwen3_vl", "gemma3")
 TYPES = {
     "granite_docling": "scaled",
     "mistral_large4": "capped",
@@ -91,13 +92,13 @@ def check_model(model, inputs):
     return readout
 
 
-@pytest.mark.parametrize("name", few(PICTURED, 2))
+@pytest.mark.parametrize("name", thinned(PICTURED, TESTED, TESTED[:1]))
 def test_every_layer_of_a_family(name):
     case = case_of(name)
     check_model(case.model, case.inputs(seed=3))
 
 
-@pytest.mark.parametrize("name", few(TYPES, ["mistral_large4"]))
+@pytest.mark.parametrize("name", thinned(TYPES, ("mistral_large4", "muse_spark"), ()))
 def test_heads_of_other_kinds(name):
     model = tiny_model(name)
     readout = check_model(model, tiny_inputs(model, seed=1))
@@ -149,7 +150,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", few(REFUSED, 1))
+@pytest.mark.parametrize("name", thinned(REFUSED, ["gemma3n"], []))
 def test_what_has_no_lens_says_so(name):
     model = tiny_model(name)
     with pytest.raises(UserError, match="layer") as error:
@@ -173,6 +174,7 @@ def random_model():
     return BUILDERS["llava-4q2kv"]()
 
 
+@pytest.mark.full  # a model of its own
 def test_layers_that_skip_the_prompt_are_left_out():
     """Behind shared keys and values only the last token of a prompt goes on, where there is a cache."""
     model = tiny_model("gemma4:shared")
