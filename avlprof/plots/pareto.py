@@ -16,6 +16,7 @@ from avlprof.plots.style import (
     RIVALS,
     SOFT,
     TUNED,
+    WIDEST,
     interval_bars,
     new_figure,
     percent_axis,
@@ -129,7 +130,7 @@ def pareto_front(
     """
     info = source if isinstance(source, ParetoInfo) else pareto_info(source, cost)
     names = sum(len(line.policies) for line in info.lines)
-    wide = min(max(2.6, 0.9 + 0.42 * names), 9.0)
+    wide = min(max(2.6, 0.9 + 0.42 * names), WIDEST - 6.9)
     with theme():
         figure = new_figure("Quality at a budget", info.note, (6.9 + wide, 6.6))
         plane, named = figure.subplots(1, 2, sharey=True, width_ratios=[6.0, wide])

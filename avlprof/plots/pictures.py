@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -170,7 +170,7 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
     placed = arrange([(picture.shape[1], picture.shape[0]) for picture in info.pictures])
     cols = panel_columns(count, placed.width / placed.height)
     rows = math.ceil(count / cols)
-    side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
+    side = 11.8 / cols if cols > 2 else 4.6
     size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
     with theme():
         beside = "right: share of the attention that goes to vision"
@@ -187,7 +187,8 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         flat[0].set_title("Picture" if len(info.pictures) == 1 else "Pictures", fontsize=TITLE, pad=5)
         for panel, ax in zip(info.panels, flat[1:], strict=False):
             share = panel.peak if info.beside == "peak" else panel.mass
-            _overlay(panel, share, info.pictures, placed, ax)
+            longest = min(LONGEST, int((72 * side - 40) / (0.6 * TITLE)))  # beside the share
+            _overlay(replace(panel, title=_cut(panel.title, longest)), share, info.pictures, placed, ax)
         for ax in flat[:count]:
             frame_pictures(placed, ax)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
@@ -208,13 +209,13 @@ def _overlay(
         ax.imshow(
             weight, cmap=_heat(), vmin=0.0, vmax=1.0, alpha=opacity, extent=extent, interpolation="nearest"
         )
-    ax.set_title(
-        panel.title if len(panel.title) <= LONGEST else f"{panel.title[: LONGEST - 1]}…",
-        fontsize=TITLE,
-        pad=5,
-    )
+    ax.set_title(panel.title, fontsize=TITLE, pad=5)
     beside = f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
     ax.set_title(beside, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def frame_pictures(placed: Arrangement, ax: Axes) -> None:

@@ -8,18 +8,28 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from avlprof import plots
 from avlprof.analysis.lens import Lens
 from avlprof.analysis.naming import SampleLens
 from avlprof.models.tiles import dump_tiles, grid
-from tests.plots.made import CAPTION, every_figure, importances_frame, knobs_frame, over, trials_frame
+from tests.plots.made import (
+    CAPTION,
+    every_figure,
+    head_frame,
+    importances_frame,
+    knobs_frame,
+    over,
+    trials_frame,
+)
 
 LAYERS, HEADS, SIDE = 32, 32, 24
 METHODS = (
@@ -82,33 +92,43 @@ def lens() -> Lens:
     return Lens({"layers": list(range(LAYERS)), "top": 1}, samples, dict(enumerate(WORDS)))
 
 
-@functools.cache
-def figures() -> dict[str, Figure]:
-    """By name; drawn of random numbers."""
+def figures(*names: str) -> dict[str, Figure]:
+    """All figures by name, or those of `names`; of random numbers."""
+    rng, place, frame = np.random.default_rng(1), over(SIDE, SIDE), shares_frame()
     metric = "Exact match on shapes (held-out)"
-    rng, place, read, frame = np.random.default_rng(1), over(SIDE, SIDE), lens(), shares_frame()
-    scores = rng.gamma(0.3, size=(23, LAYERS, SIDE * SIDE))
-    words = WORDS + WORDS[:11]
+    read = functools.cache(lens)
     knobs = pd.concat([knobs_frame()] * 8, ignore_index=True).head(len(KNOBS)).assign(knob=KNOBS)
     importances = pd.concat([importances_frame()] * 8, ignore_index=True).head(len(KNOBS))
-    found = {name: figure for name, figure in every_figure(LAYERS, HEADS).items() if name != "first trial"}
-    return found | {
-        "pareto": plots.pareto_front(frame, score=metric),
-        "front": plots.budget_front(frame),
-        "budgets": plots.quality_by_budget(frame.drop(columns="policy"), score=metric),
-        "heatmap": plots.vision_heatmap(picture(), scores[0], place, caption=CAPTION),
-        "all layers": plots.vision_heatmap(picture(), scores[0], place, range(LAYERS), caption=CAPTION),
-        "words": plots.word_heatmaps(picture(), scores, place, words, caption=CAPTION),
-        "head heatmaps": plots.head_heatmaps(
-            picture(), rng.gamma(0.3, size=(2, HEADS, SIDE * SIDE)), place, kv_heads=8, caption=CAPTION
+
+    def scores(rows: int, count: int = LAYERS) -> NDArray[np.float64]:
+        return rng.gamma(0.3, size=(rows, count, SIDE * SIDE)) / 300
+
+    drawings: dict[str, Callable[[], Figure]] = {
+        "heads": lambda: plots.head_maps(
+            plots.head_info(head_frame(LAYERS, HEADS), ("vision", "sink", "entropy"))
         ),
-        "trials": plots.trial_history(trials_frame(200)),
-        "knobs": plots.knob_effects(knobs),
-        "importances": plots.parameter_importances(importances.assign(parameter=KNOBS)),
-        "lens layers": plots.lens_layers(read.by_layer(), len(read.samples)),
-        "lens words": plots.lens_words(read, picture()),
-        "lens last": plots.lens_words(read, picture(), layers=[LAYERS - 1]),
+        "pareto": lambda: plots.pareto_front(frame, score=metric),
+        "front": lambda: plots.budget_front(frame),
+        "budgets": lambda: plots.quality_by_budget(frame.drop(columns="policy"), score=metric),
+        "heatmap": lambda: plots.vision_heatmap(picture(), scores(1)[0], place, caption=CAPTION),
+        "all layers": lambda: plots.vision_heatmap(
+            picture(), scores(1)[0], place, range(LAYERS), caption=CAPTION
+        ),
+        "words": lambda: plots.word_heatmaps(picture(), scores(23), place, (WORDS * 2)[:23], caption=CAPTION),
+        "head heatmaps": lambda: plots.head_heatmaps(
+            picture(), scores(2, HEADS), place, kv_heads=8, caption=CAPTION
+        ),
+        "trials": lambda: plots.trial_history(trials_frame(200)),
+        "knobs": lambda: plots.knob_effects(knobs),
+        "importances": lambda: plots.parameter_importances(importances.assign(parameter=KNOBS)),
+        "lens layers": lambda: plots.lens_layers(read().by_layer(), len(read().samples)),
+        "lens words": lambda: plots.lens_words(read(), picture()),
+        "lens last": lambda: plots.lens_words(read(), picture(), layers=[LAYERS - 1]),
     }
+    if names:
+        return {name: drawings[name]() for name in names}
+    whole = {name: figure for name, figure in every_figure(LAYERS, HEADS).items() if name != "first trial"}
+    return whole | {name: draw() for name, draw in drawings.items()}
 
 
 def main(folder: str) -> None:
