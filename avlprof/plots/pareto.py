@@ -179,7 +179,7 @@ def _names(info: ParetoInfo, ax: Axes) -> None:
     names = [_short(policy) for line in info.lines for policy in line.policies]
     upright = len(names) > CROWDED
     turn = {"rotation": 90} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    ax.set_xticks(range(len(names)), names, fontsize=11.5, **turn)
+    ax.set_xticks(range(len(names)), names, fontsize=12.5 if upright else 11.5, **turn)
     ax.set_xlim(-0.7, max(len(names), 1) - 0.3)
     ax.set_xlabel("Policy")
     ax.grid(False, axis="x")
