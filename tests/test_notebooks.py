@@ -50,7 +50,7 @@ def notebook_of(outputs, count=1):
             ("stream", {"text": "wrote /tmp/avlprof-x/run"}),
             "holds a path of this machine: '/tmp/avlprof-x/run'",
         ),
-        (("display_data", {"data": {"text/html": "<a href='/home/me'>"}}), "'/home/me"),
+        (("display_data", {"data": {"text/html": "<a href='/home/me'>"}}), "/home/me"),
         (("error", {"ename": "E", "evalue": "", "traceback": []}), "raised an error"),
     ],
 )

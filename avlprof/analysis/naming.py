@@ -157,7 +157,8 @@ def _finding(frame: pd.DataFrame, measure: str) -> str:
     difference, own, other = (table[what] for what in ("difference", "own", "other"))
     verb, rest = _NAMED.get(measure, _NAMED["thing"])
     best = int(difference.index[int(difference["mean"].argmax())])
-    figures = f"{own.loc[best, 'mean']:.1%} of patches, against {other.loc[best, 'mean']:.1%} for {rest}"
+    mine, theirs = (float(np.asarray(table["mean"].loc[best])) for table in (own, other))
+    figures = f"{mine:.1%} of patches, against {theirs:.1%} for {rest}"
     sure = [int(layer) for layer in difference.index[_surely_above(difference)]]
     if not difference["low"].notna().any():
         return f"One sample tells no interval: patches {verb} most behind layer {best}, {figures}."
