@@ -178,4 +178,5 @@ _UNITS = {
     "compare": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "submissions": "files",
 }
