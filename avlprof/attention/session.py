@@ -140,7 +140,6 @@ class Session:
         if args:
             values = self.signature.bind_partial(*args, **kwargs).arguments
             values |= values.pop("kwargs", {})
-        self._check_asked(values)
         named = [values.pop(name) for name in NAMES if name in values]
         caches = [one for one in named if one is not None]
         if len(caches) > 1:
@@ -150,9 +149,7 @@ class Session:
         cache = caches[0] if caches else None
         past = int(cache.get_seq_length()) if cache is not None else 0
         padding = padding_mask(values, past)
-        tokens = values.get("input_ids")
-        if tokens is not None:
-            check_tried(values.get("logits_to_keep"), tokens.shape[1], past, cache is not None)
+        self._check_asked(values, past, cache is not None)
         doubt = None
         if self.runtime is not None:
             odd = odd_mask(values.get("attention_mask"), padding, past)
@@ -174,8 +171,8 @@ class Session:
             observer.begin(self._thread.now.forward)
         return (), values
 
-    def _check_asked(self, values: dict[str, Any]) -> None:
-        """Refuse what cannot be served, by its true cause."""
+    def _check_asked(self, values: dict[str, Any], past: int, given: bool) -> None:
+        """Refuse what cannot be served, by its true cause; `given`: the caller brought a cache."""
         config: Any = decoder_of(self.model).config
         if (config._attn_implementation or EAGER) != self.implementation:
             raise UserError(
@@ -187,6 +184,8 @@ class Session:
                 "attention weights are what avlprof.record measures, without forming them; leave "
                 "output_attentions out"
             )
+        tokens = values.get("input_ids")
+        check_tried(values.get("logits_to_keep"), 0 if tokens is None else tokens.shape[1], past, given)
 
     def _prompt(self, values: dict[str, Any], padding: Tensor | None) -> Passed:
         """A prompt's modalities."""
