@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
+from avlprof.attention.call import AttentionCall, AttentionRuntime, AtWork, Forward, Observer
 from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
 from avlprof.attention.kernels import EAGER, eagerly, overheard
 from avlprof.attention.masks import as_long_as, check_built, odd_mask, padding_mask
@@ -70,7 +70,7 @@ class _Thread(threading.local):
     uncached: Tensor | None = None
 
 
-class Session:
+class Session(AtWork):
     """A switched model; made by `switched`."""
 
     def __init__(self, model: PreTrainedModel, implementation: str) -> None:
