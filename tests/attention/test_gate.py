@@ -162,10 +162,12 @@ def test_wrapped_models_are_unwrapped(case, inputs):
         pass
 
 
-def test_compiled_models_run_uncompiled_inside(case, inputs):
+@pytest.mark.parametrize("before", [True, False])
+def test_compiled_models_run_uncompiled_inside(case, inputs, before):
     other = copy.deepcopy(case.model)
-    compiled = torch.compile(other, backend="eager")
+    compiled = torch.compile(other, backend="eager") if before else other
     with avlprof.apply(compiled, PACKED), torch.no_grad():
+        compiled = compiled if before else torch.compile(other, backend="eager")
         ours = compiled(**inputs, use_cache=True).logits
     torch.testing.assert_close(ours, case.model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
