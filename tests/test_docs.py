@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ import torch
 from tests.helpers import ROOT, thinned
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN = ("docs/python.md", "docs/runtime.md", "docs/first-hour.md", "README.md")
 """Pages whose blocks are one program, run in order."""
 
@@ -36,6 +38,18 @@ def test_the_blocks_of_a_page_run(page, elsewhere):
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(ROOT / page), "exec"), names)
     assert not plt.get_fignums(), "a figure is returned, not left in pyplot"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_hold_what_their_cells_gave(path):
+    """As `notebooks/run.py --write` stores it: figures of few bytes, and no warning of any library."""
+    code = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert {output["output_type"] for output in outputs} <= {"execute_result", "display_data", "stream"}
+    assert path.stat().st_size < 2e6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
