@@ -41,7 +41,8 @@ def few_colours(png: str) -> str:
     """A picture in base64, in a palette."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     stored = io.BytesIO()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(stored, "PNG", optimize=True)
+    palette = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
+    palette.save(stored, "PNG", optimize=True)
     return base64.b64encode(stored.getvalue()).decode()
 
 
