@@ -52,6 +52,17 @@ def test_shapes_splits_share_no_picture_and_no_id() -> None:
     assert len({s.id for samples in splits for s in samples}) == 300
 
 
+@pytest.mark.parametrize("count", [100_001, 619_416_196, 10**40])
+def test_more_samples_than_can_be_drawn_are_refused_at_once(count: int, tmp_path: Path) -> None:
+    """0.1.0 drew until the memory was full; a file has an end, so that any number is all of it."""
+    for task in ("shapes", "pages"):
+        with pytest.raises(UserError, match="must be at most 100,000 in task"):
+            load_task(task).samples("search", count)
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"id": "a", "prompt": "what?"}\n')
+    assert len(load_task(str(file)).samples("all", count)) == 1
+
+
 def test_train_split_holds_the_pictures_of_training_and_the_others_do_not() -> None:
     trained = {render(sample_scene((0, 1, stage, i))).tobytes() for stage in (0, 1) for i in range(60)}
     for split, shared in (("train", 50), ("search", 0), ("held-out", 0)):
