@@ -167,6 +167,7 @@ _UNITS = {
     "bench gpu": "parts",
     "bench prefill": "prefills",
     "probe": "forwards",
+    "probe of bits": "forwards",
     "trials": "trials",
     "finalists": "answers",
     "proof": "answers",
@@ -177,4 +178,5 @@ _UNITS = {
     "compare": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "submissions": "files",
 }

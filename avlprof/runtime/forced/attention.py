@@ -60,7 +60,7 @@ class GroupAttention:
             rows = AnswerRows(call, prompt, len(self.policies))
             return _attended(rows, self._by_window(rows, window))
         rows = AnswerRows(call, *self._precision(prompt, call.layer))
-        groups = prompt.key.shape[1] if policy.heads == "kv_head" else 1
+        groups = 1 if policy.heads == "shared" else prompt.key.shape[1]
         if policy.running is not None:
             return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
         return _attended(rows, *self._governed(rows, call.layer, groups))
