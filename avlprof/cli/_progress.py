@@ -176,6 +176,7 @@ _UNITS = {
     "assemble": "steps",
     "evaluate": "steps",
     "compare": "answers",
+    "knockout": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
     "submissions": "files",

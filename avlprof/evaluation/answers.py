@@ -305,8 +305,7 @@ def _answer(
         new = generate_tokens(
             loaded, encoding, runtime, look, samples=ids, max_new_tokens=max_new_tokens
         ).tolist()
-    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
-    texts = loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
+    lengths, texts = said(loaded, new)
     return [
         Answer(
             sample=sample.id,
@@ -325,6 +324,12 @@ def _answer(
         )
         for sample, text, length, shape, used in zip(batch, texts, lengths, rows, measured, strict=True)
     ]
+
+
+def said(loaded: LoadedModel, new: Sequence[list[int]]) -> tuple[list[int], list[str]]:
+    """Tokens of each generated row up to and with its end, and its text."""
+    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
+    return lengths, loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
 
 
 def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: int) -> float:

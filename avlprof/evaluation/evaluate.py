@@ -241,12 +241,17 @@ def _check(loaded: LoadedModel, policies: Sequence[Method], samples: Sequence[Sa
     check_samples(samples)
 
 
-def check_samples(samples: Sequence[Sample]) -> None:
-    """`UserError` when an id occurs twice, or a sample has no answers to be judged by."""
+def check_ids(samples: Sequence[Sample]) -> None:
+    """`UserError` when an id occurs twice."""
     ids = [sample.id for sample in samples]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise UserError(f"sample ids must be unique, '{twice}' occurs twice")
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """`UserError` when an id occurs twice, or a sample has no answers to be judged by."""
+    check_ids(samples)
     unlabelled = next((sample.id for sample in samples if not sample.answers), None)
     if unlabelled is not None:
         raise UserError(f"sample '{unlabelled}' has no reference answers to be judged by; give it answers")
