@@ -190,7 +190,7 @@ TESTED = (
     *("core and window", "per head", "history", "h2o", "filter"),
     *("packed", "packed core", "packed per head", "packed score only", "packed history"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
-    *("packed text", "packed text and core", "packed text per head"),
+    "packed text and core",
 )
 """One of each part: what `make test` runs of a large matrix."""
 
@@ -241,8 +241,6 @@ TURNS = {
     "packed core": POLICIES["packed core"],
     "packed per head": POLICIES["packed per head"],
     "packed history": POLICIES["packed history"],
-    "packed text": POLICIES["packed text"],
-    "packed text and core": POLICIES["packed text and core"],
     "scored core": POLICIES["scored core"],
     "scored per head": POLICIES["scored per head"],
     "packed scored": POLICIES["packed scored"],

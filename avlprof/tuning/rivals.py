@@ -94,7 +94,10 @@ def in_full(winner: Policy, budget: Budget, layers: int) -> Policy:
     if not (winner.packs or winner.text.packs):
         return winner
     text = winner.text.model_copy(update={"bits": FULL})
-    if not _used(winner, budget, layers).affords(text, layers, 0.0):
+    refreshed = 0.0
+    if winner.vision_compute is not None:
+        refreshed = budget.refreshed(winner.refresh_interval, winner.refresh)
+    if not _used(winner, budget, layers).affords(text, layers, refreshed):
         text = winner.text
     full = winner.model_copy(update={"vision_bits": FULL, "text": text})
     if winner.vision_compute is None:

@@ -62,8 +62,13 @@ class PromptLayer:
         """The layer with vision, or system and `text`, as it is after few bits; a copy, while it is used."""
         if bits == FULL:
             return self
-        marked = ((self.modality == Modality.VISION) != text)[:, None, :, None]
-        key, value = (torch.where(marked, degraded(part, bits), part) for part in (self.key, self.value))
+        vision, real = self.modality == Modality.VISION, self.modality != Modality.PAD
+        marked = real & ~vision if text else vision
+        columns = marked.any(dim=0).nonzero()[:, 0]
+        marked, parts = marked[:, None, columns, None], (self.key, self.value)
+        own = [part.index_select(2, columns) for part in parts]
+        few = [torch.where(marked, degraded(part, bits), part) for part in own]
+        key, value = (part.index_copy(2, columns, new) for part, new in zip(parts, few, strict=True))
         return replace(self, key=key, value=value)
 
     @property
