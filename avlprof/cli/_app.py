@@ -72,6 +72,7 @@ COMMANDS: Final[dict[str, str]] = {
     "evaluate": "avlprof.cli.evaluate",
     "compare": "avlprof.cli.compare",
     "leaderboard": "avlprof.cli.leaderboard",
+    "knockout": "avlprof.cli.knockout",
     "bench": "avlprof.cli.bench",
     "demo": "avlprof.cli.demo",
     "models": "avlprof.cli.models",
