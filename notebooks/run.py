@@ -29,11 +29,12 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent
 LIMIT = 600  # seconds a cell may take on a slow machine
-LARGEST = 1_500_000
+LARGEST = 2_000_000
 """Bytes of a notebook with its outputs."""
 QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found", "OMP_NUM_THREADS": "1"}
 """Of the kernel: no word about a progress bar that nobody asked for; the models are tiny."""
-COLOURS = 64
+COLOURS = 256
+"""Of a stored picture, at most; with fewer, small things of a picture lose their hue."""
 OWN_PATH = re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|Users|private|var/folders|opt|mnt)/\w")
 WARNING = re.compile(r"\b\w*Warning\b|^WARNING|\[WARN", re.MULTILINE)
 
