@@ -2,8 +2,8 @@
 
 `trace` records where a model looks and gives a `Run`, `Run.profile()` sums it up layer by layer,
 its `derive()` and `tune` make a `Policy`, `apply` runs a model under one (`wrap` for good), `evaluate`
-compares policies with the dense model, `compare` at equal bytes, and `record` measures a `generate()`
-of your own. `docs/python.md` shows each of them.
+compares policies with the dense model, `compare` at equal bytes, `knockout` closes routes of attention,
+and `record` measures a `generate()` of your own. `docs/python.md` shows each of them.
 Importing this package changes nothing and imports nothing heavy; names are loaded when used.
 """
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from avlprof.api.tune import certified, smallest, sweep, tune
     from avlprof.errors import UserError
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, compare
+    from avlprof.evaluation.damage import Knockout
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
+    from avlprof.evaluation.knockout import KnockoutSettings, knockout
     from avlprof.models import ModelSpec, load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run, picture_task
@@ -54,6 +56,9 @@ _HOMES = {
     "Evaluation": "avlprof.evaluation.evaluate",
     "EvaluationSettings": "avlprof.evaluation.evaluate",
     "evaluate": "avlprof.evaluation.evaluate",
+    "Knockout": "avlprof.evaluation.damage",
+    "KnockoutSettings": "avlprof.evaluation.knockout",
+    "knockout": "avlprof.evaluation.knockout",
     "load_model": "avlprof.models",
     "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
@@ -71,6 +76,8 @@ __all__ = [
     "ComparisonSettings",
     "Evaluation",
     "EvaluationSettings",
+    "Knockout",
+    "KnockoutSettings",
     "ModelSpec",
     "Policy",
     "Run",
@@ -86,6 +93,7 @@ __all__ = [
     "compare",
     "evaluate",
     "find_policy",
+    "knockout",
     "latest_run",
     "load_model",
     "load_policy",

@@ -290,6 +290,30 @@ SCORING = {
 
 _A_VL = find_policy("paper/a-vl")
 _HALF = TextPolicy(keep=0.5, minimum=6, scorer="history")
+ADAPTIVE = {
+    "adaptive": Policy(vision_keep=KEEP, heads="adaptive"),
+    "adaptive, no floor": Policy(
+        vision_keep=(0.3, 0.0, 0.7),
+        heads="adaptive",
+        head_floor=0.0,
+        scorer=ACCUMULATED,
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "adaptive, 4 bits": Policy(vision_keep=KEEP, heads="adaptive", vision_bits=(4, 16, 2)),
+    "adaptive, packed text": Policy(
+        vision_keep=KEEP, heads="adaptive", vision_bits=(16, 4, 16), text=TextPolicy(bits=(4, 3, 16))
+    ),
+    "adaptive, history": Policy(
+        vision_keep=KEEP,
+        heads="adaptive",
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "adaptive, filtered": Policy(
+        vision_keep=0.4, heads="adaptive", prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),)
+    ),
+}
+"""Heads that differ in how many vision tokens they keep."""
+
 A_VL = {
     "paper/a-vl": _A_VL,
     "paper/a-vl-prefill": find_policy("paper/a-vl-prefill"),

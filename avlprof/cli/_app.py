@@ -71,6 +71,8 @@ COMMANDS: Final[dict[str, str]] = {
     "export": "avlprof.cli.export",
     "evaluate": "avlprof.cli.evaluate",
     "compare": "avlprof.cli.compare",
+    "leaderboard": "avlprof.cli.leaderboard",
+    "knockout": "avlprof.cli.knockout",
     "bench": "avlprof.cli.bench",
     "demo": "avlprof.cli.demo",
     "models": "avlprof.cli.models",

@@ -167,6 +167,7 @@ _UNITS = {
     "bench gpu": "parts",
     "bench prefill": "prefills",
     "probe": "forwards",
+    "probe of bits": "forwards",
     "trials": "trials",
     "finalists": "answers",
     "proof": "answers",
@@ -175,6 +176,8 @@ _UNITS = {
     "assemble": "steps",
     "evaluate": "steps",
     "compare": "answers",
+    "knockout": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "submissions": "files",
 }

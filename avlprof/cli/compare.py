@@ -55,7 +55,11 @@ def compare_policies(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option("--baseline", help="Only this baseline; repeat. By default all that ship."),
+        typer.Option(
+            "--baseline",
+            help="Only this baseline, or one of pooled, pooled-4, smaller-picture, smaller-picture-4; "
+            "repeat. By default all.",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many of each split; by default the task's.")
@@ -77,6 +81,11 @@ def compare_policies(
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
     ] = None,
+    submit: Annotated[
+        Path | None,
+        typer.Option("--submit", help="Folder for a file a budget to share; see 'avlprof leaderboard'."),
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="Who submits; nobody is named unless you say.")] = "",
     form: FormatOption = Format.table,
     figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
@@ -87,19 +96,23 @@ def compare_policies(
     """
     from avlprof.evaluation import AnswerStore, ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.evaluation.smaller import METHODS
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
+    methods = {method.name: method for method in METHODS}
     budgets = parse_shares("--budget", budget)
     mine = named_policies(policy or [])
     tuned = _winners(study or [])
-    baselines = [find_policy(name) for name in baseline] if baseline else None
+    baselines = [methods.get(name) or find_policy(name) for name in baseline] if baseline else None
     task = source.load()
     task.samples(split, samples)
     label = f"{Path(spec.name).name}-{task.name}-{split}"
     folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
     check_output(folder, folder=True)
+    check_output(submit, folder=True)
+    _check_name(by, submit)
     lock = FolderLock(folder / "parts")
     loaded = load_model(spec)
     resolver = Resolver(loaded, task, run)
@@ -117,8 +130,21 @@ def compare_policies(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )
     wrote = _write(comparison, folder, figure_format)
+    if submit is not None:
+        from avlprof.evaluation.submission import save_submissions, submissions
+
+        wrote += save_submissions(submissions(comparison, loaded, task, by), submit)
     _print(comparison, form)
     finished(wrote, f"avlprof tune --model {spec.name} --task {source.name} --budget {budgets[0]:g}")
+
+
+def _check_name(by: str, submit: Path | None) -> None:
+    from avlprof.errors import UserError, shortened
+
+    if by and submit is None:
+        raise UserError("--by says who submits; give --submit FOLDER too")
+    if len(by) > 100 or not by.isprintable():
+        raise UserError(f"--by must be a name of at most 100 printable characters, got {shortened(by)}")
 
 
 def _winners(folders: list[Path]) -> list[Policy]:

@@ -21,11 +21,13 @@ from avlprof.attention.session import cache_argument
 from avlprof.errors import UserError
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
+from avlprof.evaluation.smaller import Method, SmallerPictures
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens
 from avlprof.models.generation import greedy
-from avlprof.policy import Policy, PromptShape, read_share
+from avlprof.models.smaller import smaller_pictures
+from avlprof.policy import DENSE, Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
@@ -188,7 +190,7 @@ FLUSH_SECONDS = 10.0
 def generate_answers(
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    policy: Policy | None,
+    policy: Method | None,
     settings: AnswerSettings,
     *,
     store: AnswerStore | None = None,
@@ -211,6 +213,8 @@ def generate_answers(
     Raises:
         UserError: the policy does not fit, a picture cannot be read, or a sample has no answers.
     """
+    if isinstance(policy, SmallerPictures):
+        return _smaller_answers(loaded, samples, policy, settings, store, watch)
     judge, limit = load_metric(settings.metric), settings.max_new_tokens
     model = model_key(loaded)
     known = store.answers(model, policy, samples, limit) if store else {}
@@ -235,6 +239,34 @@ def generate_answers(
     return [
         replace(known[sample.id], score=float(score)) for sample, score in zip(samples, scores, strict=True)
     ]
+
+
+def _smaller_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    method: SmallerPictures,
+    settings: AnswerSettings,
+    store: AnswerStore | None,
+    watch: Watch,
+) -> list[Answer]:
+    """Answers to prompts with fewer vision tokens; their dense bytes are those of the whole prompts."""
+    whole = settings.lengths or prompt_lengths(loaded, samples)
+    policy = None if method.policy.hash == DENSE.hash else method.policy
+    with smaller_pictures(loaded, method.kind, method.share) as smaller:
+        answers = generate_answers(smaller, samples, policy, settings, store=store, watch=watch)
+    return [
+        replace(
+            answer,
+            dense_bytes=answer.dense_bytes * whole[answer.sample] // _tokens(answer),
+            policy_hash=method.hash,
+        )
+        for answer in answers
+    ]
+
+
+def _tokens(answer: Answer) -> int:
+    """Tokens of the prompt that was answered."""
+    return answer.system + answer.vision + answer.text
 
 
 def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
@@ -273,8 +305,7 @@ def _answer(
         new = generate_tokens(
             loaded, encoding, runtime, look, samples=ids, max_new_tokens=max_new_tokens
         ).tolist()
-    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
-    texts = loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
+    lengths, texts = said(loaded, new)
     return [
         Answer(
             sample=sample.id,
@@ -293,6 +324,12 @@ def _answer(
         )
         for sample, text, length, shape, used in zip(batch, texts, lengths, rows, measured, strict=True)
     ]
+
+
+def said(loaded: LoadedModel, new: Sequence[list[int]]) -> tuple[list[int], list[str]]:
+    """Tokens of each generated row up to and with its end, and its text."""
+    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
+    return lengths, loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
 
 
 def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: int) -> float:

@@ -18,7 +18,8 @@ from avlprof.evaluation.answers import SampleSettings, Steps, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
-from avlprof.evaluation.lineup import Entry, LineUp, line_up, seeded, shipped_baselines
+from avlprof.evaluation.lineup import Entry, LineUp, all_baselines, line_up, runs_of
+from avlprof.evaluation.smaller import Method, Pictures, SmallerPictures
 from avlprof.evaluation.store import AnswerStore
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
@@ -34,8 +35,8 @@ class ComparisonSettings(SampleSettings):
 
     Attributes:
         select_split: picks the strongest baseline of a budget, with as many samples; None picks none.
-        baselines: hand-set policies to compare with; None means all that ship (but those of single
-            papers and models).
+        baselines: hand-set policies and methods with smaller pictures to compare with; None means all
+            that ship (but those of single papers and models).
         evidence: gives what a traced run knows, for policies with an allocator; asked only when needed.
 
     Raises:
@@ -43,7 +44,7 @@ class ComparisonSettings(SampleSettings):
     """
 
     select_split: str | None = "search"
-    baselines: Sequence[Policy] | None = None
+    baselines: Sequence[Method] | None = None
     evidence: Callable[[], Evidence] | None = None
 
     def __post_init__(self) -> None:
@@ -59,14 +60,14 @@ class Strongest:
     Seeds of a random policy are averaged. On a tie the first candidate wins.
     """
 
-    policy: Policy
+    policy: Method
     scores: tuple[tuple[str, float], ...]
 
 
 def strongest(
     loaded: LoadedModel,
     task: Task,
-    candidates: Sequence[Policy],
+    candidates: Sequence[Method],
     settings: ComparisonSettings | None = None,
     *,
     store: AnswerStore | None = None,
@@ -93,7 +94,7 @@ def strongest(
         raise UserError("the strongest policy is picked on a split; give select_split")
     samples = task.samples(settings.select_split, settings.samples)
     answering = settings.answering(loaded, task, samples)
-    runs = [seeded(policy) for policy in candidates]
+    runs = [runs_of(policy) for policy in candidates]
     done, total = 0, len(samples) * sum(map(len, runs))
     means = []
     for seeds in runs:
@@ -155,6 +156,10 @@ class Comparison:
         """What these samples cannot show, a sentence each: too few of them, or dense scores nothing."""
         return sample_warnings(self._by_sample(1.0, "dense")["score"].to_numpy(dtype=float))
 
+    def scores(self, budget: float, method: str) -> list[float]:
+        """The score of each sample in the order of their ids, seeds averaged; dense stands at budget 1."""
+        return [float(score) for score in self._by_sample(budget, method)["score"]]
+
     def left_out(self) -> pd.DataFrame:
         """One row per method and budget that could not be compared: `method, kind, budget, floor, reason`."""
         columns = ["method", "kind", "budget", "floor", "reason"]
@@ -171,11 +176,7 @@ class Comparison:
                 else:
                     frame.to_parquet(partial, index=False)
         policies = [
-            {
-                "budget": e.budget,
-                "method": e.method,
-                "policy": e.policy.model_dump(mode="json", by_alias=True),
-            }
+            {"budget": e.budget, "method": e.method, "policy": _described(e.policy)}
             for e in self.lineup.entries
         ]
         tables = {"summary": summary, "left_out": self.left_out()}
@@ -268,7 +269,7 @@ def compare(
         watch.say(note)
     steps = Steps(watch, "compare", len(samples))
 
-    def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
+    def table(run: Method | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
         answers = generate_answers(loaded, samples, run, answering, store=store, watch=steps.part())
         steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
@@ -279,10 +280,11 @@ def compare(
         ascending,
         _shapes(parts[0], loaded.adapter),
         loaded.adapter.layers,
-        baselines=shipped_baselines(given) if settings.baselines is None else settings.baselines,
+        baselines=all_baselines(given) if settings.baselines is None else settings.baselines,
         given=given,
         tuned=tuned,
         evidence=settings.evidence,
+        pictures=Pictures(loaded.adapter, samples),
     )
     candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
     selected = len(_selection(task, settings))
@@ -296,10 +298,17 @@ def compare(
             best[budget] = winner.policy.name
     for entry in lineup.entries:
         who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [table(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
+        parts += [table(run, seed, who) for seed, run in enumerate(runs_of(entry.policy))]
     meta = settings.about(loaded, task, len(samples))
     meta |= {"select_split": settings.select_split or "", "budgets": list(ascending)}
     return Comparison(meta, pd.concat(parts, ignore_index=True), lineup, best)
+
+
+def _described(policy: Method) -> dict[str, Any]:
+    """A method as plain values."""
+    if isinstance(policy, SmallerPictures):
+        return policy.described()
+    return policy.model_dump(mode="json", by_alias=True)
 
 
 def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
@@ -313,7 +322,7 @@ def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> 
 
 def _runs(entries: Sequence[Entry]) -> int:
     """How often a split is answered for these methods: once for each seed of each."""
-    return sum(len(seeded(entry.policy)) for entry in entries)
+    return sum(len(runs_of(entry.policy)) for entry in entries)
 
 
 def _shapes(dense: pd.DataFrame, adapter: Adapter) -> list[PromptShape]:

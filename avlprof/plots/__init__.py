@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avlprof.plots.beside import BesideInfo, beside_info, damage_beside_attention
     from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
     from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
     from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         parameter_importances_info,
     )
     from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
+    from avlprof.plots.knockout import KnockoutInfo, knockout_heads, knockout_info, knockout_map
     from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
     from avlprof.plots.mass import MassInfo, mass_info, modality_mass
     from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
 
 _LAZY = {
+    "BesideInfo": "beside",
+    "beside_info": "beside",
+    "damage_beside_attention": "beside",
     "BudgetsInfo": "budgets",
     "budgets_info": "budgets",
     "quality_by_budget": "budgets",
@@ -72,6 +77,10 @@ _LAZY = {
     "KnobInfo": "knobs",
     "knob_effects": "knobs",
     "knob_effects_info": "knobs",
+    "KnockoutInfo": "knockout",
+    "knockout_heads": "knockout",
+    "knockout_info": "knockout",
+    "knockout_map": "knockout",
     "PolicyInfo": "layers",
     "policy_layers": "layers",
     "policy_layers_info": "layers",
@@ -102,6 +111,7 @@ _LAZY = {
 """The module of each public name."""
 
 __all__ = [
+    "BesideInfo",
     "BudgetsInfo",
     "Caption",
     "CoverageInfo",
@@ -113,6 +123,7 @@ __all__ = [
     "HorizonInfo",
     "ImportanceInfo",
     "KnobInfo",
+    "KnockoutInfo",
     "MassInfo",
     "OverlapInfo",
     "ParetoInfo",
@@ -120,11 +131,13 @@ __all__ = [
     "SinkInfo",
     "TrialInfo",
     "WindowInfo",
+    "beside_info",
     "budget_front",
     "budget_front_info",
     "budgets_info",
     "coverage_curves",
     "coverage_info",
+    "damage_beside_attention",
     "diff_info",
     "drift_info",
     "figure_path",
@@ -138,6 +151,9 @@ __all__ = [
     "horizon_info",
     "knob_effects",
     "knob_effects_info",
+    "knockout_heads",
+    "knockout_info",
+    "knockout_map",
     "layer_diff",
     "layer_overlap",
     "mass_info",

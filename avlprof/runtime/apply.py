@@ -27,6 +27,7 @@ from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable, check_counts
 from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
+from avlprof.runtime.ragged import RaggedHeads
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
 
@@ -86,6 +87,10 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
+        if len(step.stored) == 1 and not step.weighing and isinstance(step.stored[0], RaggedHeads):
+            joined = step.stored[0].by_kernels(call, step.mask, step.bounds)
+            if joined is not None:
+                return joined, view._replace(decoded=partial(with_stored, step.stored))
         if step.stored:
             out, weights = stored_attention(step.stored, call, step.mask)
             after = partial(layer.after, step, weights) if step.weighing else None

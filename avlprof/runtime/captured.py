@@ -221,6 +221,11 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
             f"policy '{policy.name}' scores its core at every step (core_score), which cannot be captured; "
             "leave captured out"
         )
+    if policy.heads == "adaptive":
+        raise UserError(
+            f"policy '{policy.name}' keeps as many tokens in each head as the prompt says (heads: "
+            "adaptive), which cannot be captured; leave captured out"
+        )
     if any(cache.governed(index) is None for index in range(len(cache.layers))):
         raise UserError("layers with a sliding window or a state cannot be captured; leave captured out")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

@@ -142,6 +142,30 @@ def diff_frame(layers: int) -> pd.DataFrame:
     return frame.assign(n_other=7, how="paired")
 
 
+ROUTES = ("question-to-vision", "answer-to-vision", "answer-to-question")
+
+
+def knockout_frame(layers: int, heads: int = 4) -> pd.DataFrame:
+    """Whole layers, all of them at once (-1), and single heads; what is lost falls with depth."""
+    places = [(route, layer, -1) for route in ROUTES for layer in (*range(layers), -1)]
+    places += [(route, layer, head) for route in ROUTES for layer in range(layers) for head in range(heads)]
+    frame = pd.DataFrame(places, columns=["route", "layer", "head"])
+    frame["kl"] = np.where(frame["layer"] < 0, 2.5, 0.5 ** (frame["layer"] + frame["head"] + 1.0))
+    frame["kl_low"], frame["kl_high"] = frame["kl"] * 0.5, frame["kl"] * 1.5
+    frame["first"] = np.where(frame["layer"] < 0, 0, frame["layer"])
+    frame["last"] = np.where(frame["layer"] < 0, layers - 1, frame["layer"])
+    frame["difference"] = -frame["kl"] / 3
+    frame["difference_low"], frame["difference_high"] = frame["difference"] - 0.1, frame["difference"] + 0.1
+    return frame.assign(samples=7).sample(frac=1.0, random_state=6).sort_values("route", kind="stable")
+
+
+def beside_frames(layers: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A correlation for two routes, and the attention of each."""
+    rows = pd.DataFrame({"route": ROUTES[:2], "attention": "generated rows (decode) on vision"})
+    rows = rows.assign(rank_correlation=(-0.9, 0.2), low=(-1.0, -0.3), high=(-0.7, 0.5))
+    return rows, measured(list(itertools.product(ROUTES, range(layers))), ["route", "layer"])
+
+
 def pareto_frame() -> pd.DataFrame:
     random = np.random.default_rng(3)
     rows = [("dense", "dense", 1.0, 0.8, 0.75, 0.85, 32)]
@@ -228,6 +252,9 @@ def every_figure(layers: int) -> dict[str, Figure]:
         "first trial": plots.trial_history(trials_frame().sort_values("trial").head(1)),
         "knobs": plots.knob_effects(knobs_frame()),
         "importances": plots.parameter_importances(importances_frame()),
+        "knockout": plots.knockout_map(knockout_frame(layers), "exact match on shapes (search)"),
+        "knockout heads": plots.knockout_heads(knockout_frame(layers)),
+        "knockout beside": plots.damage_beside_attention(knockout_frame(layers), *beside_frames(layers)),
     }
 
 
@@ -529,6 +556,35 @@ def test_overlaps_of_heads_are_within_their_layer() -> None:
         assert others.values[i, j] == pytest.approx(sum(found[b] for b in range(5) if b != j) / 4)
     assert shared.top == others.top == max(shared.values.max(), others.values.max())
     assert plots.head_overlap_info(frame[frame["query"] == "last"]).rows == "last prompt token"
+
+
+def test_closed_routes_stand_by_layer_with_every_layer_last() -> None:
+    frame = knockout_frame(6)
+    info = plots.knockout_info(frame, "score")
+    assert (info.routes, info.layers, info.samples) == (tuple(sorted(ROUTES)), tuple(range(6)), 7)
+    kl, change = info.maps
+    wanted = [0.5**layer for layer in range(6)]
+    np.testing.assert_allclose(kl.values, [[*wanted, 2.5]] * 3)
+    np.testing.assert_allclose(change.values, -kl.values / 3)
+    np.testing.assert_array_equal(change.sure, kl.values / 3 > 0.1)
+    assert "Change of score" in words_of(plots.knockout_map(info))
+    assert [len(plots.knockout_info(frame.drop(columns="difference")).maps)] == [1]
+    texts = [text.get_text() for text in plots.knockout_map(frame).axes[0].texts]
+    assert {"1.00", ".500 to 1.50", ".031", "2.50"} <= set(texts)
+    two = frame.assign(last=frame["last"].where(frame["layer"] < 0, frame["last"] + 1))
+    assert "2 layers around each" in plots.knockout_info(two).closed
+    with pytest.raises(UserError, match="no single head was closed"):
+        plots.knockout_heads(frame[frame["head"] < 0])
+
+
+def test_damage_stands_above_the_attention_of_the_same_layers() -> None:
+    frame, (rows, mass) = knockout_frame(6), beside_frames(6)
+    info = plots.beside_info(frame, rows, mass)
+    assert (info.layers, [panel.route for panel in info.panels]) == (tuple(range(6)), list(ROUTES[:2]))
+    known = mass[mass["route"] == ROUTES[1]].sort_values("layer")
+    np.testing.assert_allclose(info.panels[1].mass, known[["mean", "low", "high"]].to_numpy().T)
+    np.testing.assert_allclose(info.panels[0].damage[0], [0.5**layer for layer in range(6)])
+    assert "rank correlation -0.90 [-1.00, -0.70]" in words_of(plots.damage_beside_attention(info))
 
 
 def test_differences_are_in_their_units_and_marked_where_sure() -> None:

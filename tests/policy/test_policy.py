@@ -68,6 +68,15 @@ def policies(draw, runnable=False):
             fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
         fields["core_score"] = CoreScore(prompt=draw(RATIO), memory=draw(RATIO.filter(lambda r: r < 1)))
         fields["vision_bits"] = per_layer(st.sampled_from([16, 8, 4, 3, 2]))
+        fields["heads"] = draw(st.sampled_from(["shared", "kv_head", "adaptive"]))
+        if runnable and "vision_compute" in fields:
+            fields["heads"] = "kv_head"
+        if fields["heads"] == "adaptive":
+            apart = [
+                tuple(2 * one for one in (part, 1 - part))
+                for part in draw(st.lists(RATIO, min_size=layers, max_size=layers))
+            ]
+            fields |= {"head_floor": draw(RATIO), "head_shares": draw(st.sampled_from([None, apart]))}
         kinds = ["all", "bits", "window"] if runnable else ["all", "bits", "window", "keep"]
         kind = draw(st.sampled_from(kinds))
         if kind == "bits":
@@ -200,6 +209,15 @@ REFUSED = {
     "core_score: {memory: 1}": "core_score.memory: input should be less than 1, got 1",
     "core_score: {memroy: 0.5}": "did you mean core_score.memory?",
     "pool: joint\njoint: {keep: 0.5}\ncore_score: {prompt: 0.5}": "leave core_score out",
+    "heads: each": "heads",
+    "heads: adaptive\nhead_floor: 1.5": "head_floor: input should be less than or equal to 1, got 1.5",
+    "head_floor: 0.5": "head_floor and head_shares go with heads: adaptive",
+    "heads: kv_head\nhead_shares: [[1, 1]]": "head_floor and head_shares go with heads: adaptive",
+    "heads: adaptive\nhead_shares: [[1.5, 0.6]]": "head_shares[0] must have the mean 1, got 1.05",
+    "heads: adaptive\nhead_shares: [[1, 1], [1]]": "one share for each KV head in every layer, got 1",
+    "heads: adaptive\nhead_shares: [[2, -1, 2]]": "head_shares[0][1]",
+    "heads: adaptive\nhead_shares: []": "head_shares is an empty list",
+    "heads: adaptive\nhead_shares: [[1, 1]]\nvision_keep: [0.5, 0.2]": "head_shares has 1",
     "schema: avlprof.policy/2": "schema",
     "a: [": "not valid YAML",
 }
@@ -391,6 +409,10 @@ def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
     cored = Policy(vision_keep=0.2, vision_compute=0.1, refresh_interval=4)
     assert cored.hash == "c1c11974db74ae3b"  # as it was before cores had scores
     assert cored.hash == cored.model_copy(update={"core_score": CoreScore()}).hash
+    assert cored.hash == cored.model_copy(update={"head_floor": 0.5}).hash  # of adaptive heads alone
+    heads = [Policy(vision_keep=0.2, heads="adaptive", head_floor=floor) for floor in (0.2, 0.5)]
+    heads += [Policy(vision_keep=0.2, heads="adaptive", head_shares=((1.5, 0.5),)), Policy(vision_keep=0.2)]
+    assert len({policy.hash for policy in heads}) == 4
     scored = [cored.model_copy(update={"core_score": CoreScore(**{n: 0.5})}) for n in ("prompt", "memory")]
     assert len({cored.hash, *(policy.hash for policy in scored)}) == 3
     assert [policy.scores_core for policy in (cored, *scored)] == [False, True, True]
