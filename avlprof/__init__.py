@@ -15,6 +15,8 @@ from avlprof._lazy import exports
 from avlprof.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from avlprof.analysis.lens import Lens
+    from avlprof.api.lens import LensSettings, lens
     from avlprof.api.trace import trace
     from avlprof.api.tune import certified, smallest, sweep, tune
     from avlprof.errors import UserError
@@ -40,6 +42,9 @@ _HOMES = {
     "TraceSettings": "avlprof.tracing",
     "UserError": "avlprof.errors",
     "Watch": "avlprof.watch",
+    "Lens": "avlprof.analysis.lens",
+    "LensSettings": "avlprof.api.lens",
+    "lens": "avlprof.api.lens",
     "trace": "avlprof.api.trace",
     "certified": "avlprof.api.tune",
     "smallest": "avlprof.api.tune",
@@ -78,6 +83,8 @@ __all__ = [
     "EvaluationSettings",
     "Knockout",
     "KnockoutSettings",
+    "Lens",
+    "LensSettings",
     "ModelSpec",
     "Policy",
     "Run",
@@ -95,6 +102,7 @@ __all__ = [
     "find_policy",
     "knockout",
     "latest_run",
+    "lens",
     "load_model",
     "load_policy",
     "load_task",

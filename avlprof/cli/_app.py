@@ -63,6 +63,7 @@ COMMANDS: Final[dict[str, str]] = {
     "analyze": "avlprof.cli.analyze",
     "report": "avlprof.cli.report",
     "explore": "avlprof.cli.explore",
+    "lens": "avlprof.cli.lens",
     "derive": "avlprof.cli.derive",
     "policy": "avlprof.cli.policy",
     "run": "avlprof.cli.run",

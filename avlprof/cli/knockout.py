@@ -109,8 +109,8 @@ def knock_out(
         found = knockout(loaded, task, settings, store=store, watch=watch)
     wrote = _write(found, folder, figure_format, profile)
     _print(found, form, profile)
-    then = f"avlprof trace --model {spec.name} --task {source.name} sets attention beside the damage"
-    finished(wrote, "" if profile else then)
+    verb = "tune" if profile else "trace"  # a trace sets attention beside the damage
+    finished(wrote, f"avlprof {verb} --model {spec.name} --task {source.name}")
 
 
 def _window(text: str) -> Any:

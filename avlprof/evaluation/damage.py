@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
-from avlprof.evaluation.doubts import sample_warnings
+from avlprof.evaluation.doubts import few_samples, sample_warnings
 from avlprof.evaluation.intervals import CONFIDENCE, RESAMPLES, mean_interval, paired_difference
 from avlprof.files import replacing, write_text
 
@@ -140,7 +140,8 @@ class Knockout:
     def warnings(self) -> list[str]:
         """What these samples cannot show, and routes that were never open, a sentence each."""
         dense = self.losses.groupby("sample", sort=False)["dense"].first().to_numpy(float)
-        sentences = sample_warnings(dense) if self.meta["judged"] else []
+        few = few_samples(len(dense))
+        sentences = sample_warnings(dense) if self.meta["judged"] else [few] if few else []
         whole = self.losses[self.losses["layer"] == ALL].groupby("route", sort=False)["kl"].max()
         return sentences + [
             f"route {route} changes nothing, even closed in every layer: no row of these prompts and answers "

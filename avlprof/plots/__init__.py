@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
     from avlprof.plots.knockout import KnockoutInfo, knockout_heads, knockout_info, knockout_map
     from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
+    from avlprof.plots.lens import (
+        LensLayersInfo,
+        LensWordsInfo,
+        lens_layers,
+        lens_layers_info,
+        lens_words,
+        lens_words_info,
+    )
     from avlprof.plots.mass import MassInfo, mass_info, modality_mass
     from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
     from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
@@ -84,6 +92,12 @@ _LAZY = {
     "PolicyInfo": "layers",
     "policy_layers": "layers",
     "policy_layers_info": "layers",
+    "LensLayersInfo": "lens",
+    "LensWordsInfo": "lens",
+    "lens_layers": "lens",
+    "lens_layers_info": "lens",
+    "lens_words": "lens",
+    "lens_words_info": "lens",
     "MassInfo": "mass",
     "mass_info": "mass",
     "modality_mass": "mass",
@@ -124,6 +138,8 @@ __all__ = [
     "ImportanceInfo",
     "KnobInfo",
     "KnockoutInfo",
+    "LensLayersInfo",
+    "LensWordsInfo",
     "MassInfo",
     "OverlapInfo",
     "ParetoInfo",
@@ -156,6 +172,10 @@ __all__ = [
     "knockout_map",
     "layer_diff",
     "layer_overlap",
+    "lens_layers",
+    "lens_layers_info",
+    "lens_words",
+    "lens_words_info",
     "mass_info",
     "modality_mass",
     "overlap_info",

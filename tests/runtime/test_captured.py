@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -299,6 +300,16 @@ def test_bytes_that_are_kept_are_a_number(kept):
         avlprof.apply(model, DENSE, captured=8, kept_bytes=kept),
     ):
         pass
+
+
+@pytest.mark.parametrize("captured", [None, 8])
+@pytest.mark.parametrize("fused", [1, 0, "", "inducter", ["inductor"], "x" * 300])
+def test_what_cannot_be_fused_is_refused(fused, captured):
+    """`apply` takes no more than it says, also where nothing is captured."""
+    said = re.escape("fused must be None, True, False or the name of a backend of torch.compile")
+    with pytest.raises(UserError, match=said) as caught:
+        avlprof.apply(random_llava().model, DENSE, captured=captured, fused=fused).__enter__()
+    assert len(str(caught.value)) < 200
 
 
 # --- replays themselves -----------------------------------------------------------------------
