@@ -288,7 +288,7 @@ def _drawn(bench: Bench, share: float) -> Iterator[tuple[str, Policy]]:
 
 
 def heads(bench: Bench) -> pd.DataFrame:
-    """A row a sample, layer and query head: `kl` when its answer rows may not look at vision, its statistics."""
+    """A row a sample and query head: `kl` when its answer rows may not look at vision, its statistics."""
     settings = KnockoutSettings(
         samples=bench.plan.samples,
         routes=("answer-to-vision",),
