@@ -138,7 +138,7 @@ def test_folder_is_the_same_model(tiny: LoadedModel, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("dtype", "fp16", r"unknown dtype 'fp16'; did you mean float16"),
+        ("dtype", "float61", r"unknown dtype 'float61'; did you mean float16"),
         ("device", "gpu", r"unknown device 'gpu'"),
         ("revision", "main", r"revision must be left out for 'tiny'"),
         ("device", "cuda:99", r"'cuda:99' is not on this machine"),
