@@ -14,7 +14,7 @@ from avlprof.cli._app import COMMANDS
 from avlprof.cli.derive import file_name
 from avlprof.errors import UserError, counted
 from avlprof.policy import Policy, load_policy, save_policy
-from avlprof.tuning import workers
+from avlprof.launchers import crew
 from tests.cli_runner import invoke, refused
 from tests.synthetic_run import write_run
 
@@ -138,7 +138,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
 
 
 def test_free_cores(monkeypatch):
-    assert start.OWN_THREADS == workers.OWN_THREADS
+    assert start.OWN_THREADS == crew.OWN_THREADS
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for load, cores in ((0.0, 8), (3.2, 5), (40.0, 1)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
