@@ -15,8 +15,8 @@ from pathlib import Path
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from avlprof.tuning import Settings
 from avlprof.launchers import Launch
+from avlprof.tuning import Settings
 from avlprof.tuning.storages._base import runs
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage

@@ -71,6 +71,7 @@ COMMANDS: Final[dict[str, str]] = {
     "export": "avlprof.cli.export",
     "evaluate": "avlprof.cli.evaluate",
     "compare": "avlprof.cli.compare",
+    "join": "avlprof.cli.join",
     "bench": "avlprof.cli.bench",
     "demo": "avlprof.cli.demo",
     "models": "avlprof.cli.models",

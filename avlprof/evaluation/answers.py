@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -81,6 +81,10 @@ class SampleSettings:
         limit = self.max_new_tokens or task.max_new_tokens
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
+    def ask(self, policy: Policy | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
+        """These samples of the split, to be answered under a policy."""
+        return Ask(policy, self.split, self.samples, samples, answering)
+
     def about(self, loaded: LoadedModel, task: Task, samples: int) -> dict[str, Any]:
         """Model, task, split, counts, versions and time: the part of `meta` that all results have.
 
@@ -105,16 +109,40 @@ class SampleSettings:
         }
 
 
-class Steps:
-    """Units of work that are done, and how many there are, of a job of several parts."""
+@dataclass(frozen=True)
+class Ask:
+    """Samples that are to be answered under a policy (None: dense).
+
+    They are of the first `count` samples of a split of the task (None: as many as the task says).
+    """
+
+    policy: Policy | None
+    split: str
+    count: int | None
+    samples: Sequence[Sample]
+    settings: AnswerSettings
+
+
+class Steps(Part):
+    """Units of work that are done, and how many there are, of a job of several parts.
+
+    What is told of them only rises: of parts that others did together ahead of their turn, each is
+    gone through once more.
+    """
 
     def __init__(self, watch: Watch, name: str, total: int) -> None:
-        self.done, self.total = 0, total
-        self._watch, self._name = watch, name
+        super().__init__(watch, name)
+        self.done, self.total, self._told = 0, total, (-1, 0)
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        done = max(self._told[0], done)
+        if (done, total) != self._told:
+            self._told = done, total
+            super().phase(name, done, max(total, done))
 
     def part(self) -> Watch:
         """Who watches the part that comes next."""
-        return Part(self._watch, self._name, self.done, max(self.total, self.done))
+        return Part(self, "", self.done, max(self.total, self.done))
 
     def add(self, units: int) -> None:
         """So many more are done."""
@@ -218,7 +246,7 @@ def generate_answers(
     flushed = time.monotonic()
     watch.phase("answers", len(known), len(samples))
     try:
-        for batch in _batches(loaded, todo, settings):
+        for batch in answer_batches(loaded, todo, settings):
             for sample, answer in zip(batch, _answer(loaded, batch, policy, limit), strict=True):
                 known[sample.id] = answer
                 if store:
@@ -237,14 +265,23 @@ def generate_answers(
     ]
 
 
+def share_out(
+    store: AnswerStore | None, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch
+) -> None:
+    """Have others help with what is asked for next, where the store has others (`AnswerStore.share`)."""
+    if store is not None:
+        store.share(loaded, asks, watch)
+
+
 def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
     """Tokens of each sample's prompt, by id; every picture is opened and processed for it."""
     return {sample.id: int(_encode(loaded, [sample])["input_ids"].shape[1]) for sample in samples}
 
 
-def _batches(
+def answer_batches(
     loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
 ) -> Iterator[Sequence[Sample]]:
+    """Samples of like prompt length, so many at a time as settings say."""
     size = settings.batch_size
     if size > 1 and len(samples) > size:
         known = settings.lengths or prompt_lengths(loaded, samples)

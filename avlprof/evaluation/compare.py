@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pandas as pd
 
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import SampleSettings, Steps, generate_answers
+from avlprof.evaluation.answers import Ask, SampleSettings, Steps, generate_answers, share_out
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
@@ -273,6 +275,7 @@ def compare(
         steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
 
+    share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     parts = [table(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
     ascending = tuple(sorted(set(budgets)))
     lineup = line_up(
@@ -287,6 +290,8 @@ def compare(
     candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
     selected = len(_selection(task, settings))
     steps.total += len(samples) * _runs(lineup.entries) + selected * sum(map(_runs, candidates.values()))
+    ahead = partial(_asks, loaded, task, lineup, list(candidates.values()), settings, samples)
+    share_out(store, loaded, ahead, steps.part())
     best: dict[float, str] = {}
     for budget, entries in candidates.items():
         if entries:
@@ -304,6 +309,26 @@ def compare(
 
 def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
     return task.samples(settings.select_split, settings.samples) if settings.select_split else ()
+
+
+def _asks(
+    loaded: LoadedModel,
+    task: Task,
+    lineup: LineUp,
+    candidates: Sequence[Sequence[Entry]],
+    settings: ComparisonSettings,
+    samples: Sequence[Sample],
+) -> Iterator[Ask]:
+    """What is asked for once the line-up is known, in this order: the selections, then the methods."""
+    chosen, split = _selection(task, settings), settings.select_split
+    if chosen and split:
+        selecting = replace(settings, split=split, select_split=None)
+        judging = selecting.answering(loaded, task, chosen)
+        for entry in chain.from_iterable(candidates):
+            yield from (selecting.ask(run, chosen, judging) for run in seeded(entry.policy))
+    answering = settings.answering(loaded, task, samples)
+    for entry in lineup.entries:
+        yield from (settings.ask(run, samples, answering) for run in seeded(entry.policy))
 
 
 def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,6 +17,10 @@ from avlprof.locks import uninterrupted
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
+from avlprof.watch import SILENT, Watch
+
+if TYPE_CHECKING:
+    from avlprof.evaluation.answers import Ask
 
 STOCK = "stock"
 """Stands for a policy's hash where the model ran without one."""
@@ -61,14 +65,40 @@ class AnswerStore:
     do not count, though they move sums by rounding. Scores are not stored: they follow from the
     prediction, so another metric needs no new answers. Pictures are known by their sample's id
     only; use a new folder after changing one.
+
+    Args:
+        path: the folder.
+        read: find what is there; without, answers are only added.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, read: bool = True) -> None:
         self.path = Path(path)
         self._known: dict[_Key, Answer] = {}
         self._pending: list[dict[str, Any]] = []
+        self._parts: set[str] = set()
+        if read:
+            self.read_new()
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is left open."""
+
+    def read_new(self) -> None:
+        """Find what other processes have added."""
         for part in sorted(self.path.glob("part-*.parquet")):
-            self._read(part)
+            if part.name not in self._parts:
+                self._read(part)
+                self._parts.add(part.name)
+
+    def share(self, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch = SILENT) -> None:
+        """Have others help to answer what is not there, where a store has others (`SharedStore`).
+
+        Args:
+            asks: gives what will be asked for next, in the order in which it will be.
+            watch: its phase `answers` counts what was not there.
+        """
 
     def answers(
         self, model: str, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
@@ -92,8 +122,10 @@ class AnswerStore:
         if not self._pending:
             return
         with uninterrupted():
-            with replacing(self.path / f"part-{uuid.uuid4().hex}.parquet") as partial:
+            part = self.path / f"part-{uuid.uuid4().hex}.parquet"
+            with replacing(part) as partial:
                 pd.DataFrame(self._pending).to_parquet(partial, index=False)
+            self._parts.add(part.name)
             self._pending = []
 
     def _read(self, part: Path) -> None:

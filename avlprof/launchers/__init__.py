@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avlprof.launchers._base import WORKER, Job, Launcher, Started, orphaned
+from avlprof.launchers._base import NUMBER, WORKER, Job, Launcher, Started, orphaned
 from avlprof.launchers.crew import LAUNCHERS, Crew, Launch
 
-__all__ = ["LAUNCHERS", "WORKER", "Crew", "Job", "Launch", "Launcher", "Started", "orphaned"]
+__all__ = ["LAUNCHERS", "NUMBER", "WORKER", "Crew", "Job", "Launch", "Launcher", "Started", "orphaned"]

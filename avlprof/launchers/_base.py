@@ -19,6 +19,8 @@ PARENT: Final = "AVLPROF_PARENT"
 """Process that started this worker on the same machine."""
 WORKER: Final = "AVLPROF_WORKER"
 """Name of this worker, where a launcher started it."""
+NUMBER: Final = "AVLPROF_NUMBER"
+"""From 1 on, which of the workers of a machine this is, where a launcher started it beside others."""
 USER_ERROR: Final = 2
 STOP_SECONDS: Final = 10.0
 _KEPT = 4000
@@ -58,6 +60,7 @@ class Started(ABC):
     def stop(self) -> None:
         """Ask it to end; does not wait."""
 
+    @abstractmethod
     def end(self, seconds: float) -> None:
         """Wait for it to end, at most so long; then it is gone."""
 

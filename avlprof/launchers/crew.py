@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from avlprof.errors import UserError
-from avlprof.launchers._base import STOP_SECONDS, USER_ERROR, Job, Launcher, Started
+from avlprof.launchers._base import NUMBER, STOP_SECONDS, USER_ERROR, Job, Launcher, Started
 from avlprof.registry import Registry
 
 OWN_THREADS: Final = "AVLPROF_THREADS"
@@ -175,15 +175,17 @@ class Crew:
     def _begin(self, number: int, deaths: int) -> _Member:
         words, variables = self._jobs(number)
         name = f"w{number}-{secrets.token_hex(4)}"
-        job = Job(name, tuple(words), {**self._threads(), **variables}, self._secrets)
+        job = Job(name, tuple(words), {**self._here(number), **variables}, self._secrets)
         return _Member(job, self._start(job), deaths)
 
-    def _threads(self) -> dict[str, str]:
-        """Cores of this machine are divided among its workers, unless the user has said otherwise."""
-        chosen = "OMP_NUM_THREADS" in os.environ and OWN_THREADS not in os.environ
-        if chosen or not self._launcher.shares_machine:
+    def _here(self, number: int) -> dict[str, str]:
+        """For workers of this machine: which one it is, and its part of the cores unless the user chose."""
+        if not self._launcher.shares_machine:
             return {}
-        return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self._launch.workers, 1))}
+        variables = {NUMBER: str(number)}
+        if "OMP_NUM_THREADS" not in os.environ or OWN_THREADS in os.environ:
+            variables["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // self._launch.workers, 1))
+        return variables
 
 
 def _cause(code: int) -> str:

@@ -85,3 +85,6 @@ class Actor(Started):
 
     def stop(self) -> None:
         self._ray.kill(self._actor)
+
+    def end(self, seconds: float) -> None:
+        self._ray.kill(self._actor)  # at once, and again is harmless

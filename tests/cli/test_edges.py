@@ -13,8 +13,8 @@ from avlprof.cli import _start as start
 from avlprof.cli._app import COMMANDS
 from avlprof.cli.derive import file_name
 from avlprof.errors import UserError, counted
-from avlprof.policy import Policy, load_policy, save_policy
 from avlprof.launchers import crew
+from avlprof.policy import Policy, load_policy, save_policy
 from tests.cli_runner import invoke, refused
 from tests.synthetic_run import write_run
 

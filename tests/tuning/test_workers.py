@@ -241,8 +241,8 @@ def test_a_dead_worker_is_replaced_and_its_trial_queued_again(tmp_path):
     ],
 )
 def test_workers_that_cannot_work_end_the_study_with_an_error(tmp_path, program, said):
+    storage = FolderStorage(tmp_path)
     with pytest.raises(UserError, match=said):
-        storage = FolderStorage(tmp_path)
         with crew_of(storage, ["-c", program], 3) as crew:
             work(tmp_path, 10_000, 0.05, check=crew_check(storage, crew))
     assert all(gone(process) for process in processes(crew))
