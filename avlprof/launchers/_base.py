@@ -117,6 +117,7 @@ def run_python(job: Job) -> tuple[int, str]:
         )
     module, said = job.words[1], _Tail()
     sys.argv = [module, *job.words[2:]]
+    sys.path.insert(0, "")
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(_Tail()):
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
