@@ -177,4 +177,5 @@ _UNITS = {
     "compare": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "bench storage": "cases",
 }
