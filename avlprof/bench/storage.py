@@ -35,7 +35,8 @@ SCALARS = 6
 class StorageCost:
     """Trials a second of `workers` at once; `share` is that over what workers who never wait would do.
 
-    `overhead` is what a trial takes beside its sleep, in seconds, as its worker sees it.
+    `overhead` is what a trial takes beside its sleep, in seconds, as its worker sees it; `cpu` are
+    seconds of a core that it takes here, without those of a database server.
     """
 
     storage: str
@@ -45,6 +46,7 @@ class StorageCost:
     per_second: float
     share: float
     overhead: float
+    cpu: float
 
 
 def run_storage_bench(
@@ -77,11 +79,20 @@ def _cost(kind: str, count: int, url: str | None, each: int, sleep: float) -> St
         path = Path(folder) / f"bench-{secrets.token_hex(4)}"
         path.mkdir()
         with _working(kind, path, url, count * each, sleep) as work:
+            before = time.process_time()
             seconds = _timed(work, count, each)
+            cpu = time.process_time() - before
     trials = count * each
     ideal = each * sleep
     return StorageCost(
-        kind, count, trials, seconds, trials / seconds, ideal / seconds, (seconds - ideal) / each
+        kind,
+        count,
+        trials,
+        seconds,
+        trials / seconds,
+        ideal / seconds,
+        (seconds - ideal) / each,
+        cpu / trials,
     )
 
 

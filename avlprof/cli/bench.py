@@ -270,6 +270,6 @@ def storage(
     check_output(out)
     with bars() as watch:
         costs = run_storage_bench(counts("--workers", workers), url, each, sleep, watch)
-    columns = ["storage", "workers", "trials", "seconds", "per_second", "share", "overhead"]
+    columns = ["storage", "workers", "trials", "seconds", "per_second", "share", "overhead", "cpu"]
     cells = {"seconds": "{:.2f}".format, "per_second": "{:.1f}".format, "share": percent}
     print_costs([asdict(cost) for cost in costs], columns, form, out, {**cells, "overhead": "{:.3f}".format})

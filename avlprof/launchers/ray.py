@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 from avlprof.errors import UserError
 from avlprof.launchers._base import Job, Launcher, Started, run_python
+
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class Ray(Launcher):
         ours = not ray.is_initialized()
         if ours:
             try:
-                ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+                _answers(self.address)
+                with _own_handler():
+                    ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"no Ray cluster answers at '{self.address}' ({reason[:200]}); begin one with "
@@ -53,6 +60,24 @@ class Ray(Launcher):
         finally:
             if ours:
                 ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """`OSError` where nobody listens at a `host:port`: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _own_handler() -> Iterator[None]:
+    """Puts back what this process does on TERM, for which Ray sets a handler of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class Runner:

@@ -98,6 +98,16 @@ class Hand(Watch):
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
+def test_no_cluster_is_an_error_in_one_sentence(tmp_path, monkeypatch, address):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'avlprof[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before, launch = signal.getsignal(signal.SIGTERM), Launch(2, "ray", {"address": address})
+    with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}'.*ray start --head"):
+        Crew(launch, lambda n: ([], {}), tmp_path / "scratch").__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def ray_launch(nodes, workers=3):
     return Launch(workers, "ray", {"address": nodes.address})
 
@@ -180,13 +190,6 @@ def test_a_worker_of_ray_says_why_it_cannot_work(tmp_path, head):
             time.sleep(0.1)
         with pytest.raises(UserError, match=r"a worker stopped: .*--samples"):
             crew.check()
-
-
-def test_no_cluster_is_an_error_in_one_sentence(tmp_path):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'avlprof[ray]'")
-    launch = Launch(2, "ray", {"address": "127.0.0.1:1"})
-    with pytest.raises(UserError, match=r"no Ray cluster answers at '127.0.0.1:1'.*ray start --head"):
-        Crew(launch, lambda n: ([], {}), tmp_path / "scratch").__enter__()
 
 
 def test_a_comparison_by_jobs_of_which_one_is_killed(tmp_path, submitit, tiny, task, alone):
