@@ -45,7 +45,8 @@ class Submitit(Launcher):
             raise UserError(f"submitit refuses --launcher-args: {reason[:400]}") from None
 
         def start(job: Job) -> Submitted:
-            with _environment(job.secrets):
+            # a job that is submitted from within another one must not look like a part of it
+            with submitit.helpers.clean_env(), _environment(job.secrets):
                 return Submitted(executor.submit(run_python, replace(job, secrets={})))
 
         yield start
