@@ -279,6 +279,9 @@ class Scan:
         trace.cores[self.layer].append(list(self.core))
         text = [i for i in alive if i not in vision_all and i not in self.o.system]
         self.seen_text += len(text)
+        if (bits := per_layer(policy.text.bits, self.layer)) != 16:
+            said = [i for i in alive if i in self.o.system]
+            self.degrade([*said, *text], range(self.heads), bits)
         self.score_rows(text, text, weights)
         for g in range(len(self.tgroups)):
             self.text[g] = self.cut([*self.text[g], *text], g)
@@ -356,19 +359,23 @@ class Scan:
         """Quantise in the open what is kept and not core; what comes back into the core stays as it is."""
         if self.bits == 16:
             return
-        query, key, value, scaling, softcap = self.states
         for g, members in enumerate(self.vgroups):
             core = set() if self.policy.vision_compute is None else self.core[g]
-            for j in self.kept[g] - core - self.packed[g]:
-                for head in members:
-                    kv = head // self.size
-                    if head % self.size == 0:
-                        key[kv, j] = quantised(key[kv, j], self.bits, self.trace)
-                        value[kv, j] = quantised(value[kv, j], self.bits, self.trace)
-                    row = query[head] @ key[kv, j] * scaling
-                    self.logits[head, :, j] = row if softcap is None else softcap * torch.tanh(row / softcap)
-                    self.v[head, j] = value[kv, j]
+            self.degrade(self.kept[g] - core - self.packed[g], members, self.bits)
             self.packed[g] = self.kept[g] - core
+
+    def degrade(self, tokens, members, bits):
+        """Rows from now on see what `bits` bits leave of tokens in the heads `members`."""
+        query, key, value, scaling, softcap = self.states
+        for j in tokens:
+            for head in members:
+                kv = head // self.size
+                if head % self.size == 0:
+                    key[kv, j] = quantised(key[kv, j], bits, self.trace)
+                    value[kv, j] = quantised(value[kv, j], bits, self.trace)
+                row = query[head] @ key[kv, j] * scaling
+                self.logits[head, :, j] = row if softcap is None else softcap * torch.tanh(row / softcap)
+                self.v[head, j] = value[kv, j]
 
     def update(self, t, row):
         """Scores after a decoding row."""

@@ -157,8 +157,32 @@ PACKED = {
         vision_bits=3,
         prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
     ),
+    "packed text": Policy(vision_keep=KEEP, vision_bits=(4, 16, 2), text=TextPolicy(bits=(4, 3, 16))),
+    "packed text alone": Policy(text=TextPolicy(bits=(2, 16, 4))),
+    "packed text and core": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=3,
+        vision_bits=(3, 16, 2),
+        text=TextPolicy(bits=(16, 4, 3)),
+    ),
+    "packed text per head": Policy(
+        vision_keep=0.6,
+        vision_compute=0.25,
+        refresh_interval=2,
+        refresh="score_only",
+        core_score=CoreScore(memory=0.8),
+        heads="kv_head",
+        vision_bits=(4, 16, 3),
+        text=TextPolicy(bits=3),
+    ),
+    "packed text and filter": Policy(
+        vision_keep=(0.8, 0.5, 0.4),
+        text=TextPolicy(bits=4),
+        prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),),
+    ),
 }
-"""Stored vision in few bits: with and without a core, beside all that a core goes with."""
+"""Stored vision, or text, in few bits: with and without a core, beside all that a core goes with."""
 
 POLICIES |= PACKED
 
@@ -166,16 +190,18 @@ TESTED = (
     *("core and window", "per head", "history", "h2o", "filter"),
     *("packed", "packed core", "packed per head", "packed score only", "packed history"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
+    *("packed text", "packed text and core", "packed text per head"),
 )
 """One of each part: what `make test` runs of a large matrix."""
 
-QUICK = ("core and window", "history", "h2o", "packed", "packed core", "scored core")
+QUICK = ("core and window", "history", "h2o", "packed", "packed core", "scored core", "packed text and core")
 """What `make quick` runs of that: a core and a window, text by score, one pool, a core by score."""
 
 SCORED = {
     *("history", "h2o text", "heavy", "h2o", "tova", "two filters"),
     *("packed history", "packed h2o text"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
+    "packed text per head",
 }
 """Those whose scores run while decoding, which captured steps cannot."""
 
@@ -215,6 +241,8 @@ TURNS = {
     "packed core": POLICIES["packed core"],
     "packed per head": POLICIES["packed per head"],
     "packed history": POLICIES["packed history"],
+    "packed text": POLICIES["packed text"],
+    "packed text and core": POLICIES["packed text and core"],
     "scored core": POLICIES["scored core"],
     "scored per head": POLICIES["scored per head"],
     "packed scored": POLICIES["packed scored"],

@@ -216,11 +216,9 @@ def derived_name(
 def check_scorer(name: str) -> None:
     """`UserError` for an unknown scorer; the default needs no look-up, which would import torch."""
     if name != RANKING:
-        from avlprof.scorers import SCORERS, make_scorer
+        from avlprof.scorers import make_scorer
 
-        spec = ScorerSpec.of(name)
-        make_scorer(spec)
-        SCORERS.get(str(spec.options.get("of", spec.name)))
+        make_scorer(ScorerSpec.of(name))
 
 
 def provenance(

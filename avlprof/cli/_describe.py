@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from avlprof.policy import DENSE, JointPool, Policy, acts_on, broadcast
+from avlprof.policy import DENSE, JointPool, Policy, TextPolicy, acts_on, broadcast
 
 NAMING = ("name", "description", "source", "provenance")
 
@@ -27,17 +27,25 @@ def sets(policy: Policy) -> str:
         parts.append(f"vision_bits {_range(policy.vision_bits)}")
     if policy.allocator is not None:
         parts.append(f"spread by {policy.allocator.name}")
-    text = policy.text
+    parts += _text(policy.text)
+    parts += [f"prefill_filter {f.keep:g} after {f.after_layer}" for f in policy.prefill_filter]
+    if policy.hash != DENSE.hash:
+        parts.append(f"by {policy.scorer.name}")
+    return ", ".join(parts)
+
+
+def _text(text: TextPolicy) -> list[str]:
+    """What stays of text, and in how many bits."""
+    parts = []
     if text.window is not None:
         parts.append(f"text.window {_range(text.window)}, text.sink {_range(text.sink)}")
     if text.scored and text.keep is None:
         parts.append(f"text.heavy {_range(text.heavy)}")
     if text.keep is not None:
         parts.append(f"text.keep {_range(text.keep)} by {text.scorer}")
-    parts += [f"prefill_filter {f.keep:g} after {f.after_layer}" for f in policy.prefill_filter]
-    if policy.hash != DENSE.hash:
-        parts.append(f"by {policy.scorer.name}")
-    return ", ".join(parts)
+    if text.packs:
+        parts.append(f"text.bits {_range(text.bits)}")
+    return parts
 
 
 def _pool(joint: JointPool) -> str:
@@ -115,6 +123,7 @@ _LISTED = (
     "text.sink",
     "text.heavy",
     "text.keep",
+    "text.bits",
     "joint.keep",
 )
 

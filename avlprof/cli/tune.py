@@ -86,6 +86,9 @@ def tune(
     bits: Annotated[
         str, typer.Option("--bits", help="Bits that stored vision may have; 16 alone: they are not searched.")
     ] = "16,8,4,3,2",
+    text_bits: Annotated[
+        str, typer.Option("--text-bits", help="The same of system and prompt text.")
+    ] = "16,8,4,3",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -155,10 +158,11 @@ def tune(
         raise UserError("--confidence certifies a --max-drop at --budgets; give --max-drop, and no --budget")
     if certify_samples is not None and not certifying:
         raise UserError("--certify-samples are those of a certificate; give --confidence and --max-drop")
+    space = Space(text=text, bits=bits_of(bits), text_bits=bits_of(text_bits, "--text-bits"))
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
-        margin=margin, max_new_tokens=source.max_new_tokens, space=Space(text=text, bits=bits_of(bits)),
+        margin=margin, max_new_tokens=source.max_new_tokens, space=space,
         batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
     check_output(out, folder=True)
@@ -215,13 +219,13 @@ def _show(
     finished([*wrote, tuned.folder / "proof.csv", policy], _evaluate(*on, [policy]))
 
 
-def bits_of(text: str) -> tuple[int, ...]:
+def bits_of(text: str, option: str = "--bits") -> tuple[int, ...]:
     """Bits with commas between."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"--bits must be whole numbers with commas, as in 16,4, got {shortened(text)}"
+            f"{option} must be whole numbers with commas, as in 16,4, got {shortened(text)}"
         ) from None
 
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from avlprof.errors import UserError
 
 EVICTING = ("position", "last_query", "accumulated")  # scorers that rank new tokens while decoding
-RANKING = "valued:instruction"
+RANKING = "distinct:valued:instruction"
 """The scorer of what is derived, searched first, or shipped as `uniform`; it was measured to win
 (`docs/policies.md`). A policy file without a scorer means `last_query`."""
 MOST = 10**9
@@ -140,6 +140,10 @@ class TextPolicy(Part):
 
     `history` is A-VL's score, `accumulated` H2O's; both choose a set per KV head. `heavy` tokens
     are ranked by `accumulated`.
+
+    Where all text stays, system and prompt text may be stored in `bits` bits a number (see
+    `avlprof.attention.codec`), quantised once after the prompt and read so at every step; generated
+    tokens stay as they are.
     """
 
     window: Count | None = None
@@ -149,12 +153,16 @@ class TextPolicy(Part):
     minimum: int = Field(default=20, ge=1)
     recent: float = Field(default=0.5, ge=0.0, le=1.0)
     scorer: Literal["position", "history", "accumulated"] = "position"
+    bits: Bits = FULL
 
     @model_validator(mode="after")
     def _valid(self) -> TextPolicy:
         for name in ("window", "sink", "heavy"):
             check_count(f"text.{name}", getattr(self, name))
         check_ratio("text.keep", self.keep)
+        check_bits("text.bits", self.bits)
+        if self.packs and not self.keeps_all:
+            raise ValueError("text.bits stores all text; leave text.window and text.keep out beside it")
         if self.window is not None and self.keep is not None:
             raise ValueError("text.window and text.keep exclude each other; give one of them")
         for index, window in each(self.window) if self.window is not None else []:
@@ -180,6 +188,11 @@ class TextPolicy(Part):
     def keeps_all(self) -> bool:
         """Whether no text token is ever evicted."""
         return self.window is None and self.keep is None
+
+    @property
+    def packs(self) -> bool:
+        """Whether some layer stores system and prompt text in few bits."""
+        return any(bits != FULL for _, bits in each(self.bits))
 
 
 class JointPool(Part):

@@ -45,8 +45,9 @@ class Policy(Part):
     core anew and attends to that (`score_only`). What is best then is what `core_score` says: by default the
     step's own attention. Kept vision KV outside the core is stored in
     `vision_bits` bits a number (see `avlprof.attention.codec`); without `vision_compute` there is no core,
-    and all that is kept is stored so. With an `allocator`, `vision_keep` (or `joint.keep`)
-    is the mean over layers, and `avlprof.budgets.resolve` turns it into one share a layer.
+    and all that is kept is stored so; system and prompt text in `text.bits`. With an `allocator`,
+    `vision_keep` (or `joint.keep`) is the mean over layers, and `avlprof.budgets.resolve` turns it into one
+    share a layer.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -95,8 +96,9 @@ class Policy(Part):
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
         if self.core_score != CoreScore():
             raise ValueError("pool: joint has no core; leave core_score out")
-        if self.packs:
-            raise ValueError("pool: joint stores all tokens in full precision; leave vision_bits out")
+        if self.packs or self.text.packs:
+            field = "vision_bits" if self.packs else "text.bits"
+            raise ValueError(f"pool: joint stores all tokens in full precision; leave {field} out")
         if self.joint.decoding == "evict" and self.scorer.name not in EVICTING:
             raise ValueError(
                 f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
@@ -139,6 +141,7 @@ class Policy(Part):
             "text.sink": self.text.sink,
             "text.heavy": self.text.heavy,
             "text.keep": self.text.keep,
+            "text.bits": self.text.bits,
             "joint.keep": self.joint.keep if self.joint else None,
         }
 
@@ -161,6 +164,10 @@ class Policy(Part):
     def bits(self, layers: int) -> tuple[int, ...]:
         """`vision_bits` of each layer."""
         return broadcast(self.vision_bits, layers)
+
+    def text_bits(self, layers: int) -> tuple[int, ...]:
+        """`text.bits` of each layer."""
+        return broadcast(self.text.bits, layers)
 
     @property
     def packs(self) -> bool:
@@ -215,11 +222,13 @@ class Policy(Part):
     @property
     def hash(self) -> str:
         """Hash of what the policy does: name, description, source and provenance do not count."""
-        said = {"name", "description", "source", "provenance"}
+        said: dict[str, Any] = dict.fromkeys(("name", "description", "source", "provenance"), True)
         if not self.packs:
-            said.add("vision_bits")  # which policies of before have not: theirs hash as they did
+            said["vision_bits"] = True  # which policies of before have not: theirs hash as they did
         if self.core_score == CoreScore():
-            said.add("core_score")  # the same
+            said["core_score"] = True  # the same
+        if not self.text.packs:
+            said["text"] = {"bits"}  # the same
         acting = self.model_dump(mode="json", by_alias=True, exclude=said)
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 

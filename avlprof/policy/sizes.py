@@ -75,7 +75,7 @@ class LayerSizes:
 
     `vision` are kept, `core` of them are attended to at an ordinary step; in a joint pool
     everything is counted as `text`. `packed` of the kept ones are stored in few bits: they take `share` of
-    what they would in 16, scales included.
+    what they would in 16, scales included, and system and text take `text_share`.
     """
 
     system: int
@@ -84,6 +84,7 @@ class LayerSizes:
     text: int
     packed: int = 0
     share: float = 1.0
+    text_share: float = 1.0
 
     @property
     def stored(self) -> int:
@@ -98,13 +99,18 @@ class LayerSizes:
     @property
     def live(self) -> float:
         """Prompt KV in memory, in tokens of 16 bits: what a budget counts."""
-        return self.stored - self.packed * (1.0 - self.share)
+        return self.stored - self.packed * (1.0 - self.share) - self._spared
 
     @property
     def reads(self) -> float:
         """Prompt KV attended to at an ordinary step, in tokens of 16 bits."""
         packed = max(self.packed + self.core - self.vision, 0)  # none where there is a core beside them
-        return self.read - packed * (1.0 - self.share)
+        return self.read - packed * (1.0 - self.share) - self._spared
+
+    @property
+    def _spared(self) -> float:
+        """What few bits spare of system and text."""
+        return (self.system + self.text) * (1.0 - self.text_share)
 
 
 NOTHING = LayerSizes(0, 0, 0, 0)
@@ -146,14 +152,17 @@ def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]
             policy.keep(layers), policy.compute(layers), present, text, strict=True
         )
     ]
-    if not policy.packs:
+    if not (policy.packs or policy.text.packs):
         return plain
     cored = policy.vision_compute is not None
     return [
-        size
-        if each == FULL
-        else replace(size, packed=size.vision - cored * size.core, share=packed_share(each, prompt.group))
-        for size, each in zip(plain, policy.bits(layers), strict=True)
+        replace(
+            size,
+            packed=0 if bits == FULL else size.vision - cored * size.core,
+            share=packed_share(bits, prompt.group),
+            text_share=packed_share(text_bits, prompt.group),
+        )
+        for size, bits, text_bits in zip(plain, policy.bits(layers), policy.text_bits(layers), strict=True)
     ]
 
 

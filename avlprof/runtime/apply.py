@@ -86,7 +86,7 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
-        if step.stored is not None:
+        if step.stored:
             out, weights = stored_attention(step.stored, call, step.mask)
             after = partial(layer.after, step, weights) if step.weighing else None
             return out, view._replace(after=after, decoded=partial(with_stored, step.stored))

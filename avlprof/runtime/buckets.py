@@ -46,7 +46,7 @@ class FixedBuffers:
         self.extents, self.held, self.position = extents, HeldSlots(slots), position
         self._tensors: Buffers | None = None
         self._core: CoreSlots | None = None
-        self._stored: StoredBits | None = None
+        self._stored: dict[str, StoredBits] = {}
 
     def tensors_for(self, key: Tensor, value: Tensor, groups: int) -> Buffers:
         """Keys and values `[B, Hkv, C, D]` like these, and positions `[B, groups, C]`."""
@@ -94,14 +94,14 @@ class FixedBuffers:
             self._core.refill(core)
         return self._core
 
-    def stored_like(self, stored: StoredBits) -> StoredBits:
-        """`stored`, where captured steps look for it."""
-        if self._stored is None:
-            with torch.inference_mode(False):
-                self._stored = stored.copied()
+    def stored_like(self, name: str, stored: StoredBits) -> StoredBits:
+        """`stored`, where captured steps look for what is known as `name`."""
+        if name in self._stored:
+            self._stored[name] = self._stored[name].refilled(stored)
         else:
-            self._stored = self._stored.refilled(stored)
-        return self._stored
+            with torch.inference_mode(False):
+                self._stored[name] = stored.copied()
+        return self._stored[name]
 
     def holds(self, keys: Tensor | None) -> bool:
         """Whether these keys lie here."""
@@ -110,7 +110,7 @@ class FixedBuffers:
     @property
     def bytes(self) -> int:
         """Bytes of keys, values and positions, and of what few bits store."""
-        stored = 0 if self._stored is None else self._stored.allocated_bytes()
+        stored = sum(part.allocated_bytes() for part in self._stored.values())
         return stored + sum(tensor.untyped_storage().nbytes() for tensor in self._tensors or ())
 
 

@@ -142,17 +142,21 @@ def is_dense(policy: Policy, layer: int, layers: int) -> bool:
         return broadcast(policy.joint.keep, layers)[layer] >= 1.0 and policy.joint.decoding == "grow"
     whole = all(step.after_layer > layer for step in policy.prefill_filter)
     full = policy.bits(layers)[layer] == FULL or policy.vision_compute is not None
+    full = full and policy.text_bits(layers)[layer] == FULL
     return policy.compute(layers)[layer] >= 1.0 and policy.text.keeps_all and whole and full
 
 
 def row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
     """What one prompt keeps in one layer; in a joint pool all of it counts as text.
 
-    Where vision is stored in few bits, the core is what is in full precision: nothing, without one.
+    Where vision is stored in few bits, the core is what is in full precision: nothing, without one. System
+    and text in few bits are counted apart.
     """
     size = sizes(policy, shape, layers)[layer]
     rule = TextRule(policy, layer, layers)
     sink = rule.sink(size.text)
     limit = None if rule.grows else rule.room(shape.text, size.text)[0]
     core = min(size.core, size.vision - size.packed)
+    if policy.text_bits(layers)[layer] < FULL:
+        return RowPlan(0, size.vision, core, 0, sink, limit, size.system, size.text)
     return RowPlan(size.system, size.vision, core, size.text, sink, limit)

@@ -153,13 +153,15 @@ class Candidates:
     """What competes for a layer's slots at a prompt or turn: its `n` held slots, then `N` new tokens.
 
     `turn` are the new tokens, `classes [B, 1, n]` those of the held slots, whose text begins at slot
-    `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads.
+    `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads. `apart`, bool
+    `[B, 1, n + N]`, are system and text tokens that few bits store, and that compete for no slot.
     """
 
     turn: TurnPrefill
     classes: Tensor
     positions: Tensor
     left: int
+    apart: Tensor | None = None
 
     @property
     def in_order(self) -> bool:
@@ -169,8 +171,21 @@ class Candidates:
     @property
     def system(self) -> Tensor:
         """bool `[B, 1, n + N]`: system text, which all stays."""
-        new = (self.turn.modality == Modality.SYSTEM)[:, None]
-        return torch.cat([self.classes == SYSTEM, new], dim=-1)
+        return self._of(SYSTEM, Modality.SYSTEM)
+
+    @property
+    def text(self) -> Tensor:
+        """bool `[B, 1, n + N]`: text and generated tokens."""
+        return self._of(TEXT, Modality.TEXT)
+
+    @property
+    def text_counts(self) -> list[int]:
+        """New text tokens of each row that compete."""
+        return [0] * len(self.classes) if self.apart is not None else self.turn.text_counts
+
+    def _of(self, code: int, modality: Modality) -> Tensor:
+        marked = torch.cat([self.classes == code, (self.turn.modality == modality)[:, None]], dim=-1)
+        return marked if self.apart is None else marked & ~self.apart
 
 
 def kept_order(
@@ -205,7 +220,10 @@ def kept_order(
     if candidates.in_order and part.by_age and kernels_run(scores):
         from avlprof.runtime.triton_layout import prompt_order
 
-        return prompt_order(by_vision, turn.modality, after, turn.text_counts, (left, most)), None
+        modality = turn.modality
+        if candidates.apart is not None:
+            modality = modality.masked_fill(candidates.apart[:, 0], Modality.PAD)
+        return prompt_order(by_vision, modality, after, candidates.text_counts, (left, most)), None
     vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
     text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
     classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
@@ -249,9 +267,8 @@ def text_choice(
         counts: text tokens that each row holds after the turn.
     """
     turn, rule, groups = candidates.turn, part.rule, scores.shape[1]
-    new = (turn.modality == Modality.TEXT)[:, None].expand(-1, groups, -1)
-    was = (candidates.classes == TEXT).expand(-1, groups, -1)
-    text, positions = torch.cat([was, new], dim=-1), candidates.positions[:, :groups]
+    text, positions = candidates.text.expand(-1, groups, -1), candidates.positions[:, :groups]
+    was, new = text[..., : turn.past], text[..., turn.past :]
     joint = rule.policy.joint
     if joint is not None and not rule.evicts:
         # a pool that grows: what it holds stays, and the new tokens compete among themselves
@@ -262,7 +279,7 @@ def text_choice(
         return torch.cat([was, choose(scores, new, fresh, own, sinks, newest)], -1), None
     # any other part: held and new tokens compete together, as they will at every step
     running = _running(candidates, scores, part, text)
-    if candidates.in_order and counts == turn.text_counts:  # all stay
+    if candidates.in_order and counts == candidates.text_counts:  # all stay
         return text, running
     ranked = running
     if ranked is None:
@@ -316,6 +333,15 @@ def merged(before: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[
     if not before:
         return [replace(plan, text=text) for plan, text in zip(new, texts, strict=True)]
     return [
-        RowPlan(a.system + b.system, a.vision + b.vision, a.core + b.core, text, a.sink, b.limit)
+        replace(
+            b,
+            system=a.system + b.system,
+            vision=a.vision + b.vision,
+            core=a.core + b.core,
+            text=text,
+            sink=a.sink,
+            low_system=a.low_system + b.low_system,
+            low_text=a.low_text + b.low_text,
+        )
         for a, b, text in zip(before, new, texts, strict=True)
     ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from avlprof.attention.call import AttentionCall
 from avlprof.policy import FULL, PromptShape
 from avlprof.runtime.buffers import SlotLayer
 from avlprof.runtime.core_scores import CoreScores
-from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.eviction import Candidates
+from avlprof.runtime.layout import PADDING, SYSTEM, TEXT, RowPlan, per_row, slot_classes
 from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.step import LayerUse, Reads
 from avlprof.runtime.text_part import TextPart, TextRule
@@ -19,6 +22,7 @@ from avlprof.runtime.text_part import TextPart, TextRule
 class HeldLayer(SlotLayer):
     """Slots of a layer, counted from those that are `stored` in few bits on to those of the buffers.
 
+    `words` are system and prompt text in few bits, read at every step; they have slots of their own.
     `plans` say what each row holds, `_full` what of it the buffers hold, whose text begins at slot `_left`
     of theirs. Without few bits the two are the same.
     """
@@ -28,6 +32,7 @@ class HeldLayer(SlotLayer):
         self.rule = rule
         self.per_kv_head = rule.policy.heads == "kv_head"
         self.bits = rule.policy.bits(rule.layers)[rule.layer]
+        self.text_bits = rule.policy.text_bits(rule.layers)[rule.layer]
         self.packs = self.bits < FULL
         self.reads_stored = self.bits < FULL and rule.policy.vision_compute is None
         self.hold_nothing()
@@ -37,6 +42,7 @@ class HeldLayer(SlotLayer):
         self.reads = Reads()
         self.plans: list[RowPlan] = []
         self.stored: StoredBits | None = None
+        self.words: StoredBits | None = None
         self.text = TextPart(self.rule)
         policy = self.rule.policy
         self.scores = CoreScores(policy.core_score) if policy.scores_core else None
@@ -45,19 +51,21 @@ class HeldLayer(SlotLayer):
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage behind keys, values, the slots' positions and their scores."""
-        stored = 0 if self.stored is None else self.stored.allocated_bytes()
+        stored = sum(part.allocated_bytes() for part in (self.words, self.stored) if part is not None)
         scores = 0 if self.scores is None else self.scores.allocated_bytes()
         return super().allocated_bytes() + self.text.allocated_bytes() + stored + scores
 
     def stored_tokens(self) -> list[int]:
         """Tokens of each row in memory, prompt and generated."""
-        return [p.system + p.vision + text for p, text in zip(self.plans, self.text.counts, strict=True)]
+        texts = zip(self.plans, self.text.counts, strict=True)
+        return [p.low + p.system + p.vision + text for p, text in texts]
 
     def prompt_slots(self) -> list[int]:
         """Prompt tokens of each row in memory, summed over KV heads, which may hold different ones."""
         heads = self.buffers[0].shape[1]
         own = self.text.prompt_slots(heads)
-        return [(p.system + p.vision) * heads + text for p, text in zip(self.plans, own, strict=True)]
+        texts = zip(self.plans, own, strict=True)
+        return [(p.low + p.system + p.vision) * heads + text for p, text in texts]
 
     def prompt_bytes(self, rows: Sequence[PromptShape] = ()) -> list[int]:
         """Bytes of each row's prompt tokens in memory; the layer counts them itself."""
@@ -67,11 +75,12 @@ class HeldLayer(SlotLayer):
 
     def _spared(self) -> list[int]:
         """Bytes of each row that few bits spare."""
-        stored = self.stored
-        if stored is None:
-            return [0] * len(self.plans)
-        spared = (1.0 - stored.share) * self.bytes_per_token()
-        return [round(count * spared) for count in stored.counts]
+        spared, size = [0.0] * len(self.plans), self.bytes_per_token()
+        for part in (self.words, self.stored):
+            if part is not None:
+                each = (1.0 - part.share) * size
+                spared = [sum_ + count * each for sum_, count in zip(spared, part.counts, strict=True)]
+        return [round(sum_) for sum_ in spared]
 
     def use(self, layer: int, rows: Sequence[PromptShape], length: int) -> LayerUse:
         """Measured use of this layer, number `layer`, of prompts `rows`."""
@@ -103,7 +112,52 @@ class HeldLayer(SlotLayer):
         """Positions of a row's text and generated tokens that are held, `[G, count]`."""
         positions = self.buffers[2]
         own = positions[row] if self.rule.heads_apart else positions[row, :1]
-        return own[:, self._left : self._left + self.text.counts[row]]
+        own = own[:, self._left : self._left + self.text.counts[row]]
+        if self.words is None:
+            return own
+        first = self.words.width - self.plans[row].low_text
+        return torch.cat([self.words.positions[row, :1, first:], own], dim=-1)
+
+    def _turn_slots(self, width: int) -> tuple[Tensor, Tensor]:
+        """Classes `[B, 1, width]` and positions `[B, G, width]` of what a turn finds: words come first."""
+        words = self.words
+        if words is None:
+            return self._classes(width), self._positions(width)
+        texts = per_row([plan.low_text for plan in self.plans], self.device)
+        column = torch.arange(words.width, device=self.device)
+        classes = torch.where(column < words.width - texts, SYSTEM, TEXT)
+        if words.mask is not None:
+            classes = classes.masked_fill(~words.mask[:, :, 0], PADDING)
+        own = width - words.width
+        return (
+            torch.cat([classes, self._classes(own)], dim=-1),
+            torch.cat([words.positions, self._positions(own)], dim=-1),
+        )
+
+    def _store(
+        self, call: AttentionCall, places: tuple[Tensor, int], order: Tensor, plans: list[RowPlan]
+    ) -> None:
+        """Store kept vision outside the core in few bits: it stands before core and system in `order`.
+
+        `places` are the candidates' positions, and the column where what was stored before begins.
+        """
+        positions, first = places
+        counts = [plan.vision - plan.core for plan in plans]
+        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
+        slots = ends + torch.arange(-max(counts), 0, device=order.device)
+        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1)) - first
+        parts = call.key[:, :, first:], call.value[:, :, first:], positions[..., first:]
+        self.stored = StoredBits.of(*parts, order.clamp(min=0), counts, self.stored, self.bits)
+
+    def _store_words(self, call: AttentionCall, candidates: Candidates, plans: list[RowPlan]) -> Candidates:
+        """Store system and prompt text in few bits, system first; the candidates with these apart."""
+        system, text, counts = candidates.system, candidates.text, [plan.low for plan in plans]
+        text[..., self._words : candidates.turn.past] = False  # what was generated stays as it is
+        order = torch.where(text, 2, system.long()).argsort(dim=-1, stable=True)
+        order = order[..., order.shape[-1] - max(counts) :].expand(-1, candidates.positions.shape[1], -1)
+        parts = call.key, call.value, candidates.positions
+        self.words = StoredBits.of(*parts, order, counts, self.words, self.text_bits)
+        return replace(candidates, apart=system | text)
 
     def _classes(self, width: int) -> Tensor:
         """Class `[B, 1, width]` of each of the first slots."""
@@ -119,3 +173,8 @@ class HeldLayer(SlotLayer):
     def _first(self) -> int:
         """Slots of what is stored in few bits, which come before those of the buffers."""
         return 0 if self.stored is None else self.stored.width
+
+    @property
+    def _words(self) -> int:
+        """Slots of system and text in few bits, which come before all others."""
+        return 0 if self.words is None else self.words.width

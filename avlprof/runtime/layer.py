@@ -13,11 +13,12 @@ from avlprof.attention.call import AttentionCall, Bounds, StepStates
 from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.decode import attention_weights
 from avlprof.attention.weights import group_mean
+from avlprof.policy import FULL
 from avlprof.runtime.buckets import FixedBuffers
 from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
 from avlprof.runtime.held import HeldLayer
-from avlprof.runtime.layout import PADDING, RowPlan, per_row
-from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.layout import PADDING, RowPlan
+from avlprof.runtime.packed import StoredBits, stored_weights
 from avlprof.runtime.step import Step
 from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
@@ -76,8 +77,7 @@ class AdaptiveLayer(HeldLayer):
             self.seen += new
             end = self._left + max(self.text.counts)
             held = [tuple(part[:, :, :end] for part in self.buffers[:2]), (key_states, value_states)]
-            if self.stored is not None:
-                held.insert(0, self.stored.decoded())
+            held = [*(part.decoded() for part in (self.words, self.stored) if part is not None), *held]
             keys, values = (torch.cat(parts, dim=2) for parts in zip(*held, strict=True))
             return keys, values
         step = self.advance() if self.fixed is None else self._present
@@ -124,8 +124,8 @@ class AdaptiveLayer(HeldLayer):
         windows = FixedWindows(self._full, fixed.extents, fixed.held)
         with torch.no_grad():
             windows.refill(self.text.counts)
-            if self.stored is not None:
-                self.stored = fixed.stored_like(self.stored)
+            for name, part in (("words", self.words), ("stored", self.stored)):
+                setattr(self, name, None if part is None else fixed.stored_like(name, part))
             if fixed.extents.core is not None:
                 classes = self._classes(self._first + self._left)
                 self._core = fixed.core_like(CoreSlots.of(self.plans, classes, fixed.extents.core))
@@ -162,8 +162,8 @@ class AdaptiveLayer(HeldLayer):
             none = positions[..., :0]
             return TurnPrefill.behind(call, modality, positions, none, none.bool())
         width = call.key.shape[2] - call.query.shape[2]
-        present = self._classes(width) != PADDING
-        return TurnPrefill.behind(call, modality, positions, self._positions(width), present)
+        classes, before = self._turn_slots(width)
+        return TurnPrefill.behind(call, modality, positions, before, classes != PADDING)
 
     def compact(
         self,
@@ -198,9 +198,12 @@ class AdaptiveLayer(HeldLayer):
         if self.scores is not None and scores is not None:
             self.scores.extend(group_mean(scores, groups[0]), positions, span[1])
         # 3 lay out: in the order that makes each step's reads one view; what few bits store for itself
+        places = (candidates.positions, self._words)
+        if self.text_bits < FULL:
+            candidates = self._store_words(call, candidates, after)
         order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
         if self.packs:
-            self._store(call, candidates.positions, order[..., :wide], after)
+            self._store(call, places, order[..., :wide], after)
         order = order[..., wide - left :]
         self.plans, self._full, self._left = after, full, left
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
@@ -217,22 +220,15 @@ class AdaptiveLayer(HeldLayer):
         self.text.lay(counts, self.buffers[2][..., text], self._spans, running)
         self._plan(fixed)
 
-    def _store(self, call: AttentionCall, positions: Tensor, order: Tensor, plans: list[RowPlan]) -> None:
-        """Store kept vision outside the core in few bits: it stands before core and system in `order`."""
-        counts = [plan.vision - plan.core for plan in plans]
-        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
-        slots = ends + torch.arange(-max(counts), 0, device=order.device)
-        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1))
-        self.stored = StoredBits.of(call.key, call.value, positions, order, counts, self.stored, self.bits)
-
     def _candidates(self, turn: TurnPrefill, positions: Tensor, groups: int) -> Candidates:
-        classes = self._classes(turn.past) if turn.past else positions[..., :0]
+        classes = self._turn_slots(turn.past)[0] if turn.past else positions[..., :0]
         every = turn.all_positions(positions).expand(-1, groups, -1)
-        return Candidates(turn, classes, every, self._first + self._left)
+        return Candidates(turn, classes, every, self._words + self._first + self._left)
 
     def _plan(self, fixed: FixedBuffers | None = None) -> None:
         """Work out once what all steps until the next turn need; `fixed`: the buffers are these."""
-        self.reads.expect(self.plans, 1.0 if self.stored is None else self.stored.share, self.reads_stored)
+        stored, low = (1.0 if part is None else part.share for part in (self.stored, self.words))
+        self.reads.expect(self.plans, stored, self.reads_stored, low)
         self.step = None
         self._has_core = self.picks(self.plans)
         self.loosen()
@@ -257,8 +253,13 @@ class AdaptiveLayer(HeldLayer):
         positions = self.buffers[2][..., start:end]
         scored = self._has_core and self.scores is not None and not refreshing
         weighing = positions.shape[1] if whole or scored or self.rule.running is not None else 0
-        stored = self.stored if self._first and (whole or self.reads_stored) else None
+        stored = self._parts(whole or self.reads_stored)
         return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
+
+    def _parts(self, whole: bool) -> tuple[StoredBits, ...]:
+        """What a step reads in few bits before its slots: words, and all vision of a `whole` one."""
+        parts = (self.words, self.stored if whole else None)
+        return tuple(part for part in parts if part is not None and part.width)
 
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
@@ -271,8 +272,10 @@ class AdaptiveLayer(HeldLayer):
         if step.refreshing and self.score_only:
             (start, end), mask, bounds = self._window(True)
             keys = self.buffers[0][:, :, start:end]
-            if self.stored is not None:
-                weights = self.stored.weights(query, keys, scaling, mask, softcap, sinks)
+            parts = self._parts(True)
+            if parts:
+                every = stored_weights(parts, query, keys, scaling, mask, softcap, sinks)
+                weights = every[..., self._words :]
             else:
                 states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
                 weights = attention_weights(states, self.buffers[2].shape[1])
@@ -283,6 +286,7 @@ class AdaptiveLayer(HeldLayer):
         """Pick the core anew at a full refresh, or score it, and let text go, by the step's weights
         `[B, G, n]`."""
         keys, values, positions = self.buffers
+        weights = weights[..., self._words :]
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
         elif self.scores is not None and self._has_core and not step.refreshing:
@@ -325,8 +329,8 @@ class AdaptiveLayer(HeldLayer):
         if self.positions is not None:
             picked = rows.tolist()
             self.plans, self._full = ([plans[row] for row in picked] for plans in (self.plans, self._full))
-            if self.stored is not None:
-                self.stored = self.stored.select_rows(rows)
+            for name, part in (("words", self.words), ("stored", self.stored)):
+                setattr(self, name, None if part is None else part.select_rows(rows))
             self.text.select_rows(picked, rows.to(self.positions.device))
             if self.scores is not None:
                 self.scores.select_rows(rows.to(self.positions.device))

@@ -34,7 +34,8 @@ class RowPlan:
     """Token counts of one row in one layer: what stays after prefill, and the text's limit.
 
     `vision` includes `core`; `limit` is the most text tokens the row may hold (None = no
-    limit, or one that grows with the text), the first `sink` of which are never evicted.
+    limit, or one that grows with the text), the first `sink` of which are never evicted. `low_system`
+    and `low_text` are those that few bits store, apart from the others.
     """
 
     system: int
@@ -43,6 +44,13 @@ class RowPlan:
     text: int
     sink: int
     limit: int | None
+    low_system: int = 0
+    low_text: int = 0
+
+    @property
+    def low(self) -> int:
+        """System and text tokens in few bits."""
+        return self.low_system + self.low_text
 
 
 def per_row(counts: list[int], device: torch.device) -> Tensor:

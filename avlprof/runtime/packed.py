@@ -1,8 +1,8 @@
-"""Stored vision tokens in few bits: beside a layer's buffers, and read block by block."""
+"""Tokens stored in few bits: beside a layer's buffers, and read block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +18,11 @@ from avlprof.runtime.layout import PADDING, STORED, per_row, put, take
 
 @dataclass(frozen=True)
 class StoredBits:
-    """What a layer stores in `bits` bits, quantised once: the vision tokens that are kept and not core.
+    """What a layer stores in few bits, quantised once: vision that is kept and not core, or system and text.
 
     `keys` and `values` are packed `[B, Hkv, M, D]`, `positions [B, G, M]` logical. Each row's tokens are
     right-aligned, `counts` are how many; `mask` is bool `[B, 1, 1, M]`, or None where all rows have all M.
-    Tokens change places with the core in place; slots keep their addresses until the next turn.
+    Vision tokens change places with the core in place; slots keep their addresses until the next turn.
     """
 
     keys: Packed
@@ -114,20 +114,6 @@ class StoredBits:
             out += weighted_values(weights.narrow(-1, start, count), value)
         return out
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        scaling: float,
-        mask: Tensor | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """`step_weights` of `[B, H, M + n]`: on what is stored, then on `key [B, Hkv, n, D]`."""
-        logits = [*self.logits(query, scaling, softcap), step_logits(query, key, scaling, softcap)]
-        mask = joined_mask(self, mask, key.shape[2])
-        return logit_weights(torch.cat(logits, dim=-1), mask, sinks)
-
     def exchange(self, old: Tensor, new: Tensor, buffers: tuple[Tensor, Tensor, Tensor], most: int) -> None:
         """Make `new` the core in place of `old`: as many tokens are decoded as are quantised.
 
@@ -193,31 +179,56 @@ _LEAST = 16
 """Slots of a block, of however many rows and heads."""
 
 
-def stored_attention(stored: StoredBits, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+Parts = Sequence[StoredBits]
+"""What is stored of a layer and read before its buffers: `M` slots together."""
+
+
+def stored_weights(
+    parts: Parts,
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`step_weights` of `[B, H, M + n]`: on what is stored, then on `key [B, Hkv, n, D]`."""
+    logits = [one for part in parts for one in part.logits(query, scaling, softcap)]
+    logits.append(step_logits(query, key, scaling, softcap))
+    return logit_weights(torch.cat(logits, dim=-1), joined_mask(parts, mask, key.shape[2]), sinks)
+
+
+def stored_attention(parts: Parts, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output `[B, 1, H, D]` and weights `[B, H, M + n]` of a step over what is stored and the call's keys."""
-    weights = stored.weights(call.query, call.key, call.scaling, mask, call.softcap, call.sinks)
-    own = weighted_values(weights[..., stored.width :], call.value)
-    out = stored.mixed(weights[..., : stored.width]).add_(own)
+    weights = stored_weights(parts, call.query, call.key, call.scaling, mask, call.softcap, call.sinks)
+    first = weights.shape[-1] - call.key.shape[2]
+    out = weighted_values(weights[..., first:], call.value)
+    for part in reversed(parts):
+        first -= part.width
+        out = part.mixed(weights.narrow(-1, first, part.width)).add_(out)
     return out.to(call.value.dtype), weights
 
 
-def joined_mask(stored: StoredBits, mask: Tensor | None, count: int) -> Tensor | None:
+def joined_mask(parts: Parts, mask: Tensor | None, count: int) -> Tensor | None:
     """Bool `[B, 1, 1, M + count]` over stored slots and `count` others with a mask of their own."""
-    if stored.mask is None:
-        return mask if mask is None else pad(mask, (stored.width, 0), value=True)
-    if mask is None:
-        return pad(stored.mask, (0, count), value=True)
-    return torch.cat([stored.mask, mask], dim=-1)
+    for part in reversed(parts):
+        if part.mask is not None:
+            own = part.mask.new_ones((1, 1, 1, count)) if mask is None else mask
+            mask = torch.cat([part.mask, own.expand(len(part.mask), -1, -1, -1)], dim=-1)
+        elif mask is not None:
+            mask = pad(mask, (part.width, 0), value=True)
+        count += part.width
+    return mask
 
 
-def with_stored(stored: StoredBits, call: AttentionCall) -> AttentionCall:
+def with_stored(parts: Parts, call: AttentionCall) -> AttentionCall:
     """The call with what is stored decoded before its own keys: what observers are shown."""
-    keys, values = stored.decoded()
-    positions, valid = call.positions, joined_mask(stored, call.valid, call.key.shape[2])
+    positions, valid = call.positions, joined_mask(parts, call.valid, call.key.shape[2])
     assert positions is not None
+    keys, values = zip(*(part.decoded() for part in parts), strict=True)
     return call._replace(
-        key=torch.cat([keys, call.key], dim=2),
-        value=torch.cat([values, call.value], dim=2),
-        positions=torch.cat([stored.positions, positions], dim=-1),
+        key=torch.cat([*keys, call.key], dim=2),
+        value=torch.cat([*values, call.value], dim=2),
+        positions=torch.cat([*(part.positions for part in parts), positions], dim=-1),
         valid=valid,
     )

@@ -20,7 +20,7 @@ class Step:
     bool `[B, 1, 1, n]`, or None where all rows hold all of them; where kernels run, `bounds` say the
     same to them. All are views: what the step writes shows in them. `refreshing`: it picks the core
     anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none; `stored`:
-    what is stored in few bits, which the step attends to as well.
+    what is stored in few bits and the step attends to as well, before the buffers' slots.
     """
 
     slots: list[int]
@@ -31,7 +31,7 @@ class Step:
     refreshing: bool
     weighing: int
     bounds: Bounds | None = None
-    stored: StoredBits | None = None
+    stored: tuple[StoredBits, ...] = ()
 
 
 @dataclass
@@ -47,12 +47,12 @@ class Reads:
     _usual: float = 0.0
     _more: float = 0.0
 
-    def expect(self, plans: list[RowPlan], share: float, always: bool) -> None:
+    def expect(self, plans: list[RowPlan], share: float, always: bool, low: float = 1.0) -> None:
         """Steps from now on read the system and core tokens of these plans, and `always` the stored ones.
 
-        A stored token counts `share`.
+        A stored token counts `share`, and one of system or text in few bits `low`.
         """
-        self._usual = sum(plan.system + plan.core for plan in plans)
+        self._usual = sum(plan.system + plan.core + low * plan.low for plan in plans)
         self._more = share * sum(plan.vision - plan.core for plan in plans)
         if always:
             self._usual, self._more = self._usual + self._more, 0.0

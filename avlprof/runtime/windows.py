@@ -113,7 +113,7 @@ class Extents:
     of the text part. `masked`: whether rows hold less than an ordinary step's view, and a refresh's. `core`
     are bounds of its size and of the exchanges of a refresh, and whether all rows have a core of that
     size; None where no step picks a core. `stored` are the slots of what few bits store beside the left
-    part, and whether rows hold as many; None where nothing is.
+    part, and whether rows hold as many; None where nothing is. `words` are the same of system and text.
     """
 
     left: int
@@ -122,6 +122,7 @@ class Extents:
     masked: tuple[bool, bool]
     core: tuple[int, int, bool] | None
     stored: tuple[int, bool] | None = None
+    words: tuple[int, bool] | None = None
 
     @classmethod
     def of(
@@ -143,7 +144,9 @@ class Extents:
             core = size, min(rounded(exchanges), left), min(cores) == size
         masked = free or min(nears) < near, has_core and (free or min(wholes) < left)
         stored = (max(beside), len(set(beside)) == 1) if packs else None
-        return cls(left, near, text, masked, core, stored)
+        lows = [plan.low for plan in plans]
+        words = (max(lows), len(set(lows)) == 1) if any(lows) else None
+        return cls(left, near, text, masked, core, stored, words)
 
 
 @dataclass

@@ -21,6 +21,7 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "text_weighted": "avlprof.scorers.text_weighted:TextWeighted",
         "pooled": "avlprof.scorers.pooled:Pooled",
         "valued": "avlprof.scorers.valued:Valued",
+        "distinct": "avlprof.scorers.distinct:Distinct",
         "key_norm": "avlprof.scorers.key_norm:KeyNorm",
         "key_diversity": "avlprof.scorers.key_diversity:KeyDiversity",
         "value_norm": "avlprof.scorers.value_norm:ValueNorm",

@@ -13,6 +13,7 @@ from avlprof.attention.column_sums import Seen, column_sums, kernels_run
 from avlprof.attention.modality import Modality
 from avlprof.attention.weights import causal_rows, gather_rows, row_weights
 from avlprof.errors import UserError
+from avlprof.policy import ScorerSpec
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,16 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, prefill: Prefill) -> Tensor:
         """Scores `[B, H, N]` (fp32) of every key position; padding may hold anything finite."""
+
+
+def scorer_over(outer: str, of: str) -> Scorer:
+    """The scorer `of` that scorer `outer` builds on; it may build on another one, `pooled:instruction`.
+
+    Raises:
+        UserError: a name is not known, or one builds on itself.
+    """
+    from avlprof.scorers import make_scorer
+
+    if outer in of.split(":"):
+        raise UserError(f"scorer '{outer}' cannot build on itself, got of: {of}")
+    return make_scorer(ScorerSpec.of(of))

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avlprof.errors import UserError
-from avlprof.policy import ScorerSpec
-from avlprof.scorers._base import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer, scorer_over
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,14 @@ class Pooled(Scorer):
     mode: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.of == "pooled":
-            raise UserError("scorer 'pooled' spreads another scorer, got of: pooled")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UserError(f"kernel of scorer 'pooled' must be odd and above 0, got {self.kernel}")
         if self.mode not in ("mean", "max"):
             raise UserError(f"mode of scorer 'pooled' must be mean or max, got {self.mode}")
+        scorer_over("pooled", self.of)
 
     def score(self, prefill: Prefill) -> Tensor:
-        from avlprof.scorers import make_scorer
-
-        scores = make_scorer(ScorerSpec(name=self.of)).score(prefill) * prefill.valid[:, None]
+        scores = scorer_over("pooled", self.of).score(prefill) * prefill.valid[:, None]
         pool = F.avg_pool1d if self.mode == "mean" else F.max_pool1d
         pooled: Tensor = pool(scores, self.kernel, stride=1, padding=self.kernel // 2)
         return pooled

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from avlprof.errors import UserError
-from avlprof.policy import ScorerSpec
-from avlprof.scorers._base import Prefill, Scorer
+from avlprof.scorers._base import Prefill, Scorer, scorer_over
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,9 @@ class Valued(Scorer):
     of: str = "last_query"
 
     def __post_init__(self) -> None:
-        if self.of in ("valued", "pooled"):
-            raise UserError(f"scorer 'valued' weighs a plain scorer, got of: {self.of}")
+        scorer_over("valued", self.of)
 
     def score(self, prefill: Prefill) -> Tensor:
-        from avlprof.scorers import make_scorer
-
         norm: Tensor = prefill.value.float().norm(dim=-1)
         heads = prefill.query.shape[1] // prefill.value.shape[1]
-        return make_scorer(ScorerSpec(name=self.of)).score(prefill) * norm.repeat_interleave(heads, dim=1)
+        return scorer_over("valued", self.of).score(prefill) * norm.repeat_interleave(heads, dim=1)

@@ -87,7 +87,8 @@ class Candidate:
     by (`core_score`; None: the step's row alone, and they are not searched), and `compute_temperature`
     sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
     without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
-    those of what is stored, in every layer; None: 16, and they are not searched.
+    those of what is stored, in every layer; None: 16, and they are not searched. So are `text_bits` of system
+    and prompt text; with fewer than 16 all text stays.
     """
 
     allocator: str = "uniform"
@@ -105,6 +106,7 @@ class Candidate:
     vision_bits: int | None = None
     core_prompt: float | None = None
     core_memory: float | None = None
+    text_bits: int | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Candidate:
@@ -147,11 +149,13 @@ class Candidate:
         }
 
     def text(self, budget: Budget, layers: int) -> TextPolicy:
-        """What stays of text: as much as `text_share` says and as the budgets afford.
+        """What stays of text: all in few bits, else as much as `text_share` says and as the budgets afford.
 
         Raises:
             UserError: system and the newest token of text alone need more than a budget.
         """
+        if self.packs_text:
+            return TextPolicy(bits=self.text_bits or FULL)
         if self.text_share is None:
             return TextPolicy()
         refreshed = budget.refreshed(self.refresh_interval, self.refresh)
@@ -169,6 +173,11 @@ class Candidate:
             f"budget {budget.memory:g} is below what system and one token of text need; raise the budget"
         )
 
+    @property
+    def packs_text(self) -> bool:
+        """Whether text is stored in few bits; then all of it stays."""
+        return self.text_bits not in (None, FULL)
+
     def params(self, budget: Budget) -> dict[str, Any]:
         """The values as Optuna parameters; those that the budget does not feel are left out."""
         values = asdict(self)
@@ -178,8 +187,10 @@ class Candidate:
             del values["refresh_interval"], values["refresh"], values["compute_temperature"]
         if budget.read is None or self.core_prompt is None:
             del values["core_prompt"], values["core_memory"]
-        if self.text_share is None:
+        if self.text_share is None or self.packs_text:
             del values["text_share"], values["text_sink"]
+        if self.text_bits is None:
+            del values["text_bits"]
         if self.vision_bits is None:
             del values["vision_bits"]
         return values

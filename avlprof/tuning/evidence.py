@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import Policy, ScorerSpec
+from avlprof.policy import RANKING, Policy, ScorerSpec
 from avlprof.tuning.storages._base import EVIDENCE, StudyStorage
 from avlprof.watch import SILENT, Watch
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from avlprof.runtime.forced import ForcedSet
 
 LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
-SCORER = "instruction"
+SCORER = RANKING
 
 
 def probe(

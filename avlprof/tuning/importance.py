@@ -117,7 +117,9 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
 
 
 PLAIN: Mapping[str, Any] = asdict(
-    Candidate(refresh_interval=0, text_share=1.0, vision_bits=FULL, core_prompt=0.0, core_memory=0.0)
+    Candidate(
+        refresh_interval=0, text_share=1.0, vision_bits=FULL, core_prompt=0.0, core_memory=0.0, text_bits=FULL
+    )
 )
 """What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits."""
 

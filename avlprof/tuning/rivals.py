@@ -41,8 +41,9 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
 
     `uniform` ranks as the shipped policy of that name does (`RANKING`, one set a layer), `uniform,
     same scorer` as the winner does, with its bits and with 16, `uniform, last_query` as A-VL does; all have
-    the winner's text and refreshes, and 16 bits but for the second. `random` ranks by chance. Where reads
-    are limited, `static core` spreads memory and reads evenly and never re-picks its core.
+    the winner's text and refreshes, and 16 bits but for the second, text included. `random` ranks by
+    chance. Where reads are limited, `static core` spreads memory and reads evenly and never re-picks its
+    core.
     """
     prompts, steps = budget.prompts, budget.answer_tokens
     full = in_full(winner, budget, layers)
@@ -86,10 +87,16 @@ def static_core(winner: Policy, budget: Budget, layers: int) -> Policy:
 
 
 def in_full(winner: Policy, budget: Budget, layers: int) -> Policy:
-    """The winner's spread over layers with 16 bits at its bytes: what it gains by fewer bits is the rest."""
-    if not winner.packs:
+    """The winner's spread over layers with 16 bits at its bytes: what it gains by fewer bits is the rest.
+
+    Text keeps its bits where system and text in 16 need more than the winner does.
+    """
+    if not (winner.packs or winner.text.packs):
         return winner
-    full = winner.model_copy(update={"vision_bits": FULL})
+    text = winner.text.model_copy(update={"bits": FULL})
+    if not _used(winner, budget, layers).affords(text, layers, 0.0):
+        text = winner.text
+    full = winner.model_copy(update={"vision_bits": FULL, "text": text})
     if winner.vision_compute is None:
         full = full.model_copy(update={"refresh_interval": 0, "refresh": "full"})
     compute = winner.compute(layers)

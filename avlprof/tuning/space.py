@@ -12,7 +12,7 @@ from avlprof.budgets import vision_share
 from avlprof.errors import UserError
 from avlprof.policy import BITS, FULL, Policy, TextPolicy, live_share
 from avlprof.registry import unknown
-from avlprof.scorers import SCORERS, make_scorer
+from avlprof.scorers import make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
 _ASIDE = ("more_starts", "reads")
-_NEW = ("bits", "core_prompts", "core_memories")  # that spaces of before do not tell of
+_NEW = ("bits", "text_bits", "core_prompts", "core_memories")  # that spaces of before do not tell of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Space:
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only, and so do
     `core_prompts` and `core_memories`, what a refresh ranks by: 0 alone of both are not searched. `bits` are
-    those that stored vision may have; 16 alone are not searched. `text`
+    those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
-    needs more than the budgets. `more_starts` are taken over from a study at another budget and
-    `reads` says that reads are limited, which `within` finds out; both are no part of what the space is.
+    needs more than the budgets in whatever bits. `more_starts` are taken over from a study at another
+    budget and `reads` says that reads are limited, which `within` finds out; both are no part of what the
+    space is.
 
     Raises:
         UserError: a list is empty or names what is not known.
@@ -49,6 +50,7 @@ class Space:
     scorers: tuple[str, ...] = (
         *("last_query", "instruction", "accumulated"),
         *("valued:instruction", "pooled:instruction"),
+        *("distinct:valued:instruction", "distinct:valued:pooled:instruction"),
     )
     heads: tuple[str, ...] = HEADS
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
@@ -56,6 +58,7 @@ class Space:
     core_prompts: tuple[float, ...] = (0.0, 0.5, 0.8)
     core_memories: tuple[float, ...] = (0.0, 0.5, 0.9)
     bits: tuple[int, ...] = BITS
+    text_bits: tuple[int, ...] = BITS[:-1]  # two were measured to lose at any budget
     text: str = "auto"
     more_starts: tuple[Candidate, ...] = ()
     reads: bool = False
@@ -67,18 +70,17 @@ class Space:
         for name in self.allocators:
             ALLOCATORS.get(name)
         for name in self.scorers:
-            spec = scorer_spec(name)
-            make_scorer(spec)
-            SCORERS.get(str(spec.options.get("of", spec.name)))
+            make_scorer(scorer_spec(name))
         _check_names("kind of heads", self.heads, HEADS)
         _check_names("kind of refresh", self.refresh, REFRESH)
         _check_names("text of the search space", (self.text,), TEXT)
-        for bits in self.bits:
-            if bits not in BITS:
-                listed = ", ".join(map(str, BITS))
-                raise UserError(f"bits of the search space must be among {listed}, got {bits}")
-        # in one order and each once, since a study cannot go on with its choices in another
-        object.__setattr__(self, "bits", tuple(bits for bits in BITS if bits in self.bits))
+        for name in ("bits", "text_bits"):
+            for bits in getattr(self, name):
+                if bits not in BITS:
+                    listed = ", ".join(map(str, BITS))
+                    raise UserError(f"{name} of the search space must be among {listed}, got {bits}")
+            # in one order and each once, since a study cannot go on with its choices in another
+            object.__setattr__(self, name, tuple(bits for bits in BITS if bits in getattr(self, name)))
         for name in ("core_prompts", "core_memories"):
             _check_parts(name, getattr(self, name))
         if min(self.refreshes) < 0:
@@ -90,7 +92,7 @@ class Space:
 
         One that tells of no bits is of before they were searched, and so is one without `core_prompts`.
         """
-        usual = cls(bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,))
+        usual = cls(bits=(FULL,), text_bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,))
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
             name: value[0] if isinstance(getattr(usual, name), str) else tuple(value)
@@ -103,15 +105,18 @@ class Space:
         """The part of the space in which every candidate can meet the budget.
 
         What a refresh interval reads at least is counted with all the vision KV that the memory
-        budget allows, so that it holds for any spread over layers.
+        budget allows, so that it holds for any spread over layers. Bits in which all text needs more than a
+        budget are not searched, unless 16 are and a window may be.
 
         Raises:
             UserError: system and text alone need more than a budget; the message says how much.
         """
-        kept = replace(self, text="all")
-        if self.text != "trade" and (self.text == "all" or kept._refreshes(budget, layers)):
-            return kept._narrowed(budget, layers)
-        return replace(self, text="trade")._narrowed(budget, layers)
+        kept = [replace(self, text="all", text_bits=(bits,)) for bits in self.text_bits]
+        fitting = tuple(one.text_bits[0] for one in kept if one._refreshes(budget, layers))
+        if self.text == "all" or (self.text == "auto" and fitting):
+            return replace(self, text="all", text_bits=fitting or self.text_bits)._narrowed(budget, layers)
+        traded = tuple(bits for bits in self.text_bits if bits == FULL or bits in fitting)
+        return replace(self, text="trade", text_bits=traded or (FULL,))._narrowed(budget, layers)
 
     def supported(self, evidence: Evidence) -> Space:
         """The space without the allocators that need evidence which is not there.
@@ -142,7 +147,9 @@ class Space:
         )
         if candidate.allocator == "sigmoid":
             candidate = replace(candidate, midpoint=trial.suggest_float("midpoint", 0.05, 0.95))
-        if self.text == "trade":
+        if self.text_bits != (FULL,):
+            candidate = replace(candidate, text_bits=trial.suggest_categorical("text_bits", self.text_bits))
+        if self.text == "trade" and not candidate.packs_text:
             candidate = replace(
                 candidate,
                 text_share=trial.suggest_float("text_share", 0.02, 1.0, log=True),
@@ -168,7 +175,8 @@ class Space:
     def starts(self) -> list[Candidate]:
         """The first trials: every allocator as it is, uniform first, then other scorers, then `more_starts`.
 
-        Uniform has 16 bits, and then all others that the space offers; what follows has 4, if it may.
+        Uniform has 16 bits, and then all others that the space offers; what follows has 4, if it may. Text
+        has 16 bits in the first ones, then uniform has all others that text may have, and what follows 4.
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
         a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
         also starts with a core that is never re-picked, which short answers can hardly better, and where a
@@ -176,11 +184,16 @@ class Space:
         """
         plain = self._in_reach(Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
-        starts = [replace(plain, allocator=allocators[0], vision_bits=bits) for bits in self._precisions()]
-        plain = replace(plain, vision_bits=self._few)
+        full, *fewer = _precisions(self.text_bits)
+        both = [(bits, full) for bits in _precisions(self.bits)] + [(_few(self.bits), bits) for bits in fewer]
+        first = replace(plain, allocator=allocators[0])
+        starts = [
+            self._in_reach(replace(first, vision_bits=bits, text_bits=text_bits)) for bits, text_bits in both
+        ]
+        plain = self._in_reach(replace(plain, vision_bits=_few(self.bits), text_bits=_few(self.text_bits)))
         starts += [replace(plain, allocator=name) for name in allocators]
         if self.text == "trade":
-            starts.insert(1, replace(starts[0], text_share=0.25, text_sink=1))
+            starts.insert(1, self._in_reach(replace(starts[0], text_share=0.25, text_sink=1)))
         if "coverage" in allocators:
             starts.append(replace(plain, allocator="coverage", mix=0.2))
         others = [scorer for scorer in self.scorers if scorer != plain.scorer]
@@ -206,8 +219,9 @@ class Space:
     def described(self) -> dict[str, tuple[float | str, ...]]:
         """The space as plain values, as a study notes it."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ASIDE}
-        if self.bits == (FULL,):
-            del values["bits"]
+        for name in ("bits", "text_bits"):
+            if values[name] == (FULL,):
+                del values[name]
         if not self._scores_core:
             del values["core_prompts"], values["core_memories"]
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
@@ -215,7 +229,10 @@ class Space:
     def _in_reach(self, start: Candidate) -> Candidate:
         """A candidate with what the space does not offer replaced by the nearest that it does."""
         scored = self.reads and self._scores_core
-        text = (start.text_share or 1.0, start.text_sink) if self.text == "trade" else (None, 0)
+        bits = _nearest_bits(start.vision_bits, self.bits)
+        text_bits = _nearest_bits(start.text_bits, self.text_bits)
+        trades = self.text == "trade" and text_bits in (None, FULL)
+        text = (start.text_share or 1.0, start.text_sink) if trades else (None, 0)
         return replace(
             start,
             scorer=start.scorer if start.scorer in self.scorers else self.scorers[0],
@@ -224,7 +241,8 @@ class Space:
             refresh=start.refresh if start.refresh in self.refresh else self.refresh[0],
             text_share=text[0],
             text_sink=text[1],
-            vision_bits=start.vision_bits if start.vision_bits in self._precisions() else self._few,
+            vision_bits=bits,
+            text_bits=text_bits,
             core_prompt=_offered(start.core_prompt, self.core_prompts) if scored else None,
             core_memory=_offered(start.core_memory, self.core_memories) if scored else None,
         )
@@ -238,27 +256,27 @@ class Space:
         """Whether it is searched what a refresh ranks by."""
         return (self.core_prompts, self.core_memories) != ((0.0,), (0.0,))
 
-    def _precisions(self) -> tuple[int | None, ...]:
-        """Bits of the starts, the most first; None alone where they are not searched."""
-        return (None,) if self.bits == (FULL,) else tuple(sorted(self.bits, reverse=True))
-
-    @property
-    def _few(self) -> int | None:
-        """Bits of a start that has no reason for others."""
-        known = self._precisions()
-        return 4 if 4 in known else known[0]
-
     def _refreshes(self, budget: Budget, layers: int) -> tuple[int, ...]:
         """Refresh intervals with which some policy of any spread meets the budgets; empty when none does."""
-        least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
         kind = "full" if "full" in self.refresh else "score_only"
-        return tuple(k for k in self.refreshes if budget.affords(least, layers, budget.refreshed(k, kind)))
+        return tuple(
+            k
+            for k in self.refreshes
+            if all(budget.affords(text, layers, budget.refreshed(k, kind)) for text in self._texts())
+        )
+
+    def _texts(self) -> list[TextPolicy]:
+        """What has to stay of text, at least, of each kind that is searched; the dearest first."""
+        if self.text == "trade":
+            few = [TextPolicy(bits=bits) for bits in self.text_bits if bits != FULL]
+            return [*few, TextPolicy(window=1)]
+        return [TextPolicy(bits=bits) for bits in self.text_bits]
 
     def _narrowed(self, budget: Budget, layers: int) -> Space:
         refreshes = self._refreshes(budget, layers)
         if refreshes:
             return replace(self, refreshes=refreshes, reads=True) if budget.read is not None else self
-        least = TextPolicy() if self.text == "all" else TextPolicy(window=1)
+        least = self._texts()[-1]
         vision_share(budget.prompts, layers, budget.memory, least)
         always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)
         kind = "full" if "full" in self.refresh else "score_only"
@@ -268,6 +286,22 @@ class Space:
             f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
             "alone; raise the read budget or lower the budget"
         )
+
+
+def _precisions(bits: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Bits of the starts, the most first; None alone where they are not searched."""
+    return (None,) if bits == (FULL,) else tuple(sorted(bits, reverse=True))
+
+
+def _few(bits: tuple[int, ...]) -> int | None:
+    """Bits of a start that has no reason for others."""
+    known = _precisions(bits)
+    return 4 if 4 in known else known[0]
+
+
+def _nearest_bits(wanted: int | None, bits: tuple[int, ...]) -> int | None:
+    """The bits of a start that wants some, where they are on offer."""
+    return wanted if wanted in _precisions(bits) else _few(bits)
 
 
 def _check_parts(name: str, values: Sequence[float]) -> None:

@@ -214,6 +214,8 @@ def as_begun(folder: Path, settings: Settings) -> Settings:
     known, space, usual = read_meta(folder).space, settings.space, Space()
     if "bits" not in known and space.bits == usual.bits:
         space = replace(space, bits=(FULL,))
+    if "text_bits" not in known and space.text_bits == usual.text_bits:
+        space = replace(space, text_bits=(FULL,))
     scored = space.core_prompts, space.core_memories
     if "core_prompts" not in known and scored == (usual.core_prompts, usual.core_memories):
         space = replace(space, core_prompts=(0.0,), core_memories=(0.0,))

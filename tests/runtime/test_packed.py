@@ -88,7 +88,7 @@ def test_a_step_attends_to_both_parts(softcap, sinks, counts, monkeypatch):
     mask = torch.rand(ROWS, 1, 1, key.shape[2], generator=torch.Generator().manual_seed(6)) < 0.7
     options = {"s_aux": torch.randn(4)} if sinks else {}
     call = AttentionCall(0, None, query, key, value, None, 0.3, softcap, None, options, positions, mask)
-    out, weights = stored_attention(stored, call, mask)
+    out, weights = stored_attention([stored], call, mask)
     keys = torch.cat([decode(stored.keys), key], dim=2).double()
     values = torch.cat([decode(stored.values), value], dim=2).double()
     for row in range(ROWS):
@@ -146,7 +146,7 @@ def test_no_step_makes_a_whole_copy():
     query = torch.randn(ROWS, 4, 1, SIZE)
     call = AttentionCall(0, None, query, key, value, None, 0.3, None, None, {}, positions)
     with Largest() as seen:
-        stored_attention(stored, call, None)
+        stored_attention([stored], call, None)
     assert seen.most <= packed_module._NUMBERS < ROWS * HEADS * many.shape[-1] * SIZE
 
 

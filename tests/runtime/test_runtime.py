@@ -33,6 +33,7 @@ from avlprof.runtime.buffers import RESERVE
 from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan, slot_classes
+from avlprof.runtime.packed import stored_weights
 from avlprof.runtime.windows import Windows
 from avlprof.testing.models import cases, random_llava
 from tests.helpers import FEW_MODELS, few, generate, one_row, thinned, waits
@@ -40,7 +41,10 @@ from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import POLICIES, QUICK, TESTED
 
 MODELS = dict(cases())
-CORED = ("packed core", "packed per head", "packed score only", "packed history", "packed scored")
+CORED = (
+    *("packed core", "packed per head", "packed score only", "packed history", "packed scored"),
+    "packed text and core",
+)
 """Policies whose cores change places with what few bits store."""
 
 
@@ -151,10 +155,12 @@ def test_live_bytes_are_the_policys_sizes(case, name):
             slots = 3 * (max(p.system + (p.core if cored else p.vision) for p in plans) + most + room)
             index = 8 * slots * layer.positions.shape[1]
             index += 4 * 3 * (most + room) * layer.positions.shape[1] if running else 0
-            if cored:
-                beside = 3 * max(p.vision - p.core for p in plans)
-                each = 2 * layer.keys.shape[1] * packed_bytes(16, layer.bits)
-                index += beside * (8 * layer.positions.shape[1] + each)
+            beside = [(layer.bits, max(p.vision - p.core for p in plans))] if cored else []
+            if layer.text_bits < 16:
+                beside.append((layer.text_bits, max(p.low_system + p.low_text for p in plans)))
+            for bits, most in beside:
+                each = 2 * layer.keys.shape[1] * packed_bytes(16, bits)
+                index += 3 * most * (8 * layer.positions.shape[1] + each)
             if policy.scores_core:  # by position, of all tokens
                 sets = layer.keys.shape[1] if policy.heads == "kv_head" else 1
                 index += 4 * 3 * sets * (2 * inputs["input_ids"].shape[1] + 1)
@@ -462,10 +468,7 @@ def test_a_step_asks_the_device_nothing(name):
                     keys, _ = layer.update(*states)
                     step = layer.step_for(query, 0.25, None)
                     if step.weighing:
-                        if step.stored is None:
-                            weights = step_weights(query, keys, 0.25)
-                        else:
-                            weights = step.stored.weights(query, keys, 0.25, step.mask)
+                        weights = stored_weights(step.stored, query, keys, 0.25, step.mask)
                         layer.after(step, weights)
             assert bool(asked.found) == (not fixed and policy.refresh_interval > 0)
 

@@ -132,9 +132,40 @@ def test_norms_of_keys_and_values():
             assert valued[0, head, j] == pytest.approx(float(accumulated[0, head, j]) * norm, abs=1e-4)
 
 
+def test_distinct_keys_count_more():
+    prefill = random_prefill((15, 9), seed=9)
+    plain, scores = (
+        made("valued", of="instruction").score(prefill),
+        made("distinct", power=3.0).score(prefill),
+    )
+    for row in range(2):
+        vision = (prefill.modality[row] == Modality.VISION).nonzero()[:, 0].tolist()
+        for head in (0, 4):
+            keys = prefill.key[row, head // 3].double()
+            units = [key / key.norm() for key in keys]
+            mean = sum(units[j] for j in vision) / len(vision)
+            for j in vision:
+                wanted = float(plain[row, head, j]) * (1 - float(units[j] @ mean / mean.norm())) ** 3
+                assert float(scores[row, head, j]) == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+
+
+def test_scorers_build_on_each_other():
+    prefill = random_prefill((17, 10), seed=10)
+    nested = make_scorer(ScorerSpec.of("distinct:valued:pooled:instruction")).score(prefill)
+    norm = prefill.value.norm(dim=-1).repeat_interleave(3, dim=1)
+    unlike = 1 + made("key_diversity").score(prefill)
+    by_hand = made("pooled", of="instruction").score(prefill) * norm * unlike**2
+    real = prefill.valid[:, None].expand_as(nested)
+    torch.testing.assert_close(nested[real], by_hand[real])
+
+
 def test_knobs_out_of_range_are_refused():
     for name, options in (
         ("pooled", {"of": "pooled"}),
+        ("pooled", {"of": "valued:pooled:window"}),
+        ("distinct", {"of": "pooled:distinct"}),
+        ("distinct", {"of": "pooled:key_norm"}),
+        ("distinct", {"power": -1.0}),
         ("pooled", {"kernel": 4}),
         ("pooled", {"mode": "median"}),
         ("valued", {"of": "valued"}),
@@ -160,6 +191,12 @@ def test_random_draws_are_even_and_differ_between_seeds_and_layers():
     assert first.mean() == pytest.approx(0.5, abs=0.03)
     assert torch.corrcoef(torch.stack([first, other]))[0, 1].abs() < 0.06
     assert torch.corrcoef(torch.stack([first[1:], first[:-1]]))[0, 1].abs() < 0.06
+
+
+def test_unknown_inner_scorers_are_refused():
+    for name in ("pooled", "valued", "distinct"):
+        with pytest.raises(UserError, match="unknown scorer 'instructon'; did you mean instruction"):
+            made(name, of="valued:instructon" if name == "pooled" else "instructon")
 
 
 def test_unknown_options_are_refused():

@@ -60,14 +60,15 @@ def test_every_candidate_meets_its_budgets(seed):
             vision_bits=None if seed % 3 == 0 else int(rng.choice(space.bits)),
             core_prompt=None if seed % 5 == 0 else float(rng.choice(space.core_prompts)),
             core_memory=None if seed % 5 == 0 else float(rng.choice(space.core_memories)),
+            text_bits=None if seed % 7 == 0 else int(rng.choice(space.text_bits)),
         )
         policy = candidate.policy(evidence, budget)
         check_budgets(policy, budget, layers, slack)
         assert policy.scorer.name == candidate.scorer.partition(":")[0]
         assert policy.heads == candidate.heads
         assert policy.vision_bits == (candidate.vision_bits or 16)
-        if not window:
-            assert policy.text == TextPolicy()
+        if not window or candidate.packs_text:
+            assert policy.text == TextPolicy(bits=candidate.text_bits or 16)
         elif policy.text.window is not None:
             asked = max(round(candidate.text_share * budget.text_room), 1)
             assert policy.text.window <= asked
@@ -104,19 +105,24 @@ def check_budgets(policy, budget, layers, slack):
 
 
 def test_a_budget_below_the_text_cuts_the_text():
-    """80 text tokens of 100: at 30% a window must do, and `all` refuses."""
+    """80 text tokens of 100: at 30% in 16 bits a window must do, and `all` refuses; in 4 all stays."""
     prompts, layers = (PromptShape(2, 18, 80),), 3
     evidence = probed_evidence(layers, 18, 1)
     for read in (None, 0.2):
         budget = Budget(0.3, read, prompts, 8)
-        space = Space().within(budget, layers).supported(evidence)
+        few = Space(text_bits=(16, 4, 3)).within(budget, layers)
+        assert (few.text, few.text_bits) == (("all", (4, 3)) if read is None else ("trade", (16,)))
+        traded = Space(text="trade").within(budget, layers)
+        assert (traded.text, traded.text_bits) == ("trade", (16, 4, 3) if read is None else (16,))
+        plain = replace(Space(), text_bits=(16,))
+        space = plain.within(budget, layers).supported(evidence)
         assert space.text == "trade"
         for start in space.starts():
             policy = start.policy(evidence, budget)
             assert 0 < policy.text.window <= 30 - 2
             check_budgets(policy, budget, layers, layers / 100)
         with pytest.raises(UserError, match=r"^budget 0\.3 is below 0\.82, what system and text alone need"):
-            Space(text="all").within(budget, layers)
+            replace(plain, text="all").within(budget, layers)
     assert Space().within(Budget(0.9, None, prompts, 8), layers).text == "all"
     assert Space(text="trade").within(Budget(0.9, None, prompts, 8), layers).text == "trade"
     with pytest.raises(UserError, match=r"^budget 0\.01 is below 0\.03"):
@@ -156,28 +162,36 @@ def test_infeasible_budgets_name_what_is_enough():
     prompts, layers = (PromptShape(3, 20, 7), PromptShape(1, 10, 9)), 4
     for budget in (Budget(0.1, None, prompts, 8), Budget(0.1, 0.9, prompts, 8)):
         with pytest.raises(UserError, match=r"^budget 0\.1 is below 0\.4, what system and text alone need"):
-            Space(text="all").within(budget, layers)
+            Space(text="all", text_bits=(16,)).within(budget, layers)
     with pytest.raises(UserError, match=r"^read budget 0\.3 is below 0\.4, what system, text"):
-        Space(text="all").within(Budget(0.7, 0.3, prompts, 8), layers)
+        Space(text="all", text_bits=(16,)).within(Budget(0.7, 0.3, prompts, 8), layers)
     # without 'never' the least is one refresh in 8 steps: 0.4 + (0.7 - 0.4) / 8
     with pytest.raises(UserError, match=r"^read budget 0\.42 is below 0\.438"):
-        Space(refreshes=(1, 8), text="all").within(Budget(0.7, 0.42, prompts, 8), layers)
-    assert Space(text="all").within(Budget(0.7, 0.42, prompts, 8), layers).refreshes == (0, 16, 32)
-    assert Space(refreshes=(1, 8), text="all").within(Budget(0.7, 0.438, prompts, 8), layers).refreshes == (
-        8,
+        Space(refreshes=(1, 8), text="all", text_bits=(16,)).within(Budget(0.7, 0.42, prompts, 8), layers)
+    assert Space(text="all", text_bits=(16,)).within(Budget(0.7, 0.42, prompts, 8), layers).refreshes == (
+        0,
+        16,
+        32,
     )
+    assert Space(refreshes=(1, 8), text="all", text_bits=(16,)).within(
+        Budget(0.7, 0.438, prompts, 8), layers
+    ).refreshes == (8,)
 
 
 def test_starts_are_points_of_the_space():
     starts = Space().starts()
-    assert starts[:5] == [Candidate(vision_bits=bits) for bits in (16, 8, 4, 3, 2)]
-    assert {start.vision_bits for start in starts[5:]} == {4}
-    assert Space(bits=(16,)).starts()[0] == Candidate()
+    assert starts[:5] == [Candidate(vision_bits=bits, text_bits=16) for bits in (16, 8, 4, 3, 2)]
+    assert starts[5:8] == [Candidate(vision_bits=4, text_bits=bits) for bits in (8, 4, 3)]
+    assert {(start.vision_bits, start.text_bits) for start in starts[8:]} == {(4, 4)}
+    assert {start.text_bits for start in Space(text_bits=(16,)).starts()} == {None}
+    assert Space(bits=(16,), text_bits=(16,)).starts()[0] == Candidate()
     assert {start.vision_bits for start in Space(bits=(8, 2)).starts()[1:]} == {8, 2}
     assert {start.allocator for start in starts} == set(Space().allocators)
     assert {start.scorer for start in starts} == set(Space().scorers)
     assert len(set(starts)) == len(starts)
-    small = Space(("pyramid", "uniform"), ("value_norm",), ("kv_head",), (0, 16, 32), bits=(16,))
+    small = Space(
+        *(("pyramid", "uniform"), ("value_norm",), ("kv_head",), (0, 16, 32)), bits=(16,), text_bits=(16,)
+    )
     assert [(s.allocator, s.scorer, s.heads, s.refresh_interval) for s in small.starts()] == [
         ("uniform", "value_norm", "kv_head", 16),
         ("pyramid", "value_norm", "kv_head", 16),
@@ -193,7 +207,9 @@ def test_starts_are_points_of_the_space():
     plain = replace(Space(core_prompts=(0.0,), core_memories=(0.0,)), reads=True)
     assert {start.core_prompt for start in plain.starts()} == {None}
     window = Space(text="trade").starts()
-    assert {start.text_share for start in window} == {1.0, 0.25}
+    assert {(start.text_share, start.packs_text) for start in window} == {
+        *((1.0, False), (0.25, False), (None, True)),
+    }
 
 
 @pytest.mark.parametrize("refine", [None, 0, 7])
@@ -259,11 +275,12 @@ def test_a_space_comes_back_from_its_description():
         assert Space.of(space.described()) == space
     told = {"allocators": ("uniform",), "of a later version": (1,)}
     rows = {"core_prompts": (0.0,), "core_memories": (0.0,)}
-    plain = Space(("uniform",), bits=(16,), **rows)
+    plain = Space(("uniform",), bits=(16,), text_bits=(16,), **rows)
     assert Space.of(told) == plain, "one that tells of no bits and no scores searched none"
     assert Space.of(told | {"bits": (4, 2)}) == replace(plain, bits=(4, 2))
+    assert Space.of(told | {"text_bits": (16, 3)}) == replace(plain, text_bits=(16, 3))
     assert Space.of(told | {"core_prompts": (0.0, 0.3)}) == replace(plain, core_prompts=(0.0, 0.3))
-    assert not {"bits", *rows} & set(plain.described())
+    assert not {"bits", "text_bits", *rows} & set(plain.described())
     assert Space(bits=(4, 16, 4)) == Space(bits=(16, 4)), "the same choices, whatever their order"
 
 
@@ -278,6 +295,7 @@ def test_a_space_comes_back_from_its_description():
         ({"scorers": ("valued:instrction",)}, "unknown scorer 'instrction'; did you mean instruction"),
         ({"refresh": ("half",)}, "unknown kind of refresh 'half'"),
         ({"bits": (4, 5)}, "bits of the search space must be among 16, 8, 4, 3, 2, got 5"),
+        ({"text_bits": (16, 1)}, "text_bits of the search space must be among 16, 8, 4, 3, 2, got 1"),
         ({"core_prompts": (0.5, 1.5)}, r"core_prompts of the search space must be in \[0, 1\], got 1.5"),
         ({"core_memories": (1.0,)}, "core_memories of the search space must be in .0, 0.999., got 1.0"),
         ({"text": "none"}, "unknown text of the search space 'none'"),

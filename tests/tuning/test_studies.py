@@ -65,11 +65,13 @@ class Noted(Sleepy):
 
 def test_a_study_of_before_goes_on_with_what_was_searched_then(tmp_path):
     """Without bits and what a refresh ranks by, unless they are asked for by choice."""
-    settings, asked = Settings(space=Space()), Settings(space=Space(bits=(4,), core_prompts=(0.3,)))
+    settings = Settings(space=Space())
+    asked = Settings(space=Space(bits=(4,), text_bits=(4,), core_prompts=(0.3,)))
     assert as_begun(tmp_path / "none yet", settings) == settings
     claim_folder(tmp_path / "old", meta())
     found = as_begun(tmp_path / "old", settings).space
-    assert (found.bits, found.core_prompts, found.core_memories) == ((16,), (0.0,), (0.0,))
+    assert (found.bits, found.text_bits) == ((16,), (16,))
+    assert (found.core_prompts, found.core_memories) == ((0.0,), (0.0,))
     assert as_begun(tmp_path / "old", asked) == asked
     claim_folder(tmp_path / "bits", meta(space=Space(core_prompts=(0.0,), core_memories=(0.0,)).described()))
     found = as_begun(tmp_path / "bits", settings).space

@@ -63,7 +63,7 @@ class FakeForced:
         return [self.score(policy) for policy in policies]
 
 
-PLAIN = replace(SPACE, bits=(16,))  # thirteen starts
+PLAIN = replace(SPACE, bits=(16,), text_bits=(16,))  # thirteen starts
 
 
 def searched(folder, trials, forced=None, space=None, seed=0, watch=SILENT, read=None):

@@ -70,8 +70,9 @@ class GroupAttention:
 
         The latter only where what is not core is ever read.
         """
-        policy, count = self.policies[0], len(self.policies)
-        bits = policy.bits(len(self.prompts.layers))[layer]
+        policy, count, layers = self.policies[0], len(self.policies), len(self.prompts.layers)
+        prompt = prompt.degraded(policy.text_bits(layers)[layer], text=True)
+        bits = policy.bits(layers)[layer]
         if bits == FULL:
             return prompt, count, None
         if policy.vision_compute is None:

@@ -15,7 +15,7 @@ from avlprof.attention.codec import degraded
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import ranks
 from avlprof.attention.weights import group_mean
-from avlprof.policy import ScorerSpec
+from avlprof.policy import FULL, ScorerSpec
 from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.forced.score import Head
 from avlprof.scorers import Prefill, make_scorer
@@ -58,10 +58,12 @@ class PromptLayer:
     modality: Tensor
     columns: Tensor
 
-    def degraded(self, bits: int) -> PromptLayer:
-        """The layer with its vision as it is after few bits; a copy, for as long as it is used."""
-        vision = (self.modality == Modality.VISION)[:, None, :, None]
-        key, value = (torch.where(vision, degraded(part, bits), part) for part in (self.key, self.value))
+    def degraded(self, bits: int, text: bool = False) -> PromptLayer:
+        """The layer with vision, or system and `text`, as it is after few bits; a copy, while it is used."""
+        if bits == FULL:
+            return self
+        marked = ((self.modality == Modality.VISION) != text)[:, None, :, None]
+        key, value = (torch.where(marked, degraded(part, bits), part) for part in (self.key, self.value))
         return replace(self, key=key, value=value)
 
     @property

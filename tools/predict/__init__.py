@@ -1,0 +1,1 @@
+"""What attention data predict: statistics of a traced run against measured damage."""
