@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import optuna
 from optuna.storages import BaseStorage
+from sqlalchemy.exc import OperationalError
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, cut
 from avlprof.tuning import Settings
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.storages._base import StudyStorage, quiet
@@ -69,8 +70,11 @@ def run_storage_bench(
     for number, kind in enumerate(kinds):
         for index, count in enumerate(workers):
             watch.phase("bench storage", number * len(workers) + index, len(kinds) * len(workers))
-            costs.append(_cost(kind, count, url, each, sleep))
-    watch.phase("bench storage", len(costs), len(costs))
+            try:
+                costs.append(_cost(kind, count, url, each, sleep))
+            except (UserError, OperationalError) as error:  # of the server: too many connections, above all
+                watch.say(f"{kind} with {count} workers: {cut(' '.join(str(error).split()), 300)}")
+    watch.phase("bench storage", len(kinds) * len(workers), len(kinds) * len(workers))
     return costs
 
 
