@@ -133,6 +133,23 @@ def test_a_trial_of_a_live_worker_is_left_alone(tmp_path):
     assert [lost.number for lost in storage.lost(study)] == [0]
 
 
+def test_a_worker_that_finishes_and_leaves_while_it_is_looked_for_is_not_lost(tmp_path, monkeypatch):
+    storage = FolderStorage(tmp_path)
+    study = storage.open()
+    with storage.join(True) as me:
+        trial = study.ask()
+        storage.begin(trial, me)
+
+        def leaves(self, worker):
+            assert worker == me
+            study.tell(trial, 1.0)
+            return False
+
+        monkeypatch.setattr(FolderStorage, "_is_alive", leaves)
+        assert storage.lost(study) == []
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+
+
 def test_a_trial_is_queued_again_once(tmp_path):
     study = FolderStorage(tmp_path).open()
     for attempt in range(3):
