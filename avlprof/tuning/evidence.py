@@ -45,7 +45,7 @@ def probe(
         policies = [
             Policy(
                 vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
-                scorer=ScorerSpec(name=scorer),
+                scorer=ScorerSpec.of(scorer),
             )
             for i in below
         ]
