@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence quick test slow lmms format lint types notebooks docs build check clean
+.PHONY: help demo evidence quick test slow lmms kvpress format lint types notebooks docs build check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ lmms: $(VENV)/lmms ## lmms-eval, for the tests of its plug-in; they are skipped 
 
 $(VENV)/lmms: $(VENV)/ready requirements-lmms.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps -r requirements-lmms.txt
+	touch $@
+
+kvpress: .venv-kvpress/ready ## kvpress in its own environment, for the test of what is exported to it
+
+.venv-kvpress/ready: requirements-kvpress.txt constraints-cpu.txt
+	$(PYTHON) -m venv .venv-kvpress
+	if command -v nvidia-smi >/dev/null 2>&1; then true; else \
+	  .venv-kvpress/bin/python -m pip install -q $(PIP_ARGS) -r constraints-cpu.txt; fi
+	.venv-kvpress/bin/python -m pip install -q $(PIP_ARGS) -r requirements-kvpress.txt
 	touch $@
 
 format: $(VENV)/ready ## mend style: imports, layout, what ruff can fix

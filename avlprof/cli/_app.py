@@ -72,6 +72,7 @@ COMMANDS: Final[dict[str, str]] = {
     "evaluate": "avlprof.cli.evaluate",
     "compare": "avlprof.cli.compare",
     "join": "avlprof.cli.join",
+    "leaderboard": "avlprof.cli.leaderboard",
     "bench": "avlprof.cli.bench",
     "demo": "avlprof.cli.demo",
     "models": "avlprof.cli.models",

@@ -178,4 +178,5 @@ _UNITS = {
     "bench trace": "prefills",
     "bench tune": "steps",
     "bench storage": "cases",
+    "submissions": "files",
 }

@@ -80,6 +80,11 @@ def compare_policies(
         Path | None,
         typer.Option("--out", "-o", help="Folder; by default comparisons/<model>-<task>-<split>."),
     ] = None,
+    submit: Annotated[
+        Path | None,
+        typer.Option("--submit", help="Folder for a file a budget to share; see 'avlprof leaderboard'."),
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="Who submits; nobody is named unless you say.")] = "",
     form: FormatOption = Format.table,
     figure_format: FigureFormatOption = FigureFormat.png,
 ) -> None:
@@ -104,6 +109,8 @@ def compare_policies(
     label = f"{Path(spec.name).name}-{task.name}-{split}"
     folder = out or Path("comparisons") / re.sub(r"[^\w.-]+", "-", label)
     check_output(folder, folder=True)
+    check_output(submit, folder=True)
+    _check_name(by, submit)
     with (
         FolderLock(folder / "parts"),
         open_store(folder / "parts", launch, spec, source) as store,
@@ -123,8 +130,21 @@ def compare_policies(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )
     wrote = _write(comparison, folder, figure_format)
+    if submit is not None:
+        from avlprof.evaluation.submission import save_submissions, submissions
+
+        wrote += save_submissions(submissions(comparison, loaded, task, by), submit)
     _print(comparison, form)
     finished(wrote, f"avlprof tune --model {spec.name} --task {source.name} --budget {budgets[0]:g}")
+
+
+def _check_name(by: str, submit: Path | None) -> None:
+    from avlprof.errors import UserError, shortened
+
+    if by and submit is None:
+        raise UserError("--by says who submits; give --submit FOLDER too")
+    if len(by) > 100 or not by.isprintable():
+        raise UserError(f"--by must be a name of at most 100 printable characters, got {shortened(by)}")
 
 
 def _winners(folders: list[Path]) -> list[Policy]:

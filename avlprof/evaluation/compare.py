@@ -157,6 +157,10 @@ class Comparison:
         """What these samples cannot show, a sentence each: too few of them, or dense scores nothing."""
         return sample_warnings(self._by_sample(1.0, "dense")["score"].to_numpy(dtype=float))
 
+    def scores(self, budget: float, method: str) -> list[float]:
+        """The score of each sample in the order of their ids, seeds averaged; dense stands at budget 1."""
+        return [float(score) for score in self._by_sample(budget, method)["score"]]
+
     def left_out(self) -> pd.DataFrame:
         """One row per method and budget that could not be compared: `method, kind, budget, floor, reason`."""
         columns = ["method", "kind", "budget", "floor", "reason"]

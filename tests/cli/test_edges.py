@@ -170,6 +170,7 @@ OUTPUTS = {
     "policy resolve": ["policy", "resolve", "pyramidkv", "--layers", "6", "-o"],
     "policy schema": ["policy", "schema", "-o"],
     "export": ["export", "none", "-o"],
+    "leaderboard": ["leaderboard", "none", "-o"],
     "demo": ["demo", "-o"],
 }
 
@@ -210,6 +211,9 @@ def test_outputs_are_checked_before_any_work(command, run, tmp_path, monkeypatch
         ["derive", LONG, "--budget", "0.4"],
         ["derive", "RUN", "--budget", "0.8", "--name", LONG],
         ["export", LONG],
+        ["export", LONG, "--to", "kvpress"],
+        ["export", "uniform", "--to", LONG],
+        ["leaderboard", LONG],
         ["studies", "show", LONG],
         ["studies", "join", LONG],
         ["studies", "open", LONG],

@@ -32,6 +32,7 @@ from avlprof.evaluation import (
 )
 from avlprof.evaluation.compare import compare
 from avlprof.evaluation.lineup import LeftOut
+from avlprof.evaluation.submission import read_submission
 from avlprof.plots.budgets import budgets_info, quality_by_budget
 from avlprof.policy import (
     JointPool,
@@ -440,6 +441,7 @@ def test_command_writes_a_table_a_figure_and_what_was_left_out(tmp_path: Path) -
     args = [
         *("--budget", "0.05,0.5", "--policy", str(mine), "--baseline", "uniform", "--baseline", "random"),
         *("--task", "shapes:count", "-n", "2", "--max-new-tokens", "3", "--out", str(tmp_path / "out")),
+        *("--submit", str(tmp_path / "shared"), "--by", "Ada"),
     ]
     done = CliRunner().invoke(app, args, catch_exceptions=False)
     assert done.exit_code == 0
@@ -448,6 +450,10 @@ def test_command_writes_a_table_a_figure_and_what_was_left_out(tmp_path: Path) -
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
     table = pd.read_csv(tmp_path / "out" / "compare.csv")
     assert set(table["method"]) == {"dense", "uniform", "random", "mine"}
+    (path,) = (tmp_path / "shared").iterdir()  # nothing but dense fits the other budget
+    sent = read_submission(path)
+    assert (sent.budget, sent.by, sent.model.name, sent.task.samples) == (0.5, "Ada", "tiny", 2)
+    assert {result.method for result in sent.results} == set(table["method"])
     listed = CliRunner().invoke(app, [*args, "--format", "json"], catch_exceptions=False)
     assert {row["method"] for row in json.loads(listed.stdout)} == set(table["method"])
 
