@@ -2,8 +2,8 @@
 
 `trace` records where a model looks and gives a `Run`, `Run.profile()` sums it up layer by layer,
 its `derive()` and `tune` make a `Policy`, `apply` runs a model under one (`wrap` for good), `evaluate`
-compares policies with the dense model, `compare` at equal bytes, and `record` measures a `generate()`
-of your own. `docs/python.md` shows each of them.
+compares policies with the dense model, `compare` at equal bytes, `knockout` closes routes of attention,
+and `record` measures a `generate()` of your own. `docs/python.md` shows each of them.
 Importing this package changes nothing and imports nothing heavy; names are loaded when used.
 """
 
@@ -15,11 +15,15 @@ from avlprof._lazy import exports
 from avlprof.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from avlprof.analysis.lens import Lens
+    from avlprof.api.lens import LensSettings, lens
     from avlprof.api.trace import trace
     from avlprof.api.tune import certified, smallest, sweep, tune
     from avlprof.errors import UserError
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, compare
+    from avlprof.evaluation.damage import Knockout
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
+    from avlprof.evaluation.knockout import KnockoutSettings, knockout
     from avlprof.models import ModelSpec, load_model
     from avlprof.policy import Policy, find_policy, load_policy, save_policy
     from avlprof.run import Run, latest_run, picture_task
@@ -38,6 +42,9 @@ _HOMES = {
     "TraceSettings": "avlprof.tracing",
     "UserError": "avlprof.errors",
     "Watch": "avlprof.watch",
+    "Lens": "avlprof.analysis.lens",
+    "LensSettings": "avlprof.api.lens",
+    "lens": "avlprof.api.lens",
     "trace": "avlprof.api.trace",
     "certified": "avlprof.api.tune",
     "smallest": "avlprof.api.tune",
@@ -54,6 +61,9 @@ _HOMES = {
     "Evaluation": "avlprof.evaluation.evaluate",
     "EvaluationSettings": "avlprof.evaluation.evaluate",
     "evaluate": "avlprof.evaluation.evaluate",
+    "Knockout": "avlprof.evaluation.damage",
+    "KnockoutSettings": "avlprof.evaluation.knockout",
+    "knockout": "avlprof.evaluation.knockout",
     "load_model": "avlprof.models",
     "load_task": "avlprof.tasks",
     "AVLCache": "avlprof.runtime",
@@ -71,6 +81,10 @@ __all__ = [
     "ComparisonSettings",
     "Evaluation",
     "EvaluationSettings",
+    "Knockout",
+    "KnockoutSettings",
+    "Lens",
+    "LensSettings",
     "ModelSpec",
     "Policy",
     "Run",
@@ -86,7 +100,9 @@ __all__ = [
     "compare",
     "evaluate",
     "find_policy",
+    "knockout",
     "latest_run",
+    "lens",
     "load_model",
     "load_policy",
     "load_task",

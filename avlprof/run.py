@@ -13,6 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from avlprof.analysis import Profile
+from avlprof.analysis.lens import Lens
 from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
 from avlprof.files import checked_path, write_text
@@ -187,6 +188,7 @@ class Run:
         policy: Policy | None = None,
         loaded: LoadedModel | None = None,
         task: Task | str | None = None,
+        lens: Lens | Path | str | None = None,
         watch: Watch = SILENT,
     ) -> Explorer:
         """An interactive page: choose a word and see where it looks, or a patch and see who looks at it.
@@ -199,6 +201,7 @@ class Run:
             policy: run the samples under it once more, with `loaded`, the run's own model, and show
                 beside the run what it keeps, computes and drops, and where its attention goes.
             task: where samples and pictures are, if the run cannot tell.
+            lens: what the vision tokens of the run's samples say (`avlprof.lens`), or the folder of it.
             watch: its phase `explore` counts samples that were run under the policy.
 
         Raises:
@@ -213,7 +216,7 @@ class Run:
         ids = self._chosen(samples)
         source = load_task(task) if isinstance(task, str) else task
         names = _labels(self.meta, None if against is None else against.meta)
-        sides = [Side(names[0], self.meta, records(self.directory, ids))]
+        sides = [Side(names[0], self.meta, records(self.directory, ids), lens=self._lens(lens))]
         if against is not None:
             sides.append(Side(names[1], against.meta, records(against.directory, ids)))
         if policy is not None:
@@ -222,6 +225,17 @@ class Run:
             self.check_model(loaded)
             sides.append(self._under(policy, loaded, find_samples(self.directory, ids, source), watch))
         return Explorer.of(sides, ids, lambda sample: find_pictures(self.directory, sample, source))
+
+    def _lens(self, lens: Lens | Path | str | None) -> Lens | None:
+        found = Lens.open(lens) if isinstance(lens, str | Path) else lens
+        if found is not None:
+            theirs = (found.meta["model"], found.meta["model_hash"])
+            if theirs != (self.meta.model, self.meta.model_hash):
+                raise UserError(
+                    f"the lens is of {' '.join(theirs).strip()}, run {self.path} was traced on "
+                    f"{self.meta.model} {self.meta.model_hash}; read this one"
+                )
+        return found
 
     def _chosen(self, samples: int | Sequence[str]) -> list[str]:
         traced = self.directory.ids()

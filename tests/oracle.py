@@ -268,7 +268,11 @@ class Scan:
         compute = policy.vision_keep if policy.vision_compute is None else policy.vision_compute
         core_size = min(share(per_layer(compute, self.layer), len(new)), keep)
         self.core_size += core_size
-        for g, members in enumerate(self.vgroups):
+        pairs = self.pairs(scores, here, keep) if policy.heads == "adaptive" else []
+        for g, found in enumerate(pairs):
+            self.kept[g] = self.kept[g] | found
+            self.core[g] = set(self.kept[g])
+        for g, members in enumerate([] if pairs else self.vgroups):
             best = scores[members].mean(0).tolist()
             self.first[g] |= {j: best[j] for j in here}
             self.kept[g] = self.kept[g] | top(best, here, keep, trace)
@@ -286,6 +290,26 @@ class Scan:
         for g in range(len(self.tgroups)):
             self.text[g] = self.cut([*self.text[g], *text], g)
         trace.text[self.layer].append([set(t) for t in self.text])
+
+    def pairs(self, scores, here, keep):
+        """What each KV head keeps where they differ in how many: its floor, then the best of all pairs."""
+        policy, groups = self.policy, len(self.vgroups)
+        means = [scores[members].mean(0).tolist() for members in self.vgroups]
+        parts = [1.0] * groups if policy.head_shares is None else policy.head_shares[self.layer]
+        found = [
+            top(means[g], here, min(share(policy.head_floor * parts[g], keep), len(here)), self.trace)
+            for g in range(groups)
+        ]
+        rest = [(g, j) for j in here for g in range(groups) if j not in found[g]]
+        left = top(
+            [means[g][j] for g, j in rest],
+            list(range(len(rest))),
+            groups * keep - sum(map(len, found)),
+            self.trace,
+        )
+        for g, j in (rest[at] for at in left):
+            found[g].add(j)
+        return found
 
     def joint_turn(self, start, end, weights, scores):
         tokens = list(range(start, end))

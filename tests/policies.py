@@ -190,7 +190,7 @@ TESTED = (
     *("core and window", "per head", "history", "h2o", "filter"),
     *("packed", "packed core", "packed per head", "packed score only", "packed history"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
-    *("packed text", "packed text and core", "packed text per head"),
+    "packed text and core",
 )
 """One of each part: what `make test` runs of a large matrix."""
 
@@ -241,8 +241,6 @@ TURNS = {
     "packed core": POLICIES["packed core"],
     "packed per head": POLICIES["packed per head"],
     "packed history": POLICIES["packed history"],
-    "packed text": POLICIES["packed text"],
-    "packed text and core": POLICIES["packed text and core"],
     "scored core": POLICIES["scored core"],
     "scored per head": POLICIES["scored per head"],
     "packed scored": POLICIES["packed scored"],
@@ -292,6 +290,30 @@ SCORING = {
 
 _A_VL = find_policy("paper/a-vl")
 _HALF = TextPolicy(keep=0.5, minimum=6, scorer="history")
+ADAPTIVE = {
+    "adaptive": Policy(vision_keep=KEEP, heads="adaptive"),
+    "adaptive, no floor": Policy(
+        vision_keep=(0.3, 0.0, 0.7),
+        heads="adaptive",
+        head_floor=0.0,
+        scorer=ACCUMULATED,
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "adaptive, 4 bits": Policy(vision_keep=KEEP, heads="adaptive", vision_bits=(4, 16, 2)),
+    "adaptive, packed text": Policy(
+        vision_keep=KEEP, heads="adaptive", vision_bits=(16, 4, 16), text=TextPolicy(bits=(4, 3, 16))
+    ),
+    "adaptive, history": Policy(
+        vision_keep=KEEP,
+        heads="adaptive",
+        text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
+    ),
+    "adaptive, filtered": Policy(
+        vision_keep=0.4, heads="adaptive", prefill_filter=(PrefillFilter(after_layer=1, keep=0.6),)
+    ),
+}
+"""Heads that differ in how many vision tokens they keep."""
+
 A_VL = {
     "paper/a-vl": _A_VL,
     "paper/a-vl-prefill": find_policy("paper/a-vl-prefill"),

@@ -27,6 +27,8 @@ class Evidence:
         skewness: `[layers]` of the scores of the vision tokens; may be negative.
         damage: `[layers, levels]` measured cost (KL to dense, nat per token) of keeping only the
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
+        bit_damage: `[layers, numbers]` measured cost of storing all vision tokens of one layer in as few
+            bits as `bit_levels [numbers]` says, and all others in full.
         governed: the layers that policies act on, where there are others too; None means all. What
             arrays say of others means nothing.
     """
@@ -40,6 +42,8 @@ class Evidence:
     skewness: Array | None = None
     damage: Array | None = None
     damage_levels: Array | None = None
+    bit_damage: Array | None = None
+    bit_levels: Array | None = None
     governed: tuple[int, ...] | None = None
 
     def of_governed(self) -> Evidence:
@@ -52,7 +56,7 @@ class Evidence:
         return replace(self, layers=len(own), governed=None, **few)
 
 
-_BY_LAYER = ("coverage", "vision_mass", "entropy", "sparsity", "skewness", "damage")
+_BY_LAYER = ("coverage", "vision_mass", "entropy", "sparsity", "skewness", "damage", "bit_damage")
 
 
 class Allocator(ABC):

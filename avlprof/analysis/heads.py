@@ -81,6 +81,39 @@ class HeadMoments:
 Array = NDArray[np.float64]
 Scores = NDArray[np.float32]
 
+HOLDS = 90
+"""Per cent of a head's vision attention by which heads are compared, or what was measured nearest to it."""
+LEAST_PART = 0.05
+"""What a KV head that hardly looks at vision counts as, over the mean of its layer."""
+
+
+def head_shares(table: pd.DataFrame, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
+    """What each KV head of each layer needs of vision, over its layer's mean: `head_shares` of a policy.
+
+    A head needs as many vision tokens as hold `HOLDS` per cent of its attention to them, in the mean over
+    text rows (else the last row) of the prompt; a KV head the mean of its query heads. 1 in layers of which
+    nothing was recorded.
+
+    Args:
+        table: as `HeadMoments.table` gives it.
+        layers: of the model.
+        kv_heads: of each layer; they divide the heads of the table.
+    """
+    levels = {
+        name: abs(int(name.split("_")[1]) - HOLDS) for name in table["statistic"] if "coverage_" in name
+    }
+    ours = table[(table["phase"] == "prefill") & (table["statistic"] == min(levels, key=lambda n: levels[n]))]
+    query = next(name for name in ("text", "last") if ours.loc[ours["query"] == name, "mean"].notna().any())
+    needs = ours[ours["query"] == query].pivot(index="layer", columns="head", values="mean")
+    shares = []
+    for layer in range(layers):
+        own = needs.loc[layer].to_numpy(np.float64) if layer in needs.index else np.zeros(kv_heads)
+        each = np.nan_to_num(own).reshape(kv_heads, -1).mean(axis=1)
+        each = np.maximum(each / each.mean(), LEAST_PART) if each.any() else np.ones(kv_heads)
+        shares.append(tuple(round(float(share), 4) for share in each / each.mean()))
+    return tuple(shares)
+
+
 QUERIES = {"last": "last", "step": "decode"}
 SHARED = -1
 PAIR_COLUMNS = ("layer_a", "head_a", "layer_b", "head_b", "query", "mean", "low", "high", "n")

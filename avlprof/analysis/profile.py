@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
@@ -25,7 +25,7 @@ from avlprof.analysis.derive import (
     text_windows,
 )
 from avlprof.analysis.diff import diff
-from avlprof.analysis.heads import HeadMoments
+from avlprof.analysis.heads import HeadMoments, head_shares
 from avlprof.analysis.horizon import horizon
 from avlprof.analysis.scan import scan_scores
 from avlprof.analysis.statistics import FRAMES, PER_HEAD, SUMMARIES
@@ -33,9 +33,10 @@ from avlprof.analysis.tables import drift, entropy, head_mean, mass, not_finite,
 from avlprof.analysis.window import by_sample, reach, window, window_curve
 from avlprof.errors import UserError, cut
 from avlprof.files import replacing, write_text
-from avlprof.policy import RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, scale_group
+from avlprof.policy import RANKING, Heads, Policy, PromptShape, ScorerSpec, TextPolicy, scale_group
 from avlprof.registry import unknown
 from avlprof.runs import RunDirectory, RunMeta
+from avlprof.runtime.support import unsupported
 from avlprof.watch import SILENT, Watch
 
 
@@ -277,6 +278,27 @@ class Profile:
         origin = provenance(self, policy, budget, read_budget)
         ranked = ScorerSpec.of(scorer)
         return policy.model_copy(update={"name": name or label, "scorer": ranked, "provenance": origin})
+
+    def with_heads(self, policy: Policy, heads: Heads) -> Policy:
+        """The policy with one set a layer, one for each KV head, or counts that differ by KV head.
+
+        `adaptive` counts are fixed: as the heads of the profile need them (`avlprof.analysis.heads`), so
+        that its run has to be of single heads.
+
+        Raises:
+            UserError: the kind is unknown, the run is of averages over heads, or the policy has a core,
+                which does not go with `adaptive`.
+        """
+        if heads not in get_args(Heads):
+            raise unknown("kind of heads", heads, get_args(Heads))
+        update: dict[str, Any] = {"heads": heads}
+        if heads == "adaptive":
+            shares = head_shares(self["heads"], self.layers, self.meta.settings.kv_heads)
+            update |= {"head_floor": 1.0, "head_shares": shares}
+        changed = Policy(**policy.model_dump(by_alias=True) | update)
+        if what := unsupported(changed):
+            raise UserError(f"heads: {heads} does not serve policy '{policy.name}': it would set {what}")
+        return changed
 
     @property
     def layers(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from avlprof.errors import UserError
+
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -102,6 +104,16 @@ class Forward:
     conversation: object = None
     begun: bool = False
     moved: bool = False
+
+
+class AtWork:
+    """What is at work on a model for the length of a context, and belongs into no file."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "a model that is wrapped, or inside avlprof.apply or avlprof.record, cannot be pickled, as "
+            "torch.save and processes of one's own do; save_pretrained writes it; or leave the context first"
+        )
 
 
 class Observer(Protocol):

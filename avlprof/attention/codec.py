@@ -79,30 +79,41 @@ def encode(states: Tensor, bits: int) -> Packed:
         states: numbers of any floating type; beyond what fp16 holds they are cut off.
         bits: 8, 4, 3 or 2.
     """
-    size = states.shape[-1]
+    codes, scale, offset = _coded(states, bits)
+    return Packed(_pack(codes.to(torch.uint8).flatten(-2), bits), scale, offset, bits, states.shape[-1])
+
+
+def _coded(states: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of `encode` as floats `[..., groups, size / groups]`, scales and offsets."""
     most = (1 << bits) - 1
-    grouped = _split(states.float(), scale_group(size))
+    grouped = _split(states.float(), scale_group(states.shape[-1]))
     low, high = grouped.aminmax(dim=-1)
     limit = torch.finfo(SCALE).max
     offset = low.clamp(-limit, limit).to(SCALE)
     scale = ((high - offset.float()) / most).clamp(0.0, limit).to(SCALE)
     step = scale.float()[..., None]
     codes = (grouped - offset.float()[..., None]) / step.masked_fill(step == 0.0, 1.0)
-    codes = codes.round_().clamp_(0, most).to(torch.uint8).flatten(-2)
-    return Packed(_pack(codes, bits), scale, offset, bits, size)
+    return codes.round_().clamp_(0, most), scale, offset
 
 
 def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers `[..., size]`, worked out in fp32."""
     codes = _unpack(packed.codes, packed.bits, packed.size)
     grouped = _split(codes.contiguous(), scale_group(packed.size))
-    grouped.mul_(packed.scale.float()[..., None]).add_(packed.offset.float()[..., None])
-    return grouped.flatten(-2).to(dtype)
+    return _numbers(grouped, packed.scale, packed.offset, dtype)
+
+
+def _numbers(codes: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers `[..., size]` of codes as floats by group, which are overwritten."""
+    return codes.mul_(scale.float()[..., None]).add_(offset.float()[..., None]).flatten(-2).to(dtype)
 
 
 def degraded(states: Tensor, bits: int) -> Tensor:
-    """`states` as they are after they were stored in `bits` bits, in their own type."""
-    return decode(encode(states, bits), states.dtype)
+    """`states` as they are after they were stored in `bits` bits, in their own type.
+
+    The very numbers of `decode(encode(states, bits))`, without a detour by packed bytes.
+    """
+    return _numbers(*_coded(states, bits), states.dtype)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, QuantizedCache
 
 from avlprof.attention.modality import Modality
+from avlprof.errors import UserError
 
 _AHEAD = 64  # positions of generated tokens that are marked ahead
 
@@ -38,6 +39,57 @@ class Passed:
         self.steps += 1
         self._marked = torch.cat([self.modality, modality], dim=1)
         self.length = self._marked.shape[1]
+
+
+def check_known(state: Passed | None, past: int) -> Passed:
+    """What has passed over a cache that holds `past` tokens.
+
+    Raises:
+        UserError: nobody saw it filled, or it was cut back since.
+    """
+    if state is not None and past < state.length:
+        raise UserError(
+            f"the cache was cut back from {state.length} to {past} tokens, as assisted and prompt-lookup "
+            "decoding do with what they tried out, which cannot be followed; generate without them"
+        )
+    if state is None or state.length != past:
+        raise UserError(
+            "the cache was filled outside of this context, so its modalities are unknown; "
+            "run the prompt inside the context"
+        )
+    return state
+
+
+def check_tried(asked: Any, tokens: int, past: int, given: bool) -> None:
+    """Refuse a pass that tries tokens out, as assisted and prompt-lookup decoding do.
+
+    Args:
+        asked: `logits_to_keep` of the call: it wants one more than it tries out.
+        tokens: tokens of the pass.
+        past: tokens in the cache before it.
+        given: whether the caller brought a cache, as `generate` does.
+
+    Raises:
+        UserError: some of the tokens may be no part of the answer.
+    """
+    several = isinstance(asked, int) and 1 < asked <= tokens
+    if several and (asked == tokens if past else given):
+        raise UserError(
+            f"a pass that asks for the logits of its last {asked} tokens over a cache is how assisted and "
+            "prompt-lookup decoding try tokens out, which cannot be followed; generate without them, or "
+            "leave logits_to_keep out"
+        )
+
+
+def check_replaceable(cache: Any) -> None:
+    """`UserError` where a cache asks for what the cache of a policy, which takes its place, does not do."""
+    kind = "an offloaded" if getattr(cache, "offloading", False) else ""
+    kind = "a quantized" if isinstance(cache, QuantizedCache) else kind
+    if kind:
+        raise UserError(
+            f"{kind} cache does nothing under a policy, which brings a cache of its own; leave it out "
+            "(a policy's vision_bits stores vision in few bits)"
+        )
 
 
 def appends(cache: Any, layer: int) -> bool:

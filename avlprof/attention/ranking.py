@@ -2,7 +2,8 @@
 
 Ties always go to the lower position; three functions see to that, for three situations:
 
-- `best`: once a prompt or turn. Each row has a count and positions of its own, so it sorts.
+- `best`: once a prompt or turn. Each row has a count and positions of its own, so it sorts; and so does
+  `best_pairs`, by which heads get counts of their own.
 - `best_slots`: at every refresh, on the device. How many slots are wanted at most is known on the
   host, so that shapes are fixed and nothing waits; slots are in no order, so score and position are
   packed into one key, and the largest keys are taken without a sort.
@@ -11,6 +12,8 @@ Ties always go to the lower position; three functions see to that, for three sit
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ def best(scores: Tensor, candidates: Tensor, counts: Tensor, positions: Tensor |
     Args:
         scores: `[B, G, N]`.
         candidates: bool, broadcastable to `[B, G, N]`; others are never chosen.
-        counts: `[B]` how many to choose in a row (at most its candidates are chosen).
+        counts: `[B]` or `[B, G]`, how many to choose in a row (at most its candidates are chosen).
         positions: `[B, G, N]` order among equal scores (lower first); default: the column.
 
     Returns:
@@ -36,8 +39,31 @@ def best(scores: Tensor, candidates: Tensor, counts: Tensor, positions: Tensor |
         order = ranked.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
         order = by_position.gather(-1, order)
     rank = torch.arange(scores.shape[-1], device=scores.device)
-    chosen = (rank < counts[:, None, None]).expand_as(order)
+    chosen = (rank < counts.view(len(counts), -1, 1)).expand_as(order)
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen) & candidates
+
+
+def best_pairs(scores: Tensor, candidates: Tensor, counts: Tensor, parts: Sequence[float]) -> Tensor:
+    """Mark the best pairs of head and token of each row: counts differ by head, `counts` is their mean.
+
+    Each head has `floor(part * count)` best tokens of its own for sure. Ties go to the lower column, then to
+    the lower head. Source: AdaKV, arXiv 2407.11550 (a part of every head's budget is not touched).
+
+    Args:
+        scores: `[B, G, N]`, of one scale for all heads.
+        candidates: bool, broadcastable to `[B, G, N]`; at most these are chosen.
+        counts: `[B]`, so that `G` times as many pairs are chosen in a row.
+        parts: of each head, over the mean count; their mean is 1 at most.
+
+    Returns:
+        bool `[B, G, N]`.
+    """
+    batch, groups, width = scores.shape
+    sure = counts[:, None].double() * torch.tensor(parts, dtype=torch.double, device=scores.device)
+    own = best(scores, candidates, (sure + 1e-6).long())
+    ranked = scores.masked_fill(own, float("inf")).mT.reshape(batch, 1, -1)
+    every = candidates.expand_as(scores).mT.reshape(batch, 1, -1)
+    return best(ranked, every, counts * groups).view(batch, width, groups).mT
 
 
 def best_slots(

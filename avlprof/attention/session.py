@@ -5,21 +5,29 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, AttentionRuntime, Forward, Observer
+from avlprof.attention.call import AttentionCall, AttentionRuntime, AtWork, Forward, Observer
 from avlprof.attention.gate import Role, check_call, check_traced, decoder_of, layer_roles
 from avlprof.attention.kernels import EAGER, eagerly, overheard
-from avlprof.attention.masks import as_long_as, check_causal, padding_mask
+from avlprof.attention.masks import as_long_as, check_built, odd_mask, padding_mask
 from avlprof.attention.modality import modality_map, turn_map, vision_token_ids
-from avlprof.attention.passed import LeftKeys, Passed, appends
+from avlprof.attention.passed import (
+    LeftKeys,
+    Passed,
+    appends,
+    check_known,
+    check_replaceable,
+    check_tried,
+)
 from avlprof.errors import UserError
 
 NAMES = ("cache", "past_key_values")  # of a cache, argument and output: from transformers 5.24 on, and before
@@ -37,7 +45,9 @@ def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output."""
+    """The cache in a model's output, also in a tuple; None where it has none."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
     return next((output[name] for name in NAMES if name in output), None)
 
 
@@ -47,8 +57,10 @@ class _Pass:
 
     forward: Forward
     cache: Any
+    passed: Passed
     layers: set[int] = field(default_factory=set)
     unheard: list[AttentionCall] | None = None  # calls that observers are told of later
+    doubt: Callable[[AttentionCall], None] | None = None  # what a layer of all tokens has to pass
 
 
 class _Thread(threading.local):
@@ -58,7 +70,7 @@ class _Thread(threading.local):
     uncached: Tensor | None = None
 
 
-class Session:
+class Session(AtWork):
     """A switched model; made by `switched`."""
 
     def __init__(self, model: PreTrainedModel, implementation: str) -> None:
@@ -128,7 +140,6 @@ class Session:
         if args:
             values = self.signature.bind_partial(*args, **kwargs).arguments
             values |= values.pop("kwargs", {})
-        self._check_asked(values)
         named = [values.pop(name) for name in NAMES if name in values]
         caches = [one for one in named if one is not None]
         if len(caches) > 1:
@@ -138,8 +149,12 @@ class Session:
         cache = caches[0] if caches else None
         past = int(cache.get_seq_length()) if cache is not None else 0
         padding = padding_mask(values, past)
+        self._check_asked(values, past, cache is not None)
+        doubt = None
         if self.runtime is not None:
-            check_causal(values.get("attention_mask"), padding, past)
+            odd = odd_mask(values.get("attention_mask"), padding, past)
+            if odd is not None and padding is not None:
+                doubt = partial(check_built, odd, padding, past)
             cache = self._swapped(cache, past, values)
             if "attention_mask" in values and padding is not values["attention_mask"]:
                 values["attention_mask"] = padding  # made for the cache that was swapped out
@@ -151,13 +166,13 @@ class Session:
         self._enter(cache, True)
         moved = past > 0 and bool(self.observers) and self._left.moved(cache)
         forward = Forward(state.modality, state.length - past, state.steps, state, moved=moved)
-        self._thread.now = _Pass(forward, cache)
+        self._thread.now = _Pass(forward, cache, state, doubt=doubt)
         for observer in self.observers:
             observer.begin(self._thread.now.forward)
         return (), values
 
-    def _check_asked(self, values: dict[str, Any]) -> None:
-        """Refuse what cannot be served, by its true cause."""
+    def _check_asked(self, values: dict[str, Any], past: int, given: bool) -> None:
+        """Refuse what cannot be served, by its true cause; `given`: the caller brought a cache."""
         config: Any = decoder_of(self.model).config
         if (config._attn_implementation or EAGER) != self.implementation:
             raise UserError(
@@ -169,6 +184,8 @@ class Session:
                 "attention weights are what avlprof.record measures, without forming them; leave "
                 "output_attentions out"
             )
+        tokens = values.get("input_ids")
+        check_tried(values.get("logits_to_keep"), 0 if tokens is None else tokens.shape[1], past, given)
 
     def _prompt(self, values: dict[str, Any], padding: Tensor | None) -> Passed:
         """A prompt's modalities."""
@@ -188,12 +205,7 @@ class Session:
 
     def _known(self, cache: Any, past: int, values: dict[str, Any], padding: Tensor | None) -> Passed:
         """What has passed of a conversation, this pass included: one token is generated, more are a turn."""
-        state = self._states.get(cache)
-        if state is None or state.length != past:
-            raise UserError(
-                "the cache was filled outside of this context, so its modalities are unknown; "
-                "run the prompt inside the context"
-            )
+        state = check_known(self._states.get(cache), past)
         ids = values.get("input_ids")
         if (ids if ids is not None else values["inputs_embeds"]).shape[1] == 1:
             state.step()
@@ -211,8 +223,11 @@ class Session:
             return
         self._enter(now.cache, False)
         self._thread.now = None
-        if self.observers and now.cache is not None:
-            self._left.note(now.cache)
+        cache = now.cache
+        if cache is None and output is not None and (cache := cache_of(output)) is not None:
+            self._states[cache] = now.passed  # a cache of the model's own making: a loop may go on with it
+        if self.observers and cache is not None:
+            self._left.note(cache)
         if output is not None and not now.layers and not self.single:
             raise UserError(
                 f"the layers of {type(self.model).__name__} do not ask transformers' attention interface, so "
@@ -234,6 +249,7 @@ class Session:
                 raise UserError(
                     "the cache was filled outside of this context; run the prompt inside the context"
                 )
+            check_replaceable(cache)
             cache = runtime.new_cache()
         values["use_cache"] = True
         return cache
@@ -251,6 +267,9 @@ class Session:
         full = self.roles[call.layer].role is Role.FULL
         check_call(call, now.layers, measured, full, self.implementation)
         now.layers.add(call.layer)
+        if now.doubt is not None and full:
+            now.doubt(call)
+            now.doubt = None
         if not governed:  # a policy's view of a ragged batch may be longer than what has been seen
             call = as_long_as(call, now.forward.modality.shape[1])
             call = call._replace(appended=appends(now.cache, call.layer))

@@ -76,6 +76,31 @@ def triton_decode(
         return kernels.run()
 
 
+def triton_joined(states: StepStates, beside: StepStates) -> Tensor:
+    """Output `[B, 1, H, E]` of a step over its keys and others that lie beside them, under one softmax.
+
+    Each KV head of each row sees an interval of its own of the latter, so that heads may differ in how
+    many keys they have.
+
+    Args:
+        states: what is attended with, as in `triton_decode`; its sinks count once.
+        beside: the same queries as `[B * Hkv, H / Hkv, 1, D]`, keys and values `[B * Hkv, 1, S, D]`, one run
+            for all (of stride 0), and bounds for each.
+    """
+    near, far = DecodeKernels(states, 0), DecodeKernels(beside, 0)
+    near.alone = far.alone = False
+    with torch.cuda.device(states.query.device if states.query.is_cuda else -1):
+        found = [near.attend(None, None), far.attend(None, None)]
+        shape = (near.batch, near.heads, -1)
+        tallies, sums = (
+            torch.cat([part.view(*shape, part.shape[-1]) for part in parts if part is not None], dim=2)
+            for parts in zip(*found, strict=True)
+        )
+        out = states.query.new_empty((near.batch, 1, near.heads, near.value_size))
+        near.merge(tallies, sums, out)
+    return out
+
+
 class DecodeKernels:
     """The kernels' arguments, and their calls in order."""
 
@@ -104,25 +129,27 @@ class DecodeKernels:
         self.seen = {"bounded": states.bounds is not None, "low": low is not None}
 
     def run(self) -> tuple[Tensor | None, Tensor | None]:
+        """The output, and the weights where some are wanted."""
+        out = self._new(self.states.value is not None, (self.batch, 1, self.heads, self.value_size))
+        logits = self._new(bool(self.sets), (self.batch, self.heads, self.columns), torch.float32)
+        scores = self._new(bool(self.sets), (self.batch, self.sets, self.columns), torch.float32)
+        tallies, sums = self.attend(out, logits)
+        if not self.alone:
+            self.merge(tallies, sums, out, logits, scores)
+        return out, scores
+
+    def attend(self, out: Tensor | None, logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Each part's tallies `[B, H, parts, 2]` and sums of values `[B, H, parts, E]`; one that is alone
+        writes `out` instead. Logits are kept where weights are wanted."""
         states, query = self.states, self.query
         valued = states.value is not None
-        out = None
-        if valued:
-            rows = (self.batch, 1, self.heads, self.value_size)
-            out = torch.empty(rows, dtype=query.dtype, device=query.device)
-        fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-        logits = scores = None
-        if self.sets:
-            logits = torch.empty((self.batch, self.heads, self.columns), **fp32)
-            scores = torch.empty((self.batch, self.sets, self.columns), **fp32)
         shape = (self.batch, self.heads, 1 if self.alone else self.parts)
-        tallies = torch.empty((*shape, _TALLIES), **fp32)
-        sums = torch.empty((*shape, self.value_size), **fp32) if valued and not self.alone else None
+        tallies = torch.empty((*shape, _TALLIES), dtype=torch.float32, device=query.device)
+        sums = self._new(valued and not self.alone, (*shape, self.value_size), torch.float32)
         # what is not read may be anything
         firsts, lasts, first = states.bounds or (tallies, tallies, 0)
         coded_firsts = tallies if self.low is None else self.low.firsts
         sinks = tallies if states.sinks is None else states.sinks
-        constants = {"sunk": states.sinks is not None, "weighing": bool(self.sets), "valued": valued}
         decode_parts[(self.parts, self.batch * self.groups)](
             query, self.key, self.value, firsts, lasts, sinks,
             *self._packed(tallies), coded_firsts,
@@ -131,24 +158,50 @@ class DecodeKernels:
             *query.stride()[:2], *self.key.stride()[:3], *self.value.stride()[:3],
             self.heads, self.heads // self.groups, self.length, self.coded, first,
             states.scaling, states.softcap or 1.0,
-            size=self.size, value_size=self.value_size, **constants, **self.seen, **self._bits(),
+            size=self.size, value_size=self.value_size, **self._constants(), **self.seen, **self._bits(),
             capped=states.softcap is not None, alone=self.alone,
             width=self.width, value_width=self.value_width,
             row_block=max(triton.next_power_of_2(self.heads // self.groups), 16), key_block=self.block,
             num_warps=4, num_stages=3,
         )  # fmt: skip
-        if not self.alone:
-            jobs = int(valued) + (triton.cdiv(self.columns, _SCORED) if self.sets else 0)
-            decode_merge[(jobs, self.batch * self.heads)](
-                tallies if sums is None else sums, tallies, sinks, tallies if logits is None else logits,
-                firsts, lasts, coded_firsts,
-                tallies if out is None else out, tallies if scores is None else scores,
-                self.heads, max(self.sets, 1), self.parts, self.length, self.coded, first,
-                value_size=self.value_size, **constants, **self.seen,
-                part_block=triton.next_power_of_2(self.parts), width=self.value_width, block=_SCORED,
-                num_warps=4,
-            )  # fmt: skip
-        return out, scores
+        return tallies, sums
+
+    def merge(
+        self,
+        tallies: Tensor,
+        sums: Tensor | None,
+        out: Tensor | None,
+        logits: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        """Write the output of all parts, as many as there are tallies of, and the weights."""
+        states, parts = self.states, tallies.shape[2]
+        firsts, lasts, first = states.bounds or (tallies, tallies, 0)
+        coded_firsts = tallies if self.low is None else self.low.firsts
+        sinks = tallies if states.sinks is None else states.sinks
+        jobs = int(states.value is not None) + (triton.cdiv(self.columns, _SCORED) if self.sets else 0)
+        decode_merge[(jobs, self.batch * self.heads)](
+            tallies if sums is None else sums, tallies, sinks, tallies if logits is None else logits,
+            firsts, lasts, coded_firsts,
+            tallies if out is None else out, tallies if scores is None else scores,
+            self.heads, max(self.sets, 1), parts, self.length, self.coded, first,
+            value_size=self.value_size, **self._constants(), **self.seen,
+            part_block=triton.next_power_of_2(parts), width=self.value_width, block=_SCORED,
+            num_warps=4,
+        )  # fmt: skip
+
+    def _new(self, wanted: bool, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+        """A tensor on the query's device, by default of its type; None where none is wanted."""
+        query = self.query
+        return torch.empty(shape, dtype=dtype or query.dtype, device=query.device) if wanted else None
+
+    def _constants(self) -> dict[str, bool]:
+        states = self.states
+        return {
+            "sunk": states.sinks is not None,
+            "weighing": bool(self.sets),
+            "valued": states.value is not None,
+        }
 
     @property
     def work(self) -> Work:

@@ -23,8 +23,7 @@ def sets(policy: Policy) -> str:
             score = policy.core_score
             scored += f", core_score prompt {score.prompt:g}, memory {score.memory:g}"
         parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}{scored}")
-    if policy.packs:
-        parts.append(f"vision_bits {_range(policy.vision_bits)}")
+    parts += _stored(policy)
     if policy.allocator is not None:
         parts.append(f"spread by {policy.allocator.name}")
     parts += _text(policy.text)
@@ -45,6 +44,15 @@ def _text(text: TextPolicy) -> list[str]:
         parts.append(f"text.keep {_range(text.keep)} by {text.scorer}")
     if text.packs:
         parts.append(f"text.bits {_range(text.bits)}")
+    return parts
+
+
+def _stored(policy: Policy) -> list[str]:
+    """How kept vision is stored, where that is not one set of full numbers a layer or KV head."""
+    parts = [f"vision_bits {_range(policy.vision_bits)}"] if policy.packs else []
+    if policy.heads == "adaptive":
+        shares = ", head_shares" if policy.head_shares is not None else ""
+        parts.append(f"heads adaptive, head_floor {policy.head_floor:g}{shares}")
     return parts
 
 
@@ -119,6 +127,7 @@ _LISTED = (
     "vision_keep",
     "vision_compute",
     "vision_bits",
+    "head_shares",
     "text.window",
     "text.sink",
     "text.heavy",

@@ -52,7 +52,7 @@ def _model_option(flags: Sequence[str], text: str, kind: Any) -> Any:
 _MODEL = {
     "name": _model_option(("--model", "-m"), "Short name, hub id or local folder.", str),
     "device": _model_option(("--device",), "auto, cpu, cuda, cuda:N or mps.", str),
-    "dtype": _model_option(("--dtype",), "auto, float32, bfloat16 or float16.", str),
+    "dtype": _model_option(("--dtype",), "auto, float32, bfloat16 (bf16) or float16 (fp16).", str),
     "quantize": _model_option(("--quantize",), "4bit or 8bit weights, by bitsandbytes.", str | None),
     "attention": _model_option(
         ("--attention",), "sdpa, eager, flash_attention_2, ... or a kernel of the hub.", str | None

@@ -58,7 +58,11 @@ def compare_policies(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option("--baseline", help="Only this baseline; repeat. By default all that ship."),
+        typer.Option(
+            "--baseline",
+            help="Only this baseline, or one of pooled, pooled-4, smaller-picture, smaller-picture-4; "
+            "repeat. By default all.",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="How many of each split; by default the task's.")
@@ -96,14 +100,16 @@ def compare_policies(
     from avlprof.evaluation import ComparisonSettings
     from avlprof.evaluation.compare import compare
     from avlprof.evaluation.shared import open_store
+    from avlprof.evaluation.smaller import METHODS
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
+    methods = {method.name: method for method in METHODS}
     budgets = parse_shares("--budget", budget)
     mine = named_policies(policy or [])
     tuned = _winners(study or [])
-    baselines = [find_policy(name) for name in baseline] if baseline else None
+    baselines = [methods.get(name) or find_policy(name) for name in baseline] if baseline else None
     task = source.load()
     task.samples(split, samples)
     label = f"{Path(spec.name).name}-{task.name}-{split}"

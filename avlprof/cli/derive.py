@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -63,6 +63,14 @@ def derive(
         float | None,
         typer.Option("--text-share", help="Give each layer the text window that holds this share of text."),
     ] = None,
+    heads: Annotated[
+        str,
+        typer.Option(
+            "--heads",
+            help="Vision tokens of a layer: one set (shared), one for each KV head (kv_head), or as many for "
+            "each as it needs by a run with --per-head (adaptive).",
+        ),
+    ] = "shared",
     name: Annotated[str | None, typer.Option("--name", help="Name of the policy.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Policy file; by default RUN/<name>.yaml, - is stdout.")
@@ -72,7 +80,7 @@ def derive(
     """Derive a policy from a run, at a budget of KV bytes or at a coverage of attention."""
     from avlprof.analysis import Spread
     from avlprof.cli._describe import layer_rows
-    from avlprof.policy import RANKING, dump_policy, said_governed, save_policy
+    from avlprof.policy import RANKING, Heads, dump_policy, said_governed, save_policy
 
     if str(out) != "-":
         check_output(out)
@@ -91,6 +99,9 @@ def derive(
         text=text_share,
         name=name,
     )
+    if heads != policy.heads:
+        policy = profile.with_heads(policy, cast(Heads, heads))
+        policy = policy if name else policy.model_copy(update={"name": f"{policy.name}-{heads}"})
     if str(out) == "-":
         typer.echo(dump_policy(policy), nl=False)
         return

@@ -33,6 +33,10 @@ def explore(
         typer.Option("--policy", help="Run the samples under it too and show it beside: a file or a name."),
     ] = None,
     against: Annotated[Path | None, typer.Option("--against", help="Another run: show it beside.")] = None,
+    lens: Annotated[
+        Path | None,
+        typer.Option("--lens", help="Folder of avlprof lens: show what each patch says behind each layer."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many samples to show.")] = 16,
     sample: Annotated[
         list[str] | None, typer.Option("--sample", help="Show this sample; repeat for several.")
@@ -59,7 +63,13 @@ def explore(
     loaded = None if tried is None else _load(spec, traced)
     with bars() as watch:
         page = traced.explore(
-            sample or samples, against=other, policy=tried, loaded=loaded, task=task, watch=watch
+            sample or samples,
+            against=other,
+            policy=tried,
+            loaded=loaded,
+            task=task,
+            lens=lens,
+            watch=watch,
         )
     page.save(path)
     finished([f"{path} ({size(path.stat().st_size)})"], f"open {path.resolve().as_uri()} in a browser")

@@ -89,6 +89,10 @@ def tune(
     text_bits: Annotated[
         str, typer.Option("--text-bits", help="The same of system and prompt text.")
     ] = "16,8,4,3",
+    heads: Annotated[
+        str,
+        typer.Option("--heads", help="Kinds of heads to try, of shared, kv_head and adaptive."),
+    ] = "shared,kv_head",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -158,7 +162,12 @@ def tune(
         raise UserError("--confidence certifies a --max-drop at --budgets; give --max-drop, and no --budget")
     if certify_samples is not None and not certifying:
         raise UserError("--certify-samples are those of a certificate; give --confidence and --max-drop")
-    space = Space(text=text, bits=bits_of(bits), text_bits=bits_of(text_bits, "--text-bits"))
+    space = Space(
+        text=text,
+        bits=bits_of(bits),
+        text_bits=bits_of(text_bits, "--text-bits"),
+        heads=tuple(part.strip() for part in heads.split(",")),
+    )
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,

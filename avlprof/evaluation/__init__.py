@@ -1,7 +1,7 @@
-"""Accuracy, fidelity, bytes and seconds of policies; comparison at equal bytes.
+"""Accuracy, fidelity, bytes and seconds of policies; comparison at equal bytes; closed routes.
 
 Names are imported when first asked for, since most need torch. The verbs are
-`evaluate.evaluate` and `compare.compare`, below `avlprof.evaluation`.
+`evaluate.evaluate`, `compare.compare` and `knockout.knockout`, below `avlprof.evaluation`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from avlprof._lazy import exports
 if TYPE_CHECKING:
     from avlprof.evaluation.answers import AnswerSettings, generate_answers
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, Strongest, strongest
+    from avlprof.evaluation.damage import Knockout
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings
     from avlprof.evaluation.intervals import (
         PairedDifference,
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
         mean_interval,
         paired_difference,
     )
+    from avlprof.evaluation.knockout import KnockoutSettings
     from avlprof.evaluation.latency import Latency, measure_latency
     from avlprof.evaluation.lineup import LineUp, equal_bytes, line_up
-    from avlprof.evaluation.store import Answer, AnswerStore
+    from avlprof.evaluation.store import Answer, AnswerStore, LossStore
 
 __all__ = [
     "Answer",
@@ -32,8 +34,11 @@ __all__ = [
     "ComparisonSettings",
     "Evaluation",
     "EvaluationSettings",
+    "Knockout",
+    "KnockoutSettings",
     "Latency",
     "LineUp",
+    "LossStore",
     "PairedDifference",
     "Strongest",
     "detectable_drop",
@@ -56,8 +61,11 @@ __getattr__, __dir__ = exports(
         "ComparisonSettings": "avlprof.evaluation.compare",
         "Evaluation": "avlprof.evaluation.evaluate",
         "EvaluationSettings": "avlprof.evaluation.evaluate",
+        "Knockout": "avlprof.evaluation.damage",
+        "KnockoutSettings": "avlprof.evaluation.knockout",
         "Latency": "avlprof.evaluation.latency",
         "LineUp": "avlprof.evaluation.lineup",
+        "LossStore": "avlprof.evaluation.store",
         "PairedDifference": "avlprof.evaluation.intervals",
         "Strongest": "avlprof.evaluation.compare",
         "detectable_drop": "avlprof.evaluation.intervals",

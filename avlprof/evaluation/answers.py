@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,16 +21,18 @@ from avlprof.attention.session import cache_argument
 from avlprof.errors import UserError
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
-from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
+from avlprof.evaluation.smaller import Method, SmallerPictures
+from avlprof.evaluation.store import STOCK, Answer, AnswerStore, Ask, model_key
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens
 from avlprof.models.generation import greedy
-from avlprof.policy import Policy, PromptShape, read_share
+from avlprof.models.smaller import smaller_pictures
+from avlprof.policy import DENSE, Policy, PromptShape, read_share
 from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.versions import versions
-from avlprof.watch import SILENT, Part, Watch
+from avlprof.watch import SILENT, Watch
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class SampleSettings:
         limit = self.max_new_tokens or task.max_new_tokens
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
-    def ask(self, policy: Policy | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
+    def ask(self, policy: Method | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
         """These samples of the split, to be answered under a policy."""
         return Ask(policy, self.split, self.samples, samples, answering)
 
@@ -107,46 +109,6 @@ class SampleSettings:
             "versions": versions(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Samples that are to be answered under a policy (None: dense).
-
-    They are of the first `count` samples of a split of the task (None: as many as the task says).
-    """
-
-    policy: Policy | None
-    split: str
-    count: int | None
-    samples: Sequence[Sample]
-    settings: AnswerSettings
-
-
-class Steps(Part):
-    """Units of work that are done, and how many there are, of a job of several parts.
-
-    What is told of them only rises: of parts that others did together ahead of their turn, each is
-    gone through once more.
-    """
-
-    def __init__(self, watch: Watch, name: str, total: int) -> None:
-        super().__init__(watch, name)
-        self.done, self.total, self._told = 0, total, (-1, 0)
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        done = max(self._told[0], done)
-        if (done, total) != self._told:
-            self._told = done, total
-            super().phase(name, done, max(total, done))
-
-    def part(self) -> Watch:
-        """Who watches the part that comes next."""
-        return Part(self, "", self.done, max(self.total, self.done))
-
-    def add(self, units: int) -> None:
-        """So many more are done."""
-        self.done += units
 
 
 OnToken = Callable[[Any], None]
@@ -216,7 +178,7 @@ FLUSH_SECONDS = 10.0
 def generate_answers(
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    policy: Policy | None,
+    policy: Method | None,
     settings: AnswerSettings,
     *,
     store: AnswerStore | None = None,
@@ -239,6 +201,8 @@ def generate_answers(
     Raises:
         UserError: the policy does not fit, a picture cannot be read, or a sample has no answers.
     """
+    if isinstance(policy, SmallerPictures):
+        return _smaller_answers(loaded, samples, policy, settings, store, watch)
     judge, limit = load_metric(settings.metric), settings.max_new_tokens
     model = model_key(loaded)
     known = store.answers(model, policy, samples, limit) if store else {}
@@ -265,12 +229,32 @@ def generate_answers(
     ]
 
 
-def share_out(
-    store: AnswerStore | None, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch
-) -> None:
-    """Have others help with what is asked for next, where the store has others (`AnswerStore.share`)."""
-    if store is not None:
-        store.share(loaded, asks, watch)
+def _smaller_answers(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    method: SmallerPictures,
+    settings: AnswerSettings,
+    store: AnswerStore | None,
+    watch: Watch,
+) -> list[Answer]:
+    """Answers to prompts with fewer vision tokens; their dense bytes are those of the whole prompts."""
+    whole = settings.lengths or prompt_lengths(loaded, samples)
+    policy = None if method.policy.hash == DENSE.hash else method.policy
+    with smaller_pictures(loaded, method.kind, method.share) as smaller:
+        answers = generate_answers(smaller, samples, policy, settings, store=store, watch=watch)
+    return [
+        replace(
+            answer,
+            dense_bytes=answer.dense_bytes * whole[answer.sample] // _tokens(answer),
+            policy_hash=method.hash,
+        )
+        for answer in answers
+    ]
+
+
+def _tokens(answer: Answer) -> int:
+    """Tokens of the prompt that was answered."""
+    return answer.system + answer.vision + answer.text
 
 
 def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
@@ -310,8 +294,7 @@ def _answer(
         new = generate_tokens(
             loaded, encoding, runtime, look, samples=ids, max_new_tokens=max_new_tokens
         ).tolist()
-    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
-    texts = loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
+    lengths, texts = said(loaded, new)
     return [
         Answer(
             sample=sample.id,
@@ -330,6 +313,12 @@ def _answer(
         )
         for sample, text, length, shape, used in zip(batch, texts, lengths, rows, measured, strict=True)
     ]
+
+
+def said(loaded: LoadedModel, new: Sequence[list[int]]) -> tuple[list[int], list[str]]:
+    """Tokens of each generated row up to and with its end, and its text."""
+    lengths = [answer_length(ids, end_tokens(loaded.model)) for ids in new]
+    return lengths, loaded.adapter.decode([ids[:length] for ids, length in zip(new, lengths, strict=True)])
 
 
 def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -16,18 +16,19 @@ import pandas as pd
 
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import Ask, SampleSettings, Steps, generate_answers, share_out
+from avlprof.evaluation.answers import SampleSettings, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
-from avlprof.evaluation.lineup import Entry, LineUp, line_up, seeded, shipped_baselines
-from avlprof.evaluation.store import AnswerStore
+from avlprof.evaluation.lineup import Entry, LineUp, all_baselines, line_up, runs_of
+from avlprof.evaluation.smaller import Method, Pictures, SmallerPictures
+from avlprof.evaluation.store import AnswerStore, Ask, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.models.adapter import Adapter
 from avlprof.policy import Policy, PromptShape
 from avlprof.tasks import Sample, Task
-from avlprof.watch import SILENT, Part, Watch
+from avlprof.watch import SILENT, Part, Steps, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class ComparisonSettings(SampleSettings):
 
     Attributes:
         select_split: picks the strongest baseline of a budget, with as many samples; None picks none.
-        baselines: hand-set policies to compare with; None means all that ship (but those of single
-            papers and models).
+        baselines: hand-set policies and methods with smaller pictures to compare with; None means all
+            that ship (but those of single papers and models).
         evidence: gives what a traced run knows, for policies with an allocator; asked only when needed.
 
     Raises:
@@ -45,7 +46,7 @@ class ComparisonSettings(SampleSettings):
     """
 
     select_split: str | None = "search"
-    baselines: Sequence[Policy] | None = None
+    baselines: Sequence[Method] | None = None
     evidence: Callable[[], Evidence] | None = None
 
     def __post_init__(self) -> None:
@@ -61,14 +62,14 @@ class Strongest:
     Seeds of a random policy are averaged. On a tie the first candidate wins.
     """
 
-    policy: Policy
+    policy: Method
     scores: tuple[tuple[str, float], ...]
 
 
 def strongest(
     loaded: LoadedModel,
     task: Task,
-    candidates: Sequence[Policy],
+    candidates: Sequence[Method],
     settings: ComparisonSettings | None = None,
     *,
     store: AnswerStore | None = None,
@@ -95,7 +96,7 @@ def strongest(
         raise UserError("the strongest policy is picked on a split; give select_split")
     samples = task.samples(settings.select_split, settings.samples)
     answering = settings.answering(loaded, task, samples)
-    runs = [seeded(policy) for policy in candidates]
+    runs = [runs_of(policy) for policy in candidates]
     done, total = 0, len(samples) * sum(map(len, runs))
     means = []
     for seeds in runs:
@@ -177,11 +178,7 @@ class Comparison:
                 else:
                     frame.to_parquet(partial, index=False)
         policies = [
-            {
-                "budget": e.budget,
-                "method": e.method,
-                "policy": e.policy.model_dump(mode="json", by_alias=True),
-            }
+            {"budget": e.budget, "method": e.method, "policy": _described(e.policy)}
             for e in self.lineup.entries
         ]
         tables = {"summary": summary, "left_out": self.left_out()}
@@ -274,7 +271,7 @@ def compare(
         watch.say(note)
     steps = Steps(watch, "compare", len(samples))
 
-    def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
+    def table(run: Method | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
         answers = generate_answers(loaded, samples, run, answering, store=store, watch=steps.part())
         steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
@@ -286,15 +283,16 @@ def compare(
         ascending,
         _shapes(parts[0], loaded.adapter),
         loaded.adapter.layers,
-        baselines=shipped_baselines(given) if settings.baselines is None else settings.baselines,
+        baselines=all_baselines(given) if settings.baselines is None else settings.baselines,
         given=given,
         tuned=tuned,
         evidence=settings.evidence,
+        pictures=Pictures(loaded.adapter, samples),
     )
     candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
     selected = len(_selection(task, settings))
     steps.total += len(samples) * _runs(lineup.entries) + selected * sum(map(_runs, candidates.values()))
-    ahead = partial(_asks, loaded, task, lineup, list(candidates.values()), settings, samples)
+    ahead = partial(_asks, loaded, task, lineup, [*chain.from_iterable(candidates.values())], settings)
     share_out(store, loaded, ahead, steps.part())
     best: dict[float, str] = {}
     for budget, entries in candidates.items():
@@ -305,10 +303,17 @@ def compare(
             best[budget] = winner.policy.name
     for entry in lineup.entries:
         who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [table(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
+        parts += [table(run, seed, who) for seed, run in enumerate(runs_of(entry.policy))]
     meta = settings.about(loaded, task, len(samples))
     meta |= {"select_split": settings.select_split or "", "budgets": list(ascending)}
     return Comparison(meta, pd.concat(parts, ignore_index=True), lineup, best)
+
+
+def _described(policy: Method) -> dict[str, Any]:
+    """A method as plain values."""
+    if isinstance(policy, SmallerPictures):
+        return policy.described()
+    return policy.model_dump(mode="json", by_alias=True)
 
 
 def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
@@ -316,23 +321,16 @@ def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
 
 
 def _asks(
-    loaded: LoadedModel,
-    task: Task,
-    lineup: LineUp,
-    candidates: Sequence[Sequence[Entry]],
-    settings: ComparisonSettings,
-    samples: Sequence[Sample],
+    loaded: LoadedModel, task: Task, lineup: LineUp, candidates: Iterable[Entry], settings: ComparisonSettings
 ) -> Iterator[Ask]:
     """What is asked for once the line-up is known, in this order: the selections, then the methods."""
-    chosen, split = _selection(task, settings), settings.select_split
-    if chosen and split:
-        selecting = replace(settings, split=split, select_split=None)
-        judging = selecting.answering(loaded, task, chosen)
-        for entry in chain.from_iterable(candidates):
-            yield from (selecting.ask(run, chosen, judging) for run in seeded(entry.policy))
-    answering = settings.answering(loaded, task, samples)
-    for entry in lineup.entries:
-        yield from (settings.ask(run, samples, answering) for run in seeded(entry.policy))
+    both: list[tuple[ComparisonSettings, Iterable[Entry]]] = [(settings, lineup.entries)]
+    if settings.select_split:
+        both.insert(0, (replace(settings, split=settings.select_split, select_split=None), candidates))
+    for chosen, entries in both:
+        samples = task.samples(chosen.split, chosen.samples)
+        answering = chosen.answering(loaded, task, samples)
+        yield from (chosen.ask(run, samples, answering) for entry in entries for run in runs_of(entry.policy))
 
 
 def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:
@@ -342,7 +340,7 @@ def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> 
 
 def _runs(entries: Sequence[Entry]) -> int:
     """How often a split is answered for these methods: once for each seed of each."""
-    return sum(len(seeded(entry.policy)) for entry in entries)
+    return sum(len(runs_of(entry.policy)) for entry in entries)
 
 
 def _shapes(dense: pd.DataFrame, adapter: Adapter) -> list[PromptShape]:

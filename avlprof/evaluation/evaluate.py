@@ -12,19 +12,20 @@ from typing import Any
 import pandas as pd
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, SampleSettings, Steps, generate_answers, share_out
+from avlprof.evaluation.answers import AnswerSettings, SampleSettings, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
 from avlprof.evaluation.lineup import PolicyRow, policy_rows, with_baselines
-from avlprof.evaluation.store import Answer, AnswerStore
+from avlprof.evaluation.smaller import Method, SmallerPictures
+from avlprof.evaluation.store import Answer, AnswerStore, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.forced.samples import fidelity as measure_fidelity
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task
-from avlprof.watch import SILENT, Watch
+from avlprof.watch import SILENT, Steps, Watch
 
 COLUMNS = (
     *("policy", "family", "samples", "score", "low", "high"),
@@ -175,14 +176,16 @@ class EvaluationSettings(SampleSettings):
     def units(self, rows: Sequence[PolicyRow], samples: int, baselines_to_come: bool = False) -> int:
         """Work to do: answers, forced scores, timings; baselines to come count as four runs a policy."""
         runs = sum(len(row.runs) for row in rows) + (4 * (len(rows) - 1) if baselines_to_come else 0)
+        smaller = sum(isinstance(run, SmallerPictures) for row in rows for run in row.runs)
         timings = (len(rows) + 1) * min(LATENCY_SAMPLES, samples) * LATENCY_REPEATS
-        return runs * samples + (runs - 1) * samples * self.fidelity + timings * self.latency
+        forced = (runs - 1 - smaller) * samples * self.fidelity
+        return runs * samples + forced + timings * self.latency
 
 
 def evaluate(
     loaded: LoadedModel,
     task: Task,
-    policies: Sequence[Policy],
+    policies: Sequence[Method],
     settings: EvaluationSettings | None = None,
     *,
     store: AnswerStore | None = None,
@@ -207,7 +210,7 @@ def evaluate(
     steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
     answering = settings.answering(loaded, task, samples)
 
-    def answers_of(policy: Policy | None) -> list[Answer]:
+    def answers_of(policy: Method | None) -> list[Answer]:
         answers = generate_answers(loaded, samples, policy, answering, store=store, watch=steps.part())
         steps.add(len(answers))
         return answers
@@ -234,19 +237,24 @@ def evaluate(
     return Evaluation(meta, table, timed)
 
 
-def _check(loaded: LoadedModel, policies: Sequence[Policy], samples: Sequence[Sample]) -> None:
-    for policy in policies:
+def _check(loaded: LoadedModel, policies: Sequence[Method], samples: Sequence[Sample]) -> None:
+    for policy in (p.policy if isinstance(p, SmallerPictures) else p for p in policies):
         policy.check_layers(loaded.adapter.layers)
         check_supported(policy)
     check_samples(samples)
 
 
-def check_samples(samples: Sequence[Sample]) -> None:
-    """`UserError` when an id occurs twice, or a sample has no answers to be judged by."""
+def check_ids(samples: Sequence[Sample]) -> None:
+    """`UserError` when an id occurs twice."""
     ids = [sample.id for sample in samples]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise UserError(f"sample ids must be unique, '{twice}' occurs twice")
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """`UserError` when an id occurs twice, or a sample has no answers to be judged by."""
+    check_ids(samples)
     unlabelled = next((sample.id for sample in samples if not sample.answers), None)
     if unlabelled is not None:
         raise UserError(f"sample '{unlabelled}' has no reference answers to be judged by; give it answers")
@@ -267,7 +275,12 @@ def _with_fidelity(
 ) -> pd.DataFrame:
     lengths = answering.lengths
     order = sorted(samples, key=lambda sample: lengths[sample.id]) if lengths else samples
-    runs = [(row.label, seed, policy) for row in rows for seed, policy in enumerate(row.runs) if policy]
+    runs = [
+        (row.label, seed, policy)
+        for row in rows
+        for seed, policy in enumerate(row.runs)
+        if isinstance(policy, Policy)
+    ]
     scores = measure_fidelity(
         loaded,
         order,
@@ -298,7 +311,8 @@ def _latencies(
     answering: AnswerSettings,
     steps: Steps,
 ) -> tuple[Latency, ...]:
-    policies: dict[str, Policy | None] = {row.label: row.runs[0] for row in rows}
+    firsts = ((row.label, row.runs[0]) for row in rows)
+    policies = {label: run for label, run in firsts if not isinstance(run, SmallerPictures)}
     latencies = measure_latency(
         loaded,
         samples[:LATENCY_SAMPLES],

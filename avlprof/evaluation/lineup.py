@@ -11,6 +11,7 @@ from typing import Any, Literal
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
 from avlprof.errors import UserError
+from avlprof.evaluation.smaller import METHODS, Method, Pictures, SmallerPictures, fitted
 from avlprof.policy import (
     DENSE,
     FULL,
@@ -38,18 +39,19 @@ class PolicyRow:
     """One row of an evaluation.
 
     `runs` are what is generated for it: one policy, several seeds of a random one (averaged per
-    sample), or None, the stock model. `family` joins rows of one kind in a figure.
+    sample), one method with smaller pictures, or None, the stock model. `family` joins rows of one
+    kind in a figure.
     """
 
     label: str
     family: str
-    runs: tuple[Policy | None, ...]
+    runs: tuple[Method | None, ...]
 
 
 REFERENCE = PolicyRow("dense", "dense", (None,))
 
 
-def policy_rows(policies: Iterable[Policy]) -> list[PolicyRow]:
+def policy_rows(policies: Iterable[Method]) -> list[PolicyRow]:
     """The reference first, then each policy once; labels are made unique.
 
     A policy that ranks by `random` without a seed of its own runs with seeds 0, 1 and 2. A policy
@@ -76,7 +78,7 @@ def with_baselines(
     added = []
     for row in rows:
         policy = row.runs[0]
-        if policy is None:
+        if not isinstance(policy, Policy):
             continue
         share = live_share(policy, prompts, layers)
         for baseline in equal_bytes(policy, prompts, layers, answer_tokens):
@@ -129,6 +131,11 @@ def equal_bytes(
     return baselines if flat_already and ranked_at_random else [*baselines, random]
 
 
+def runs_of(method: Method) -> tuple[Method, ...]:
+    """What is generated for a method: itself, or the seeds of a policy (`seeded`)."""
+    return seeded(method) if isinstance(method, Policy) else (method,)
+
+
 def seeded(policy: Policy) -> tuple[Policy, ...]:
     """What is generated for a policy: itself, or three seeds of one that ranks by `random` without one."""
     if policy.scorer.name != "random" or "seed" in policy.scorer.options:
@@ -141,8 +148,8 @@ def seeded(policy: Policy) -> tuple[Policy, ...]:
     )
 
 
-def _row(policy: Policy, label: str, family: str) -> PolicyRow:
-    runs = seeded(policy)
+def _row(policy: Method, label: str, family: str) -> PolicyRow:
+    runs = runs_of(policy)
     if len(runs) == 1:
         return PolicyRow(label, family, runs)
     name, separator, rest = label.partition(" @ ")
@@ -152,12 +159,13 @@ def _row(policy: Policy, label: str, family: str) -> PolicyRow:
 def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> object:
     """What a row's policy does to these prompts; equal for ratios that mean the same tokens."""
     policy = row.runs[0]
-    if policy is None:
-        return None
+    if not isinstance(policy, Policy):
+        return policy
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
     refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
-    return counts, refresh, policy.scorer, policy.heads, policy.text, policy.joint
+    heads = (policy.heads, policy.head_floor, policy.head_shares)
+    return counts, refresh, policy.scorer, heads, policy.text, policy.joint
 
 
 def _is_flat(policy: Policy, own: Sequence[int], layers: int) -> bool:
@@ -184,12 +192,12 @@ Kind = Literal["baseline", "given", "tuned"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a budget; `policy` is its policy scaled to it."""
+    """A method at a budget; `policy` is its policy scaled to it, or its pictures made to fit it."""
 
     method: str
     kind: Kind
     budget: float
-    policy: Policy
+    policy: Method
 
 
 @dataclass(frozen=True)
@@ -220,10 +228,11 @@ def line_up(
     prompts: Sequence[PromptShape],
     layers: int,
     *,
-    baselines: Sequence[Policy],
+    baselines: Sequence[Method],
     given: Sequence[Policy] = (),
     tuned: Sequence[Policy] = (),
     evidence: Callable[[], Evidence] | None = None,
+    pictures: Pictures | None = None,
 ) -> LineUp:
     """All methods at all budgets.
 
@@ -232,28 +241,36 @@ def line_up(
 
     Args:
         evidence: gives what the profile of a traced run knows; asked only when an allocator needs it.
+        pictures: those of the prompts, for baselines that make them smaller.
 
     Raises:
         UserError: two methods share a name, or nothing can be compared at any budget.
     """
-    methods: list[tuple[Kind, Policy]] = [
+    methods: list[tuple[Kind, Method]] = [
         *(("baseline", policy) for policy in baselines),
         *(("given", policy) for policy in given),
         *(("tuned", policy) for policy in tuned),
     ]
     _check_names(methods)
-    known = evidence() if evidence and any(policy.allocator for _, policy in methods) else None
+    asks = any(isinstance(policy, Policy) and policy.allocator for _, policy in methods)
+    known = evidence() if evidence and asks else None
     entries: list[Entry] = []
     left_out: list[LeftOut] = []
     for budget in budgets:
         for kind, policy in methods:
-            own = policy.provenance.budget if policy.provenance else None
+            own = _own_budget(policy)
             if kind == "tuned" and own is not None and not math.isclose(own, budget, abs_tol=1e-6):
                 left_out.append(LeftOut(policy.name, kind, budget, f"was tuned at {own:g}", math.nan))
                 continue
             try:
-                scaled = scale_to(policy, budget, prompts, layers, known)
-                check_supported(scaled)
+                scaled: Method
+                if isinstance(policy, SmallerPictures):
+                    if pictures is None:
+                        raise UserError("the pictures of the prompts are not known")
+                    scaled = fitted(policy, budget, prompts, pictures)
+                else:
+                    scaled = scale_to(policy, budget, prompts, layers, known)
+                    check_supported(scaled)
             except UserError as error:
                 floor = error.floor if isinstance(error, OverBudgetError) else math.nan
                 left_out.append(LeftOut(policy.name, kind, budget, str(error), floor))
@@ -266,18 +283,28 @@ def line_up(
     return LineUp(tuple(entries), tuple(left_out))
 
 
-def shipped_baselines(policies: Iterable[Policy] = ()) -> list[Policy]:
-    """The baselines that ship, less those that share their name with one of `policies`."""
+def _own_budget(policy: Method) -> float | None:
+    """The budget that a policy was tuned at, as its provenance says."""
+    return policy.provenance.budget if isinstance(policy, Policy) and policy.provenance else None
+
+
+def all_baselines(policies: Iterable[Policy] = ()) -> list[Method]:
+    """The baselines that ship and `METHODS`, less those that share their name with one of `policies`."""
     taken = {policy.name for policy in policies}
-    baselines = [find_policy(name) for name in shipped() if "/" not in name]  # others are of papers or models
-    return [policy for policy in baselines if policy.name not in taken]
+    methods: list[Method] = [*shipped_baselines(), *METHODS]
+    return [method for method in methods if method.name not in taken]
 
 
-def _check_names(methods: Sequence[tuple[Kind, Policy]]) -> None:
+def shipped_baselines() -> list[Policy]:
+    """The baselines that ship as policies."""
+    return [find_policy(name) for name in shipped() if "/" not in name]  # others are of papers or models
+
+
+def _check_names(methods: Sequence[tuple[Kind, Method]]) -> None:
     """A name is one line of the figure, so only policies tuned at different budgets may share it."""
     taken: set[tuple[str, float | None]] = set()
     for kind, policy in methods:
-        budget = policy.provenance.budget if kind == "tuned" and policy.provenance else None
+        budget = _own_budget(policy) if kind == "tuned" else None
         if (policy.name, budget) in taken or (policy.name, None) in taken:
             raise UserError(f"two policies are named '{policy.name}'; change the field name of one")
         taken.add((policy.name, budget))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, Ask, answer_batches, generate_answers
-from avlprof.evaluation.store import STOCK, AnswerStore, model_key
+from avlprof.evaluation.answers import AnswerSettings, answer_batches, generate_answers
+from avlprof.evaluation.smaller import SmallerPictures
+from avlprof.evaluation.store import STOCK, AnswerStore, Ask, model_key
 from avlprof.launchers import Launch
 from avlprof.launchers.queue import Looking, Queue, Taken, Team
 from avlprof.models import LoadedModel, ModelSpec
@@ -73,6 +74,8 @@ class SharedStore(AnswerStore):
         """What is not known yet, in batches as one process alone would make them, some to a task."""
         queued, batches = set[tuple[str, str, int]](), list[Ask]()
         for ask in asks:
+            if isinstance(ask.policy, SmallerPictures):  # which changes the model: the leader's work
+                continue
             limit, does = ask.settings.max_new_tokens, ask.policy.hash if ask.policy else STOCK
             known = self.answers(key, ask.policy, ask.samples, limit)
             todo = [
@@ -124,8 +127,11 @@ def _serve(loaded: LoadedModel, task: Task, taken: Taken) -> None:
 
 def _dumped(ask: Ask) -> dict[str, Any]:
     settings, lengths = ask.settings, ask.settings.lengths or {}
+    policy = ask.policy if isinstance(ask.policy, Policy) else None
     return {
-        "policy": ask.policy and ask.policy.model_dump(mode="json", by_alias=True),
+        "policy": ask.policy.model_dump(mode="json", by_alias=True)
+        if isinstance(ask.policy, Policy)
+        else None,
         "split": ask.split,
         "count": ask.count,
         "samples": [sample.id for sample in ask.samples],

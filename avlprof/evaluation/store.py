@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
-    from avlprof.evaluation.answers import Ask
+    from avlprof.evaluation.answers import AnswerSettings
+    from avlprof.evaluation.smaller import Method
 
 STOCK = "stock"
 """Stands for a policy's hash where the model ran without one."""
@@ -87,7 +88,7 @@ class AnswerStore:
 
     def read_new(self) -> None:
         """Find what other processes have added."""
-        for part in sorted(self.path.glob("part-*.parquet")):
+        for part in _parts(self.path):
             if part.name not in self._parts:
                 self._read(part)
                 self._parts.add(part.name)
@@ -119,25 +120,111 @@ class AnswerStore:
 
     def flush(self) -> None:
         """Write the answers in hand as one part."""
-        if not self._pending:
-            return
         with uninterrupted():
-            part = self.path / f"part-{uuid.uuid4().hex}.parquet"
-            with replacing(part) as partial:
-                pd.DataFrame(self._pending).to_parquet(partial, index=False)
-            self._parts.add(part.name)
+            _write(self.path, self._pending)
             self._pending = []
 
     def _read(self, part: Path) -> None:
-        try:
-            rows = pd.read_parquet(part, columns=list(dict.fromkeys([*_STORED, *_KEY]))).to_dict("records")
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{part} cannot be read ({reason}); delete it and run again") from None
-        for row in rows:
+        for row in _rows(part, [*_STORED, *_KEY]):
             answer = Answer(**{name: row[name] for name in _STORED}, score=float("nan"))
             model, does, sample, prompt, limit = (row[name] for name in _KEY)
             self._known[(str(model), str(does), str(sample), str(prompt), int(limit))] = answer
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one sample's dense answer loses under a cut; fields as in `ForcedScore`.
+
+    `prediction` is what the model says without the route, None where that was not asked for.
+    """
+
+    kl: float
+    agreement: float
+    log_likelihood: float
+    tokens: int
+    prediction: str | None
+
+
+_LOSS = tuple(field.name for field in fields(Loss))
+_LOSS_KEY = ("model", "sample", "asked", "max_new_tokens", "cut")
+
+
+class LossStore:
+    """Losses under cuts, kept as an `AnswerStore` keeps answers; a cut is known by its name.
+
+    Without a path they are kept in memory alone.
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._known: dict[tuple[Any, ...], Loss] = {}
+        self._pending: list[dict[str, Any]] = []
+        for part in _parts(self.path) if self.path is not None else []:
+            for row in _rows(part, [*_LOSS, *_LOSS_KEY]):
+                said = row["prediction"]
+                loss = Loss(**{name: row[name] for name in _LOSS if name != "prediction"}, prediction=None)
+                key = tuple(row[name] for name in _LOSS_KEY)
+                self._known[key] = replace(loss, prediction=said) if isinstance(said, str) else loss
+
+    def find(self, model: str, sample: Sample, max_new_tokens: int, cut: str) -> Loss | None:
+        """The loss of a sample under the cut of this name, if it was measured."""
+        return self._known.get((model, sample.id, _prompt_hash(sample), max_new_tokens, cut))
+
+    def add(self, model: str, sample: Sample, max_new_tokens: int, cut: str, loss: Loss) -> None:
+        """Take a loss; it is on disk after the next `flush`."""
+        key = (model, sample.id, _prompt_hash(sample), max_new_tokens, cut)
+        self._known[key] = loss
+        self._pending.append(dict(zip(_LOSS_KEY, key, strict=True)) | asdict(loss))
+
+    def flush(self) -> None:
+        """Write the losses in hand as one part."""
+        with uninterrupted():
+            if self.path is not None:
+                _write(self.path, self._pending)
+            self._pending = []
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Samples that are to be answered under a policy (None: dense).
+
+    They are of the first `count` samples of a split of the task (None: as many as the task says).
+    """
+
+    policy: Method | None
+    split: str
+    count: int | None
+    samples: Sequence[Sample]
+    settings: AnswerSettings
+
+
+def share_out(
+    store: AnswerStore | None, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch
+) -> None:
+    """Have others help with what is asked for next, where the store has others (`AnswerStore.share`)."""
+    if store is not None:
+        store.share(loaded, asks, watch)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def _rows(part: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a part; `UserError` where it cannot be read. What is missing is None."""
+    try:
+        table = pd.read_parquet(part, columns=list(dict.fromkeys(columns)))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{part} cannot be read ({reason}); delete it and run again") from None
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as one more part of a folder, whole or not at all."""
+    if rows:
+        with replacing(folder / f"part-{uuid.uuid4().hex}.parquet") as partial:
+            pd.DataFrame(rows).to_parquet(partial, index=False)
 
 
 def model_key(loaded: LoadedModel) -> str:

@@ -191,7 +191,8 @@ def submissions(comparison: Comparison, loaded: LoadedModel, task: Task, by: str
     """
     meta, summary = comparison.meta, comparison.summary()
     samples = task.samples(meta["split"], meta["samples"])
-    policies = {(entry.method, entry.budget): entry.policy for entry in comparison.lineup.entries}
+    entries = [((entry.method, entry.budget), entry.policy) for entry in comparison.lineup.entries]
+    policies = {key: method for key, method in entries if isinstance(method, Policy)}
     name = str(meta["model"])
     common = {
         "by": by,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from avlprof.analysis.lens import Lens
 from avlprof.errors import UserError
 from avlprof.explore.packing import as_text, pack_maps
 from avlprof.models.tiles import Tile, parse_tiles
@@ -156,6 +157,39 @@ def sample_tiles(row: Mapping[Any, Any], vision: int) -> tuple[tuple[Tile, ...],
     block = Tile(0, rows, columns, columns, (0.0, 0.0, 1.0, edge))
     ragged = Tile(rows * columns, 1, rest, rest, (0.0, edge, rest / columns, 1.0))
     return ((block, ragged) if rest else (block,),)
+
+
+SAID = 3
+"""Words of a patch and layer in a page; a lens may hold more."""
+
+
+def says(lens: Lens, sample: str, record: Record) -> dict[str, Any] | None:
+    """What a sample's vision tokens say, as JSON takes it; None where the lens did not read the sample.
+
+    `ids` uint16 are places in `words`, `shares` uint8 are probabilities in 255ths, `[layers, vision, top]`.
+
+    Raises:
+        UserError: the lens read another number of vision tokens, or more different words than 65,536.
+    """
+    if sample not in {one.id for one in lens.samples}:
+        return None
+    one = lens.sample(sample)
+    ids, shares = one.ids[..., :SAID], one.shares[..., :SAID]
+    if ids.shape[1] != int(record.row["vision"]):
+        raise UserError(
+            f"the lens read {ids.shape[1]} vision tokens of sample '{sample}', the run has "
+            f"{int(record.row['vision'])}; read the run's own samples"
+        )
+    known, places = np.unique(ids, return_inverse=True)
+    if len(known) > 1 << 16:
+        raise UserError(f"sample '{sample}' has {len(known)} different words; read fewer layers")
+    return {
+        "layers": list(lens.layers),
+        "shape": list(ids.shape),
+        "words": [printable(lens.word(token).strip()) for token in known.tolist()],
+        "ids": as_text(places.reshape(ids.shape).astype("<u2")),
+        "shares": as_text(np.rint(255 * shares.clip(0.0, 1.0)).astype(np.uint8)),
+    }
 
 
 def _numbers(tile: Tile) -> list[float]:

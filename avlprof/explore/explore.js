@@ -8,6 +8,7 @@
   const BARS = { sink: "#6B6B6B", system: "#B9B9B9", vision: "#0072B2", text: "#E69F00", generated: "#009E73", learned_sink: "#CC79A7" };
   const NAMES = { sink: "first token", system: "system", vision: "vision", text: "text", generated: "generated", learned_sink: "learned sink" };
   const STORED = "#56B4E9", CORE = "#0072B2";
+  const SAID = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C6D31"], UNCOLOURED = "#9A9A9A";
   const SINK_TIMES = 10, SINK_WORDS = 0.9, CACHED = 3;
   const data = JSON.parse($("data").textContent);
   const state = { sample: 0, words: [], layer: -1, head: -1, show: "attention", sinks: "mark", patch: null, across: "words" };
@@ -43,9 +44,14 @@
       if (!side) { found.push(null); continue; }
       const [own, sums] = await Promise.all([maps(side.maps), inflate(side.sums)]);
       const sets = side.states ? new Uint8Array(await inflate(side.states.data)) : null;
-      found.push({ side, maps: own, sums: new Float32Array(sums), sets, heads: null, pictures: side.tiles.map(geometry), sinks: new Map() });
+      found.push({ side, maps: own, sums: new Float32Array(sums), sets, heads: null, pictures: side.tiles.map(geometry), sinks: new Map(), says: await said(side.says) });
     }
     return found;
+  }
+  async function said(packed) {
+    if (!packed) return null;
+    const [ids, shares] = await Promise.all([inflate(packed.ids), inflate(packed.shares)]);
+    return { layers: packed.layers, words: packed.words, shape: packed.shape, ids: new Uint16Array(ids), shares: new Uint8Array(shares) };
   }
   async function withHeads(sides) {
     for (const own of sides) if (own && own.side.heads && !own.heads) own.heads = await maps(own.side.heads);
@@ -158,6 +164,75 @@
     return found;
   }
 
+  /* --- what patches say */
+  /* The layer whose words are shown: the one that is chosen, or the last before it that was read; of the mean, the last. */
+  function saidAt(says, layer) {
+    const read = says.layers.map((own, at) => (layer < 0 || own <= layer ? at : -1));
+    return Math.max(0, largest(read));
+  }
+  function wordsOf(says, at, index) {
+    const [, vision, top] = says.shape, from = (at * vision + index) * top;
+    return [...Array(top).keys()].map((k) => [shown(says.words[says.ids[from + k]]), says.shares[from + k] / 255]);
+  }
+  /* The token that shows a place in most detail: of the tiles that hold it the one with the smallest patches. */
+  function finest(place, x, y) {
+    let found = -1, size = Infinity;
+    for (const [index, left, top, w, h] of place.boxes) if (x >= left && x < left + w && y >= top && y < top + h && w * h < size) { found = index; size = w * h; }
+    return found;
+  }
+  /* Colours of the commonest words of a layer, the commonest first. */
+  function saidColours(own) {
+    const at = saidAt(own.says, own.layer), counts = new Map();
+    for (const place of own.pictures) for (const [index] of place.boxes) {
+      const [word] = wordsOf(own.says, at, index)[0];
+      counts.set(word, (counts.get(word) || 0) + 1);
+    }
+    const order = [...counts].sort((a, b) => b[1] - a[1]);
+    return new Map(order.slice(0, SAID.length).map(([word], i) => [word, SAID[i]]));
+  }
+  function drawSaid(context, own, place, width, height) {
+    const at = saidAt(own.says, own.layer), colours = saidColours(own), order = [...place.boxes].sort((a, b) => b[3] * b[4] - a[3] * a[4]);
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    for (const [index, x, y, w, h] of order) {
+      const [word, share] = wordsOf(own.says, at, index)[0], box = [x * width, y * height, w * width, h * height];
+      context.clearRect(...box);
+      context.globalAlpha = 0.3 + 0.6 * Math.sqrt(share);
+      context.fillStyle = colours.get(word) || UNCOLOURED;
+      context.fillRect(...box);
+      context.globalAlpha = 1;
+      const size = Math.max(7, Math.min(11, box[3] * 0.6, (box[2] - 3) / (0.6 * word.length))), room = Math.floor((box[2] - 2) / (size * 0.6));
+      if (box[3] < 9 || room < 2) continue;
+      context.font = `600 ${size}px system-ui, sans-serif`;
+      context.lineWidth = 2.5;
+      context.strokeStyle = "rgba(255,255,255,0.85)";
+      context.fillStyle = "#101418";
+      const text = word.length > room ? `${word.slice(0, room - 1)}…` : word, centre = [box[0] + box[2] / 2, box[1] + box[3] / 2];
+      context.strokeText(text, ...centre);
+      context.fillText(text, ...centre);
+    }
+  }
+  function saidText(own, index) {
+    const at = saidAt(own.says, own.layer);
+    return `behind layer ${own.says.layers[at]}: ${wordsOf(own.says, at, index).map(([word, share]) => `“${word}” ${percent(share)}`).join(", ")}`;
+  }
+  function drawSays() {
+    const own = now.find((one) => one && one.says), place = own && state.patch && own.pictures[state.patch.picture];
+    $("says").hidden = !own;
+    if (!own) return;
+    const index = place && place.tiles ? finest(place, state.patch.x, state.patch.y) : -1;
+    $("says-about").textContent = index < 0
+      ? "Choose a patch on the picture to see which words it would write behind each layer."
+      : "The likeliest words, had the model stopped behind a layer: the patch’s hidden state through the final norm and head.";
+    if (index < 0) return $("says-table").replaceChildren();
+    const here = saidAt(own.says, own.layer), names = ["Layer", ...[...Array(own.says.shape[2]).keys()].map((k) => (k ? `${k + 1}.` : "likeliest"))];
+    const body = own.says.layers.map((layer, at) => {
+      const cells = wordsOf(own.says, at, index).map(([word, share], k) => make("td", {}, k ? word : make("b", {}, word), ` ${percent(share)}`));
+      return make("tr", at === here ? { class: "on" } : {}, make("th", { scope: "row" }, String(layer)), ...cells);
+    });
+    return $("says-table").replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...names.map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, ...body)));
+  }
+
   /* --- colours */
   const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   function colour(stops, share, alpha = 1) {
@@ -203,6 +278,12 @@
       const box = canvas.getBoundingClientRect();
       take(place, p, (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
     });
+    canvas.addEventListener("mousemove", (event) => {
+      const own = now[s], box = canvas.getBoundingClientRect();
+      if (!own || !own.says) return;
+      const index = finest(place, (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+      canvas.title = index < 0 ? "" : `This patch says ${saidText(own, index)}`;
+    });
     canvas.addEventListener("keydown", (event) => steer(event, place, p));
     figure.append(canvas);
     return figure;
@@ -231,9 +312,10 @@
       const own = now[Number(canvas.dataset.side)], place = own.pictures[Number(canvas.dataset.picture)];
       const width = canvas.clientWidth, height = canvas.clientHeight, context = canvasOf(canvas, width, height);
       const attention = state.show === "attention" || state.show === "both", sets = own.sets && (state.show === "policy" || state.show === "both");
-      canvas.parentElement.classList.toggle("grey", attention);
+      canvas.parentElement.classList.toggle("grey", attention || (state.show === "says" && Boolean(own.says)));
       if (attention) drawHeat(context, own, place, width, height);
       if (sets) drawSets(context, own, place, width, height);
+      if (state.show === "says" && own.says) drawSaid(context, own, place, width, height);
       if (state.sinks !== "no" && attention) drawSinks(context, own, place, width, height);
       const cell = state.patch && state.patch.picture === Number(canvas.dataset.picture) ? cellAt(place, state.patch.x, state.patch.y) : null;
       if (cell) {
@@ -506,6 +588,8 @@
     if (total > 0) parts[0] += `, the strongest token has ${percent(largest(own.row) / total)} of that`;
     const pick = picked(own);
     if (pick) parts.push(`The chosen patch gets ${percent(sum(pick.map(([index, weight]) => weight * own.row[index])))}`);
+    const spoken = pick && own.says ? finest(own.pictures[state.patch.picture], state.patch.x, state.patch.y) : -1;
+    if (spoken >= 0) parts.push(`It says ${saidText(own, spoken)}`);
     if (own.held) parts.push(holds(own.held));
     const other = now.find((one) => one && one !== own && one.held && one.held.kept.length === own.row.length);
     if (other && !own.held && total > 0) parts.push(covers(own.row, other.held, total));
@@ -551,7 +635,9 @@
     if (state.show === "attention" || state.show === "both") parts.push(make("span", { class: "group" }, "nothing", ramp, "strongest patch shown"));
     if (sets && (state.show === "policy" || state.show === "both")) parts.push(legend(CORE, "core, read at each step", "line"), legend(STORED, "stays in memory", "line"), legend("#6B6B6B", "dropped", "hatch"));
     const rings = now.reduce((count, own) => count + (own ? sinksOf(own, own.layer).length : 0), 0);
-    if (state.sinks !== "no" && state.show !== "policy" && state.show !== "picture") parts.push(rings ? legend("#222222", `${rings === 1 ? "sink" : `${rings} sinks`}${state.sinks === "out" ? ", not coloured" : ""}`, "ring") : make("span", { class: "group" }, "no sinks here"));
+    const speaks = state.show === "says" && now.find((own) => own && own.says);
+    if (speaks) parts.push(...[...saidColours(speaks)].map(([word, fill]) => legend(fill, word)), legend(UNCOLOURED, "other words"));
+    if (state.sinks !== "no" && (state.show === "attention" || state.show === "both")) parts.push(rings ? legend("#222222", `${rings === 1 ? "sink" : `${rings} sinks`}${state.sinks === "out" ? ", not coloured" : ""}`, "ring") : make("span", { class: "group" }, "no sinks here"));
     $("key").replaceChildren(...parts);
   }
   function drawTable() {
@@ -605,6 +691,7 @@
     drawKey();
     drawWords();
     drawTable();
+    drawSays();
   }
   function options(select, entries) {
     select.replaceChildren(...entries.map(([value, text]) => make("option", { value }, text)));
@@ -621,6 +708,9 @@
     const sets = now.some((one) => one && one.sets);
     for (const option of $("show").options) option.hidden = option.disabled = !sets && (option.value === "policy" || option.value === "both");
     if (!sets && (state.show === "policy" || state.show === "both")) state.show = "attention";
+    const speaks = now.some((one) => one && one.says);
+    for (const option of $("show").options) if (option.value === "says") option.hidden = option.disabled = !speaks;
+    if (!speaks && state.show === "says") state.show = "attention";
     $("show").value = state.show;
     const notes = [data.samples[state.sample].note];
     if (!own.side.placed && own.maps.shape[2]) notes.push("Where these vision tokens lie in the picture is not known: they stand in their order, row by row.");

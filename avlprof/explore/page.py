@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from avlprof.analysis.lens import Lens
 from avlprof.errors import UserError, cut
-from avlprof.explore.data import MASSES, Record, side
+from avlprof.explore.data import MASSES, Record, says, side
 from avlprof.explore.packing import picture_uri
 from avlprof.files import write_text
 from avlprof.runs import RunMeta
@@ -37,7 +38,8 @@ Pictures = Callable[[str], Sequence[Image.Image]]
 class Side:
     """One of the runs that a page shows side by side: `records` of its samples by id.
 
-    `states` are what a policy kept, by sample, as `States.packed` gives them; a run alone has none.
+    `states` are what a policy kept, by sample, as `States.packed` gives them; a run alone has none. `lens`
+    is what vision tokens say, if that was read.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Side:
     records: Mapping[str, Record]
     states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     policy: str = ""
+    lens: Lens | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,10 @@ def _sample(sides: Sequence[Side], sample: str, pictures: Pictures, heads: bool)
     for each in sides:
         record = each.records.get(sample)
         one = None if record is None else side(record, each.meta, heads)
-        own.append(None if one is None else {**one, "states": each.states.get(sample)})
+        if record is not None and one is not None:
+            said = None if each.lens is None else says(each.lens, sample, record)
+            one = {**one, "states": each.states.get(sample), "says": said}
+        own.append(one)
     row = sides[0].records[sample].row
     return {
         "id": printable(sample),

@@ -129,8 +129,14 @@ class Adapter:
         return tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
 
     def kv_bytes_per_token_per_layer(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the key and the value of one token in one layer; `dtype` defaults to the model's."""
-        return 2 * self.kv_heads * self.head_dim * (dtype or self.model.dtype).itemsize
+        """Bytes of the key and the value of one token in one layer; `dtype` defaults to the model's.
+
+        Where a model keeps latents (MLA) their bytes, and those of the keys' rotated part.
+        """
+        latent = getattr(self._layer_config, "kv_lora_rank", None)
+        rotated = getattr(self._layer_config, "qk_rope_head_dim", 0)
+        numbers = latent + rotated if latent else 2 * self.kv_heads * self.head_dim
+        return int(numbers) * (dtype or self.model.dtype).itemsize
 
     def vision_mask(self, input_ids: Tensor) -> Tensor:
         """Which positions of a prompt are vision tokens: bool, of the shape of `input_ids`.

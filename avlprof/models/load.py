@@ -165,6 +165,11 @@ def _locate(name: str) -> tuple[str, Path | None]:
         return str(path), path
     path = checked_path(name, "model").expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"folder {name} holds an adapter (LoRA and its kin), not a model; merge it into its base "
+                "model (PEFT: merge_and_unload, then save_pretrained) and give that folder"
+            )
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name} is not a model: it has no config.json")
         return str(path), path

@@ -90,8 +90,7 @@ def resolve_dtype(name: str, device: torch.device, config: Any, *, hub: bool) ->
         UserError: no such precision.
     """
     if name != "auto":
-        if name in SYNONYMS:
-            raise UserError(f"unknown dtype '{name}'; did you mean {SYNONYMS[name]}?")
+        name = SYNONYMS.get(name, name)
         if name not in DTYPES:
             raise unknown("dtype", name, ["auto", *DTYPES])
         return DTYPES[name]

@@ -28,8 +28,8 @@ class ModelSpec:
     Attributes:
         name: alias (`avlprof.models.ALIASES`), hub id (`owner/name`) or local folder.
         device: `auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU; elsewhere bfloat16 for
-            hub models and what the config says for folders.
+        dtype: `float32`, `bfloat16`, `float16` (short: `fp32`, `bf16`, `fp16`), or `auto`: float32 on
+            a CPU; elsewhere bfloat16 for hub models and what the config says for folders.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
         device_map: spread a model that is larger than a GPU over several, by accelerate, in place

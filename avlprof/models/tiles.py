@@ -134,3 +134,23 @@ def _spread(start: float, end: float, tokens: int, cells: int) -> NDArray[np.flo
     overlap[outside, nearest[outside]] = 1.0
     shares: NDArray[np.float64] = overlap / np.where(outside[:, None], 1.0, total)
     return shares
+
+
+def owners(tiles: Sequence[Tile], rows: int, columns: int) -> NDArray[np.int64]:
+    """The token that shows each cell of a picture in most detail, `[rows, columns]`; -1 where none does.
+
+    A cell belongs to the tokens whose place holds its middle; of those of several tiles the smallest counts.
+    """
+    found = np.full((rows, columns), -1, dtype=np.int64)
+    finest = np.full((rows, columns), np.inf)
+    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    for tile in tiles:
+        left, top, right, bottom = tile.box
+        down = np.floor((y - top) / (bottom - top) * tile.rows).astype(int)
+        along = np.floor((x - left) / (right - left) * tile.columns).astype(int)
+        inside = np.outer((down >= 0) & (down < tile.rows), (along >= 0) & (along < tile.columns))
+        size = (bottom - top) * (right - left) / (tile.rows * tile.columns)
+        tokens = tile.tokens()[down.clip(0, tile.rows - 1)[:, None], along.clip(0, tile.columns - 1)]
+        taken = inside & (size < finest)
+        found[taken], finest[taken] = tokens[taken], size
+    return found

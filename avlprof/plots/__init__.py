@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avlprof.plots.beside import BesideInfo, beside_info, damage_beside_attention
     from avlprof.plots.budgets import BudgetsInfo, budgets_info, quality_by_budget
     from avlprof.plots.coverage import CoverageInfo, coverage_curves, coverage_info
     from avlprof.plots.diff import DiffInfo, diff_info, layer_diff, run_names
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
         parameter_importances_info,
     )
     from avlprof.plots.knobs import KnobInfo, knob_effects, knob_effects_info
+    from avlprof.plots.knockout import KnockoutInfo, knockout_heads, knockout_info, knockout_map
     from avlprof.plots.layers import PolicyInfo, policy_layers, policy_layers_info
+    from avlprof.plots.lens import (
+        LensLayersInfo,
+        LensWordsInfo,
+        lens_layers,
+        lens_layers_info,
+        lens_words,
+        lens_words_info,
+    )
     from avlprof.plots.mass import MassInfo, mass_info, modality_mass
     from avlprof.plots.overlap import OverlapInfo, layer_overlap, overlap_info
     from avlprof.plots.pareto import ParetoInfo, pareto_front, pareto_info
@@ -36,6 +46,9 @@ if TYPE_CHECKING:
     from avlprof.plots.words import group_words, word_heatmaps, word_heatmaps_info
 
 _LAZY = {
+    "BesideInfo": "beside",
+    "beside_info": "beside",
+    "damage_beside_attention": "beside",
     "BudgetsInfo": "budgets",
     "budgets_info": "budgets",
     "quality_by_budget": "budgets",
@@ -72,9 +85,19 @@ _LAZY = {
     "KnobInfo": "knobs",
     "knob_effects": "knobs",
     "knob_effects_info": "knobs",
+    "KnockoutInfo": "knockout",
+    "knockout_heads": "knockout",
+    "knockout_info": "knockout",
+    "knockout_map": "knockout",
     "PolicyInfo": "layers",
     "policy_layers": "layers",
     "policy_layers_info": "layers",
+    "LensLayersInfo": "lens",
+    "LensWordsInfo": "lens",
+    "lens_layers": "lens",
+    "lens_layers_info": "lens",
+    "lens_words": "lens",
+    "lens_words_info": "lens",
     "MassInfo": "mass",
     "mass_info": "mass",
     "modality_mass": "mass",
@@ -102,6 +125,7 @@ _LAZY = {
 """The module of each public name."""
 
 __all__ = [
+    "BesideInfo",
     "BudgetsInfo",
     "Caption",
     "CoverageInfo",
@@ -113,6 +137,9 @@ __all__ = [
     "HorizonInfo",
     "ImportanceInfo",
     "KnobInfo",
+    "KnockoutInfo",
+    "LensLayersInfo",
+    "LensWordsInfo",
     "MassInfo",
     "OverlapInfo",
     "ParetoInfo",
@@ -120,11 +147,13 @@ __all__ = [
     "SinkInfo",
     "TrialInfo",
     "WindowInfo",
+    "beside_info",
     "budget_front",
     "budget_front_info",
     "budgets_info",
     "coverage_curves",
     "coverage_info",
+    "damage_beside_attention",
     "diff_info",
     "drift_info",
     "figure_path",
@@ -138,8 +167,15 @@ __all__ = [
     "horizon_info",
     "knob_effects",
     "knob_effects_info",
+    "knockout_heads",
+    "knockout_info",
+    "knockout_map",
     "layer_diff",
     "layer_overlap",
+    "lens_layers",
+    "lens_layers_info",
+    "lens_words",
+    "lens_words_info",
     "mass_info",
     "modality_mass",
     "overlap_info",

@@ -19,6 +19,7 @@ from avlprof.plots.style import (
     RIVALS,
     SOFT,
     TUNED,
+    WIDEST,
     interval_bars,
     new_figure,
     percent_axis,
@@ -118,7 +119,7 @@ def quality_by_budget(
         figure = new_figure(
             "Quality at equal bytes",
             note + ("; rings: the strongest baseline on the split of selection" if rings else ""),
-            (max(3.6 + wide * len(info.budgets), 7.5), 6.2),
+            (min(max(3.6 + wide * len(info.budgets), 7.5), WIDEST), 6.2),
         )
         axes = figure.subplots(1, max(len(info.budgets), 1), sharey=True, squeeze=False)[0]
         looks = _looks(info.lines)

@@ -98,16 +98,17 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
         percent_axis(ax, "xy", full=False)
         ax.set_xlabel(COST_LABELS["live_share"])
         ax.set_ylabel(score)
-        whole = info.dense_bytes / 1024
+        unit, name = (2**20, "MiB") if info.dense_bytes >= 2**24 else (2**10, "KiB")
+        whole = info.dense_bytes / unit
 
-        def kib(share: ArrayLike) -> Array:
+        def size_of(share: ArrayLike) -> Array:
             return np.asarray(share, dtype=float) * whole
 
         def share_of(size: ArrayLike) -> Array:
             return np.asarray(size, dtype=float) / whole
 
-        bytes_axis = ax.secondary_xaxis("top", functions=(kib, share_of))
-        bytes_axis.set_xlabel("Prompt KV in memory (KiB per prompt)")
+        bytes_axis = ax.secondary_xaxis("top", functions=(size_of, share_of))
+        bytes_axis.set_xlabel(f"Prompt KV in memory ({name} per prompt)")
         figure.legend(loc="outside right center")
         return figure
 

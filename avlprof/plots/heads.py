@@ -23,7 +23,7 @@ from avlprof.plots.frames import (
     whole_layers,
 )
 from avlprof.plots.matrix import Scale, draw_matrix, draw_scale
-from avlprof.plots.style import SOFT, new_figure, theme
+from avlprof.plots.style import SOFT, SUBTITLE, WIDEST, new_figure, theme
 
 if TYPE_CHECKING:
     from avlprof.analysis.profile import Profile
@@ -172,7 +172,7 @@ def draw_head_maps(info: HeadInfo) -> Figure:
     """Maps of layers by heads, side by side, with the width of the intervals above each."""
     with theme():
         layers, heads = len(info.maps[0].layers), len(info.maps[0].heads)
-        wide = min(max(0.55 * heads, 4.8), 6.2)
+        wide = min(max(0.55 * heads, 4.8), 6.2, WIDEST / len(info.maps) - 1.2)
         tall = min(max(wide * layers / heads, 3.2), 6.2)
         size = (len(info.maps) * (wide + 1.2), tall + 2.0)
         holes = any(np.isnan(one.values).any() for one in info.maps)
@@ -192,7 +192,7 @@ def _draw(one: HeadMap, ax: Axes) -> None:
     if one.interval:
         ax.annotate(
             one.interval, (0.0, 1.0), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points",
-            fontsize=11.5, color=SOFT, in_layout=False,
+            fontsize=SUBTITLE, color=SOFT, in_layout=False,
         )  # fmt: skip
     ax.set(xlabel="Query head", ylabel="")
     draw_scale(ax.figure, drawn, ax, scale, "" if one.share else "nat")

@@ -16,6 +16,7 @@ from avlprof.plots.style import (
     RIVALS,
     SOFT,
     TUNED,
+    WIDEST,
     interval_bars,
     new_figure,
     percent_axis,
@@ -129,7 +130,7 @@ def pareto_front(
     """
     info = source if isinstance(source, ParetoInfo) else pareto_info(source, cost)
     names = sum(len(line.policies) for line in info.lines)
-    wide = min(max(2.6, 0.9 + 0.42 * names), 9.0)
+    wide = min(max(2.6, 0.9 + 0.42 * names), WIDEST - 6.9)
     with theme():
         figure = new_figure("Quality at a budget", info.note, (6.9 + wide, 6.6))
         plane, named = figure.subplots(1, 2, sharey=True, width_ratios=[6.0, wide])
@@ -178,7 +179,7 @@ def _names(info: ParetoInfo, ax: Axes) -> None:
     names = [_short(policy) for line in info.lines for policy in line.policies]
     upright = len(names) > CROWDED
     turn = {"rotation": 90} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    ax.set_xticks(range(len(names)), names, fontsize=11.5, **turn)
+    ax.set_xticks(range(len(names)), names, fontsize=12.5 if upright else 11.5, **turn)
     ax.set_xlim(-0.7, max(len(names), 1) - 0.3)
     ax.set_xlabel("Policy")
     ax.grid(False, axis="x")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -168,9 +168,9 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
     """Small multiples of the pictures: as they are, then under each panel's weights."""
     count = len(info.panels) + 1
     placed = arrange([(picture.shape[1], picture.shape[0]) for picture in info.pictures])
-    cols = _columns(count, placed.width / placed.height)
+    cols = panel_columns(count, placed.width / placed.height)
     rows = math.ceil(count / cols)
-    side = max(1.9, 12.0 / cols) if cols > 2 else 4.6
+    side = 11.8 / cols if cols > 2 else 4.6
     size = (cols * side + 1.6, rows * (side * placed.height / placed.width + 0.28) + 1.25)
     with theme():
         beside = "right: share of the attention that goes to vision"
@@ -187,9 +187,10 @@ def draw_heatmaps(info: HeatInfo) -> Figure:
         flat[0].set_title("Picture" if len(info.pictures) == 1 else "Pictures", fontsize=TITLE, pad=5)
         for panel, ax in zip(info.panels, flat[1:], strict=False):
             share = panel.peak if info.beside == "peak" else panel.mass
-            _overlay(panel, share, info.pictures, placed, ax)
+            longest = min(LONGEST, int((72 * side - 40) / (0.6 * TITLE)))  # beside the share
+            _overlay(replace(panel, title=_cut(panel.title, longest)), share, info.pictures, placed, ax)
         for ax in flat[:count]:
-            _frame(placed, ax)
+            frame_pictures(placed, ax)
         colours = ScalarMappable(norm=Normalize(0, 1), cmap=_heat())
         bar = figure.colorbar(colours, ax=flat, aspect=28, pad=0.015)
         bar.set_label("Attention, relative to panel's peak")
@@ -208,16 +209,16 @@ def _overlay(
         ax.imshow(
             weight, cmap=_heat(), vmin=0.0, vmax=1.0, alpha=opacity, extent=extent, interpolation="nearest"
         )
-    ax.set_title(
-        panel.title if len(panel.title) <= LONGEST else f"{panel.title[: LONGEST - 1]}…",
-        fontsize=TITLE,
-        pad=5,
-    )
+    ax.set_title(panel.title, fontsize=TITLE, pad=5)
     beside = f"{share:.1%}" if share < 0.0995 else f"{share:.0%}"
     ax.set_title(beside, loc="right", fontsize=TITLE - 1, color=SOFT, pad=5)
 
 
-def _frame(placed: Arrangement, ax: Axes) -> None:
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def frame_pictures(placed: Arrangement, ax: Axes) -> None:
     """A line around each picture, which on white paper may have no other edge."""
     for left, right, bottom, top in placed.extents:
         ax.add_patch(
@@ -257,7 +258,7 @@ def arrange(sizes: Sequence[tuple[int, int]]) -> Arrangement:
     return Arrangement(widest, y + 1, tuple(extents))
 
 
-def _columns(count: int, shape: float) -> int:
+def panel_columns(count: int, shape: float) -> int:
     """Few panels in one row; more of them in a grid that is wider than tall and well filled.
 
     `shape` is a panel's width over its height.

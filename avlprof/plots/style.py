@@ -46,6 +46,10 @@ MODALITY_COLOURS: Mapping[str, str] = MappingProxyType(
     }
 )
 SUBTITLE = 12.5
+NOTE = 11.0
+WIDEST = 14.4
+"""Inches that a figure is wide at most, however deep the model: its text of 12.5 points is then one of 6
+where a paper prints it across two columns (7 inches)."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 LEGEND_LAYERS = 8
 """With more layers than this a colour bar takes the place of the legend, and bands are left out."""
@@ -139,8 +143,9 @@ def new_figure(
     used = under + 0.22 * len(below) + 0.02
     cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(rect=(0.0, 0.0, 1.0, 1.0 - used / height))
     if note:
-        text = "\n".join(_lines(note, 11.6 * width))
-        figure.supxlabel(text, x=0.988, ha="right", fontsize=11, color=SOFT)
+        points = NOTE * max(width / (NOTE / 6.0 * 7.0), 1.0)  # printed at 7 inches, 6 points at least
+        text = "\n".join(_lines(note, 11.6 * width * NOTE / points))
+        figure.supxlabel(text, x=0.988, ha="right", fontsize=points, color=SOFT)
     return figure
 
 

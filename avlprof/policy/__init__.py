@@ -8,6 +8,7 @@ from avlprof.policy.parts import (
     AllocatorSpec,
     Bits,
     CoreScore,
+    Heads,
     JointPool,
     PrefillFilter,
     Refresh,
@@ -16,7 +17,7 @@ from avlprof.policy.parts import (
     broadcast,
 )
 from avlprof.policy.provenance import Provenance, Score
-from avlprof.policy.schema import DENSE, Policy
+from avlprof.policy.schema import DENSE, HEAD_FLOOR, Policy
 from avlprof.policy.sizes import (
     GROUP,
     LayerSizes,
@@ -41,10 +42,12 @@ __all__ = [
     "EVICTING",
     "FULL",
     "GROUP",
+    "HEAD_FLOOR",
     "RANKING",
     "AllocatorSpec",
     "Bits",
     "CoreScore",
+    "Heads",
     "JointPool",
     "LayerSizes",
     "Policy",

@@ -21,9 +21,11 @@ BITS = (FULL, 8, 4, 3, 2)
 N = TypeVar("N", int, float)
 
 Refresh = Literal["full", "score_only"]
+Heads = Literal["shared", "kv_head", "adaptive"]
 Bit = Annotated[int, Field(json_schema_extra={"enum": list(BITS)})]
 Bits = Bit | tuple[Bit, ...]
 Ratio = float | tuple[float, ...]
+Shares = tuple[tuple[Annotated[float, Field(ge=0.0)], ...], ...]
 Count = int | tuple[int, ...]
 
 
@@ -70,6 +72,18 @@ def check_bits(name: str, value: Bits) -> None:
             raise ValueError(
                 f"{name}{index} must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, got {bits}"
             )
+
+
+def check_shares(name: str, shares: Shares) -> None:
+    """`ValueError` unless there is one list a layer over one number of KV heads, with a mean of 1 each."""
+    for layer, own in enumerate(shares):
+        if len(own) != len(shares[0]) or not own:
+            raise ValueError(
+                f"{name} must have one share for each KV head in every layer, got {len(own)} in layer {layer}"
+            )
+        mean = sum(own) / len(own)
+        if abs(mean - 1.0) > 1e-3:
+            raise ValueError(f"{name}[{layer}] must have the mean 1, got {mean:g}")
 
 
 def broadcast(value: N | tuple[N, ...], layers: int) -> tuple[N, ...]:

@@ -17,22 +17,27 @@ from avlprof.policy.parts import (
     Bits,
     CoreScore,
     Count,
+    Heads,
     JointPool,
     Part,
     PrefillFilter,
     Ratio,
     Refresh,
     ScorerSpec,
+    Shares,
     TextPolicy,
     broadcast,
     check_bits,
     check_ratio,
+    check_shares,
     each,
     of_layer,
 )
 from avlprof.policy.provenance import Provenance
 
 SCHEMA = "avlprof.policy/1"
+HEAD_FLOOR = 0.2
+"""Part of the mean count that an adaptive head is sure of. Source: AdaKV's safeguard, arXiv 2407.11550."""
 
 
 class Policy(Part):
@@ -48,6 +53,11 @@ class Policy(Part):
     and all that is kept is stored so; system and prompt text in `text.bits`. With an `allocator`,
     `vision_keep` (or `joint.keep`) is the mean over layers, and `avlprof.budgets.resolve` turns it into one
     share a layer.
+
+    The vision tokens of a layer are one set, one for each KV head, or, `adaptive`, one for each KV head with
+    counts that differ, `vision_keep` being their mean. A head is then sure of its best tokens, `head_floor`
+    of its part (of the mean, times its share of `head_shares`), and for the rest all pairs of head and token
+    compete by score.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -63,7 +73,9 @@ class Policy(Part):
     vision_bits: Bits = FULL
     allocator: AllocatorSpec | None = None
     scorer: ScorerSpec = ScorerSpec()
-    heads: Literal["shared", "kv_head"] = "shared"
+    heads: Heads = "shared"
+    head_floor: Annotated[float, Field(ge=0.0, le=1.0)] = HEAD_FLOOR
+    head_shares: Shares | None = None
     text: TextPolicy = TextPolicy()
     joint: JointPool | None = None
     prefill_filter: tuple[PrefillFilter, ...] = ()
@@ -85,7 +97,14 @@ class Policy(Part):
         self._check_lists()
         self._check_allocator()
         self._check_filter()
+        self._check_heads()
         return self
+
+    def _check_heads(self) -> None:
+        if self.heads != "adaptive" and (self.head_floor != HEAD_FLOOR or self.head_shares is not None):
+            raise ValueError("head_floor and head_shares go with heads: adaptive; leave them out")
+        if self.head_shares is not None:
+            check_shares("head_shares", self.head_shares)
 
     def _check_pool(self) -> None:
         if (self.pool == "joint") != (self.joint is not None):
@@ -132,11 +151,12 @@ class Policy(Part):
         if any(later <= before for before, later in pairwise(layers)):
             raise ValueError("prefill_filter must be ordered by after_layer, each layer once")
 
-    def _per_layer_fields(self) -> dict[str, Ratio | Count | None]:
+    def _per_layer_fields(self) -> dict[str, Ratio | Count | Shares | None]:
         return {
             "vision_keep": self.vision_keep,
             "vision_compute": self.vision_compute,
             "vision_bits": self.vision_bits,
+            "head_shares": self.head_shares,
             "text.window": self.text.window,
             "text.sink": self.text.sink,
             "text.heavy": self.text.heavy,
@@ -168,6 +188,22 @@ class Policy(Part):
     def text_bits(self, layers: int) -> tuple[int, ...]:
         """`text.bits` of each layer."""
         return broadcast(self.text.bits, layers)
+
+    def head_parts(self, layer: int, heads: int) -> tuple[float, ...] | None:
+        """What each of a layer's KV heads is sure of, over the mean count; None where all have that count.
+
+        Raises:
+            UserError: `head_shares` are of another number of KV heads.
+        """
+        if self.heads != "adaptive":
+            return None
+        shares = self.head_shares[layer] if self.head_shares is not None else (1.0,) * heads
+        if len(shares) != heads:
+            raise UserError(
+                f"policy '{self.name}' has head_shares of {len(shares)} KV heads, layer {layer} has {heads}; "
+                "derive them for this model"
+            )
+        return tuple(self.head_floor * share for share in shares)
 
     @property
     def packs(self) -> bool:
@@ -229,6 +265,8 @@ class Policy(Part):
             said["core_score"] = True  # the same
         if not self.text.packs:
             said["text"] = {"bits"}  # the same
+        if self.heads != "adaptive":
+            said |= {"head_floor": True, "head_shares": True}  # the same
         acting = self.model_dump(mode="json", by_alias=True, exclude=said)
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 

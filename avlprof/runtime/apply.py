@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avlprof.attention.call import AttentionCall, Forward, StepStates
+from avlprof.attention.call import AttentionCall, AtWork, Forward, StepStates
 from avlprof.attention.decode import step_attention
 from avlprof.attention.gate import check_traced, governed_layers, unwrapped
 from avlprof.attention.modality import Modality
@@ -27,6 +27,7 @@ from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable, check_counts
 from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
+from avlprof.runtime.ragged import RaggedHeads
 from avlprof.runtime.support import check_supported
 from avlprof.scorers import Prefill
 
@@ -86,6 +87,10 @@ class Runtime:
         if layer is None or step is None:
             return call.stock(), call
         view = call._replace(mask=None, positions=step.positions, valid=step.mask)
+        if len(step.stored) == 1 and not step.weighing and isinstance(step.stored[0], RaggedHeads):
+            joined = step.stored[0].by_kernels(call, step.mask, step.bounds)
+            if joined is not None:
+                return joined, view._replace(decoded=partial(with_stored, step.stored))
         if step.stored:
             out, weights = stored_attention(step.stored, call, step.mask)
             after = partial(layer.after, step, weights) if step.weighing else None
@@ -154,7 +159,7 @@ def apply(
     `avlprof.runtime.captured`): one capture serves so many steps, and those of later prompts of nearby
     lengths. Buffers that no cache uses are kept for them, `kept_bytes` of them at most; `Runtime.release`
     lets go of them, and so does leaving the context. `fused`: compile what is around attention in
-    captured steps (see `avlprof.runtime.fused`), with a backend of `torch.compile` where it is named; None:
+    captured steps (see `avlprof.runtime.fused`), True, False, or a backend of `torch.compile` by name; None:
     on CUDA.
 
     Raises:
@@ -165,7 +170,7 @@ def apply(
     model = unwrapped(model)
     if not isinstance(policy, Policy):
         policy = find_policy(str(policy))
-    check_counts(captured, kept_bytes)
+    check_counts(captured, kept_bytes, fused)
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
@@ -188,7 +193,7 @@ def apply(
         yield runtime
 
 
-class Unwrap(Generic[Model]):
+class Unwrap(AtWork, Generic[Model]):
     """Gives a wrapped model back as it was; `runtime` is what `apply` yields. A copy of a model has none."""
 
     def __init__(self, model: Model, policy: Policy | str | Path, captured: int | None) -> None:

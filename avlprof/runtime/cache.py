@@ -149,14 +149,14 @@ def is_dense(policy: Policy, layer: int, layers: int) -> bool:
 def row_plan(policy: Policy, shape: PromptShape, layer: int, layers: int) -> RowPlan:
     """What one prompt keeps in one layer; in a joint pool all of it counts as text.
 
-    Where vision is stored in few bits, the core is what is in full precision: nothing, without one. System
-    and text in few bits are counted apart.
+    Where vision is stored in few bits, the core is what is in full precision: nothing, without one. Nor is
+    there a core where heads differ in how many they keep. System and text in few bits are counted apart.
     """
     size = sizes(policy, shape, layers)[layer]
     rule = TextRule(policy, layer, layers)
     sink = rule.sink(size.text)
     limit = None if rule.grows else rule.room(shape.text, size.text)[0]
-    core = min(size.core, size.vision - size.packed)
+    core = 0 if policy.heads == "adaptive" else min(size.core, size.vision - size.packed)
     if policy.text_bits(layers)[layer] < FULL:
         return RowPlan(0, size.vision, core, 0, sink, limit, size.system, size.text)
     return RowPlan(size.system, size.vision, core, size.text, sink, limit)

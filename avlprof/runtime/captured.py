@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.session import Session
-from avlprof.errors import UserError
+from avlprof.errors import UserError, shortened
 from avlprof.models.generation import first_position
 from avlprof.policy import Policy
 from avlprof.runtime.buckets import Bucket, Buckets, CapturedStep
@@ -194,8 +194,13 @@ def captured_steps(
             del model.forward
 
 
-def check_counts(captured: Any, kept_bytes: Any) -> None:
-    """`UserError` unless `captured` is None or a number of steps, and `kept_bytes` a number of bytes."""
+def check_counts(captured: Any, kept_bytes: Any, fused: Any = None) -> None:
+    """Refuse arguments of `apply` that say nothing.
+
+    Raises:
+        UserError: `captured` is neither None nor a number of steps, `kept_bytes` no number of bytes, or
+            `fused` neither a choice nor a backend.
+    """
     for name, value, what, least, most in (
         ("captured", captured, "the number of steps that one capture serves", 1, MOST_STEPS),
         ("kept_bytes", kept_bytes, "a whole number of bytes", 0, None),
@@ -207,6 +212,12 @@ def check_counts(captured: Any, kept_bytes: Any) -> None:
             continue
         limit = f"at least {least}" + ("" if most is None else f" and at most {most:,}")
         raise UserError(f"{name} must be {what}, {limit}, got {value!r}")
+    named = isinstance(fused, str) and fused in torch.compiler.list_backends(exclude_tags=())
+    if not (fused is None or isinstance(fused, bool) or named):
+        raise UserError(
+            "fused must be None, True, False or the name of a backend of torch.compile, such as 'inductor', "
+            f"got {shortened(fused)}"
+        )
 
 
 def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) -> None:
@@ -220,6 +231,11 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
         raise UserError(
             f"policy '{policy.name}' scores its core at every step (core_score), which cannot be captured; "
             "leave captured out"
+        )
+    if policy.heads == "adaptive":
+        raise UserError(
+            f"policy '{policy.name}' keeps as many tokens in each head as the prompt says (heads: "
+            "adaptive), which cannot be captured; leave captured out"
         )
     if any(cache.governed(index) is None for index in range(len(cache.layers))):
         raise UserError("layers with a sliding window or a state cannot be captured; leave captured out")

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import best, best_slots
+from avlprof.attention.ranking import best, best_pairs, best_slots
 from avlprof.attention.weights import group_mean
 from avlprof.runtime.layout import (
     CORE,
@@ -152,7 +152,7 @@ class CoreSlots:
 class Candidates:
     """What competes for a layer's slots at a prompt or turn: its `n` held slots, then `N` new tokens.
 
-    `turn` are the new tokens, `classes [B, 1, n]` those of the held slots, whose text begins at slot
+    `turn` are the new tokens, `classes [B, 1 or G, n]` those of the held slots, whose text begins at slot
     `left`, and `positions [B, G, n + N]` are logical; `G` is 1, or the layer's KV heads. `apart`, bool
     `[B, 1, n + N]`, are system and text tokens that few bits store, and that compete for no slot.
     """
@@ -184,7 +184,8 @@ class Candidates:
         return [0] * len(self.classes) if self.apart is not None else self.turn.text_counts
 
     def _of(self, code: int, modality: Modality) -> Tensor:
-        marked = torch.cat([self.classes == code, (self.turn.modality == modality)[:, None]], dim=-1)
+        held = self.classes[:, :1] == code  # heads differ in vision alone
+        marked = torch.cat([held, (self.turn.modality == modality)[:, None]], dim=-1)
         return marked if self.apart is None else marked & ~self.apart
 
 
@@ -196,11 +197,12 @@ def kept_order(
     plans: list[RowPlan],
     after: list[RowPlan],
     left: int,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Columns of all candidates in the order of the layer's slots, `[B, G, n]`, and running scores of text.
 
-    What is in neither the left part nor the text part behind it goes. A first prompt whose text stays by
-    its age is put into order by a kernel on CUDA.
+    What is in neither the left part nor the text part behind it goes. Where heads differ in their counts
+    of vision tokens, these are in no slots: the third answer, bool `[B, G, n + N]`, says which stay. A
+    first prompt whose text stays by its age is put into order by a kernel on CUDA.
 
     Args:
         scores: `[B, H, N]` of the new tokens by the policy's scorer; None for a prompt that stays whole.
@@ -215,23 +217,32 @@ def kept_order(
     most, known = max(counts), None if candidates.in_order else candidates.positions
     if scores is None:
         classes = whole_classes(turn.modality)
-        return torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1), None
+        whole = torch.cat([left_order(classes, None, left), text_order(classes, None, most)], dim=-1)
+        return whole, None, None
     by_vision = group_mean(scores, groups[0])
-    if candidates.in_order and part.by_age and kernels_run(scores):
+    parts = part.rule.policy.head_parts(part.rule.layer, groups[0])
+    if candidates.in_order and part.by_age and kernels_run(scores) and parts is None:
         from avlprof.runtime.triton_layout import prompt_order
 
         modality = turn.modality
         if candidates.apart is not None:
             modality = modality.masked_fill(candidates.apart[:, 0], Modality.PAD)
-        return prompt_order(by_vision, modality, after, candidates.text_counts, (left, most)), None
-    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores)
+        return prompt_order(by_vision, modality, after, candidates.text_counts, (left, most)), None, None
+    vision = vision_choice(candidates, by_vision, [plan.vision for plan in plans], cores, parts)
     text, running = text_choice(candidates, group_mean(scores, groups[1]), part, plans, counts)
     classes = torch.where(candidates.system, SYSTEM, torch.where(text, TEXT, vision))
     classes = classes.expand(-1, candidates.positions.shape[1], -1)
-    return torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1), running
+    order = torch.cat([left_order(classes, known, left), text_order(classes, known, most)], dim=-1)
+    return order, running, None if parts is None else vision == STORED
 
 
-def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores: list[int]) -> Tensor:
+def vision_choice(
+    candidates: Candidates,
+    scores: Tensor,
+    kept: list[int],
+    cores: list[int],
+    parts: tuple[float, ...] | None,
+) -> Tensor:
     """STORED, CORE or else PADDING for each candidate, `[B, G, n + N]`.
 
     What is held stays; of the new vision tokens the best stay, and the core is picked among all.
@@ -240,14 +251,18 @@ def vision_choice(candidates: Candidates, scores: Tensor, kept: list[int], cores
         scores: `[B, G, N]` of the new tokens.
         kept: new vision tokens that each row keeps.
         cores: each row's core after the turn.
+        parts: as in `best_pairs`, where heads differ in their counts and there is no core; None elsewhere.
     """
     turn, old, groups, device = candidates.turn, candidates.classes, scores.shape[1], scores.device
     vision = (turn.modality == Modality.VISION)[:, None].expand_as(scores)
-    new = best(scores, vision, per_row(kept, device)[:, 0, 0])
-    if candidates.in_order and cores == kept:
+    counts = per_row(kept, device)[:, 0, 0]
+    new = best(scores, vision, counts) if parts is None else best_pairs(scores, vision, counts, parts)
+    if candidates.in_order and cores == kept and parts is None:
         return torch.where(new, CORE, PADDING)
     was = ((old == STORED) | (old == CORE)).expand(-1, groups, -1)
     stays = torch.cat([was, new], dim=-1)
+    if parts is not None:
+        return torch.where(stays, STORED, PADDING)
     if turn.past:
         scores = group_mean(turn.all_weights(turn.last_row[:, None])[:, :, 0], groups)
     positions = None if candidates.in_order else candidates.positions[:, :groups]
@@ -326,22 +341,3 @@ def choose(
     safe = (age < per_row(sinks, device)) | (age >= total - per_row(newest, device))
     ranked = scores.masked_fill(safe & candidates, float("inf"))
     return best(ranked, candidates, per_row(counts, device)[:, 0, 0], positions)
-
-
-def merged(before: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[RowPlan]:
-    """Plans after a turn that adds `new` to those `before` it (none at first), with `texts` text tokens."""
-    if not before:
-        return [replace(plan, text=text) for plan, text in zip(new, texts, strict=True)]
-    return [
-        replace(
-            b,
-            system=a.system + b.system,
-            vision=a.vision + b.vision,
-            core=a.core + b.core,
-            text=text,
-            sink=a.sink,
-            low_system=a.low_system + b.low_system,
-            low_text=a.low_text + b.low_text,
-        )
-        for a, b, text in zip(before, new, texts, strict=True)
-    ]

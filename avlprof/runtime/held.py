@@ -15,33 +15,35 @@ from avlprof.runtime.core_scores import CoreScores
 from avlprof.runtime.eviction import Candidates
 from avlprof.runtime.layout import PADDING, SYSTEM, TEXT, RowPlan, per_row, slot_classes
 from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.ragged import RaggedHeads
 from avlprof.runtime.step import LayerUse, Reads
 from avlprof.runtime.text_part import TextPart, TextRule
 
 
 class HeldLayer(SlotLayer):
-    """Slots of a layer, counted from those that are `stored` in few bits on to those of the buffers.
+    """Slots of a layer, counted from those that are `stored` beside the buffers on to those of the buffers.
 
     `words` are system and prompt text in few bits, read at every step; they have slots of their own.
     `plans` say what each row holds, `_full` what of it the buffers hold, whose text begins at slot `_left`
-    of theirs. Without few bits the two are the same.
+    of theirs. What is stored beside them are vision tokens in few bits, or of heads that differ in how many
+    they keep; without either the two are the same.
     """
 
     def __init__(self, rule: TextRule) -> None:
         super().__init__()
         self.rule = rule
-        self.per_kv_head = rule.policy.heads == "kv_head"
+        self.per_kv_head = rule.policy.heads != "shared"
         self.bits = rule.policy.bits(rule.layers)[rule.layer]
         self.text_bits = rule.policy.text_bits(rule.layers)[rule.layer]
-        self.packs = self.bits < FULL
-        self.reads_stored = self.bits < FULL and rule.policy.vision_compute is None
+        self.packs = self.bits < FULL or rule.policy.heads == "adaptive"
+        self.reads_stored = self.packs and rule.policy.vision_compute is None
         self.hold_nothing()
 
     def hold_nothing(self) -> None:
         """As before the first prompt."""
         self.reads = Reads()
         self.plans: list[RowPlan] = []
-        self.stored: StoredBits | None = None
+        self.stored: StoredBits | RaggedHeads | None = None
         self.words: StoredBits | None = None
         self.text = TextPart(self.rule)
         policy = self.rule.policy
@@ -99,7 +101,12 @@ class HeldLayer(SlotLayer):
         )
 
     def vision_positions(self, row: int) -> tuple[Tensor, Tensor]:
-        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`."""
+        """Positions of a row's kept and core vision tokens, `[G, kept]` and `[G, core]`.
+
+        Where heads differ in how many they keep, a head that keeps fewer than the most begins with -1.
+        """
+        if isinstance(self.stored, RaggedHeads):
+            return (self.stored.positions[row],) * 2
         plan, end = self.plans[row], self._first + self._left - self.plans[row].system
         own = self._positions(end)[row, : None if self.per_kv_head else 1]
         core = own[:, end - plan.core :]
@@ -119,7 +126,7 @@ class HeldLayer(SlotLayer):
         return torch.cat([self.words.positions[row, :1, first:], own], dim=-1)
 
     def _turn_slots(self, width: int) -> tuple[Tensor, Tensor]:
-        """Classes `[B, 1, width]` and positions `[B, G, width]` of what a turn finds: words come first."""
+        """Classes `[B, 1 or G, width]` and positions `[B, G, width]` of what a turn finds, words first."""
         words = self.words
         if words is None:
             return self._classes(width), self._positions(width)
@@ -128,26 +135,33 @@ class HeldLayer(SlotLayer):
         classes = torch.where(column < words.width - texts, SYSTEM, TEXT)
         if words.mask is not None:
             classes = classes.masked_fill(~words.mask[:, :, 0], PADDING)
-        own = width - words.width
-        return (
-            torch.cat([classes, self._classes(own)], dim=-1),
-            torch.cat([words.positions, self._positions(own)], dim=-1),
-        )
+        own, places = self._classes(width - words.width), self._positions(width - words.width)
+        classes = torch.cat([classes.expand(-1, own.shape[1], -1), own], dim=-1)
+        return classes, torch.cat([words.positions, places], dim=-1)
 
     def _store(
-        self, call: AttentionCall, places: tuple[Tensor, int], order: Tensor, plans: list[RowPlan]
+        self, call: AttentionCall, places: tuple[Tensor, int], chosen: Tensor, plans: list[RowPlan]
     ) -> None:
-        """Store kept vision outside the core in few bits: it stands before core and system in `order`.
+        """Store kept vision outside the core beside the buffers.
 
-        `places` are the candidates' positions, and the column where what was stored before begins.
+        Args:
+            places: the candidates' positions, and the column where what was stored before begins.
+            chosen: columns `[B, G, m]` of the left part, where it stands before core and system; bool
+                `[B, Hkv, n]`, which candidates it is, where heads differ in how many they keep.
+            plans: what each row holds.
         """
         positions, first = places
+        key, value, positions = call.key[:, :, first:], call.value[:, :, first:], positions[..., first:]
+        if chosen.dtype == torch.bool:
+            heads = self.stored if isinstance(self.stored, RaggedHeads) else None
+            self.stored = RaggedHeads.of(key, value, positions, chosen[..., first:], heads, self.bits)
+            return
         counts = [plan.vision - plan.core for plan in plans]
-        ends = per_row([order.shape[-1] - plan.system - plan.core for plan in plans], order.device)
-        slots = ends + torch.arange(-max(counts), 0, device=order.device)
-        order = order.gather(-1, slots.clamp(min=0).expand(*order.shape[:2], -1)) - first
-        parts = call.key[:, :, first:], call.value[:, :, first:], positions[..., first:]
-        self.stored = StoredBits.of(*parts, order.clamp(min=0), counts, self.stored, self.bits)
+        ends = per_row([chosen.shape[-1] - plan.system - plan.core for plan in plans], chosen.device)
+        slots = ends + torch.arange(-max(counts), 0, device=chosen.device)
+        order = chosen.gather(-1, slots.clamp(min=0).expand(*chosen.shape[:2], -1)) - first
+        before = self.stored if isinstance(self.stored, StoredBits) else None
+        self.stored = StoredBits.of(key, value, positions, order.clamp(min=0), counts, before, self.bits)
 
     def _store_words(self, call: AttentionCall, candidates: Candidates, plans: list[RowPlan]) -> Candidates:
         """Store system and prompt text in few bits, system first; the candidates with these apart."""
@@ -160,9 +174,12 @@ class HeldLayer(SlotLayer):
         return replace(candidates, apart=system | text)
 
     def _classes(self, width: int) -> Tensor:
-        """Class `[B, 1, width]` of each of the first slots."""
+        """Class `[B, 1 or Hkv, width]` of each of the first slots."""
         own = slot_classes(self._full, self.text.counts, self._left, width - self._first, self.device)
-        return own if self.stored is None else torch.cat([self.stored.classes, own], dim=-1)
+        if self.stored is None:
+            return own
+        beside = self.stored.classes
+        return torch.cat([beside, own.expand(-1, beside.shape[1], -1)], dim=-1)
 
     def _positions(self, width: int) -> Tensor:
         """Logical positions `[B, G, width]` of the first slots."""

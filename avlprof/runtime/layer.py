@@ -15,10 +15,10 @@ from avlprof.attention.decode import attention_weights
 from avlprof.attention.weights import group_mean
 from avlprof.policy import FULL
 from avlprof.runtime.buckets import FixedBuffers
-from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order, merged
+from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order
 from avlprof.runtime.held import HeldLayer
-from avlprof.runtime.layout import PADDING, RowPlan
-from avlprof.runtime.packed import StoredBits, stored_weights
+from avlprof.runtime.layout import PADDING, RowPlan, merged
+from avlprof.runtime.packed import Stored, StoredBits, stored_weights
 from avlprof.runtime.step import Step
 from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
@@ -125,7 +125,7 @@ class AdaptiveLayer(HeldLayer):
         with torch.no_grad():
             windows.refill(self.text.counts)
             for name, part in (("words", self.words), ("stored", self.stored)):
-                setattr(self, name, None if part is None else fixed.stored_like(name, part))
+                setattr(self, name, fixed.stored_like(name, part) if isinstance(part, StoredBits) else None)
             if fixed.extents.core is not None:
                 classes = self._classes(self._first + self._left)
                 self._core = fixed.core_like(CoreSlots.of(self.plans, classes, fixed.extents.core))
@@ -201,9 +201,9 @@ class AdaptiveLayer(HeldLayer):
         places = (candidates.positions, self._words)
         if self.text_bits < FULL:
             candidates = self._store_words(call, candidates, after)
-        order, running = kept_order(candidates, scores, groups, self.text, plans, after, wide)
+        order, running, kept = kept_order(candidates, scores, groups, self.text, plans, after, wide)
         if self.packs:
-            self._store(call, places, order[..., :wide], after)
+            self._store(call, places, order[..., :wide] if kept is None else kept, after)
         order = order[..., wide - left :]
         self.plans, self._full, self._left = after, full, left
         # 4 free: buffers of what stays replace the old ones, before the next layer makes its own
@@ -256,7 +256,7 @@ class AdaptiveLayer(HeldLayer):
         stored = self._parts(whole or self.reads_stored)
         return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
 
-    def _parts(self, whole: bool) -> tuple[StoredBits, ...]:
+    def _parts(self, whole: bool) -> tuple[Stored, ...]:
         """What a step reads in few bits before its slots: words, and all vision of a `whole` one."""
         parts = (self.words, self.stored if whole else None)
         return tuple(part for part in parts if part is not None and part.width)
@@ -308,7 +308,7 @@ class AdaptiveLayer(HeldLayer):
             positions = self._positions(self._first + self._left)[:, :groups, start:]
             self.scores.add(group_mean(weights, groups), positions, vision)
             weights = self.scores.of(positions, vision)
-        stored = self.stored if self._first else None
+        stored = self.stored if self._first and isinstance(self.stored, StoredBits) else None
         core.refresh(weights, start, self.buffers, groups, fixed, stored)
 
     @property

@@ -12,7 +12,7 @@ at `T0`, the text part left-aligned, each row of the batch with its own counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,25 @@ class RowPlan:
     def low(self) -> int:
         """System and text tokens in few bits."""
         return self.low_system + self.low_text
+
+
+def merged(before: list[RowPlan], new: list[RowPlan], texts: list[int]) -> list[RowPlan]:
+    """Plans after a turn that adds `new` to those `before` it (none at first), with `texts` text tokens."""
+    if not before:
+        return [replace(plan, text=text) for plan, text in zip(new, texts, strict=True)]
+    return [
+        replace(
+            b,
+            system=a.system + b.system,
+            vision=a.vision + b.vision,
+            core=a.core + b.core,
+            text=text,
+            sink=a.sink,
+            low_system=a.low_system + b.low_system,
+            low_text=a.low_text + b.low_text,
+        )
+        for a, b, text in zip(before, new, texts, strict=True)
+    ]
 
 
 def per_row(counts: list[int], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,8 +96,7 @@ class StoredBits:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Starts and lengths of runs of slots that are decoded at a time."""
         rows, heads = self.keys.codes.shape[:2]
-        most = _NUMBERS if self.positions.device.type == "cpu" else _NUMBERS << 4
-        size = max(most // (rows * heads * self.keys.size), _LEAST)
+        size = block_size(rows * heads * self.keys.size, self.positions.device)
         for start in range(0, self.width, size):
             yield start, min(size, self.width - start)
 
@@ -179,7 +179,31 @@ _LEAST = 16
 """Slots of a block, of however many rows and heads."""
 
 
-Parts = Sequence[StoredBits]
+def block_size(numbers: int, device: torch.device) -> int:
+    """Slots that are decoded at a time, of so many numbers each."""
+    most = _NUMBERS if device.type == "cpu" else _NUMBERS << 4
+    return max(most // numbers, _LEAST)
+
+
+class Stored(Protocol):
+    """What is stored beside the buffers, `StoredBits` or heads that differ in their counts.
+
+    `mask` is bool `[B, 1 or Hkv, 1, width]`, or None where all slots hold a token; `positions`
+    `[B, 1 or Hkv, width]` are logical.
+    """
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def positions(self) -> Tensor: ...
+    def decoded(self) -> tuple[Tensor, Tensor]: ...
+    def logits(self, query: Tensor, scaling: float, softcap: float | None) -> list[Tensor]: ...
+    def mixed(self, weights: Tensor) -> Tensor: ...
+
+
+Parts = Sequence[Stored]
 """What is stored of a layer and read before its buffers: `M` slots together."""
 
 
@@ -210,11 +234,13 @@ def stored_attention(parts: Parts, call: AttentionCall, mask: Tensor | None) -> 
 
 
 def joined_mask(parts: Parts, mask: Tensor | None, count: int) -> Tensor | None:
-    """Bool `[B, 1, 1, M + count]` over stored slots and `count` others with a mask of their own."""
+    """Bool `[B, 1 or Hkv, 1, M + count]` over stored slots and `count` others with a mask of their own."""
     for part in reversed(parts):
         if part.mask is not None:
             own = part.mask.new_ones((1, 1, 1, count)) if mask is None else mask
-            mask = torch.cat([part.mask, own.expand(len(part.mask), -1, -1, -1)], dim=-1)
+            heads = max(part.mask.shape[1], own.shape[1])
+            both = (one.expand(len(part.mask), heads, -1, -1) for one in (part.mask, own))
+            mask = torch.cat([*both], dim=-1)
         elif mask is not None:
             mask = pad(mask, (part.width, 0), value=True)
         count += part.width

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avlprof.attention.call import AtWork
 from avlprof.attention.gate import Role, decoder_of, layer_roles
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import best
@@ -34,7 +35,7 @@ class _Cut(threading.local):
         self.by_layer: dict[int, Tensor] = {}
 
 
-class ShortPrefill:
+class ShortPrefill(AtWork):
     """Which tokens of the present prompt go on, layer by layer; empty between prompts.
 
     `columns` are the prompt's columns that the layer at work sees, `[B, n]`: rows that keep fewer
@@ -44,6 +45,10 @@ class ShortPrefill:
     def __init__(self) -> None:
         self.steps: dict[int, float] = {}
         self._cut = _Cut()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShortPrefill:
+        """A copy of the model is a stock model: of what its hooks are bound to, nothing is ever cut."""
+        return ShortPrefill()
 
     def begin(self) -> None:
         """A forward pass starts: all tokens go on."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from avlprof.attention.call import Bounds
 from avlprof.runtime.layout import RowPlan
-from avlprof.runtime.packed import StoredBits
+from avlprof.runtime.packed import Stored
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Step:
     bool `[B, 1, 1, n]`, or None where all rows hold all of them; where kernels run, `bounds` say the
     same to them. All are views: what the step writes shows in them. `refreshing`: it picks the core
     anew; `weighing`: sets of query heads whose mean weights are needed afterwards, 0 for none; `stored`:
-    what is stored in few bits and the step attends to as well, before the buffers' slots.
+    what is stored beside the buffers and the step attends to as well, before their slots.
     """
 
     slots: list[int]
@@ -31,7 +31,7 @@ class Step:
     refreshing: bool
     weighing: int
     bounds: Bounds | None = None
-    stored: tuple[StoredBits, ...] = ()
+    stored: tuple[Stored, ...] = ()
 
 
 @dataclass

@@ -10,6 +10,10 @@ def unsupported(policy: Policy) -> str | None:
     """What of a policy the runtime cannot run, in the schema's words; None when it runs all."""
     if policy.prefill_filter and policy.joint is not None:
         return "prefill_filter beside pool: joint"
+    if policy.heads == "adaptive" and policy.joint is not None:
+        return "heads: adaptive, which is of vision tokens, beside pool: joint"
+    if policy.heads == "adaptive" and policy.vision_compute is not None:
+        return "heads: adaptive, all of whose tokens are read at each step, beside vision_compute"
     return None
 
 

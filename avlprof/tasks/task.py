@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Final
 
-from avlprof.errors import UserError
+from avlprof.errors import UserError, shortened
 from avlprof.registry import unknown
 from avlprof.tasks.sample import Sample
 from avlprof.tasks.splits import ALL, HELD_OUT, SEARCH
+
+MOST_DRAWN: Final = 100_000
+"""Samples that may be asked of a task that draws them without end: a minute's work."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,19 @@ class Task:
         """The first `n` samples of a split (`None`: all of them, or `default_samples`).
 
         Sample i is the same whatever `n` is, so a longer run extends a shorter one. `UserError`
-        when the split is unknown or empty, or `n` is below 1.
+        when the split is unknown or empty, `n` is below 1, or above `MOST_DRAWN` where samples are
+        drawn without end.
         """
         if split not in self.splits:
             raise unknown(f"split of task '{self.name}'", split, self.splits)
         if n is not None and n < 1:
             raise UserError(f"the number of samples must be at least 1, got {n}")
-        most = self.default_samples if n is None else n
+        if n is not None and n > MOST_DRAWN and self.default_samples is not None:
+            raise UserError(
+                f"the number of samples must be at most {MOST_DRAWN:,} in task '{self.name}', which has no "
+                f"end, got {shortened(n)}"
+            )
+        most = self.default_samples if n is None else min(n, sys.maxsize)
         stream = self.stream(split) if n is None or self.head is None else self.head(split, n)
         samples = list(islice(stream, most))
         if not samples:

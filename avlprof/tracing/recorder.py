@@ -250,7 +250,8 @@ def _step_logits(call: AttentionCall, length: int) -> Tensor:
     logits = row_logits(call.query, call.key, call.scaling, call.softcap)[:, :, 0]
     seen = call.valid if call.valid is not None else call.mask
     if seen is not None:
-        logits = logits.masked_fill_(~seen[:, :, 0], UNSEEN)
+        seen = seen[:, :, 0].repeat_interleave(logits.shape[1] // seen.shape[1], dim=1)
+        logits = logits.masked_fill_(~seen, UNSEEN)
     if call.positions is None:
         # a sliding window's cache hands over the newest keys alone
         missing = length - logits.shape[-1]
@@ -258,7 +259,7 @@ def _step_logits(call: AttentionCall, length: int) -> Tensor:
     heads = logits.shape[1] // call.positions.shape[1]
     columns = call.positions.repeat_interleave(heads, dim=1).expand_as(logits)
     # slots without a token go to a column of their own
-    empty = columns < 0 if seen is None else ~seen[:, :, 0]
+    empty = columns < 0 if seen is None else ~seen
     whole = logits.new_full((*logits.shape[:2], length + 1), UNSEEN)
     return whole.scatter_(2, columns.masked_fill(empty, length), logits)[..., :length]
 

@@ -7,14 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from avlprof.allocators import Evidence, make_allocator
 from avlprof.bisection import largest
 from avlprof.budgets import ReadBudget, meet_both, meet_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import FULL, RANKING, CoreScore, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
+from avlprof.policy import (
+    FULL,
+    RANKING,
+    CoreScore,
+    Heads,
+    Policy,
+    PromptShape,
+    ScorerSpec,
+    TextPolicy,
+    live_share,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,9 @@ def spread(
     reads = ReadBudget(budget.read, budget.answer_tokens, policy.refresh_interval, policy.refresh)
     keep, compute = meet_both(shares, prompts, budget.memory, reads, text, floor, bits, follow)
     return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
+
+
+_HEADS: Mapping[str, Heads] = {kind: kind for kind in get_args(Heads)}
 
 
 def scorer_spec(name: str) -> ScorerSpec:
@@ -127,7 +140,7 @@ class Candidate:
             name=name,
             vision_bits=bits,
             scorer=scorer_spec(self.scorer),
-            heads="kv_head" if self.heads == "kv_head" else "shared",
+            heads=_HEADS.get(self.heads, "shared"),
             text=text,
         )
         if budget.read is not None:

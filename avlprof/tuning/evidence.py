@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.files import write_text
-from avlprof.policy import RANKING, Policy, ScorerSpec
+from avlprof.policy import BITS, FULL, RANKING, Policy, ScorerSpec
 from avlprof.tuning.storages._base import EVIDENCE, StudyStorage
-from avlprof.watch import SILENT, Watch
+from avlprof.watch import SILENT, Part, Watch
 
 if TYPE_CHECKING:
     from avlprof.runtime.forced import ForcedSet
 
 LEVELS = (0.0, 0.05, 0.15, 0.4, 1.0)
+FEWER = tuple(bits for bits in BITS if bits < FULL)
 SCORER = RANKING
 
 
@@ -37,41 +38,78 @@ def probe(
     The levels of a layer share forward passes; at 1 nothing is dropped and the damage is 0, as in layers
     that are not `governed` (None: all are).
     """
+    below = [level for level in LEVELS if level < 1]
+
+    def kept(layer: int) -> list[Policy]:
+        shares = [tuple(level if other == layer else 1.0 for other in range(layers)) for level in below]
+        return [Policy(vision_keep=keep, scorer=ScorerSpec.of(scorer)) for keep in shares]
+
     damage = np.zeros((layers, len(LEVELS)))
-    below = [i for i, level in enumerate(LEVELS) if level < 1]
-    own = range(layers) if governed is None else governed
-    watch.phase("probe", 0, len(own) * len(below))
-    for done, layer in enumerate(own, start=1):
-        policies = [
-            Policy(
-                vision_keep=tuple(LEVELS[i] if other == layer else 1.0 for other in range(layers)),
-                scorer=ScorerSpec.of(scorer),
-            )
-            for i in below
-        ]
-        for i, scores in zip(below, forced.score_many(policies), strict=True):
-            damage[layer, i] = np.mean([score.kl for score in scores])
-        watch.phase("probe", done * len(below), len(own) * len(below))
+    damage[:, : len(below)] = _damage(forced, layers, governed, kept, Part(watch, "probe"))
     return damage
 
 
-def probed(evidence: Evidence, forced: ForcedSet, path: Path, watch: Watch = SILENT) -> Evidence:
-    """Evidence with damage curves, which are measured once and kept in a JSON file.
+def probe_bits(
+    forced: ForcedSet, layers: int, watch: Watch = SILENT, governed: tuple[int, ...] | None = None
+) -> NDArray[np.float64]:
+    """Damage `[layers, len(FEWER)]`: KL to dense when one layer stores all vision KV in so few bits."""
+
+    def stored(layer: int) -> list[Policy]:
+        return [
+            Policy(vision_bits=tuple(bits if other == layer else FULL for other in range(layers)))
+            for bits in FEWER
+        ]
+
+    return _damage(forced, layers, governed, stored, Part(watch, "probe of bits"))
+
+
+def _damage(
+    forced: ForcedSet,
+    layers: int,
+    governed: tuple[int, ...] | None,
+    of_layer: Callable[[int], list[Policy]],
+    watch: Watch,
+) -> NDArray[np.float64]:
+    """KL to dense (nat per token) `[layers, policies]` of the policies of each layer; 0 of others."""
+    own = range(layers) if governed is None else governed
+    damage = np.zeros((layers, len(of_layer(0))))
+    watch.phase("", 0, len(own) * damage.shape[1])
+    for done, layer in enumerate(own, start=1):
+        scores = forced.score_many(of_layer(layer))
+        damage[layer] = [np.mean([score.kl for score in part]) for part in scores]
+        watch.phase("", done * damage.shape[1], len(own) * damage.shape[1])
+    return damage
+
+
+def probed(
+    evidence: Evidence, forced: ForcedSet, path: Path, watch: Watch = SILENT, *, bits: bool = False
+) -> Evidence:
+    """Evidence with damage curves, which are measured once and kept in a JSON file; in bits too if asked.
+
+    Args:
+        bits: measure as well what it costs to store a layer in fewer bits.
 
     Raises:
         UserError: the file holds something else.
     """
+    layers, governed = evidence.layers, evidence.governed
     if not path.exists():
-        measured = probe(forced, evidence.layers, SCORER, watch, evidence.governed)
+        measured = probe(forced, layers, SCORER, watch, governed)
         write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
+        if bits and "bits" not in note:
+            note |= {"bits": FEWER, "bit_damage": probe_bits(forced, layers, watch, governed).tolist()}
+            write_text(path, json.dumps(note, indent=1) + "\n")
         damage, levels = np.array(note["damage"], dtype=float), np.array(note["levels"], dtype=float)
+        harm = np.array(note["bit_damage"], dtype=float) if bits else None
+        numbers = np.array(note["bits"], dtype=float) if bits else None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
-    if damage.shape != (evidence.layers, len(levels)):
+    odd = harm is not None and numbers is not None and harm.shape != (layers, len(numbers))
+    if damage.shape != (layers, len(levels)) or odd:
         raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
-    return replace(evidence, damage=damage, damage_levels=levels)
+    return replace(evidence, damage=damage, damage_levels=levels, bit_damage=harm, bit_levels=numbers)
 
 
 def shared_evidence(storage: StudyStorage, make: Callable[[], Evidence]) -> Evidence:

@@ -14,7 +14,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.evaluation.intervals import paired_difference
-from avlprof.policy import FULL
+from avlprof.policy import FULL, TextPolicy
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.storages._base import quiet, trials_in
 from avlprof.watch import SILENT, Watch
@@ -134,10 +134,14 @@ def knob_effects(
 
     Returns:
         One row a knob that the winner turned, the largest first: `knob, value, plain`, and `change,
-        low, high` (mean over samples with its paired 95% interval; above 0: the knob helps).
+        low, high` (mean over samples with its paired 95% interval; above 0: the knob helps). Bits of text
+        are left out where text in 16 needs more than the budget.
     """
     values = asdict(winner)
+    layers, refreshed = prepared.evidence.layers, budget.refreshed(winner.refresh_interval, winner.refresh)
     turned = [name for name in winner.params(budget) if values[name] != PLAIN[name]]
+    if winner.text_share is None and not budget.affords(TextPolicy(), layers, refreshed):
+        turned = [name for name in turned if name != "text_bits"]
     ours = prepared.cheap(winner.policy(prepared.evidence, budget))
     rows = []
     for done, name in enumerate(turned, start=1):

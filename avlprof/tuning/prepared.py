@@ -15,6 +15,7 @@ from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.evaluation.doubts import check_finite
+from avlprof.evaluation.smaller import Method, Pictures
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
 from avlprof.policy import Policy, live_share
@@ -56,7 +57,7 @@ class Generated:
         """Ids, in the order of the scores."""
         return [sample.id for sample in self._samples]
 
-    def parts(self, policy: Policy | None) -> Iterator[list[Answer]]:
+    def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
         for start in range(0, len(self._samples), self._batch):
             yield generate_answers(
@@ -67,7 +68,7 @@ class Generated:
                 store=self._store,
             )
 
-    def metric(self, policy: Policy | None) -> NDArray[np.float64]:
+    def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
         return np.array([answer.score for part in self.parts(policy) for answer in part])
 
@@ -143,6 +144,11 @@ class Prepared:
     def layers(self) -> int:
         """Decoder layers of the model."""
         return self.evidence.layers
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Those of the samples, in their order."""
+        return Pictures(self.loaded.adapter, self.samples)
 
     @cached_property
     def least(self) -> float:

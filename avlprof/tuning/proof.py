@@ -22,6 +22,7 @@ from avlprof.evaluation.doubts import (
     tie_doubts,
 )
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
+from avlprof.evaluation.smaller import Method
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
 from avlprof.tasks import Sample, Task
@@ -183,7 +184,7 @@ def _interval(paired: PairedDifference) -> str:
 def prove(
     prepared: Prepared,
     winner: Policy,
-    others: Sequence[Policy],
+    others: Sequence[Method],
     settings: Settings,
     store: AnswerStore,
     watch: Watch = SILENT,

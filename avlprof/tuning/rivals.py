@@ -13,8 +13,10 @@ from avlprof.bisection import largest_share
 from avlprof.budgets import scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
+from avlprof.evaluation.smaller import METHODS, POOLED, RESIZED, Pictures, SmallerPictures, fitted
 from avlprof.policy import (
     FULL,
+    HEAD_FLOOR,
     RANKING,
     Policy,
     PromptShape,
@@ -47,9 +49,8 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     """
     prompts, steps = budget.prompts, budget.answer_tokens
     full = in_full(winner, budget, layers)
-    plain, row = (
-        full.model_copy(update={"scorer": ScorerSpec.of(name), "heads": "shared"}) for name in (RANKING, ROW)
-    )
+    shared = full.model_copy(update={"heads": "shared", "head_floor": HEAD_FLOOR, "head_shares": None})
+    plain, row = (shared.model_copy(update={"scorer": ScorerSpec.of(name)}) for name in (RANKING, ROW))
 
     def flat(policy: Policy) -> Policy:
         return next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
@@ -94,7 +95,10 @@ def in_full(winner: Policy, budget: Budget, layers: int) -> Policy:
     if not (winner.packs or winner.text.packs):
         return winner
     text = winner.text.model_copy(update={"bits": FULL})
-    if not _used(winner, budget, layers).affords(text, layers, 0.0):
+    refreshed = 0.0
+    if winner.vision_compute is not None:
+        refreshed = budget.refreshed(winner.refresh_interval, winner.refresh)
+    if not _used(winner, budget, layers).affords(text, layers, refreshed):
         text = winner.text
     full = winner.model_copy(update={"vision_bits": FULL, "text": text})
     if winner.vision_compute is None:
@@ -138,6 +142,30 @@ def shipped_rivals(
         if scaled.hash not in hashes:
             hashes.add(scaled.hash)
             others.append(scaled.model_copy(update={"name": label}))
+    return others, left_out
+
+
+def smaller_rivals(
+    winner: Policy, budget: Budget, pictures: Pictures
+) -> tuple[list[SmallerPictures], dict[str, str]]:
+    """Pooled vision tokens and smaller pictures at the winner's bytes, and why one is left out, by name.
+
+    They store what is left in the winner's bits and keep its text; where reads are limited they hold no
+    more than may be read.
+    """
+    prompts, layers = budget.prompts, pictures.adapter.layers
+    most = live_share(winner, prompts, layers)
+    if budget.read is not None:
+        most = min(most, read_share(winner, prompts, layers, budget.answer_tokens))
+    policy = Policy(vision_bits=winner.vision_bits, text=winner.text)
+    others, left_out = [], dict[str, str]()
+    for method in METHODS:
+        if method.name not in (POOLED, RESIZED):
+            continue  # bits are the winner's
+        try:
+            others.append(fitted(replace(method, policy=policy), most, prompts, pictures))
+        except UserError as error:
+            left_out[method.name] = str(error)
     return others, left_out
 
 

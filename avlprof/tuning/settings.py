@@ -11,7 +11,10 @@ from avlprof.errors import UserError
 from avlprof.registry import unknown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import optuna
+    from optuna.trial import FrozenTrial
 
     from avlprof.tasks import Task
     from avlprof.tuning.space import Space
@@ -29,8 +32,16 @@ def check_sampler(name: str) -> None:
         raise UserError("sampler 'cmaes' needs the package cmaes; pip install cmaes, or use sampler 'tpe'")
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+MOST_BY_GP = 250
+"""Trials from which on a Gaussian process, whose cost is cubic in them, hands over to CMA-ES."""
+
+
+def make_sampler(name: str, seed: int, done: Sequence[FrozenTrial] = ()) -> optuna.samplers.BaseSampler:
     """A new sampler; what it learnt is in the study alone, so one is made for every trial.
+
+    From `MOST_BY_GP` finished trials on `gp` is CMA-ES that begins where those have led (the rule of
+    OptunaHub's AutoSampler), if the package cmaes is installed. `done` are a study's finished trials in
+    their order.
 
     `tpe` is Optuna's tree-structured Parzen estimator, `gp` its Gaussian process, `cmaes` CMA-ES
     (which leaves names and choices to chance), `random` no model at all.
@@ -44,6 +55,8 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     check_sampler(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        if name == "gp" and len(done) >= MOST_BY_GP and importlib.util.find_spec("cmaes") is not None:
+            return _warm_cmaes(seed, done[:MOST_BY_GP])
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP[name])
         if name == "cmaes":
@@ -53,6 +66,33 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP[name])
+
+
+def _warm_cmaes(seed: int, done: Sequence[FrozenTrial]) -> optuna.samplers.BaseSampler:
+    """CMA-ES that begins where the best tenth of `done` lies; choices stay as the best has them."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution
+
+    scored = [trial for trial in done if trial.value is not None]
+    best = min(scored, key=lambda trial: trial.value or 0.0)
+    common = set.intersection(*(set(trial.params) for trial in scored))
+    choices = {
+        name
+        for name, kind in best.distributions.items()
+        if isinstance(kind, CategoricalDistribution) or kind.single()
+    }
+    sources = [
+        optuna.trial.create_trial(
+            params={name: value for name, value in trial.params.items() if name in common - choices},
+            distributions={
+                name: kind for name, kind in trial.distributions.items() if name in common - choices
+            },
+            value=trial.value,
+        )
+        for trial in scored
+    ]
+    numbers = optuna.samplers.CmaEsSampler(seed=seed, source_trials=sources, warn_independent_sampling=False)
+    return optuna.samplers.PartialFixedSampler({name: best.params[name] for name in choices}, numbers)
 
 
 def check_budget(name: str, share: float) -> None:

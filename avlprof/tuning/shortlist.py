@@ -15,12 +15,13 @@ from scipy.stats import spearmanr
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore
+from avlprof.evaluation.smaller import Method, SmallerPictures
 from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, parse_policy, sizes
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined
-from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals
+from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals, smaller_rivals
 from avlprof.watch import SILENT, Watch
 
 Array = NDArray[np.float64]
@@ -33,7 +34,9 @@ class ShortlistEntry:
     """A policy on the search split: the task's metric and the cheap score, `[n]` each, one a sample.
 
     `coverage` is the share of the traced vision attention that the policy's kept tokens could hold
-    at best, mean over layers (NaN for a joint pool, where tokens compete with text).
+    at best, mean over layers (NaN for a joint pool, where tokens compete with text). A rival with smaller
+    `pictures` has no forced score, which takes the same prompt: NaN, and `policy` is what runs on its
+    shorter prompts.
     """
 
     name: str
@@ -42,6 +45,18 @@ class ShortlistEntry:
     cheap: Array
     coverage: float
     trial: FrozenTrial | None = None
+    pictures: SmallerPictures | None = None
+
+    @property
+    def method(self) -> Method:
+        """What was generated with."""
+        return self.pictures or self.policy
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Lower is better: the metric decides, then the cheap score."""
+        cheap = float(self.cheap.mean())
+        return -float(self.metric.mean()), cheap if np.isfinite(cheap) else np.inf
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Shortlist:
                 "policy": entry.name,
                 "trial": entry.trial.number if entry.trial else None,
                 metric: round(float(entry.metric.mean()), 6),
-                "forced": round(float(entry.cheap.mean()), 6),
+                "forced": None if entry.pictures else round(float(entry.cheap.mean()), 6),
                 "coverage": None if np.isnan(entry.coverage) else round(entry.coverage, 6),
             }
             for entry in self.entries
@@ -120,7 +135,8 @@ def make_shortlist(
     """Generate with the finalists; the metric decides, then the cheap score. Then with their rivals.
 
     Rivals are set at the winner's bytes and ranked by the cheap score; the best few of them, and
-    `uniform`, `random` and `static core` in any case, are generated to find the strongest.
+    `uniform`, `random`, `static core` and those with smaller pictures in any case, are generated to find
+    the strongest.
     """
     answers = prepared.generated(store)
     count, total = len(prepared.samples), len(best) + 2 + GENERATED_RIVALS
@@ -129,19 +145,30 @@ def make_shortlist(
 
     def add(name: str, policy: Policy, trial: FrozenTrial | None = None) -> ShortlistEntry:
         metric, cheap = answers.metric(policy), prepared.cheap(policy)
-        entry = ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
+        return note(
+            ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
+        )
+
+    def add_smaller(rival: SmallerPictures) -> ShortlistEntry:
+        none = np.full(count, np.nan)
+        metric = answers.metric(rival)
+        return note(ShortlistEntry(rival.name, rival.policy, metric, none, float("nan"), pictures=rival))
+
+    def note(entry: ShortlistEntry) -> ShortlistEntry:
         entries.append(entry)
         watch.phase("finalists", len(entries) * count, total * count)
         return entry
 
     finals = [add(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
-    winner = min(finals, key=lambda entry: (-entry.metric.mean(), entry.cheap.mean()))
+    winner = min(finals, key=lambda entry: entry.order)
     policies, left_out = _best_rivals(prepared, winner.policy, budget)
+    smaller, unfit = smaller_rivals(winner.policy, budget, prepared.pictures)
+    left_out |= unfit
     if not policies:
         raise UserError("no baseline can be set at the bytes of the winner; raise the budget")
-    total = len(finals) + len(policies)
-    others = [add(policy.name, policy) for policy in policies]
-    strongest = min(others, key=lambda entry: (-entry.metric.mean(), entry.cheap.mean()))
+    total = len(finals) + len(policies) + len(smaller)
+    others = [add(policy.name, policy) for policy in policies] + [add_smaller(rival) for rival in smaller]
+    strongest = min(others, key=lambda entry: entry.order)
     return Shortlist(tuple(entries), winner, strongest, prepared.dense_metric(store), left_out)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
-from avlprof.policy import BITS, FULL, Policy, TextPolicy, live_share
+from avlprof.policy import BITS, FULL, Heads, Policy, TextPolicy, live_share
 from avlprof.registry import unknown
 from avlprof.scorers import make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
@@ -18,7 +18,7 @@ from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
 if TYPE_CHECKING:
     from optuna import Trial
 
-HEADS = ("shared", "kv_head")
+HEADS: tuple[str, ...] = get_args(Heads)
 REFRESH = ("full", "score_only")
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
@@ -33,7 +33,9 @@ class Space:
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only, and so do
     `core_prompts` and `core_memories`, what a refresh ranks by: 0 alone of both are not searched. `bits` are
-    those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched. `text`
+    those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched.
+    `heads` may offer `adaptive` as well, which was not measured to pay (`docs/tuning.md`), and counts without
+    a read budget only, since no core goes with it. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
     needs more than the budgets in whatever bits. `more_starts` are taken over from a study at another
     budget and `reads` says that reads are limited, which `within` finds out; both are no part of what the
@@ -52,7 +54,7 @@ class Space:
         *("valued:instruction", "pooled:instruction"),
         *("distinct:valued:instruction", "distinct:valued:pooled:instruction"),
     )
-    heads: tuple[str, ...] = HEADS
+    heads: tuple[str, ...] = ("shared", "kv_head")
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     refresh: tuple[str, ...] = REFRESH
     core_prompts: tuple[float, ...] = (0.0, 0.5, 0.8)
@@ -247,6 +249,16 @@ class Space:
             core_memory=_offered(start.core_memory, self.core_memories) if scored else None,
         )
 
+    def _cored_heads(self) -> tuple[str, ...]:
+        """Kinds of heads that a core goes with."""
+        heads = tuple(kind for kind in self.heads if kind != "adaptive")
+        if not heads:
+            raise UserError(
+                "heads: adaptive alone does not go with a read budget, which needs a core; offer shared or "
+                "kv_head too, or leave the read budget out"
+            )
+        return heads
+
     def _nearest(self, interval: int) -> int:
         """The shortest refresh interval on offer that is as long or longer, else the longest."""
         return min((k for k in self.refreshes if k >= interval), default=max(self.refreshes))
@@ -275,7 +287,9 @@ class Space:
     def _narrowed(self, budget: Budget, layers: int) -> Space:
         refreshes = self._refreshes(budget, layers)
         if refreshes:
-            return replace(self, refreshes=refreshes, reads=True) if budget.read is not None else self
+            if budget.read is None:
+                return self
+            return replace(self, refreshes=refreshes, reads=True, heads=self._cored_heads())
         least = self._texts()[-1]
         vision_share(budget.prompts, layers, budget.memory, least)
         always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)

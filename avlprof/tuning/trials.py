@@ -104,10 +104,11 @@ class _Worker:
             lock.enter_context(self.storage.locked())
             for trial in self.storage.lost(self.study):
                 give_up(self.study, trial)
-            taken = len(trials_in(self.study, TrialState.COMPLETE, TrialState.RUNNING))
+            done = trials_in(self.study, TrialState.COMPLETE)
+            taken = len(done) + len(trials_in(self.study, TrialState.RUNNING))
             if taken >= self.settings.trials:
                 return False
-            self.study.sampler = make_sampler(self.settings.sampler, _seed(self.settings.seed, taken))
+            self.study.sampler = make_sampler(self.settings.sampler, _seed(self.settings.seed, taken), done)
             self._queue_start()
             self._run(_Attempt(self, lock))
         return True

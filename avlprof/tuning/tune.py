@@ -14,10 +14,11 @@ from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.evaluation import AnswerStore, Evaluation
 from avlprof.evaluation.doubts import best_guess
+from avlprof.evaluation.smaller import Method
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, save_policy
+from avlprof.policy import FULL, Policy, save_policy
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.evidence import probed, shared_evidence
@@ -168,7 +169,9 @@ def search(
     def measured() -> Evidence:
         if "sensitivity" not in allocators or prepared.evidence.damage is not None:
             return prepared.evidence
-        return probed(prepared.evidence, prepared.forced, probe or folder / "probe.json", watch)
+        bits = bool(settings.refining) and settings.space.bits != (FULL,)
+        path = probe or folder / "probe.json"
+        return probed(prepared.evidence, prepared.forced, path, watch, bits=bits)
 
     lock = FolderLock(folder)
     try:
@@ -215,9 +218,10 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
     winner, strongest = shortlist.winner, shortlist.strongest
     names = f"tuned - {strongest.name}"
     watch.say(power_sentence(settings.proof_samples, settings.margin, winner.metric, strongest.metric, names))
-    others = rivals(winner.policy, done.budget, prepared.layers)
-    if strongest.name not in {policy.name for policy in others}:
-        others.append(strongest.policy)
+    others: list[Method] = [*rivals(winner.policy, done.budget, prepared.layers)]
+    others += [entry.method for entry in shortlist.entries if entry.pictures]
+    if strongest.name not in {method.name for method in others}:
+        others.append(strongest.method)
     lock = FolderLock(done.folder)
     try:
         proof = prove(prepared, winner.policy, others, settings, answer_store(done.folder), watch)

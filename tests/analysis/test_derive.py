@@ -209,3 +209,33 @@ def test_a_run_without_decoding_has_one_level(tmp_path: Path) -> None:
     policy = still.derive(coverage=0.9)
     assert policy.vision_compute is None
     assert policy.refresh_interval == 0
+
+
+def test_heads_get_what_their_coverage_needs(tmp_path: Path) -> None:
+    """Against a plain mean over samples and query heads of what holds 90% of a head's vision attention."""
+    run = write_run(tmp_path / "run", (40, 31, 25), kv_heads=2, per_head=True)
+    profile = Profile.from_run(run)
+    policy = profile.with_heads(profile.derive(0.5, name="mine"), "adaptive")
+    assert parse_policy(dump_policy(policy)) == policy
+    assert (policy.name, policy.heads, policy.head_floor, policy.layers) == ("mine", "adaptive", 1.0, 4)
+    stats, vision = run.stats(), run.samples().set_index("sample")["vision"]
+    for layer, shares in enumerate(policy.head_shares or ()):
+        needs = []
+        for head in range(2):
+            own = stats.query(f"layer == {layer} and head == {head} and query == 'text'")
+            each = own["coverage_90"] / own["sample"].map(vision)
+            needs.append(max(float(each.mean()), 0.0))
+        wanted = np.array(needs) / np.mean(needs)
+        np.testing.assert_allclose(shares, wanted, atol=2e-3)
+    assert live_share(policy, profile.prompts(), 4) == live_share(profile.derive(0.5), profile.prompts(), 4)
+    assert profile.with_heads(profile.derive(0.5), "kv_head").heads == "kv_head"
+    with pytest.raises(UserError, match="beside vision_compute"):
+        profile.with_heads(profile.derive(0.5, read_budget=0.45), "adaptive")
+    with pytest.raises(UserError, match="unknown kind of heads 'each'"):
+        profile.with_heads(profile.derive(0.5), "each")  # type: ignore[arg-type]
+
+
+def test_a_run_of_averages_says_nothing_of_heads(profile: Profile, tmp_path: Path) -> None:
+    averaged = Profile.from_run(write_run(tmp_path / "run", (20, 31), averaged=True))
+    with pytest.raises(UserError, match="trace with per_head"):
+        averaged.with_heads(averaged.derive(0.5), "adaptive")

@@ -69,6 +69,16 @@ def test_no_number_moves_by_more_than_half_a_step(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("size", SIZES)
+def test_what_few_bits_leave_needs_no_packing(bits, size):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = states(size, seed=5, dtype=dtype)
+        before = x.clone()
+        assert torch.equal(degraded(x, bits), decode(encode(x, bits), dtype))
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", SIZES)
 def test_bytes_are_those_that_policies_count(bits, size):
     packed = encode(states(size), bits)
     own = sum(part[0, 0, 0].numel() * part.element_size() for part in packed.parts)

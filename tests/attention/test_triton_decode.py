@@ -69,10 +69,18 @@ def attended(query, keys, values, scaling, softcap, sink):
     return weights @ values.double(), weights
 
 
+JOINED = {
+    "one row": {"batch": 1, "kv_heads": 2, "group": 3, "size": 32, "lengths": [40, 7]},
+    "a head without keys": {"kv_heads": 2, "group": 1, "size": 64, "lengths": [33, 0, 1, 80]},
+    "sinks and halves": {"kv_heads": 2, "group": 2, "size": 32, "lengths": [5, 50, 21, 9], "sinks": True},
+}
+"""Rows with lengths of their own for each KV head: beside the keys that all heads of a row have."""
+
+
 @pytest.mark.full
 @runs_elsewhere
 def test_the_kernels_in_the_interpreter():
-    passes(__file__, len(CASES), "-k", "kernels_attend")
+    passes(__file__, len(CASES) + len(JOINED), "-k", "kernels_attend or heads_of_their_own")
 
 
 @runs_here
@@ -165,3 +173,51 @@ def test_kernels_pay_where_stock_attention_leaves_a_gpu_idle():
     assert not kernels_pay(4, SHORT - 1, True, half)
     assert not kernels_pay(4, 4096, False, half)
     assert not kernels_pay(4, 4096, True, torch.float32)
+
+
+@runs_here
+@pytest.mark.parametrize("name", JOINED)
+def test_heads_of_their_own_lengths_attend_as_fp64_does(name, monkeypatch):
+    """Under one softmax with the keys of the row, by way of what the runtime hands over."""
+    from avlprof.attention import triton_decode
+    from avlprof.attention.call import AttentionCall
+    from avlprof.runtime import ragged
+
+    case = {"batch": 2, "sinks": False} | JOINED[name]
+    batch, groups, size = (case[k] for k in ("batch", "kv_heads", "size"))
+    dtype = HALF if case["sinks"] else torch.float32
+    monkeypatch.setattr(triton_decode, "_LEAST_PART", 16)
+    monkeypatch.setattr(ragged, "kernels_run", lambda tensor: True)
+    generator = torch.Generator().manual_seed(len(name))
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    query = drawn(batch, groups * case["group"], 1, size)
+    key, value = (drawn(batch, groups, 30, size)[:, :, 5:] for _ in range(2))
+    run = [drawn(sum(case["lengths"]), size) for _ in range(2)]
+    lengths = tuple(tuple(case["lengths"][row * groups : (row + 1) * groups]) for row in range(batch))
+    places = torch.arange(sum(case["lengths"]))
+    stored = ragged.RaggedHeads(*(part.to(DEVICE) for part in (*run, places)), lengths, dtype)
+    firsts = torch.tensor([0, 4][:batch])
+    bounds = Bounds(firsts.to(DEVICE), torch.tensor([24, 20][:batch]).to(DEVICE), 0)
+    sinks = drawn(groups * case["group"]) if case["sinks"] else None
+    states = [part.to(DEVICE) for part in (query, key, value)]
+    options = {} if sinks is None else {"s_aux": sinks.to(DEVICE)}
+    call = AttentionCall(0, None, *states, None, 0.25, 3.0 if case["sinks"] else None, None, options)
+    out = stored.by_kernels(call, None, bounds)
+    begin = 0
+    for row in range(batch):
+        for head in range(groups):
+            end = begin + lengths[row][head]
+            near = slice(int(firsts[row]), [25, 21][row])
+            keys = torch.cat([run[0][begin:end], key[row, head, near]])
+            values = torch.cat([run[1][begin:end], value[row, head, near]])
+            for own in range(head * case["group"], (head + 1) * case["group"]):
+                sink = None if sinks is None else sinks[own]
+                wanted, _ = attended(query[row, own, 0], keys, values, 0.25, call.softcap, sink)
+                near_by = 2e-3 if dtype == HALF else 1e-5
+                torch.testing.assert_close(
+                    out[row, 0, own].double().cpu(), wanted, atol=near_by, rtol=near_by
+                )
+            begin = end

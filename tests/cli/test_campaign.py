@@ -115,6 +115,7 @@ COMMANDS = {
     ("studies", "show"): ("--trials", "POLICY"),
     ("derive",): ("--budget", "--read-budget", "--coverage", "--allocator", "--option", "--mix", "POLICY"),
     ("analyze",): ("--what", "--against", "--layer", "POLICY"),
+    ("lens",): ("--layers", "--top", "--samples", "--split", "--sample", "--model"),
     ("report",): ("--policy", "--pictures", "--against"),
     ("explore",): ("--samples", "--sample", "--against", "POLICY"),
     ("run", "--policy"): ("POLICY", "--max-new-tokens", "--image", "--model-args", "--dtype", "--attention"),

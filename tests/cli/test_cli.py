@@ -22,7 +22,7 @@ import avlprof
 from avlprof.cli import _output as output
 from avlprof.cli import main
 from avlprof.cli._app import COMMANDS, app
-from avlprof.cli._describe import differences
+from avlprof.cli._describe import differences, sets
 from avlprof.cli._progress import duration, progress
 from avlprof.errors import UserError
 from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
@@ -468,6 +468,12 @@ def test_differences_between_any_two_policies():
     none_read = Policy(vision_keep=0.2, vision_compute=0.0)
     assert [row["first"] for row in differences(none_read, Policy(vision_keep=0.2))] == [0.0]
     assert differences(DENSE, Policy(name="other", description="same")) == []
+    told = (
+        Policy(vision_bits=(4, 4), text=TextPolicy(bits=8)),
+        Policy(vision_bits=4, text=TextPolicy(bits=(8, 3))),
+    )
+    assert differences(*told) == [{"field": "text.bits", "layer": 1, "first": 8, "second": 3}]
+    assert sets(told[1]) == "vision_keep 1, vision_bits 4, text.bits 3 to 8, by last_query"
 
 
 def test_models_and_tasks():

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import stat
 
 import pytest
 import torch
 
+import avlprof
 from avlprof.cli import _failures as failures
 from avlprof.cli import _start as start
+from avlprof.cli import demo
 from avlprof.cli._app import COMMANDS
 from avlprof.cli.derive import file_name
 from avlprof.errors import UserError, counted
 from avlprof.launchers import crew
 from avlprof.policy import Policy, load_policy, save_policy
-from tests.cli_runner import invoke, refused
+from avlprof.tracing.options import TraceSettings
+from tests.cli_runner import invoke, invoke_as_bystander, refused, unwritable
 from tests.synthetic_run import write_run
 
 LONG = "x" * 300
@@ -29,14 +31,9 @@ def run(tmp_path):
 
 @pytest.fixture
 def readonly(run):
-    """The run, and nothing below it may be written: by permissions, which root has in any case."""
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    for path in (run, *run.rglob("*")):
-        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
-    yield run
-    for path in (run, *run.rglob("*")):
-        path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    """The run, and nothing of it may be written."""
+    with unwritable(run) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("words", [[], ["studies"], ["policy"], ["bench"]])
@@ -162,6 +159,8 @@ OUTPUTS = {
     "tune": ["tune", "-o"],
     "evaluate": ["evaluate", "--policy", "uniform", "-o"],
     "compare": ["compare", "-o"],
+    "knockout": ["knockout", "-o"],
+    "lens": ["lens", "-o"],
     "bench tune": ["bench", "tune", "-o"],
     "bench decode": ["bench", "decode", "-o"],
     "derive": ["derive", "RUN", "--budget", "0.4", "-o"],
@@ -201,6 +200,9 @@ def test_outputs_are_checked_before_any_work(command, run, tmp_path, monkeypatch
         ["evaluate", "--policy", LONG],
         ["compare", "--baseline", LONG],
         ["compare", "--study", LONG],
+        ["knockout", "--route", LONG],
+        ["knockout", "--layers", LONG],
+        ["knockout", "--window", LONG],
         ["policy", "show", LONG],
         ["policy", "diff", "uniform", LONG],
         ["analyze", LONG],
@@ -208,6 +210,9 @@ def test_outputs_are_checked_before_any_work(command, run, tmp_path, monkeypatch
         ["report", LONG],
         ["explore", LONG],
         ["explore", "--against", LONG],
+        ["explore", "RUN", "--lens", LONG],
+        ["lens", "--model", LONG],
+        ["lens", "--layers", LONG],
         ["derive", LONG, "--budget", "0.4"],
         ["derive", "RUN", "--budget", "0.8", "--name", LONG],
         ["export", LONG],
@@ -270,14 +275,76 @@ def test_two_files_of_one_name_stand_in_the_tables(tmp_path):
     assert [policy.name for policy in named_policies([files[0], "uniform"])] == ["p", "uniform"]
 
 
-def test_a_readonly_run_can_be_read(readonly, tmp_path):
-    result = invoke("analyze", readonly, "--what", "mass", "--format", "csv")
+@pytest.mark.full  # profiles that nobody may keep
+def test_a_readonly_run_can_be_read(readonly):
+    call = invoke_as_bystander
+    result = call("analyze", readonly, "--what", "mass", "--format", "csv")
     assert result.exit_code == 0, result.output
-    assert invoke("derive", readonly, "--budget", "0.8", "-o", "-").exit_code == 0
-    report = invoke("report", readonly, "-o", tmp_path / "r.html")
-    assert report.exit_code == 0, report.output
-    assert "--no-figures" in refused(invoke("analyze", readonly))
-    assert "not yours to write" in refused(invoke("derive", readonly, "--budget", "0.8"))
+    assert call("derive", readonly, "--budget", "0.8", "-o", "-").exit_code == 0
+    assert "--no-figures" in refused(call("analyze", readonly))
+    assert "not yours to write" in refused(call("derive", readonly, "--budget", "0.8"))
+    for command in ("report", "explore"):
+        assert "not yours to write" in refused(call(command, readonly, "-o", readonly / "x.html"))
+
+
+@pytest.mark.full  # whole pages of a run
+@pytest.mark.parametrize("command", ["explore", pytest.param("report", marks=pytest.mark.slow)])
+def test_a_readonly_run_has_its_page_elsewhere(command, readonly, tmp_path):
+    result = invoke_as_bystander(command, readonly, "-o", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["trace", "tune", "evaluate", "compare", "bench tune", "demo", "export"])
+def test_folders_that_may_not_be_written_are_refused_before_any_work(command, readonly, monkeypatch):
+    monkeypatch.setattr("avlprof.models.load._load", unloaded)
+    words = [*OUTPUTS[command], readonly / "new"]
+    assert "is not yours to write to" in refused(invoke_as_bystander(*words))
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory, tiny):
+    """A run of the embedded model, as an allocator that needs a profile needs one."""
+    out = tmp_path_factory.mktemp("traced") / "run"
+    avlprof.trace(tiny, "shapes", 2, TraceSettings(max_new_tokens=2), out=out)
+    return out
+
+
+@pytest.mark.full  # traces
+def test_a_bare_evaluate_works_out_all_that_ships(traced, tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate(loaded, task, policies, *more, **options):
+        asked.extend(policies)
+        raise UserError("that is all")
+
+    monkeypatch.setattr("avlprof.evaluation.evaluate.evaluate", evaluate)
+    result = invoke("evaluate", "-n", "2", "--run", traced, "-o", tmp_path / "e")
+    assert refused(result) == "that is all"
+    assert {"uniform", "prefixkv", "vl-cache", "pyramidkv", "a-vl"} <= {policy.name for policy in asked}
+    assert all(policy.allocator is None for policy in asked)
+
+
+@pytest.mark.full  # two answers
+def test_a_policy_with_an_allocator_runs_as_it_is_typed(traced):
+    result = invoke(
+        "run", "--policy", "vl-cache", "--run", traced, "--max-new-tokens", "2", "--format", "csv"
+    )
+    assert result.exit_code == 0, result.output
+    assert f"shares of layers from run {traced}" in result.stderr
+    assert "tokens_per_s" in result.stdout
+
+
+def test_the_demo_shows_no_speed_of_a_single_answer(tmp_path, monkeypatch):
+    typed = []
+    monkeypatch.setattr("avlprof.cli._app.app", lambda words, **options: typed.append(words))
+    demo.demo(tmp_path / "demo", 0.2, 40, 48, 120)
+    (run,) = (words for words in typed if words[0] == "run")
+    assert "--no-speed" in run
+    words = ["--no-speed", "--policy", "uniform", "--max-new-tokens", "2", "--format", "csv"]
+    monkeypatch.undo()
+    shown = invoke("run", *words)
+    assert shown.exit_code == 0, shown.output
+    assert "answer" in shown.stdout and "tokens_per_s" not in shown.stdout
 
 
 @pytest.mark.full  # every figure of a run, in each format

@@ -17,7 +17,7 @@ MODEL = ("--model", "--device", "--dtype", "--revision", "--trust-remote-code", 
 MODEL = (*MODEL, "--attention", "--model-args")
 TASK = ("--task", "--metric", "--max-new-tokens", "--columns", "--dataset-split", "--dataset-config")
 TASK = (*TASK, "--dataset-revision")
-LOADING = ("trace", "run", "tune", "evaluate", "compare", "studies join", "bench tune")
+LOADING = ("trace", "run", "tune", "evaluate", "compare", "knockout", "studies join", "bench tune", "lens")
 
 
 def flags(command):
@@ -32,7 +32,7 @@ def test_the_same_options(command):
     assert set(MODEL) <= there
     if command != "run":
         assert set(TASK) <= there
-    if command in ("tune", "evaluate", "compare", "trace", "studies join", "bench tune"):
+    if command in ("tune", "evaluate", "compare", "knockout", "trace", "studies join", "bench tune", "lens"):
         assert "--batch-size" in there
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 import avlprof
+from avlprof.analysis.lens import Lens
+from avlprof.analysis.naming import SampleLens
 from avlprof.models.tiles import Tile, paint
 from avlprof.policy import Policy
 from avlprof.tracing import RecordOptions, TraceSettings
@@ -235,6 +237,42 @@ def test_samples_without_pictures_or_vision(opened, run):
     assert page.locator("#after").is_disabled()
     page.click("#before")
     until(lambda: page.input_value("#sample") == "1")
+
+
+def test_a_patch_says_its_words_layer_by_layer(opened, run):
+    """Of the tiles that hold a place, the finest speaks; the words are those of the layer that is shown."""
+    words = ["star", "moon", EVIL, "blue", ""]
+    tokens = 25
+    ids = np.random.default_rng(4).integers(0, len(words), (3, tokens, 3)).astype(np.int32)
+    shares = np.sort(np.random.default_rng(5).uniform(0.0, 1.0, ids.shape))[..., ::-1].astype(np.float32)
+    one = SampleLens("large", "", (), "[]", ids, shares)
+    meta = {"model": "random", "model_hash": "h1", "layers": [0, 2, 3]}
+    page = opened(run.explore(lens=Lens(meta, (one,), dict(enumerate(words)))))
+    assert page.locator("#says").is_visible()
+    assert "Choose a patch" in page.inner_text("#says-about")
+    page.select_option("#show", "says")
+    page.select_option("#layer", "1")
+    click_patch(page, 0.9, 0.5)  # row 1, column 3 of the details: token 5 + 3
+    rows = page.locator("#says tbody tr").all()
+    assert [row.locator("th").inner_text() for row in rows] == ["0", "2", "3"]
+    for at, row in enumerate(rows):
+        cells = row.locator("td").all_inner_texts()
+        for cell, word, share in zip(cells, ids[at, 8], shares[at, 8], strict=True):
+            assert cell.split("\xa0")[0].startswith(words[word] or "␣")
+            assert float(cell.split()[-1].rstrip("%")) == pytest.approx(100 * share, abs=0.7)
+    assert page.locator("#says tr.on th").inner_text() == "0"  # layer 1 was not read
+    assert "It says behind layer 0: " in page.inner_text("#stages .fact")
+    placed = [5 * row + column for row in range(3) for column in range(4)] + list(range(15, 25))
+    said_first = [words[word] or "␣" for word in ids[0, placed, 0]]
+    common = {word: said_first.count(word) for word in said_first}
+    best = max(common.values())
+    key = page.locator("#key .group").all_inner_texts()
+    assert common[key[0]] == best and key[-1] == "other words"
+    red, green, blue, opacity = pixel(page, 0.9, 0.36)
+    assert opacity > 60 and len({red, green, blue}) > 1
+    show(page, "1")
+    assert page.locator("#says").is_hidden()
+    assert page.input_value("#show") == "attention"
 
 
 # --- the keyboard, and a screen reader

@@ -8,6 +8,7 @@ import html
 import json
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 
 import avlprof
+from avlprof.analysis.lens import Lens
+from avlprof.analysis.naming import SampleLens
 from avlprof.errors import UserError
 from avlprof.explore import Explorer, Side
 from avlprof.explore.data import records, sample_words
@@ -373,3 +376,48 @@ def test_a_notebook_shows_it_in_a_frame_of_its_own(run):
 def test_the_same_run_gives_the_same_page(run, tmp_path):
     path = run.explore().save(tmp_path / "page.html")
     assert path.read_text(encoding="utf-8") == run.explore().html()
+
+
+# --- what patches say
+
+
+def spoken(run, name, words, seed=0, model="random", layers=(0, 2)):
+    """A lens of random words over one sample of a run."""
+    row = run.samples().set_index("sample").loc[name]
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, len(words), (len(layers), int(row["vision"]), 4)).astype(np.int32)
+    shares = np.sort(rng.uniform(0.0, 1.0, ids.shape))[..., ::-1].astype(np.float32)
+    one = SampleLens(name, "what?", (), str(row["tiles"]), ids, shares)
+    return Lens({"model": model, "model_hash": "h1", "layers": list(layers)}, (one,), dict(enumerate(words)))
+
+
+def test_words_of_patches_are_in_the_page(tmp_path):
+    run = make_run(tmp_path / "run", [Made("a"), Made("b")])
+    words = [*HOSTILE, " star", "moon"]
+    lens = spoken(run, "a", words)
+    page = run.explore(lens=lens)
+    first, second = page.data["samples"]
+    assert second["sides"][0]["says"] is None
+    says = first["sides"][0]["says"]
+    ids = np.frombuffer(zlib.decompress(base64.b64decode(says["ids"])), "<u2").reshape(says["shape"])
+    shares = np.frombuffer(zlib.decompress(base64.b64decode(says["shares"])), np.uint8).reshape(says["shape"])
+    one = lens.samples[0]
+    assert says["shape"] == [2, 25, 3] and says["layers"] == [0, 2]
+    for place in np.ndindex(*ids.shape):
+        assert says["words"][ids[place]] == words[one.ids[place]].strip().replace("\ud83d", "\\ud83d")
+        assert shares[place] / 255 == pytest.approx(one.shares[place], abs=0.003)
+    shown = Page(page.html())
+    assert json.loads(shown.data)["samples"][0]["sides"][0]["says"]["words"] == says["words"]
+    assert [tag for tag, _ in shown.tags if tag in ("script", "img")] == ["script", "script"]
+
+
+def test_a_lens_of_something_else_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", [Made("a")])
+    with pytest.raises(UserError, match=r"the lens is of other h1, run .* was traced on random h1"):
+        run.explore(lens=spoken(run, "a", ["x"], model="other"))
+    lens = spoken(run, "a", ["x"])
+    short = replace(lens.samples[0], ids=lens.samples[0].ids[:, :3], shares=lens.samples[0].shares[:, :3])
+    with pytest.raises(UserError, match="read 3 vision tokens of sample 'a', the run has 25"):
+        run.explore(lens=replace(lens, samples=(short,)))
+    with pytest.raises(UserError, match="holds no lens"):
+        run.explore(lens=tmp_path)

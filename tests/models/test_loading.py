@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -29,9 +30,7 @@ def test_attention_is_of_the_language_model_alone():
         ({"attention": "kernels-community/flash-attn2"}, "needs the package kernels"),
         ({"quantize": "4bits"}, "unknown quantization '4bits'; did you mean 4bit"),
         ({"quantize": "4bit"}, "--quantize needs bitsandbytes and accelerate"),
-        ({"dtype": "bf16"}, "unknown dtype 'bf16'; did you mean bfloat16?"),
-        ({"dtype": "half"}, "did you mean float16?"),
-        ({"dtype": "fp32"}, "did you mean float32?"),
+        ({"dtype": "bflot16"}, "unknown dtype 'bflot16'; did you mean bfloat16"),
         (
             {"model_args": {"dtype": "float16"}},
             "model argument 'dtype' is set by avlprof itself; use --dtype",
@@ -49,6 +48,13 @@ def test_what_cannot_be_loaded_so(options, said, monkeypatch):
     with pytest.raises(UserError) as caught:
         load_model("tiny", device="cpu", **options)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("half", torch.float16), ("fp32", torch.float32)]
+)
+def test_precisions_have_short_names(name, dtype):
+    assert load_model("tiny", device="cpu", dtype=name).model.dtype == dtype
 
 
 def test_model_arguments_reach_the_config():

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import avlprof
-from avlprof.attention.gate import check_traced, layer_roles
+from avlprof.attention.gate import Role, check_traced, layer_roles
+from avlprof.attention.session import cache_of
 from avlprof.errors import UserError
+from avlprof.models import adapter_for
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.testing.types import (
     VARIANTS,
@@ -227,6 +229,22 @@ def eager(model, inputs):
 
 def whole(row, vision):
     return row[:, : len(vision)][:, vision]
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4:values are keys", "kimi_k25", "llava:minicpm3"])
+def test_bytes_of_a_token_are_those_of_the_stock_cache(name):
+    """In a layer that policies act on, of several sizes, or else in one of latents."""
+    model = built(name)
+    with torch.no_grad():
+        cache = cache_of(model(**tiny_inputs(model), use_cache=True))
+    roles = adapter_for(model, None).roles
+    wanted = [role.governed or role.role is Role.LATENT for role in roles]
+    held = {
+        layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes
+        for layer, counts in zip(cache.layers, wanted, strict=True)
+        if counts
+    }
+    assert held == {adapter_for(model, None).kv_bytes_per_token_per_layer()}
 
 
 @pytest.mark.parametrize("name", rows())

@@ -158,6 +158,13 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
         load_model(str(file))
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it into its base model"):
+        load_model(str(tmp_path))
+
+
 def _cut_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

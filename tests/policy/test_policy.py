@@ -68,8 +68,19 @@ def policies(draw, runnable=False):
             fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
         fields["core_score"] = CoreScore(prompt=draw(RATIO), memory=draw(RATIO.filter(lambda r: r < 1)))
         fields["vision_bits"] = per_layer(st.sampled_from([16, 8, 4, 3, 2]))
-        kinds = ["all", "window"] if runnable else ["all", "window", "keep"]
+        fields["heads"] = draw(st.sampled_from(["shared", "kv_head", "adaptive"]))
+        if runnable and "vision_compute" in fields:
+            fields["heads"] = "kv_head"
+        if fields["heads"] == "adaptive":
+            apart = [
+                tuple(2 * one for one in (part, 1 - part))
+                for part in draw(st.lists(RATIO, min_size=layers, max_size=layers))
+            ]
+            fields |= {"head_floor": draw(RATIO), "head_shares": draw(st.sampled_from([None, apart]))}
+        kinds = ["all", "bits", "window"] if runnable else ["all", "bits", "window", "keep"]
         kind = draw(st.sampled_from(kinds))
+        if kind == "bits":
+            fields["text"] = TextPolicy(bits=per_layer(st.sampled_from([16, 8, 4, 3, 2])))
         if kind == "window":
             window, sink = per_layer(st.integers(1, 40)), per_layer(st.integers(0, 5))
             fields["text"] = TextPolicy(window=window, sink=sink)
@@ -188,10 +199,25 @@ REFUSED = {
     "vision_bits: four": "vision_bits",
     "vision_bits: [4, 8]\nvision_keep: [0.5, 0.2, 0.1]": "vision_bits has 2",
     "pool: joint\njoint: {keep: 0.5}\nvision_bits: 4": "leave vision_bits out",
+    "text: {bits: 7}": "text.bits must be 16, 8, 4, 3 or 2, got 7",
+    "text: {bits: [4, 9]}": "text.bits[1] must be 16, 8, 4, 3 or 2, got 9",
+    "text: {bits: [4, 8]}\nvision_bits: [4, 4, 4]": "text.bits has 2",
+    "text: {bits: 8, window: 5}": "text.bits stores all text; leave text.window and text.keep out",
+    "text: {bits: [16, 8], keep: 0.5}": "text.bits stores all text; leave text.window and text.keep out",
+    "pool: joint\njoint: {keep: 0.5}\ntext: {bits: 4}": "leave text.bits out",
     "core_score: {prompt: 1.5}": "core_score.prompt: input should be less than or equal to 1, got 1.5",
     "core_score: {memory: 1}": "core_score.memory: input should be less than 1, got 1",
     "core_score: {memroy: 0.5}": "did you mean core_score.memory?",
     "pool: joint\njoint: {keep: 0.5}\ncore_score: {prompt: 0.5}": "leave core_score out",
+    "heads: each": "heads",
+    "heads: adaptive\nhead_floor: 1.5": "head_floor: input should be less than or equal to 1, got 1.5",
+    "head_floor: 0.5": "head_floor and head_shares go with heads: adaptive",
+    "heads: kv_head\nhead_shares: [[1, 1]]": "head_floor and head_shares go with heads: adaptive",
+    "heads: adaptive\nhead_shares: [[1.5, 0.6]]": "head_shares[0] must have the mean 1, got 1.05",
+    "heads: adaptive\nhead_shares: [[1, 1], [1]]": "one share for each KV head in every layer, got 1",
+    "heads: adaptive\nhead_shares: [[2, -1, 2]]": "head_shares[0][1]",
+    "heads: adaptive\nhead_shares: []": "head_shares is an empty list",
+    "heads: adaptive\nhead_shares: [[1, 1]]\nvision_keep: [0.5, 0.2]": "head_shares has 1",
     "schema: avlprof.policy/2": "schema",
     "a: [": "not valid YAML",
 }
@@ -269,6 +295,8 @@ def simulate(policy, prompt, layers, steps):
                 price = Fraction(at(policy.vision_bits, layer) + 1, 16)
                 full = core if policy.vision_compute is not None else []
                 packed = {token: price for token in kept if token not in full}
+            if at(policy.text.bits, layer) < 16:
+                packed |= dict.fromkeys([*system, *text], Fraction(at(policy.text.bits, layer) + 1, 16))
             sink, limit = 0, None
             if policy.text.window is not None:
                 sink = at(policy.text.sink, layer)
@@ -340,6 +368,11 @@ def test_budgets_are_met_in_bytes_of_few_bits(bits, group):
         assert used <= budget
         assert used > budget - grain or scaled.vision_keep == (1.0,) * 3
         assert scaled.vision_bits == bits
+        text = TextPolicy(bits=bits)
+        low = meet_budget((3.0, 1.0, 2.0), prompts, budget, text, bits=bits)
+        used = live_share(Policy(vision_keep=low, vision_bits=bits, text=text), prompts, 3)
+        assert budget - grain < used <= budget or low == (1.0,) * 3
+        assert sum(low) > sum(keep) or low == (1.0,) * 3, "what text spares, vision takes"
         reads = ReadBudget(0.45, 12, 3)
         compute = meet_read_budget(keep, prompts, reads, bits=bits)
         read = Policy(vision_keep=keep, vision_compute=compute, refresh_interval=3, vision_bits=bits)
@@ -369,9 +402,17 @@ def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
     """16 bits are no news; with fewer, no core means that all is packed, and a whole core that nothing is."""
     assert Policy(vision_keep=0.2).hash == Policy(vision_keep=0.2, vision_bits=16).hash
     assert Policy(vision_keep=0.2).hash != Policy(vision_keep=0.2, vision_bits=8).hash
+    texts = [Policy(vision_keep=0.2, text=TextPolicy(bits=bits)) for bits in (16, 8, (8, 16))]
+    assert len({policy.hash for policy in texts}) == 3
+    assert texts[0].hash == Policy(vision_keep=0.2).hash
+    assert dump_policy(texts[2]).endswith("text:\n  bits: [8, 16]\n")
     cored = Policy(vision_keep=0.2, vision_compute=0.1, refresh_interval=4)
     assert cored.hash == "c1c11974db74ae3b"  # as it was before cores had scores
     assert cored.hash == cored.model_copy(update={"core_score": CoreScore()}).hash
+    assert cored.hash == cored.model_copy(update={"head_floor": 0.5}).hash  # of adaptive heads alone
+    heads = [Policy(vision_keep=0.2, heads="adaptive", head_floor=floor) for floor in (0.2, 0.5)]
+    heads += [Policy(vision_keep=0.2, heads="adaptive", head_shares=((1.5, 0.5),)), Policy(vision_keep=0.2)]
+    assert len({policy.hash for policy in heads}) == 4
     scored = [cored.model_copy(update={"core_score": CoreScore(**{n: 0.5})}) for n in ("prompt", "memory")]
     assert len({cored.hash, *(policy.hash for policy in scored)}) == 3
     assert [policy.scores_core for policy in (cored, *scored)] == [False, True, True]

@@ -17,7 +17,10 @@ from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
 ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.layer", "runtime.buckets")
-INTERPRETED = ("core and window", "per head", "score only", "scored core", "scored per head", "history")
+INTERPRETED = (
+    *("core and window", "per head", "score only", "scored core", "scored per head", "history"),
+    "packed text and core",
+)
 
 
 @pytest.fixture
@@ -104,7 +107,8 @@ def test_kernels_answer_like_steps_without_them(name, monkeypatch):
             for row in range(2)
         ]
         found.append((logits, sets))
-    assert len(kernel_steps) >= 3 * 5  # layers, and tokens behind the first
+    packs = POLICIES[name].text.packs  # a step that reads few bits runs no kernel: of one layer four do
+    assert len(kernel_steps) >= (4 if packs else 3 * 5)  # else of all layers, for tokens behind the first
     torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
     assert found[0][1] == found[1][1]
 

@@ -10,9 +10,9 @@ import avlprof
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.codec import decode, degraded, encode
 from avlprof.attention.session import switched, with_cache
-from avlprof.policy import Policy
+from avlprof.policy import Policy, TextPolicy
 from avlprof.runtime import packed as packed_module
-from avlprof.runtime.packed import StoredBits, stored_attention
+from avlprof.runtime.packed import StoredBits, stored_attention, with_stored
 from avlprof.testing.models import cases, random_llava
 from tests.helpers import generate, one_row
 from tests.oracle import NEAR_TIE, Oracle
@@ -106,6 +106,67 @@ def test_a_step_attends_to_both_parts(softcap, sinks, counts, monkeypatch):
             torch.testing.assert_close(out[row, 0, head].double(), mixed, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "counts", [([SLOTS] * 3, [SLOTS] * 3), ([2, SLOTS, 5], [SLOTS] * 3), ([0, 3, 9],) * 2]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_of_other_bits_are_one_softmax(counts, masked):
+    """Against fp64 attention to both decoded parts and the buffers; observers are shown these."""
+    parts = [drawn(seed, bits, own)[0] for seed, bits, own in zip((1, 2), (3, 8), counts, strict=True)]
+    key, value, positions = drawn(3, 4, [SLOTS] * 3)[1]
+    query = torch.randn(ROWS, 4, 1, SIZE, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(ROWS, 1, 1, key.shape[2], generator=torch.Generator().manual_seed(6)) < 0.7
+    mask = mask if masked else None
+    call = AttentionCall(0, None, query, key, value, None, 0.3, None, None, {}, positions, mask)
+    out, weights = stored_attention(parts, call, mask)
+    shown = with_stored(parts, call)
+    seen = torch.ones(ROWS, 2 * SLOTS + key.shape[2], dtype=torch.bool)
+    for row in range(ROWS):
+        seen[row, : SLOTS - counts[0][row]] = seen[row, SLOTS : 2 * SLOTS - counts[1][row]] = False
+    if masked:
+        seen[:, 2 * SLOTS :] = mask[:, 0, 0]
+    keys = torch.cat([*(decode(part.keys) for part in parts), key], dim=2)
+    values = torch.cat([*(decode(part.values) for part in parts), value], dim=2)
+    assert torch.equal(shown.key, keys)
+    assert torch.equal(shown.value, values)
+    assert shown.positions.tolist() == torch.cat([*(p.positions for p in parts), positions], -1).tolist()
+    assert (
+        bool(seen.all())
+        if shown.valid is None
+        else torch.equal(shown.valid.expand(ROWS, 1, 1, -1)[:, 0, 0], seen)
+    )
+    keys, values = (states.repeat_interleave(2, dim=1).double() for states in (keys, values))
+    logits = (query.double() @ keys.mT * 0.3).masked_fill(~seen[:, None, None], -torch.inf)
+    torch.testing.assert_close(weights.double(), logits.softmax(-1)[:, :, 0], atol=1e-6, rtol=1e-5)
+    mixed = (logits.softmax(-1) @ values)[:, :, 0]
+    torch.testing.assert_close(out[:, 0].double(), mixed, atol=1e-5, rtol=1e-5)
+
+
+def test_text_in_few_bits_stays_so_and_what_is_generated_stays_full():
+    """Quantised once, from what the prompt's layers gave; the buffers hold the core and generated tokens."""
+    case, seen = random_llava(), Seen()
+    policy = Policy(vision_keep=0.5, vision_compute=0.25, text=TextPolicy(bits=(4, 16, 2)))
+    inputs = case.inputs(batch=2, seed=4, pad=True, text=9)
+    with avlprof.apply(case.model, policy) as runtime, switched(case.model, observers=(seen,)):
+        cache = runtime.new_cache()
+        generate(case.model, inputs, 8, **with_cache(case.model, cache))
+    first, *steps = seen.steps
+    for (index, whole, _), bits in zip(first, (4, 16, 2), strict=True):
+        layer, shapes = cache.layers[index], cache.rows
+        texts = [shape.system + shape.text for shape in shapes]
+        assert (layer.words is None) == (bits == 16)
+        if layer.words is None:
+            continue
+        assert list(layer.words.counts) == texts
+        assert layer.text.counts == [7, 7]
+        for row, count in enumerate(texts):
+            places = layer.words.positions[row, 0, layer.words.width - count :]
+            wanted = degraded(whole[row][:, places], bits)
+            for calls in steps:
+                shown = calls[index][1][row, :, layer.words.width - count : layer.words.width]
+                assert torch.equal(shown, wanted)
+
+
 def test_what_a_turn_holds_moves_as_it_is():
     """Codes of held tokens are not quantised again, in half precision either; new ones are."""
     stored, _ = drawn(2, 3, [SLOTS] * 3)
@@ -150,8 +211,9 @@ def test_no_step_makes_a_whole_copy():
     assert seen.most <= packed_module._NUMBERS < ROWS * HEADS * many.shape[-1] * SIZE
 
 
-def test_beams_take_their_stored_part_with_them():
-    case, policy = MODELS["llava-4q2kv-sinks"](), PACKED["packed core"]
+@pytest.mark.parametrize("name", ["packed core", pytest.param("packed text", marks=pytest.mark.full)])
+def test_beams_take_their_stored_part_with_them(name):
+    case, policy = MODELS["llava-4q2kv-sinks"](), PACKED[name]
     compared = 0
     for seed in range(3, 15):
         inputs = case.inputs(batch=2, seed=seed, pad=True, text=9)

@@ -14,9 +14,10 @@ from avlprof.runtime.forced import ForcedBatch, ForcedSet, SteppedBatch
 from avlprof.tasks import load_task
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
+from avlprof.testing.types import tiny_inputs, tiny_model, vision_ids
 from avlprof.tracing import TraceSettings
 from avlprof.tuning import Settings
-from tests.helpers import answers_of, few, steps_and_first
+from tests.helpers import answers_of, few, generate, steps_and_first
 from tests.hybrids import stateful
 from tests.policies import FORCED
 from tests.watching import Notes
@@ -92,3 +93,32 @@ def test_a_model_with_states_is_tuned(hybrid, tmp_path):
     assert live_share(tuned.policy, prompts, 5) <= 0.5
     assert tuned.policy.provenance.governed == (1, 4)
     assert {"dense", "tuned"} <= set(tuned.proof.answers["policy"])
+
+
+@pytest.mark.parametrize("name", few(["qwen3_5", "lfm2_vl", "gemma4:shared", "gemma4"], 1))
+def test_other_layers_do_not_feel_the_bits_of_those_that_a_policy_acts_on(name):
+    """Eight bits of all vision tokens are near the stock model; a prompt's first logits are its own."""
+    model = tiny_model(name)
+    inputs, words = tiny_inputs(model, batch=2), list(vision_ids(model))
+    stock = generate(model, inputs, 5, suppress_tokens=words)
+    with avlprof.apply(model, Policy(vision_keep=1.0, vision_bits=8)) as runtime:
+        ours = generate(model, inputs, 5, suppress_tokens=words)
+    assert all(use.prompt < use.dense_prompt for use in runtime.cache.use())
+    torch.testing.assert_close(ours.logits[0], stock.logits[0])
+    off = (ours.logits[1] - stock.logits[1]).abs().max()
+    assert 0 < off < 0.01 * stock.logits[1].std()
+
+
+@pytest.mark.full  # a trace, and answers of twenty samples forced under three policies
+def test_what_is_derived_by_default_beats_random_tokens_and_the_last_row(tiny, tmp_path):
+    """The first thing that a newcomer does: trace, derive at a budget, and look whether it is any good."""
+    run = avlprof.trace(tiny, "shapes", 6, TraceSettings(max_new_tokens=4), out=tmp_path / "run")
+    profile = run.profile()
+    policies = [profile.derive(budget=0.3)]
+    policies += [profile.derive(budget=0.3, scorer=name) for name in ("random", "last_query")]
+    samples = load_task("shapes").samples("held-out", 20)
+    scorers = [policy.scorer for policy in policies]
+    forced = ForcedSet.prepare(tiny, samples, max_new_tokens=12, scorers=scorers)
+    ours, chance, row = (sum(score.kl for score in forced.score(policy)) for policy in policies)
+    assert ours < chance
+    assert ours < row

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import pickle
 
 import pytest
+import torch
 
 import avlprof
 from avlprof.errors import UserError
-from avlprof.policy import Policy, save_policy
+from avlprof.policy import Policy, PrefillFilter, save_policy
 from avlprof.testing.models import random_llava
 from tests.helpers import generate
 
@@ -63,6 +67,48 @@ def test_copies_are_stock_models(case):
     with pytest.raises(UserError, match="a copy of a wrapped model"):
         twin.unwrap()
     case.model.unwrap()
+
+
+def filtered():
+    return Policy(vision_keep=0.5, prefill_filter=(PrefillFilter(after_layer=1, keep=0.5),))
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda model: avlprof.apply(model, POLICY),
+        lambda model: avlprof.apply(model, POLICY, captured=4),
+        lambda model: avlprof.apply(model, filtered()),
+        lambda model: contextlib.closing(Wrapped(model)),
+        avlprof.record,
+    ],
+    ids=["policy", "captured", "filtered", "wrapped", "recorded"],
+)
+def test_a_model_at_work_is_pickled_by_nobody(case, within):
+    """The names of whoever is at work on it would come back with it, and act on nothing."""
+    whole = len(pickle.dumps(case.model))
+    with within(case.model):
+        for write in (pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+            with pytest.raises(UserError, match=r"cannot be pickled, .* save_pretrained writes it"):
+                write(case.model)
+        torch.save(case.model.state_dict(), io.BytesIO())
+    assert len(pickle.dumps(case.model)) == whole
+
+
+class Wrapped:
+    def __init__(self, model):
+        self.close = avlprof.wrap(model, POLICY).unwrap
+
+
+def test_a_copy_of_a_model_whose_prompts_are_cut_is_a_stock_model(case):
+    inputs = case.inputs(seed=3)
+    stock = answer(case.model, inputs)
+    with avlprof.apply(case.model, filtered()):
+        ours = answer(case.model, inputs)
+        twin = copy.deepcopy(case.model)
+        assert answer(twin, inputs).equal(stock)
+        assert answer(case.model, inputs).equal(ours)
+    assert answer(twin, inputs).equal(stock)
 
 
 def test_a_model_is_wrapped_once(case):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from avlprof.errors import UserError
-from avlprof.tasks import Task, load_metric, load_preset, load_task, presets
+from avlprof.tasks import Sample, Task, load_metric, load_preset, load_task, presets
 from avlprof.tasks.huggingface import parse_columns
 from avlprof.tasks.shapes.questions import QUESTIONS
 from avlprof.tasks.shapes.scene import render, sample_scene
@@ -50,6 +50,16 @@ def test_shapes_splits_share_no_picture_and_no_id() -> None:
     assert [len(p) for p in pictures] == [100, 100, 100]
     assert len(set.union(*pictures)) == 300
     assert len({s.id for samples in splits for s in samples}) == 300
+
+
+@pytest.mark.parametrize("count", [100_001, 619_416_196, 10**40])
+def test_more_samples_than_can_be_drawn_are_refused_at_once(count: int) -> None:
+    """They were drawn until the memory was full. What has an end is all there for any number."""
+    for task in ("shapes", "pages"):
+        with pytest.raises(UserError, match="must be at most 100,000 in task"):
+            load_task(task).samples("search", count)
+    finite = Task("own", "exact_match", ("all",), lambda split: [Sample("a", (), "what?")])
+    assert len(finite.samples("all", count)) == 1
 
 
 def test_train_split_holds_the_pictures_of_training_and_the_others_do_not() -> None:

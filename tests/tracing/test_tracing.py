@@ -343,7 +343,7 @@ def test_by_default_heads_are_averaged(case):
     pd.testing.assert_frame_equal(ours, theirs, check_like=True, rtol=0, atol=1e-7)
 
 
-def test_sliding_windows():
+def sliding_case():
     """Layers whose cache forgets old keys: a Mistral under LLaVA, window far below the prompt."""
     text = MistralConfig(
         vocab_size=101,
@@ -371,10 +371,27 @@ def test_sliding_windows():
         for name, weight in model.named_parameters():
             if "layers" in name and weight.ndim == 2:
                 weight.mul_(8)
-    sliding = TinyCase("sliding", model, (IMAGE,), random_llava(grid=5).pixels)
+    return TinyCase("sliding", model, (IMAGE,), random_llava(grid=5).pixels)
+
+
+def test_padding_is_read_off_a_static_cache_of_windows():
+    """Its mask's last row sees the newest tokens alone; the others are no padding."""
+    sliding = sliding_case()
+    inputs = sliding.inputs(2, seed=1, pad=True, text=9)
+    frames = []
+    for kind in (None, "static"):
+        with record(sliding.model) as recorder:
+            generate_words(sliding, inputs, steps=3, cache_implementation=kind)
+        frames += [[pd.DataFrame(one.frame()) for one in recorder.records]]
+    for one, other in zip(*frames, strict=True):
+        pd.testing.assert_frame_equal(one, other, atol=1e-5)
+
+
+def test_sliding_windows():
+    sliding = sliding_case()
     inputs = sliding.inputs(2, seed=1, pad=True, text=9)
     stock = generate_words(sliding, inputs, STEPS)
-    with record(model, FEW) as recorder:
+    with record(sliding.model, FEW) as recorder:
         traced = generate_words(sliding, inputs, STEPS)
     assert torch.equal(torch.stack(stock.logits), torch.stack(traced.logits))
     for row, found in enumerate(recorder.records):

@@ -251,16 +251,16 @@ def test_a_policy_that_keeps_all_is_recorded_as_dense(name):
     agree(*found)
 
 
-@pytest.mark.parametrize("heads", ["shared", "kv_head"])
+@pytest.mark.parametrize("heads", ["shared", "kv_head", "adaptive"])
 def test_under_a_policy_a_further_turn_is_what_the_policy_attends_to(monkeypatch, heads):
     """Against the oracle of the policy, row by row."""
     monkeypatch.setattr(oracle, "Scan", plain.Watched)
     monkeypatch.setattr(plain.Watched, "rows", {})
     case = random_llava()
     turns, answers = conversation(case, seed=7)
-    policy = Policy(
-        vision_keep=(0.6, 0.3, 1.0), vision_compute=(0.3, 0.2, 1.0), refresh_interval=2, heads=heads
-    )
+    policy = Policy(vision_keep=(0.6, 0.3, 1.0), heads=heads)
+    if heads != "adaptive":
+        policy = policy.model_copy(update={"vision_compute": (0.3, 0.2, 1.0), "refresh_interval": 2})
     with avlprof.apply(case.model, policy) as runtime, record(case.model, WHOLE) as recorder, torch.no_grad():
         converse(case, turns, answers, runtime.new_cache())
     pairs = [(turn, answer[0].tolist()) for turn, answer in zip(turns, answers, strict=True)]

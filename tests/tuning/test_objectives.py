@@ -15,7 +15,7 @@ from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, AnswerStore, generate_answers
 from avlprof.plots.knobs import knob_effects, knob_effects_info
-from avlprof.policy import Policy, PromptShape, parse_policy
+from avlprof.policy import Policy, PromptShape, live_share, parse_policy
 from avlprof.runtime.forced import ForcedScore, ForcedSet
 from avlprof.tasks import load_task
 from avlprof.testing.allocators import random_evidence
@@ -214,6 +214,10 @@ def test_knobs_are_put_back_one_at_a_time():
     assert table.loc["scorer", "change"] == pytest.approx(0.1)
     assert (table["change"].diff().dropna() <= 0).all()
     assert measured_effects(Candidate(), Cheap(), BUDGET).empty
+    small = replace(BUDGET, memory=live_share(Policy(vision_keep=0.0), BUDGET.prompts, LAYERS) * 0.9)
+    few = Candidate(scorer="instruction", vision_bits=4, text_bits=4)
+    assert set(measured_effects(few, Cheap(), small)["knob"]) == {"scorer", "vision_bits"}
+    assert set(measured_effects(few, Cheap(), BUDGET)["knob"]) == {"scorer", "vision_bits", "text_bits"}
 
 
 def test_the_figure_of_knobs_says_both_values():

@@ -296,11 +296,11 @@ def test_shipped_rivals_use_no_more_than_the_winner(seed, read):
     assert all(isinstance(reason, str) and reason for reason in left_out.values())
 
 
-@pytest.mark.parametrize("read", [None, 0.24])
-def test_rivals_of_few_bits_have_the_same_bytes_with_them_and_without(read):
-    budget = Budget(0.28, read, PROMPTS, 10)
+@pytest.mark.parametrize(("memory", "read"), [(0.22, None), (0.28, 0.24)])
+def test_rivals_of_few_bits_have_the_same_bytes_with_them_and_without(memory, read):
+    budget = Budget(memory, read, PROMPTS, 10)
     evidence = random_evidence(5, 60, np.random.default_rng(3))
-    start = Candidate("pyramid", scorer="instruction", refresh_interval=4, vision_bits=3)
+    start = Candidate("pyramid", scorer="instruction", refresh_interval=4, vision_bits=3, text_bits=4)
     winner = start.policy(evidence, budget)
     assert (winner.vision_compute is None) == (read is None)
     named = {policy.name: policy for policy in rivals(winner, budget, 5)}
@@ -308,6 +308,8 @@ def test_rivals_of_few_bits_have_the_same_bytes_with_them_and_without(read):
     assert bits == dict.fromkeys(named, 16) | {"uniform, same scorer": 3} | (
         {} if read is None else {"static core": 3}
     )
+    texts = {name: policy.text.bits for name, policy in named.items()}
+    assert texts == {name: 4 if few < 16 else 16 for name, few in bits.items()}
     assert {"uniform", "uniform, same scorer, 16 bits", "uniform, last_query", "random"} <= set(named)
     live, reads = live_share(winner, PROMPTS, 5), read_share(winner, PROMPTS, 5, 10)
     token = len(PROMPTS) / sum(prompt.total for prompt in PROMPTS)

@@ -22,6 +22,7 @@ from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Settings, Space
 from avlprof.tuning.refine import Moved
 from avlprof.tuning.settings import check_budget
+from avlprof.tuning.space import HEADS
 from tests.helpers import few
 from tests.search_space import ALLOCATORS, SPACE, probed_evidence
 
@@ -40,7 +41,8 @@ def test_every_candidate_meets_its_budgets(seed):
     memory = float(rng.uniform(always, 1.0))
     read = float(rng.uniform(always, 1.0)) if seed % 4 > 1 else None
     budget = Budget(memory, read, prompts, int(rng.integers(1, 12)))
-    space = Space(text="trade" if window else "all").within(budget, layers).supported(evidence)
+    space = Space(heads=HEADS, text="trade" if window else "all").within(budget, layers).supported(evidence)
+    assert space.heads == (HEADS if read is None else ("shared", "kv_head"))
     dense = layers * sum(prompt.total for prompt in prompts)
     slack = layers * len(prompts) / dense
     for _ in range(6):
@@ -124,6 +126,8 @@ def test_a_budget_below_the_text_cuts_the_text():
         with pytest.raises(UserError, match=r"^budget 0\.3 is below 0\.82, what system and text alone need"):
             replace(plain, text="all").within(budget, layers)
     assert Space().within(Budget(0.9, None, prompts, 8), layers).text == "all"
+    with pytest.raises(UserError, match="adaptive alone does not go with a read budget"):
+        Space(heads=("adaptive",)).within(Budget(0.9, 0.9, prompts, 8), layers)
     assert Space(text="trade").within(Budget(0.9, None, prompts, 8), layers).text == "trade"
     with pytest.raises(UserError, match=r"^budget 0\.01 is below 0\.03"):
         Space().within(Budget(0.01, None, prompts, 8), layers)
@@ -290,6 +294,7 @@ def test_a_space_comes_back_from_its_description():
         ({"allocators": ("unifrom",)}, "unknown allocator 'unifrom'; did you mean uniform"),
         ({"scorers": ("last_qery",)}, "unknown scorer 'last_qery'; did you mean last_query"),
         ({"heads": ("all",)}, "unknown kind of heads 'all'"),
+        ({"heads": ("adaptive", "all")}, "unknown kind of heads 'all'"),
         ({"refreshes": (-1,)}, "refreshes of the search space must be 0 or more, got -1"),
         ({"scorers": ()}, "scorers of the search space must name at least one"),
         ({"scorers": ("valued:instrction",)}, "unknown scorer 'instrction'; did you mean instruction"),

@@ -22,7 +22,7 @@ from avlprof.policy import (
 )
 from avlprof.runtime.forced import ForcedScore
 from avlprof.tuning import Budget, Candidate, Settings, Space, read_study
-from avlprof.tuning.evidence import LEVELS, probed
+from avlprof.tuning.evidence import LEVELS, SCORER, probed
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.storages.journal import JOURNAL, FolderStorage
@@ -215,7 +215,7 @@ def test_the_probe_is_measured_once_and_whole(tmp_path):
     assert notes.phases[-1] == ("probe", 12, 12)
     for layer, column in itertools.product(range(3), range(len(LEVELS) - 1)):
         keep = tuple(LEVELS[column] if other == layer else 1.0 for other in range(3))
-        scores = FakeForced().score(Policy(vision_keep=keep, scorer=ScorerSpec(name="instruction")))
+        scores = FakeForced().score(Policy(vision_keep=keep, scorer=ScorerSpec.of(SCORER)))
         assert found.damage[layer, column] == pytest.approx(np.mean([score.kl for score in scores]))
     assert (found.damage[:, -1] == 0).all()
     again = probed(evidence, FakeForced(error=Killed(), at=1), path)

@@ -10,7 +10,7 @@ prompt's keys are shared by every policy and never copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class GroupAttention:
             rows = AnswerRows(call, prompt, len(self.policies))
             return _attended(rows, self._by_window(rows, window))
         rows = AnswerRows(call, *self._precision(prompt, call.layer))
-        groups = prompt.key.shape[1] if policy.heads == "kv_head" else 1
+        groups = 1 if policy.heads == "shared" else prompt.key.shape[1]
         if policy.running is not None:
             return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
         return _attended(rows, *self._governed(rows, call.layer, groups))
@@ -109,10 +109,20 @@ class GroupAttention:
         return lambda block: visible[:, :, :, block.start : block.stop]
 
 
+class RowAttention(Protocol):
+    """Attention of the rows of a group, behind prompts of `length` padded tokens."""
+
+    prompts: Prompts
+    length: int
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Output `[B * P, T, H, D]` of every row."""
+
+
 class ForcedRuntime:
     """Attention of packed answers: each group is laid out in rows, attends, and is packed again."""
 
-    def __init__(self, packed: PackedRows, groups: Sequence[GroupAttention]) -> None:
+    def __init__(self, packed: PackedRows, groups: Sequence[RowAttention]) -> None:
         self.packed, self.groups = packed, groups
 
     def new_cache(self) -> ForcedCache:

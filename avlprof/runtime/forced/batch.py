@@ -12,7 +12,9 @@ from avlprof.attention.gate import governed_layers, head_size
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import switched, with_cache
 from avlprof.policy import DENSE, Policy, PromptShape, ScorerSpec, scale_group
+from avlprof.runtime.cuts import Cut, coded
 from avlprof.runtime.forced.attention import ForcedRuntime, GroupAttention, windows
+from avlprof.runtime.forced.cuts import CutAnswers, Known
 from avlprof.runtime.forced.packing import (
     AnswerGroup,
     PackedRows,
@@ -25,6 +27,7 @@ from avlprof.runtime.forced.prefill import Prefixes
 from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.forced.rows import Plans
 from avlprof.runtime.forced.score import ForcedScore, Head, check_finite, closeness, scores_of
+from avlprof.runtime.forced.stepped import SteppedBatch
 from avlprof.runtime.support import check_supported
 
 _ROWS = 1024  # answer rows of a forward pass: as many policies share one
@@ -63,6 +66,7 @@ class ForcedBatch:
         self.shapes: list[PromptShape] = prompt_shapes(
             self.modality, governed_layers(text), scale_group(head_size(text))
         )
+        self.answers = [list(answer) for answer in answers]
         self.lengths = [len(answer) for answer in answers]
         self.steps = [max(length - 1, 0) for length in self.lengths]
         order = sorted(range(len(answers)), key=lambda row: self.steps[row])
@@ -78,6 +82,8 @@ class ForcedBatch:
         self._targets = torch.tensor([[*answers[row], 0][0] for row in order], device=ids.device)
         self._dense: dict[int, Tensor] = {}
         self._last: Tensor | None = None
+        self._cut: dict[str, CutAnswers | None] = {}
+        self._stepped: SteppedBatch | None = None
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +140,44 @@ class ForcedBatch:
                         sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
         check_finite(self.model, self._prefixes.inputs, sums[0], policies, samples)
         return scores_of(sums, samples, self.lengths)
+
+    @torch.inference_mode()
+    def score_cuts(self, cuts: Sequence[Cut], samples: Sequence[str]) -> list[list[ForcedScore]]:
+        """Compare the model without routes with dense on every row, `[cut][row]`.
+
+        Cuts of routes that begin at one source share passes over the rows from there on. Where a picture
+        comes behind these rows, or earlier rows see them, the answers are said token by token.
+        """
+        scores: dict[int, list[ForcedScore]] = {}
+        for source in dict.fromkeys(cut.route.source for cut in cuts):
+            mine = [i for i, cut in enumerate(cuts) if cut.route.source == source]
+            own = [cuts[i] for i in mine]
+            answers = self._cut_answers(source)
+            if answers is None:
+                found = self._by_steps.score_many(own, samples)
+            else:
+                with switched(self.model):
+                    sums = torch.empty((3, len(own), len(self.steps)), device=self._order.device)
+                    sums[..., self._order] = answers.sums(own)
+                check_finite(self.model, self._prefixes.inputs, sums[0], own, samples)
+                found = scores_of(sums, samples, self.lengths)
+            scores |= dict(zip(mine, found, strict=True))
+        return [scores[i] for i in range(len(cuts))]
+
+    def _cut_answers(self, source: str) -> CutAnswers | None:
+        if source not in self._cut:
+            codes = coded(self.modality, self.modality.shape[1])[self._order]
+            ids = self._prefixes.inputs["input_ids"][self._order]
+            answers = [self.answers[row] for row in self._order.tolist()]
+            known = Known(self.model, self._prefixes, self._head, ids, codes, answers, self._windows)
+            self._cut[source] = CutAnswers(known, source) if known.serves(source) else None
+        return self._cut[source]
+
+    @property
+    def _by_steps(self) -> SteppedBatch:
+        if self._stepped is None:
+            self._stepped = SteppedBatch(self.model, self._prefixes.inputs, self.answers, head=self._head)
+        return self._stepped
 
     def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
         """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""

@@ -77,6 +77,10 @@ class Prefixes:
         order: `[B]`, the rows of the batch in the order in which they are wanted.
         head: the model's head.
         scorers: scorers that every run notes, whichever the policies at hand need.
+
+    Attributes:
+        causal_from: `[B]`, in the order, the column from which on no token is seen by an earlier one, once
+            the dense prompts have run.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Prefixes:
         self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
         self._begin: int | None = None
+        self.causal_from = torch.zeros_like(order)
         self._prompts: dict[str, Prompts] = {}
         self._parked: dict[str, Prompts] = {}
         self._views: dict[tuple[str, int, int], Prompts] = {}
@@ -125,6 +130,8 @@ class Prefixes:
         """Take what a run of the prompts under a policy's prefill filter has left."""
         key = prefix_key(policy)
         self._deltas = _deltas(self.model)
+        if capture.causal_from is not None:
+            self.causal_from = capture.causal_from[self.order]
         if capture.layers:
             self._prompts[key] = capture.prompts().reordered(self.order)
         else:

@@ -62,8 +62,13 @@ class PromptLayer:
         """The layer with vision, or system and `text`, as it is after few bits; a copy, while it is used."""
         if bits == FULL:
             return self
-        marked = ((self.modality == Modality.VISION) != text)[:, None, :, None]
-        key, value = (torch.where(marked, degraded(part, bits), part) for part in (self.key, self.value))
+        vision, real = self.modality == Modality.VISION, self.modality != Modality.PAD
+        marked = real & ~vision if text else vision
+        columns = marked.any(dim=0).nonzero()[:, 0]
+        marked, parts = marked[:, None, columns, None], (self.key, self.value)
+        own = [part.index_select(2, columns) for part in parts]
+        few = [torch.where(marked, degraded(part, bits), part) for part in own]
+        key, value = (part.index_copy(2, columns, new) for part, new in zip(parts, few, strict=True))
         return replace(self, key=key, value=value)
 
     @property
@@ -169,6 +174,8 @@ class Capture:
         self.layers: list[PromptLayer] = []
         self.text: list[Tensor] = []
         self.last: Tensor | None = None
+        self.causal_from: Tensor | None = None
+        self._masks: set[int] = set()
 
     def begin(self, forward: Forward) -> None:
         """Nothing to prepare."""
@@ -178,7 +185,8 @@ class Capture:
         if forward.step == 0:
             modality = forward.modality
             columns = torch.arange(modality.shape[1], device=modality.device).expand(modality.shape)
-            self.keep(call, Prefill.of(call, modality), columns)
+            self.keep(call, prefill := Prefill.of(call, modality), columns)
+            self._look_ahead(prefill)
 
     def keep(self, call: AttentionCall, prefill: Prefill, columns: Tensor) -> None:
         """Keep one layer; layers come in order. `columns [B, N]` are those of the padded prompt."""
@@ -192,6 +200,15 @@ class Capture:
         if self.with_text:
             self.text.append(text_weights(prefill))
 
+    def _look_ahead(self, prefill: Prefill) -> None:
+        """Note how far rows see what comes behind them, once for each mask that layers share."""
+        which = 0 if prefill.mask is None else prefill.mask.data_ptr()
+        if which in self._masks:
+            return
+        self._masks.add(which)
+        found = causal_from(prefill)
+        self.causal_from = found if self.causal_from is None else torch.maximum(found, self.causal_from)
+
     @contextmanager
     def reading_last(self, head: Head, short: bool = False) -> Iterator[None]:
         """Note the prompt's last row on its way into the head; `short` spares the other rows' logits."""
@@ -203,6 +220,16 @@ class Capture:
         """What was kept."""
         assert self.last is not None
         return Prompts(self.layers, self.last, dict(self.scores), self.text)
+
+
+def causal_from(prefill: Prefill) -> Tensor:
+    """Column `[B]` from which on no token is seen by an earlier one: 0 where attention is causal."""
+    batch, length = prefill.modality.shape
+    if prefill.mask is None:
+        return prefill.modality.new_full((batch,), 0 if prefill.causal else length, dtype=torch.long)
+    later = prefill.mask[:, 0].triu(1) & prefill.valid[:, :, None] & prefill.valid[:, None]
+    columns = torch.arange(1, length + 1, device=later.device)
+    return (later.any(dim=1) * columns).amax(dim=1)
 
 
 def text_weights(prefill: Prefill) -> Tensor:

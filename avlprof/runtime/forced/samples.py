@@ -21,6 +21,7 @@ from avlprof.models.answers import answer_length, end_tokens, reference_tokens
 from avlprof.models.context import check_context
 from avlprof.models.generation import greedy
 from avlprof.policy import Policy, PromptShape, ScorerSpec
+from avlprof.runtime.cuts import Cut
 from avlprof.runtime.forced.attention import not_forced
 from avlprof.runtime.forced.batch import ForcedBatch
 from avlprof.runtime.forced.prompt import Capture
@@ -152,6 +153,16 @@ class ForcedSet:
         for part in self.parts_many(policies):
             for own, more in zip(scores, part, strict=True):
                 own.extend(more)
+        return scores
+
+    def score_cuts(self, cuts: Sequence[Cut]) -> list[list[ForcedScore]]:
+        """Scores `[cut][sample]` of the model without routes; cuts share passes where they can."""
+        scores: list[list[ForcedScore]] = [[] for _ in cuts]
+        for number, (rows, batch) in enumerate(self._batches):
+            found = batch.score_cuts(cuts, [self.samples[i] for i in rows])
+            for own, more in zip(scores, found, strict=True):
+                own.extend(more)
+            self._make_room(number)
         return scores
 
     @property

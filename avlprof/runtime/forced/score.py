@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from avlprof.models.finite import first_layer, named, not_finite
 from avlprof.policy import Policy
+from avlprof.runtime.cuts import Cut
 
 
 @dataclass
@@ -153,9 +154,13 @@ def closeness(head: Head, dense: Tensor, ours: Tensor, targets: Tensor) -> Tenso
 
 
 def check_finite(
-    model: Any, inputs: dict[str, Tensor], kl: Tensor, policies: Sequence[Policy], samples: Sequence[str]
+    model: Any,
+    inputs: dict[str, Tensor],
+    kl: Tensor,
+    policies: Sequence[Policy | Cut],
+    samples: Sequence[str],
 ) -> None:
-    """`UserError` where a divergence `[P, B]` of policies on the prompts `inputs` is not finite."""
+    """`UserError` where a divergence `[P, B]` of policies or cuts on the prompts `inputs` is not finite."""
     broken = (~kl.isfinite()).nonzero().tolist()
     if broken:
         number, row = broken[0]

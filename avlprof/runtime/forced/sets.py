@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import averaged, core_scores, ranks
+from avlprof.attention.ranking import averaged, best_pairs, core_scores, ranks
 from avlprof.policy import CoreScore
 from avlprof.runtime.forced.packing import scorers_of
 from avlprof.runtime.forced.prompt import Prompts
@@ -22,6 +22,9 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
         vision = (prompts.layers[layer].modality == Modality.VISION)[:, None, None]
         return vision, vision
     counts, cores = plans.vision(layer)
+    if plans.policies[0].heads == "adaptive":
+        pairs = _best_pairs(plans, prompts, layer, groups)
+        return pairs, pairs
     ranked = _pool_ranks if plans.policies[0].joint is not None else _vision_ranks
     rank = ranked(plans, prompts, layer, groups)
     kept = rank < counts[:, None, :, None]
@@ -218,6 +221,22 @@ def _vision_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Te
     if all(spec == specs[0] for spec in specs):
         return by_policy[0][:, :, None]
     return torch.stack(by_policy, dim=2)
+
+
+def _best_pairs(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:
+    """Kept vision tokens `[B, G, P, N]` where heads differ in their counts."""
+    vision = (prompts.layers[layer].modality == Modality.VISION)[:, None]
+    counts, _ = plans.vision(layer)
+    chosen = [
+        best_pairs(
+            prompts.group_scores(policy.scorer, groups, layer),
+            vision,
+            counts[:, index],
+            policy.head_parts(layer, groups) or (),
+        )
+        for index, policy in enumerate(plans.policies)
+    ]
+    return torch.stack(chosen, dim=2)
 
 
 def _pool_ranks(plans: Plans, prompts: Prompts, layer: int, groups: int) -> Tensor:

@@ -15,14 +15,15 @@ from avlprof.attention.modality import modality_map, prompt_shapes, vision_token
 from avlprof.models.generation import greedy
 from avlprof.policy import DENSE, Policy, PromptShape, scale_group
 from avlprof.runtime.apply import apply
+from avlprof.runtime.cuts import Cut, cutting
 from avlprof.runtime.forced.score import ForcedScore, Head, HeadInput, check_finite, closeness, scores_of
 
 
 class SteppedBatch:
     """As a `ForcedBatch` for any model that the runtime serves: a state has to see token after token.
 
-    Each policy costs a generation of the answers, prompts included; nothing is held between policies but
-    the dense model's last hidden states.
+    Each policy or cut costs a generation of the answers, prompts included; nothing is held between them
+    but the dense model's last hidden states.
     """
 
     nbytes = parked = 0
@@ -70,9 +71,13 @@ class SteppedBatch:
         """Compare a policy with dense on every row; `samples` are the rows' ids."""
         return self.score_many([policy], samples)[0]
 
+    def score_cuts(self, cuts: Sequence[Cut], samples: Sequence[str]) -> list[list[ForcedScore]]:
+        """As `score_many`."""
+        return self.score_many(cuts, samples)
+
     @torch.inference_mode()
-    def score_many(self, policies: Sequence[Policy], samples: Sequence[str]) -> list[list[ForcedScore]]:
-        """Compare policies with dense on every row, `[policy][row]`, one after the other."""
+    def score_many(self, policies: Sequence[Policy | Cut], samples: Sequence[str]) -> list[list[ForcedScore]]:
+        """Compare policies or cuts with dense on every row, `[policy][row]`, one after the other."""
         if self._dense is None:
             self._dense = self._hidden(DENSE)[self._real]
         targets, owners = self._tokens[self._real], self._real.nonzero()[:, 0]
@@ -84,10 +89,15 @@ class SteppedBatch:
         check_finite(self.model, self.inputs, sums[0], policies, samples)
         return scores_of(sums, samples, self.lengths)
 
-    def _hidden(self, policy: Policy) -> Tensor:
+    def _under(self, policy: Policy | Cut) -> Any:
+        """The context in which the model runs so."""
+        if isinstance(policy, Cut):
+            return cutting(self.model, policy)
+        return contextlib.nullcontext() if policy is DENSE else apply(self.model, policy)
+
+    def _hidden(self, policy: Policy | Cut) -> Tensor:
         """Last hidden states `[B, T + 1, D]` that give each answer token, the first included."""
-        context: Any = contextlib.nullcontext() if policy is DENSE else apply(self.model, policy)
-        with context, self._head.watched(short=True) as seen:
+        with self._under(policy), self._head.watched(short=True) as seen:
             said = _Said(self._tokens, seen)
             greedy(self.model, self.inputs, max_new_tokens=self._tokens.shape[1], processors=[said])
         missing = self._tokens.shape[1] - len(said.hidden)  # all rows have ended: nothing real is left

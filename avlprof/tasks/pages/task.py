@@ -81,12 +81,13 @@ def _stream(types: tuple[str, ...], split: str) -> Iterator[Sample]:
         asked[group] += 1
         yield Sample(
             id=f"{split}-{number:05d}-{group}",
-            images=(partial(_picture, seed, number),),
+            images=(partial(picture_of_page, seed, number),),
             prompt=questions[group].prompt,
             answers=(questions[group].answer,),
             group=group,
         )
 
 
-def _picture(seed: int, number: int) -> Image.Image:
+def picture_of_page(seed: int, number: int) -> Image.Image:
+    """The picture of page `number` of a seed."""
     return draw_page(seed, number).image
