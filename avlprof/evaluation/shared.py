@@ -129,9 +129,7 @@ def _dumped(ask: Ask) -> dict[str, Any]:
     settings, lengths = ask.settings, ask.settings.lengths or {}
     policy = ask.policy if isinstance(ask.policy, Policy) else None
     return {
-        "policy": ask.policy.model_dump(mode="json", by_alias=True)
-        if isinstance(ask.policy, Policy)
-        else None,
+        "policy": policy and policy.model_dump(mode="json", by_alias=True),
         "split": ask.split,
         "count": ask.count,
         "samples": [sample.id for sample in ask.samples],
