@@ -16,7 +16,7 @@ from avlprof.files import write_text
 from avlprof.plots.save import save_figure
 from avlprof.watch import Watch
 from tools.predict.measure import MAPS, MEASURES, Bench, Plan
-from tools.predict.tables import OF_POLICIES, best_table, figure, layers_table, shares_table
+from tools.predict.tables import OF_POLICIES, best_table, figure, heads_table, layers_table, shares_table
 
 LONG = "shapes:describe,read,row"
 PAGES = "pages:describe,paragraph,read_fields,read_chart,read_table"
@@ -51,6 +51,7 @@ def main() -> None:
     parts = {
         "Layers alone, nothing kept": layers_table(tables, 0.0),
         "Layers alone, 15% kept": layers_table(tables, 0.15),
+        "Heads alone": heads_table(tables),
         "Rankings": shares_table(tables, "rankings", "ranking", MAPS),
         "Shares": shares_table(tables, "policies", "policy", OF_POLICIES),
         "KL of rankings": best_table(tables, "rankings", "ranking"),

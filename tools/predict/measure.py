@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import avlprof
 from avlprof import Policy, Run, Space, TraceSettings, UserError
 from avlprof.attention.session import switched
+from avlprof.evaluation.knockout import KnockoutSettings, knockout
 from avlprof.files import replacing
 from avlprof.models import LoadedModel
 from avlprof.models.generation import greedy
@@ -286,4 +287,20 @@ def _drawn(bench: Bench, share: float) -> Iterator[tuple[str, Policy]]:
             continue
 
 
-MEASURES = {"layers": layers, "rankings": rankings, "policies": policies}
+def heads(bench: Bench) -> pd.DataFrame:
+    """A row a sample and query head: `kl` when its answer rows may not look at vision, its statistics."""
+    settings = KnockoutSettings(
+        samples=bench.plan.samples,
+        routes=("answer-to-vision",),
+        heads=True,
+        answers=False,
+        batch_size=bench.plan.batch,
+    )
+    losses = knockout(bench.loaded, bench.task, settings, watch=bench.watch).losses
+    losses = losses[losses["head"] >= 0][["sample", "layer", "head", "kl"]]
+    stats = bench.run.stats().query("head >= 0 and query == 'generated'")
+    stats = stats[["sample", "layer", "head", *(name for name in OF_LAYERS if name in stats)]]
+    return losses.merge(stats, on=["sample", "layer", "head"], how="left")
+
+
+MEASURES = {"layers": layers, "rankings": rankings, "policies": policies, "heads": heads}

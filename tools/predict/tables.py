@@ -33,6 +33,16 @@ def layers_table(tables: Tables, level: float) -> str:
     return _table("of the dense model", {text: column for column, text in columns.items()}, frames, of)
 
 
+def heads_table(tables: Tables) -> str:
+    """Statistics of query heads against the damage of closing each one's way to the picture."""
+
+    def of(frame: pd.DataFrame, column: str) -> Correlation:
+        return correlation(by_unit(frame, column, ["layer", "head"]), by_unit(frame, "kl", ["layer", "head"]))
+
+    frames = {model: found["heads"] for model, found in tables.items() if "heads" in found}
+    return _table("of a head", {text: column for column, text in OF_LAYERS.items()}, frames, of)
+
+
 def shares_table(tables: Tables, name: str, unit: str, columns: Mapping[str, str]) -> str:
     """What is dropped of each map against the damage of whole policies, a column a model and share."""
     frames = {
