@@ -55,5 +55,31 @@ class Part(Watch):
         self._whole.say(text)
 
 
+class Steps(Part):
+    """Units of work that are done, and how many there are, of a job of several parts.
+
+    What is told of them only rises: of parts that others did together ahead of their turn, each is
+    gone through once more.
+    """
+
+    def __init__(self, watch: Watch, name: str, total: int) -> None:
+        super().__init__(watch, name)
+        self.done, self.total, self._told = 0, total, (-1, 0)
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        done = max(self._told[0], done)
+        if (done, total) != self._told:
+            self._told = done, total
+            super().phase(name, done, max(total, done))
+
+    def part(self) -> Watch:
+        """Who watches the part that comes next."""
+        return Part(self, "", self.done, max(self.total, self.done))
+
+    def add(self, units: int) -> None:
+        """So many more are done."""
+        self.done += units
+
+
 SILENT: Final = Watch()
 """Shows nothing."""

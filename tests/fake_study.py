@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import sys
 import time
@@ -13,12 +15,13 @@ from pathlib import Path
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from avlprof.launchers import Launch
 from avlprof.tuning import Settings
-from avlprof.tuning.storages._base import process_name, runs
+from avlprof.tuning.storages._base import runs
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage
 from avlprof.tuning.trials import run_trials
-from avlprof.tuning.workers import WorkerProcesses, parent_check
+from avlprof.tuning.workers import crew_check, parent_check, study_crew
 from avlprof.watch import SILENT
 
 STEPS = 4
@@ -78,17 +81,23 @@ def work(folder, trials, pause=0.0, url="", check=None, watch=SILENT):
 
 
 def command(folder, trials, pause, url=""):
-    """The command of a worker."""
-    return [sys.executable, "-m", "tests.fake_study", str(folder), str(trials), str(pause), url]
+    """The command of a worker, behind `python`."""
+    return ["-m", "tests.fake_study", str(folder), str(trials), str(pause), url]
 
 
-def stop_midway(study, process, how=signal.SIGKILL):
-    """Stop a worker in the middle of a trial; returns the number of the trial."""
+def crew_of(storage, words, workers):
+    """Workers of this machine beside this process."""
+    return study_crew(storage, words, Launch(workers))
+
+
+def stop_midway(study, process, how=signal.SIGKILL, name=""):
+    """Stop a worker of this machine in the middle of a trial; returns the number of the trial."""
+    name = name or re.sub(r"[^\w.-]", "-", f"{platform.node()}-{process}")
     until = time.monotonic() + 90
     while time.monotonic() < until:
         os.kill(process, signal.SIGSTOP)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if runs(trial, process) and trial.intermediate_values:
+            if runs(trial, name) and trial.intermediate_values:
                 os.kill(process, how)
                 return trial.number
         os.kill(process, signal.SIGCONT)
@@ -99,16 +108,16 @@ def stop_midway(study, process, how=signal.SIGKILL):
 def check_replacement(storage):
     """A worker that is killed: another one in its stead, and its trial waits with the same parameters."""
     study = storage.open()
-    with WorkerProcesses(storage, ["sleep", "100"], 2) as workers:
-        first, second = workers.processes
+    with crew_of(storage, ["-c", "import time; time.sleep(100)"], 3) as crew:
+        first, second = crew.names
         trials = []
-        for process in (first, second):
+        for name in (first, second):
             trials.append(study.ask({"x": FloatDistribution(0.0, 1.0)}))
-            trials[-1].set_user_attr("worker", f"{process_name(process)}-abc")
-        os.kill(first, signal.SIGKILL)
-        while workers.processes[0] == first:
-            workers.check(study)
-        assert workers.processes[1] == second
+            trials[-1].set_user_attr("worker", f"{name}-abc")
+        os.kill(crew.started[0].popen.pid, signal.SIGKILL)
+        while crew.names[0] == first:
+            crew_check(storage, crew)(study)
+        assert crew.names[1] == second
         assert study.trials[0].state == TrialState.FAIL
         assert study.trials[1].state == TrialState.RUNNING
         assert [trial.params for trial in study.trials[2:]] == [trials[0].params]

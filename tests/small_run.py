@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from avlprof.runs import RunMeta
 
@@ -35,3 +36,17 @@ def sample(name, seed=0, vision=5, steps=3):
 def files(path):
     """Names of everything in a folder that is not a lock."""
     return sorted(p.name for p in path.iterdir() if not p.name.startswith(".lock"))
+
+
+def same_runs(one, other):
+    """Whether two run directories hold the very same numbers, in whatever parts."""
+    assert sorted(one.ids()) == sorted(other.ids())
+    assert one.hash == other.hash
+    keys = ["sample", "layer", "head", "phase", "query"]
+    tables = [run.stats().sort_values(keys).reset_index(drop=True) for run in (one, other)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for sample in one.ids():
+        ours, theirs = one.scores(sample), other.scores(sample)
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[name])

@@ -39,6 +39,7 @@ ORDER = (
     ("scorers", "allocators"),
     ("attention",),
     ("policy",),
+    ("launchers",),
     ("_lazy", "bisection", "files", "locks", "registry", "versions", "watch"),
     ("errors",),
 )
@@ -53,6 +54,7 @@ LARGEST, SMALLEST = 350, 60
 SIBLINGS = (
     "allocators",
     "cli",
+    "launchers",
     "models/families",
     "plots",
     "scorers",

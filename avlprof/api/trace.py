@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
+from avlprof.launchers import Launch
+from avlprof.launchers.queue import LEADER, Looking, Queue, Team
 from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.models.answers import longest_reference
 from avlprof.models.placement import own_device
 from avlprof.policy import Policy
 from avlprof.run import RUNS, Run, save_pictures
 from avlprof.runs import RunDirectory, RunMeta, Shard
+from avlprof.runs.meta import check_free
 from avlprof.runtime.apply import apply
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task, load_task
@@ -22,6 +26,10 @@ from avlprof.watch import SILENT, Watch
 
 SAMPLES = 64
 """How many samples are traced where nobody says."""
+SHARES, MOST_SAMPLES = 4, 32
+"""Tasks for each worker, as far as there are samples; most samples of a task."""
+QUEUE = "AVLPROF_QUEUE"
+"""Folder of the tasks, for a process that another one started to help it trace."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +47,77 @@ class TracePlan:
     def run(self, watch: Watch = SILENT) -> Run:
         """Trace what `out` does not hold yet of this process's share."""
         try:
-            directory = trace_samples(
-                self.loaded,
-                self.task,
-                self.samples,
-                self.out,
-                self.settings,
-                under=self._under,
-                shard=self.shard,
-                watch=watch,
-            )
+            directory = self._trace(watch)
         finally:
             # one process notes the pictures of all, since they write the same file
             if self.shard.index == 0 and (self.out / "meta.json").is_file():
                 save_pictures(self.out, self.samples)
         return Run(directory)
+
+    def lead(self, launch: Launch, words: Sequence[str], watch: Watch = SILENT) -> Run:
+        """As `run`, with others.
+
+        Args:
+            launch: how many work, and what starts the others.
+            words: of the command line that makes the same plan in them; see `serve`.
+            watch: its phase `trace` counts samples of all.
+        """
+        there = set(RunDirectory(self.out).ids()) if (self.out / "meta.json").is_file() else set()
+        todo = [sample for sample in self.samples if sample.id not in there]
+        size = self.settings.batch_size
+        size *= max(min(len(todo) // (SHARES * launch.workers), MOST_SAMPLES) // size, 1)
+        parts = {f"{start:06d}": todo[start : start + size] for start in range(0, len(todo), size)}
+        if not parts:
+            return self.run(watch)
+        check_free(self.out, run_meta(self.loaded, self.task, self.settings))
+        plan, total = replace(self, shard=Shard(0, launch.workers, member=LEADER)), len(self.samples)
+
+        def serve(name: str, look: Callable[[], None]) -> None:
+            replace(plan, samples=tuple(parts[name]))._trace(Looking(look))
+
+        def tell(left: set[str]) -> None:
+            watch.phase("trace", total - sum(len(parts[name]) for name in left), total)
+
+        words = ["-m", "avlprof", *words, "--out", str(self.out.resolve())]
+        team = Team(
+            launch,
+            self.out,
+            lambda queue: words,
+            lambda queue, number: {QUEUE: str(queue), "RANK": f"{number}", "WORLD_SIZE": f"{launch.workers}"},
+        )
+        tasks = {name: {"samples": [sample.id for sample in part]} for name, part in parts.items()}
+        try:
+            with team:
+                team.work(tasks, serve, tell)
+        finally:
+            for lock in self.out.glob(".lockw*"):  # of members, whose names nobody has again
+                lock.unlink(missing_ok=True)
+            if (self.out / "meta.json").is_file():
+                save_pictures(self.out, self.samples)
+        return Run(RunDirectory(self.out))
+
+    def serve(self, queue: Queue) -> int:
+        """Trace what a queue asks for until who leads is gone; how many tasks."""
+        done, samples = 0, {sample.id: sample for sample in self.samples}
+        for taken in queue.tasks(self.shard.member):
+            asked = taken.read()
+            if asked is not None:
+                replace(self, samples=tuple(samples[name] for name in asked["samples"]))._trace()
+                taken.done()
+                done += 1
+        return done
+
+    def _trace(self, watch: Watch = SILENT) -> RunDirectory:
+        return trace_samples(
+            self.loaded,
+            self.task,
+            self.samples,
+            self.out,
+            self.settings,
+            under=self._under,
+            shard=self.shard,
+            watch=watch,
+        )
 
     def _under(self) -> AbstractContextManager[object]:
         policy = self.settings.policy

@@ -72,6 +72,7 @@ COMMANDS: Final[dict[str, str]] = {
     "export": "avlprof.cli.export",
     "evaluate": "avlprof.cli.evaluate",
     "compare": "avlprof.cli.compare",
+    "join": "avlprof.cli.join",
     "leaderboard": "avlprof.cli.leaderboard",
     "knockout": "avlprof.cli.knockout",
     "bench": "avlprof.cli.bench",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,6 +104,51 @@ def task_options(command: Command) -> Command:
     return _with_options(command, "source", "task", _TASK, _source)
 
 
+def _worker_option(flag: str, text: str, kind: Any) -> Any:
+    return Annotated[kind, typer.Option(flag, help=text, rich_help_panel="Workers")]
+
+
+_LAUNCH: Options = {
+    "workers": (_worker_option("--workers", "Processes that work, this one included.", int), 1),
+    "launcher": (
+        _worker_option("--launcher", "What starts the others: local, ray or submitit.", str),
+        "local",
+    ),
+    "launcher_args": (
+        _worker_option(
+            "--launcher-args", "NAME=VALUE for the launcher, such as num_gpus=1; repeat.", list[str] | None
+        ),
+        None,
+    ),
+}
+"""Options of `Launch`."""
+
+
+def launch_options(command: Command) -> Command:
+    """Gives a command the options that say how many processes work, and what starts them, as one `launch`."""
+    return _with_options(command, "launch", "", _LAUNCH, _launch)
+
+
+def _launch(values: dict[str, Any]) -> Any:
+    from avlprof.launchers import WORKER, Launch
+
+    if WORKER in os.environ:  # this is one of those that were started, and starts nobody
+        return Launch()
+    arguments = parse_arguments(values["launcher_args"], "--launcher-args")
+    return Launch(values["workers"], values["launcher"], arguments)
+
+
+def on_own_device(spec: ModelSpec) -> ModelSpec:
+    """For a worker started beside others of its machine: a GPU of its own, where there are several."""
+    from avlprof.launchers import NUMBER
+    from avlprof.models.placement import own_device
+
+    number = os.environ.get(NUMBER)
+    if number is None or spec.device_map is not None:
+        return spec
+    return replace(spec, device=own_device(spec.device, int(number)))
+
+
 def noted_options(command: Command) -> Command:
     """`model_options` and `task_options` of a command that knows model and task: their names may be left out.
 
@@ -129,7 +175,7 @@ def _source(values: dict[str, Any]) -> Any:
     return TaskSpec(**values)
 
 
-def parse_arguments(pairs: Sequence[str] | None) -> dict[str, Any] | None:
+def parse_arguments(pairs: Sequence[str] | None, option: str = "--model-args") -> dict[str, Any] | None:
     """Values by name of `NAME=VALUE` pairs, each value as YAML reads it.
 
     Raises:
@@ -145,12 +191,12 @@ def parse_arguments(pairs: Sequence[str] | None) -> dict[str, Any] | None:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier():
-            raise UserError(f"--model-args must be NAME=VALUE, got {shortened(pair)}")
+            raise UserError(f"{option} must be NAME=VALUE, got {shortened(pair)}")
         if name in values:
-            raise UserError(f"--model-args gives '{name}' twice; keep one of them")
-        value = read_yaml(text, f"--model-args {name}")
+            raise UserError(f"{option} gives '{name}' twice; keep one of them")
+        value = read_yaml(text, f"{option} {name}")
         if not isinstance(value, str | int | float | bool | None):
-            raise UserError(f"--model-args {name} must be one number, word or switch, got {shortened(text)}")
+            raise UserError(f"{option} {name} must be one number, word or switch, got {shortened(text)}")
         values[name] = value
     return values
 
@@ -160,7 +206,7 @@ def _with_options(
 ) -> Command:
     """`command` with `options` in place of its parameter `parcel`, which `make` builds from their values."""
     signature = inspect.signature(command)
-    names = {field: f"{prefix}_{field}" for field in options}
+    names = {field: f"{prefix}_{field}" if prefix else field for field in options}
     keyword = inspect.Parameter.KEYWORD_ONLY
     kept = [
         parameter.replace(annotation=_evaluated(parameter.annotation, command), kind=keyword)

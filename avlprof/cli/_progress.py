@@ -179,5 +179,6 @@ _UNITS = {
     "knockout": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "bench storage": "cases",
     "submissions": "files",
 }

@@ -22,7 +22,7 @@ from avlprof.cli._bench_options import (
     print_costs,
     shape_of,
 )
-from avlprof.cli._output import Format, FormatOption, finished, size
+from avlprof.cli._output import Format, FormatOption, finished, percent, size
 from avlprof.cli._progress import bars
 from avlprof.files import check_output, write_text
 from avlprof.models.spec import ModelSpec
@@ -248,3 +248,28 @@ def gpu(
         finished([out])
         out = None
     print_costs(rows, ["section", "case", "measure", "value", "unit", "aim"], form, out, {})
+
+
+@app.command()
+def storage(
+    workers: Annotated[
+        str, typer.Option("--workers", help="How many simulated workers at once, such as 1,8,32.")
+    ] = "1,8,32,64",
+    url: Annotated[
+        str | None,
+        typer.Option("--storage", help="PostgreSQL URL; measures it, and Optuna's gRPC proxy before it."),
+    ] = None,
+    each: Annotated[int, typer.Option("--trials", min=1, help="Trials of a worker.")] = 10,
+    sleep: Annotated[float, typer.Option("--seconds", min=0, help="How long a trial sleeps.")] = 1.0,
+    out: SaveOption = None,
+    form: FormatOption = Format.table,
+) -> None:
+    """Trials a second that the storage of a study takes, from workers that only sleep."""
+    from avlprof.bench.storage import run_storage_bench
+
+    check_output(out)
+    with bars() as watch:
+        costs = run_storage_bench(counts("--workers", workers), url, each, sleep, watch)
+    columns = ["storage", "workers", "trials", "seconds", "per_second", "share", "overhead", "cpu"]
+    cells = {"seconds": "{:.2f}".format, "per_second": "{:.1f}".format, "share": percent}
+    print_costs([asdict(cost) for cost in costs], columns, form, out, {**cells, "overhead": "{:.3f}".format})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import model_options, parse_shares, task_options
+from avlprof.cli._options import launch_options, model_options, parse_shares, task_options
 from avlprof.cli._output import (
     FigureFormat,
     FigureFormatOption,
@@ -30,6 +30,7 @@ from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Comparison
+    from avlprof.launchers import Launch
     from avlprof.policy import Policy
     from avlprof.tasks.spec import TaskSpec
 
@@ -39,9 +40,11 @@ app = typer.Typer(add_completion=False)
 @app.command("compare")
 @model_options
 @task_options
+@launch_options
 def compare_policies(
     spec: ModelSpec,
     source: TaskSpec,
+    launch: Launch,
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="Shares of the dense prompt KV, such as 0.1,0.2,0.4.")
     ] = "0.2,0.4",
@@ -94,8 +97,9 @@ def compare_policies(
     Every policy is scaled to every budget; what cannot go so low is listed. Answers are kept in
     the output folder, so the same command resumes.
     """
-    from avlprof.evaluation import AnswerStore, ComparisonSettings
+    from avlprof.evaluation import ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.evaluation.shared import open_store
     from avlprof.evaluation.smaller import METHODS
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
@@ -113,19 +117,21 @@ def compare_policies(
     check_output(folder, folder=True)
     check_output(submit, folder=True)
     _check_name(by, submit)
-    lock = FolderLock(folder / "parts")
-    loaded = load_model(spec)
-    resolver = Resolver(loaded, task, run)
-    settings = ComparisonSettings(
-        split=split,
-        select_split=None if select_split == "none" else select_split,
-        samples=samples,
-        batch_size=batch_size,
-        baselines=baselines,
-        evidence=lambda: resolver.evidence,
-    )
-    store = AnswerStore(folder / "parts")
-    with lock, bars() as watch:
+    with (
+        FolderLock(folder / "parts"),
+        open_store(folder / "parts", launch, spec, source) as store,
+        bars() as watch,
+    ):
+        loaded = load_model(spec)
+        resolver = Resolver(loaded, task, run)
+        settings = ComparisonSettings(
+            split=split,
+            select_split=None if select_split == "none" else select_split,
+            samples=samples,
+            batch_size=batch_size,
+            baselines=baselines,
+            evidence=lambda: resolver.evidence,
+        )
         comparison = compare(
             loaded, task, budgets, given=mine, tuned=tuned, settings=settings, store=store, watch=watch
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import model_options, task_options
+from avlprof.cli._options import launch_options, model_options, task_options
 from avlprof.cli._output import (
     FigureFormat,
     FigureFormatOption,
@@ -29,6 +29,7 @@ from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.evaluation import Evaluation
+    from avlprof.launchers import Launch
     from avlprof.models import LoadedModel
     from avlprof.policy import Policy
     from avlprof.tasks.spec import TaskSpec
@@ -39,9 +40,11 @@ app = typer.Typer(add_completion=False)
 @app.command("evaluate")
 @model_options
 @task_options
+@launch_options
 def evaluate_policies(
     spec: ModelSpec,
     source: TaskSpec,
+    launch: Launch,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,8 +83,9 @@ def evaluate_policies(
 
     Answers are kept in the output folder, so the same command resumes.
     """
-    from avlprof.evaluation import AnswerStore, EvaluationSettings
+    from avlprof.evaluation import EvaluationSettings
     from avlprof.evaluation.evaluate import evaluate
+    from avlprof.evaluation.shared import open_store
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
 
@@ -98,12 +102,14 @@ def evaluate_policies(
     task.samples(split, samples)
     folder = out or Path("evaluations") / re.sub(r"[^\w.-]+", "-", f"{spec.name}-{task.name}-{split}")
     check_output(folder, folder=True)
-    lock = FolderLock(folder / "parts")
-    store = AnswerStore(folder / "parts")
-    loaded = load_model(spec)
-    resolver = Resolver(loaded, task, run)
-    policies = [resolver(one) for one in policies] if policy else _fitting(policies, resolver, loaded)
-    with lock, bars() as watch:
+    with (
+        FolderLock(folder / "parts"),
+        open_store(folder / "parts", launch, spec, source) as store,
+        bars() as watch,
+    ):
+        loaded = load_model(spec)
+        resolver = Resolver(loaded, task, run)
+        policies = [resolver(one) for one in policies] if policy else _fitting(policies, resolver, loaded)
         evaluation = evaluate(loaded, task, policies, settings, store=store, watch=watch)
     wrote = _write(evaluation, folder, figure_format)
     _print(evaluation, form)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import noted_options
+from avlprof.cli._options import noted_options, on_own_device
 from avlprof.cli._output import Format, FormatOption, cell, note, percent, show
 from avlprof.cli._progress import bars
 from avlprof.models.spec import ModelSpec
@@ -124,7 +124,7 @@ def join_study(
     model, task = replace(spec, name=spec.name or meta.model, dtype=dtype), source.name or meta.task
     with bars() as watch:
         join(
-            load_model(model),
+            load_model(on_own_device(model)),
             replace(source, name=task).load(),
             begun,
             batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from avlprof.cli._options import (
     ImageOption,
     PromptOption,
+    launch_options,
     model_options,
     refuse_beside_picture,
     task_options,
@@ -25,13 +27,15 @@ from avlprof.cli._output import (
     size,
 )
 from avlprof.cli._progress import bars
-from avlprof.errors import counted
+from avlprof.errors import UserError, counted
 from avlprof.files import check_output
 from avlprof.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from avlprof.api.trace import TracePlan
+    from avlprof.launchers import Launch
     from avlprof.run import Run
+    from avlprof.runs import Shard
     from avlprof.tasks.spec import TaskSpec
 
 app = typer.Typer(add_completion=False)
@@ -40,10 +44,12 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @model_options
 @task_options
+@launch_options
 def trace(
     context: typer.Context,
     spec: ModelSpec,
     source: TaskSpec,
+    launch: Launch,
     samples: Annotated[int, typer.Option("--samples", "-n", help="How many samples.")] = 64,
     split: Annotated[str, typer.Option("--split", help="Which split of the task.")] = "search",
     out: Annotated[
@@ -81,9 +87,9 @@ def trace(
     Samples that the run directory holds already are skipped, so the same command resumes. As
     one of several processes of torchrun or SLURM it traces its share into the same directory.
     """
-    from avlprof.api.trace import plan_trace
+    from avlprof.api.trace import QUEUE, plan_trace
+    from avlprof.launchers.queue import Queue
     from avlprof.run import picture_task
-    from avlprof.runs import Shard
     from avlprof.tracing.options import RecordOptions, TraceSettings
 
     own = bool(image) or prompt is not None
@@ -106,8 +112,11 @@ def trace(
         None if own else samples,
         settings,
         out=out,
-        shard=Shard.from_environment(os.environ),
+        shard=_shard(launch),
     )
+    if plan.shard.member:
+        plan.serve(Queue(Path(os.environ[QUEUE])))
+        return
     if plan.shard.index > 0:
         _trace_beside(plan)
         return
@@ -115,11 +124,12 @@ def trace(
     if lacking:
         note(lacking)
     price = " (every row of each prompt, which is slower)" if rows == "all" else ""
-    among = f" by {plan.shard.count} processes" if plan.shard.count > 1 else ""
+    processes = max(plan.shard.count, launch.workers)
+    among = f" by {processes} processes" if processes > 1 else ""
     most = size(plan.estimated_bytes)
     note(f"{counted(len(plan.samples), 'sample')}{among} to {plan.out}, at most about {most} on disk{price}")
     with bars(resumes=True) as watch:
-        run = plan.run(watch)
+        run = plan.run(watch) if launch.alone else plan.lead(launch, context.meta["words"], watch)
     cells = {"size": size, "vision_mass_last": percent, "vision_mass_decode": percent}
     show([_summary(run)], form, cells=cells)
     missing = _missing(plan, run)
@@ -129,6 +139,23 @@ def trace(
             "not there yet; the other processes write them"
         )
     finished([run.path], f"avlprof analyze {run.path}")
+
+
+def _shard(launch: Launch) -> Shard:
+    """This process among those that trace: of torchrun or SLURM, or one that a launcher started."""
+    from avlprof.api.trace import QUEUE
+    from avlprof.launchers import NUMBER, WORKER
+    from avlprof.runs import Shard
+
+    shard = Shard.from_environment(os.environ)
+    if QUEUE in os.environ:
+        return replace(shard, local=int(os.environ.get(NUMBER, "0")), member=os.environ[WORKER])
+    if shard.count > 1 and not launch.alone:
+        raise UserError(
+            f"--workers {launch.workers} and {shard.count} processes of torchrun or SLURM were asked for; "
+            "leave one of them out"
+        )
+    return shard
 
 
 def _trace_beside(plan: TracePlan) -> None:

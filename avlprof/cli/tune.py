@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avlprof.cli._live import board
-from avlprof.cli._options import model_options, parse_shares, task_options
+from avlprof.cli._options import launch_options, model_options, parse_shares, task_options
 from avlprof.cli._output import FigureFormat, FigureFormatOption, Format, FormatOption, finished, note
 from avlprof.errors import UserError, shortened
 from avlprof.files import check_output
@@ -17,6 +17,7 @@ from avlprof.models.spec import ModelSpec
 from avlprof.tuning.settings import BUDGET, Settings
 
 if TYPE_CHECKING:
+    from avlprof.launchers import Launch
     from avlprof.tasks.spec import TaskSpec
     from avlprof.tuning import Certified, Sweep, Tuned
 
@@ -28,9 +29,11 @@ _SEVERAL, _MEMORY = "Several budgets", "Memory"
 @app.command()
 @model_options
 @task_options
+@launch_options
 def tune(
     spec: ModelSpec,
     source: TaskSpec,
+    launch: Launch,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -134,10 +137,6 @@ def tune(
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
     ] = Settings.prune,
-    workers: Annotated[
-        int,
-        typer.Option("--workers", help="Processes here that run trials.", rich_help_panel="Workers"),
-    ] = 1,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -176,7 +175,7 @@ def tune(
         batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
     check_output(out, folder=True)
-    by = Workers(workers, storage)
+    by = Workers(launch.workers, storage, launcher=launch.launcher, launcher_args=launch.arguments)
     with board() as watch:
         shares = parse_shares("--budgets", "0.1,0.2,0.4" if budgets is None else budgets)
         if confidence is not None and max_drop is not None:

@@ -22,7 +22,7 @@ from avlprof.errors import UserError
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.smaller import Method, SmallerPictures
-from avlprof.evaluation.store import STOCK, Answer, AnswerStore, model_key
+from avlprof.evaluation.store import STOCK, Answer, AnswerStore, Ask, model_key
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens
 from avlprof.models.generation import greedy
@@ -32,7 +32,7 @@ from avlprof.runtime import Runtime
 from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.versions import versions
-from avlprof.watch import SILENT, Part, Watch
+from avlprof.watch import SILENT, Watch
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class SampleSettings:
         limit = self.max_new_tokens or task.max_new_tokens
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
+    def ask(self, policy: Method | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
+        """These samples of the split, to be answered under a policy."""
+        return Ask(policy, self.split, self.samples, samples, answering)
+
     def about(self, loaded: LoadedModel, task: Task, samples: int) -> dict[str, Any]:
         """Model, task, split, counts, versions and time: the part of `meta` that all results have.
 
@@ -105,22 +109,6 @@ class SampleSettings:
             "versions": versions(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-
-
-class Steps:
-    """Units of work that are done, and how many there are, of a job of several parts."""
-
-    def __init__(self, watch: Watch, name: str, total: int) -> None:
-        self.done, self.total = 0, total
-        self._watch, self._name = watch, name
-
-    def part(self) -> Watch:
-        """Who watches the part that comes next."""
-        return Part(self._watch, self._name, self.done, max(self.total, self.done))
-
-    def add(self, units: int) -> None:
-        """So many more are done."""
-        self.done += units
 
 
 OnToken = Callable[[Any], None]
@@ -222,7 +210,7 @@ def generate_answers(
     flushed = time.monotonic()
     watch.phase("answers", len(known), len(samples))
     try:
-        for batch in _batches(loaded, todo, settings):
+        for batch in answer_batches(loaded, todo, settings):
             for sample, answer in zip(batch, _answer(loaded, batch, policy, limit), strict=True):
                 known[sample.id] = answer
                 if store:
@@ -274,9 +262,10 @@ def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, 
     return {sample.id: int(_encode(loaded, [sample])["input_ids"].shape[1]) for sample in samples}
 
 
-def _batches(
+def answer_batches(
     loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
 ) -> Iterator[Sequence[Sample]]:
+    """Samples of like prompt length, so many at a time as settings say."""
     size = settings.batch_size
     if size > 1 and len(samples) > size:
         known = settings.lengths or prompt_lengths(loaded, samples)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,19 @@ import pandas as pd
 
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import SampleSettings, Steps, generate_answers
+from avlprof.evaluation.answers import SampleSettings, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.lineup import Entry, LineUp, all_baselines, line_up, runs_of
 from avlprof.evaluation.smaller import Method, Pictures, SmallerPictures
-from avlprof.evaluation.store import AnswerStore
+from avlprof.evaluation.store import AnswerStore, Ask, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.models.adapter import Adapter
 from avlprof.policy import Policy, PromptShape
 from avlprof.tasks import Sample, Task
-from avlprof.watch import SILENT, Part, Watch
+from avlprof.watch import SILENT, Part, Steps, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +276,7 @@ def compare(
         steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
 
+    share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     parts = [table(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
     ascending = tuple(sorted(set(budgets)))
     lineup = line_up(
@@ -289,6 +292,8 @@ def compare(
     candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
     selected = len(_selection(task, settings))
     steps.total += len(samples) * _runs(lineup.entries) + selected * sum(map(_runs, candidates.values()))
+    ahead = partial(_asks, loaded, task, lineup, [*chain.from_iterable(candidates.values())], settings)
+    share_out(store, loaded, ahead, steps.part())
     best: dict[float, str] = {}
     for budget, entries in candidates.items():
         if entries:
@@ -313,6 +318,19 @@ def _described(policy: Method) -> dict[str, Any]:
 
 def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
     return task.samples(settings.select_split, settings.samples) if settings.select_split else ()
+
+
+def _asks(
+    loaded: LoadedModel, task: Task, lineup: LineUp, candidates: Iterable[Entry], settings: ComparisonSettings
+) -> Iterator[Ask]:
+    """What is asked for once the line-up is known, in this order: the selections, then the methods."""
+    both: list[tuple[ComparisonSettings, Iterable[Entry]]] = [(settings, lineup.entries)]
+    if settings.select_split:
+        both.insert(0, (replace(settings, split=settings.select_split, select_split=None), candidates))
+    for chosen, entries in both:
+        samples = task.samples(chosen.split, chosen.samples)
+        answering = chosen.answering(loaded, task, samples)
+        yield from (chosen.ask(run, samples, answering) for entry in entries for run in runs_of(entry.policy))
 
 
 def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:

@@ -12,20 +12,20 @@ from typing import Any
 import pandas as pd
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, SampleSettings, Steps, generate_answers
+from avlprof.evaluation.answers import AnswerSettings, SampleSettings, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
 from avlprof.evaluation.lineup import PolicyRow, policy_rows, with_baselines
 from avlprof.evaluation.smaller import Method, SmallerPictures
-from avlprof.evaluation.store import Answer, AnswerStore
+from avlprof.evaluation.store import Answer, AnswerStore, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.forced.samples import fidelity as measure_fidelity
 from avlprof.runtime.support import check_supported
 from avlprof.tasks import Sample, Task
-from avlprof.watch import SILENT, Watch
+from avlprof.watch import SILENT, Steps, Watch
 
 COLUMNS = (
     *("policy", "family", "samples", "score", "low", "high"),
@@ -215,6 +215,7 @@ def evaluate(
         steps.add(len(answers))
         return answers
 
+    share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     dense = answers_of(None)
     if settings.baselines:
         own = loaded.adapter
@@ -222,6 +223,8 @@ def evaluate(
         length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
         rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
         steps.total = settings.units(rows, len(samples))
+    runs = [policy for row in rows[1:] for policy in row.runs]
+    share_out(store, loaded, lambda: [settings.ask(run, samples, answering) for run in runs], steps.part())
     tables = [_table(rows[0], 0, dense)]
     for row in rows[1:]:
         tables += [_table(row, seed, answers_of(policy)) for seed, policy in enumerate(row.runs)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,6 +17,11 @@ from avlprof.locks import uninterrupted
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
+from avlprof.watch import SILENT, Watch
+
+if TYPE_CHECKING:
+    from avlprof.evaluation.answers import AnswerSettings
+    from avlprof.evaluation.smaller import Method
 
 STOCK = "stock"
 """Stands for a policy's hash where the model ran without one."""
@@ -61,14 +66,40 @@ class AnswerStore:
     do not count, though they move sums by rounding. Scores are not stored: they follow from the
     prediction, so another metric needs no new answers. Pictures are known by their sample's id
     only; use a new folder after changing one.
+
+    Args:
+        path: the folder.
+        read: find what is there; without, answers are only added.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, read: bool = True) -> None:
         self.path = Path(path)
         self._known: dict[_Key, Answer] = {}
         self._pending: list[dict[str, Any]] = []
+        self._parts: set[str] = set()
+        if read:
+            self.read_new()
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is left open."""
+
+    def read_new(self) -> None:
+        """Find what other processes have added."""
         for part in _parts(self.path):
-            self._read(part)
+            if part.name not in self._parts:
+                self._read(part)
+                self._parts.add(part.name)
+
+    def share(self, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch = SILENT) -> None:
+        """Have others help to answer what is not there, where a store has others (`SharedStore`).
+
+        Args:
+            asks: gives what will be asked for next, in the order in which it will be.
+            watch: its phase `answers` counts what was not there.
+        """
 
     def answers(
         self, model: str, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
@@ -151,6 +182,28 @@ class LossStore:
             if self.path is not None:
                 _write(self.path, self._pending)
             self._pending = []
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Samples that are to be answered under a policy (None: dense).
+
+    They are of the first `count` samples of a split of the task (None: as many as the task says).
+    """
+
+    policy: Method | None
+    split: str
+    count: int | None
+    samples: Sequence[Sample]
+    settings: AnswerSettings
+
+
+def share_out(
+    store: AnswerStore | None, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch
+) -> None:
+    """Have others help with what is asked for next, where the store has others (`AnswerStore.share`)."""
+    if store is not None:
+        store.share(loaded, asks, watch)
 
 
 def _parts(folder: Path) -> list[Path]:

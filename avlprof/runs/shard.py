@@ -15,6 +15,8 @@ Item = TypeVar("Item")
 class Shard:
     """Process `index` of `count`; `local` counts the processes of one machine.
 
+    A `member` of a team that shares samples out as it goes has a name, and takes what it is given.
+
     Processes need not talk to each other: each takes every `count`-th sample of the same list, so
     that shares are disjoint and together whole, whatever was traced before and by how many.
 
@@ -25,6 +27,7 @@ class Shard:
     index: int = 0
     count: int = 1
     local: int = 0
+    member: str = ""
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.index < self.count or self.local < 0:
@@ -36,10 +39,14 @@ class Shard:
     @property
     def prefix(self) -> str:
         """What the names of this process's parts begin with; empty for the only process."""
+        if self.member:
+            return f"{self.member}-"
         return f"p{self.index}-" if self.count > 1 else ""
 
     def of(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of a list that all processes have alike."""
+        """This process's share of a list that all processes have alike; a member's is the whole."""
+        if self.member:
+            return list(items)
         return list(items[self.index :: self.count])
 
     @classmethod
@@ -60,7 +67,8 @@ class Shard:
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         else:
             return cls()
-        return cls(*(_number(environment, name) for name in names))
+        index, count, local = (_number(environment, name) for name in names)
+        return cls(index, count, local)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

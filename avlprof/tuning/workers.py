@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from avlprof.errors import UserError
+from avlprof.launchers import WORKER, Crew, Launch, orphaned
+from avlprof.locks import HAS_LOCKS, is_locked
 from avlprof.models import LoadedModel, ModelSpec
 from avlprof.tasks import Task
 from avlprof.tasks.spec import TaskSpec
@@ -32,40 +28,38 @@ from avlprof.tuning.study import StudyMeta, claim_study, find_storage, stored_me
 from avlprof.tuning.trials import Check, note_goal, read_goal, run_trials
 from avlprof.watch import SILENT, Watch
 
-PARENT = "AVLPROF_PARENT"
-OWN_THREADS = "AVLPROF_THREADS"
-"""Set where the command line, not the user, chose `OMP_NUM_THREADS`."""
-RESTARTS = 2
-"""How often in a row a worker may die without having finished a trial, and is started again."""
-
-USER_ERROR = 2
-STOP_SECONDS = 10.0
-_PREFIX = "error: "
-
 
 @dataclass(frozen=True)
 class Workers:
     """How many processes work on a study, this one included, and how the others find model and task.
 
     Attributes:
-        count: processes on this machine.
+        count: processes, this one included; what starts the others says where they are.
         storage: URL of a PostgreSQL database for the trials, to share them with other machines; by
             default a journal in the study's folder.
         model: what further processes load; `avlprof.tune` knows it where the model is given by name.
         task: likewise what further processes read as the task.
+        launcher: what starts further processes, a name of `avlprof.launchers.LAUNCHERS`.
+        launcher_args: its options.
 
     Raises:
-        UserError: less than one worker.
+        UserError: less than one worker, or a launcher or an option that is not known.
     """
 
     count: int = 1
     storage: str | None = None
     model: ModelSpec | None = None
     task: TaskSpec | None = None
+    launcher: str = "local"
+    launcher_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"workers must be 1 or more, got {self.count}")
+        _ = self.launch
+
+    @property
+    def launch(self) -> Launch:
+        """How many processes, and what starts them."""
+        return Launch(self.count, self.launcher, self.launcher_args)
 
     def named(self, model: ModelSpec | None, task: TaskSpec | None) -> Workers:
         """The same, with the names by which this process found model and task, where none are set.
@@ -83,9 +77,9 @@ class Workers:
         return find_storage(folder, self.storage)
 
     def command(self, folder: Path, settings: Settings | None = None) -> list[str]:
-        """What starts a further worker of a study on this machine."""
+        """What a further worker of a study runs, behind `python`."""
         model, task, settings = self.model or ModelSpec(), self.task or TaskSpec(), settings or Settings()
-        words = [sys.executable, "-m", "avlprof", "studies", "join", str(folder)]
+        words = ["-m", "avlprof", "studies", "join", str(folder.resolve())]
         words += [*model.words(), *task.words(), "--batch-size", str(settings.batch_size)]
         if settings.prompt_bytes is not None:
             words += ["--prompt-bytes", str(settings.prompt_bytes)]
@@ -103,8 +97,31 @@ def run_workers(
     note_goal(storage, settings)
     if workers.count == 1:
         return run_trials(storage, settings, objective, watch=watch)
-    with WorkerProcesses(storage, workers.command(storage.folder, settings), workers.count - 1) as others:
-        return run_trials(storage, settings, objective, shared=True, watch=watch, check=others.check)
+    with study_crew(storage, workers.command(storage.folder, settings), workers.launch) as crew:
+        check = crew_check(storage, crew)
+        return run_trials(storage, settings, objective, shared=True, watch=watch, check=check)
+
+
+def study_crew(storage: StudyStorage, words: Sequence[str], launch: Launch) -> Crew:
+    """Those who work on a study beside this process; `words` join it, and end when it is done."""
+    scratch = storage.folder / ".launcher"
+    return Crew(launch, lambda number: (words, {}), scratch, "a trial", storage.secrets())
+
+
+def crew_check(storage: StudyStorage, crew: Crew) -> Check:
+    """What replaces the lost workers of a study, and queues their trials again."""
+
+    def check(study: optuna.Study) -> None:
+        def lost(name: str) -> bool:
+            with storage.locked():
+                for trial in trials_in(study, TrialState.RUNNING):
+                    if runs(trial, name):
+                        give_up(study, trial)
+            return any(runs(trial, name) for trial in trials_in(study, TrialState.COMPLETE))
+
+        crew.check(lost)
+
+    return check
 
 
 def join(
@@ -127,6 +144,7 @@ def join(
         UserError: the study is not begun, or is one of another model or task.
     """
     meta = stored_meta(storage)
+    _check_locks(storage)
     noted = _settings(meta, *read_goal(storage))
     settings = replace(noted, batch_size=batch_size, prompt_bytes=prompt_bytes)
     claim_study(storage, _meta_here(meta, loaded, task, settings))
@@ -134,6 +152,19 @@ def join(
     budget = prepared.budget(meta.budget, meta.read_budget)
     objective = prepared.objective(storage.folder, settings.space, budget)
     return run_trials(storage, settings, objective, shared=True, watch=watch, check=parent_check())
+
+
+def _check_locks(storage: StudyStorage) -> None:
+    """`UserError` for a started worker to which the lock of the study's folder looks free.
+
+    Its leader holds that lock, so locks do not reach from one machine to the other.
+    """
+    lock = storage.folder / ".lock"
+    if WORKER in os.environ and storage.address is None and HAS_LOCKS and not is_locked(lock):
+        raise UserError(
+            f"file locks of {storage.folder} do not reach {platform.node()}, which a journal needs; share "
+            "the trials by PostgreSQL (--storage postgresql://user@host/database)"
+        )
 
 
 def _settings(meta: StudyMeta, trials: int, prune: bool) -> Settings:
@@ -161,124 +192,11 @@ def _meta_here(meta: StudyMeta, loaded: LoadedModel, task: Task, settings: Setti
     return here.model_copy(update={"model": meta.model, "space": meta.space})
 
 
-@dataclass
-class _Process:
-    popen: subprocess.Popen[bytes]
-    errors: IO[bytes]
-    deaths: int = 0
-
-
-class WorkerProcesses:
-    """Starts `count` processes that work on a study, watches them, and stops them on leaving.
-
-    `command` joins the study of `storage` (it ends in `run_trials` with `shared`) and leaves when the
-    study is done. A worker that was killed is replaced, and the trial that it ran is queued again;
-    one that says why it cannot work, or is killed time and again before it finishes a trial, stops
-    the study. Workers do not get the Ctrl-C of the terminal: the process that started them stops
-    them, and they stop by themselves when it is gone.
-
-    Raises:
-        UserError: from `check`, with what the worker said.
-    """
-
-    def __init__(self, storage: StudyStorage, command: Sequence[str], count: int) -> None:
-        self._storage = storage
-        self._command = list(command)
-        self._count = count
-        self._environment = {**os.environ, **storage.secrets(), PARENT: str(os.getpid())}
-        if "OMP_NUM_THREADS" not in os.environ or OWN_THREADS in os.environ:
-            self._environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (count + 1), 1))
-        self._started: list[_Process] = []
-
-    @property
-    def processes(self) -> list[int]:
-        """Ids of the processes that were started last."""
-        return [worker.popen.pid for worker in self._started]
-
-    def __enter__(self) -> WorkerProcesses:
-        self._started = [self._start() for _ in range(self._count)]
-        return self
-
-    def check(self, study: optuna.Study) -> None:
-        """Replace workers that died, and queue their trials again."""
-        for index, worker in enumerate(self._started):
-            code = worker.popen.poll()
-            if not code:
-                continue
-            last_words = _last_line(worker.errors)
-            if code == USER_ERROR:
-                raise UserError(f"a worker stopped: {last_words.removeprefix(_PREFIX)}")
-            self._give_up(study, worker.popen.pid)
-            done = trials_in(study, TrialState.COMPLETE)
-            lived = any(runs(trial, worker.popen.pid) for trial in done)
-            deaths = 1 if lived else worker.deaths + 1
-            if deaths > RESTARTS:
-                raise UserError(
-                    f"a worker died {deaths} times in a row without finishing a trial ({_cause(code)}"
-                    f"{': ' + last_words if last_words else ''}); the same command resumes, "
-                    "with fewer workers it needs less memory"
-                )
-            worker.errors.close()
-            self._started[index] = self._start(deaths)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # a finished study gives them nothing more to do, an unfinished one queues their trials again
-        until = time.monotonic() + STOP_SECONDS
-        for worker in self._started:
-            worker.popen.terminate()
-        for worker in self._started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.popen.wait(max(until - time.monotonic(), 0))
-            worker.popen.kill()
-            worker.popen.wait()
-            worker.errors.close()
-
-    def _start(self, deaths: int = 0) -> _Process:
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=self._environment,
-            start_new_session=True,
-        )
-        return _Process(process, errors, deaths)
-
-    def _give_up(self, study: optuna.Study, process: int) -> None:
-        with self._storage.locked():
-            for trial in trials_in(study, TrialState.RUNNING):
-                if runs(trial, process):
-                    give_up(study, trial)
-
-
 def parent_check() -> Check | None:
-    """For a worker that `WorkerProcesses` started: stops it when the starter is gone."""
-    parent = os.environ.get(PARENT)
-    if parent is None:
-        return None
+    """For a worker that another process of its machine started: stops it when that one is gone."""
 
     def check(study: optuna.Study) -> None:
-        if os.getppid() != int(parent):
+        if orphaned():
             raise UserError("the process that started this worker is gone; the same command resumes")
 
     return check
-
-
-def _cause(code: int) -> str:
-    with contextlib.suppress(ValueError):
-        if code < 0:
-            return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
-def _last_line(file: IO[bytes]) -> str:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(file.tell() - 4000, 0))
-    lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""

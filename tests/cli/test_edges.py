@@ -14,9 +14,9 @@ from avlprof.cli import demo
 from avlprof.cli._app import COMMANDS
 from avlprof.cli.derive import file_name
 from avlprof.errors import UserError, counted
+from avlprof.launchers import crew
 from avlprof.policy import Policy, load_policy, save_policy
 from avlprof.tracing.options import TraceSettings
-from avlprof.tuning import workers
 from tests.cli_runner import invoke, invoke_as_bystander, refused, unwritable
 from tests.synthetic_run import write_run
 
@@ -135,7 +135,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
 
 
 def test_free_cores(monkeypatch):
-    assert start.OWN_THREADS == workers.OWN_THREADS
+    assert start.OWN_THREADS == crew.OWN_THREADS
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     for load, cores in ((0.0, 8), (3.2, 5), (40.0, 1)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))

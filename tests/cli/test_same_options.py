@@ -60,4 +60,4 @@ def test_workers_get_every_option(tmp_path):
         ("--prompt-bytes", "1000000000"),
     ):
         assert words[words.index(option) + 1] == value
-    assert refused(invoke(*words[3:]))
+    assert refused(invoke(*words[2:]))

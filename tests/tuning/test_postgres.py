@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -123,7 +124,7 @@ def meta(**changed):
 def test_kill_9_of_one_of_three_is_found_by_its_heartbeat(server, folder):
     """Nobody here watches them; another one hangs for longer than the grace, and comes back."""
     trials = 9
-    workers = [subprocess.Popen(command(folder, trials, 0.6, server)) for _ in range(2)]
+    workers = [subprocess.Popen([sys.executable, *command(folder, trials, 0.6, server)]) for _ in range(2)]
     study = storage_of(folder, server).open()
     numbers = {
         stop_midway(study, workers[0].pid),

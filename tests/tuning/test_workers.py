@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -17,8 +16,17 @@ from avlprof.tuning import Settings
 from avlprof.tuning.storages._base import give_up, retry
 from avlprof.tuning.storages.journal import JOURNAL, FolderStorage, journal, mend
 from avlprof.tuning.trials import run_trials
-from avlprof.tuning.workers import WorkerProcesses
-from tests.fake_study import Sleepy, Starts, check_complete, check_replacement, command, stop_midway, work
+from avlprof.tuning.workers import crew_check
+from tests.fake_study import (
+    Sleepy,
+    Starts,
+    check_complete,
+    check_replacement,
+    command,
+    crew_of,
+    stop_midway,
+    work,
+)
 from tests.helpers import ROOT
 from tests.watching import Notes
 
@@ -31,6 +39,11 @@ class Killed(BaseException):
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def processes(crew):
+    """Ids of the processes that were started last."""
+    return [started.popen.pid for started in crew.started]
 
 
 def gone(process):
@@ -50,20 +63,21 @@ def test_kill_9_of_one_of_three_loses_and_repeats_no_trial(tmp_path):
 
     def check(study):
         if not killed:
-            first, second = workers.processes
-            killed.append((first, stop_midway(study, first)))
-            stop_midway(study, second, signal.SIGCONT)
-        workers.check(study)
+            first, second = zip(processes(crew), crew.names, strict=True)
+            killed.append((first[1], stop_midway(study, first[0], name=first[1])))
+            stop_midway(study, second[0], signal.SIGCONT, second[1])
+        crew_check(storage, crew)(study)
 
-    with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, trials, 0.4), 2) as workers:
+    storage = FolderStorage(tmp_path)
+    with crew_of(storage, command(tmp_path, trials, 0.4), 3) as crew:
         study = work(tmp_path, trials, 0.1, check=check)
-        assert killed[0][0] not in workers.processes
+        assert killed[0][0] not in crew.names
     lost = check_complete(study, trials)
     assert [trial.number for trial in lost] == [killed[0][1]]
     assert len(study.trials) == trials + 1
     done = study.get_trials(states=(TrialState.COMPLETE,))
     assert len({trial.user_attrs["worker"] for trial in done}) >= 2
-    assert all(gone(process) for process in workers.processes)
+    assert all(gone(process) for process in processes(crew))
 
 
 @pytest.mark.parametrize("trials", [1, 3, 9, 30])
@@ -119,6 +133,23 @@ def test_a_trial_of_a_live_worker_is_left_alone(tmp_path):
     assert [lost.number for lost in storage.lost(study)] == [0]
 
 
+def test_a_worker_that_finishes_and_leaves_while_it_is_looked_for_is_not_lost(tmp_path, monkeypatch):
+    storage = FolderStorage(tmp_path)
+    study = storage.open()
+    with storage.join(True) as me:
+        trial = study.ask()
+        storage.begin(trial, me)
+
+        def leaves(self, worker):
+            assert worker == me
+            study.tell(trial, 1.0)
+            return False
+
+        monkeypatch.setattr(FolderStorage, "_is_alive", leaves)
+        assert storage.lost(study) == []
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+
+
 def test_a_trial_is_queued_again_once(tmp_path):
     study = FolderStorage(tmp_path).open()
     for attempt in range(3):
@@ -165,13 +196,13 @@ def test_an_error_of_the_score_is_not_mistaken_for_that(tmp_path):
 @pytest.mark.full  # three processes, stopped and started again
 def test_ctrl_c_stops_all_workers_and_the_study_goes_on(tmp_path):
     def interrupt(study):
-        stop_midway(study, workers.processes[0], signal.SIGCONT)
+        stop_midway(study, processes(crew)[0], signal.SIGCONT, crew.names[0])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, 40, 1.0), 1) as workers:
+        with crew_of(FolderStorage(tmp_path), command(tmp_path, 40, 1.0), 2) as crew:
             work(tmp_path, 40, 0.1, check=interrupt)
-    assert gone(workers.processes[0])
+    assert gone(processes(crew)[0])
     lost = check_complete(work(tmp_path, 40), 40)
     assert len(lost) == 1
 
@@ -193,18 +224,20 @@ def test_ctrl_c_in_a_trial_keeps_its_parameters(tmp_path):
 def test_workers_leave_when_their_starter_is_killed(tmp_path):
     starter = os.fork()
     if not starter:
-        with WorkerProcesses(FolderStorage(tmp_path), command(tmp_path, 30, 0.5), 1) as workers:
-            work(tmp_path, 2, check=workers.check)
-            (tmp_path / "pid").write_text(str(workers.processes[0]))
+        storage = FolderStorage(tmp_path)
+        with crew_of(storage, command(tmp_path, 30, 0.5), 2) as crew:
+            work(tmp_path, 2, check=crew_check(storage, crew))
+            (tmp_path / "pid").write_text(f"{crew.names[0]} {processes(crew)[0]}")
             time.sleep(100)
         os._exit(0)
     until = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < until
         time.sleep(0.05)
-    worker = int((tmp_path / "pid").read_text())
+    name, process = (tmp_path / "pid").read_text().split()
+    worker = int(process)
     study = FolderStorage(tmp_path).open()
-    stop_midway(study, worker, signal.SIGCONT)
+    stop_midway(study, worker, signal.SIGCONT, name)
     os.kill(starter, signal.SIGKILL)
     os.waitpid(starter, 0)
     assert gone(worker)
@@ -225,10 +258,11 @@ def test_a_dead_worker_is_replaced_and_its_trial_queued_again(tmp_path):
     ],
 )
 def test_workers_that_cannot_work_end_the_study_with_an_error(tmp_path, program, said):
+    storage = FolderStorage(tmp_path)
     with pytest.raises(UserError, match=said):
-        with WorkerProcesses(FolderStorage(tmp_path), [sys.executable, "-c", program], 2) as workers:
-            work(tmp_path, 10_000, 0.05, check=workers.check)
-    assert all(gone(process) for process in workers.processes)
+        with crew_of(storage, ["-c", program], 3) as crew:
+            work(tmp_path, 10_000, 0.05, check=crew_check(storage, crew))
+    assert all(gone(process) for process in processes(crew))
 
 
 def test_a_torn_line_is_cut_off_before_the_next_one_is_written(tmp_path):

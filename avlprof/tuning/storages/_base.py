@@ -19,6 +19,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
+from avlprof.launchers import WORKER as WORKER_NAME
+
 HISTORY = "retry_history"
 WORKER = "worker"
 META, EVIDENCE = "study", "evidence"
@@ -149,16 +151,13 @@ def give_up(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def worker_name() -> str:
-    """A name that no other worker has: machine, process and a random end."""
-    return f"{process_name(os.getpid())}-{secrets.token_hex(3)}"
+    """A name that no other worker has: as it was started, or machine and process, and a random end."""
+    own = os.environ.get(WORKER_NAME) or f"{platform.node()}-{os.getpid()}"
+    plain = re.sub(r"[^\w.-]", "-", own)
+    return f"{plain}-{secrets.token_hex(3)}"
 
 
-def process_name(process: int) -> str:
-    """How the name of a worker begins that is this process of this machine."""
-    return re.sub(r"[^\w.-]", "-", f"{platform.node()}-{process}")
-
-
-def runs(trial: FrozenTrial, process: int) -> bool:
-    """Whether a trial was run by a process of this machine."""
+def runs(trial: FrozenTrial, name: str) -> bool:
+    """Whether a trial was run by the worker that a launcher started under a name."""
     worker = str(trial.user_attrs.get(WORKER, ""))
-    return worker.rpartition("-")[0] == process_name(process)
+    return worker.rpartition("-")[0] == name

@@ -140,7 +140,11 @@ class FolderStorage(StudyStorage):
             if not is_locked(path):
                 path.unlink(missing_ok=True)
         running = trials_in(study, TrialState.RUNNING)
-        return [trial for trial in running if not self._is_alive(trial.user_attrs.get(WORKER))]
+        dead = {trial.number for trial in running if not self._is_alive(trial.user_attrs.get(WORKER))}
+        # looked at again: a worker may have finished its trial, and left, between the two looks
+        return (
+            [trial for trial in trials_in(study, TrialState.RUNNING) if trial.number in dead] if dead else []
+        )
 
     def busy(self, study: optuna.Study) -> bool:
         return any(is_locked(path) for path in self.folder.glob(self._presence("*").name))
