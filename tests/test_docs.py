@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from avlprof.cli._app import COMMANDS
 from tests.helpers import ROOT, thinned
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
@@ -44,3 +45,16 @@ def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_readme_is_for_a_newcomer():
+    """How to install, how long things take, what speed was measured on; no file or command is missing."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for said in ("pip install", "takes about", "one CPU thread", "avlprof demo"):
+        assert said in text
+    commands = re.findall(r"^avlprof (\w+)", text, flags=re.MULTILINE)
+    assert len(commands) > 5
+    assert set(commands) <= set(COMMANDS)
+    named = re.findall(r"(?:--image |\]\()((?:docs|policies|notebooks)/[\w./-]+)", text)
+    assert len(named) > 3
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,8 +25,9 @@ from avlprof.cli import main
 from avlprof.cli._app import COMMANDS, app
 from avlprof.cli._describe import differences, sets
 from avlprof.cli._progress import duration, progress
+from avlprof.cli._tuned import _beyond
 from avlprof.errors import UserError
-from avlprof.policy import DENSE, Policy, TextPolicy, load_policy, save_policy
+from avlprof.policy import DENSE, Policy, Provenance, TextPolicy, load_policy, save_policy
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tracing.options import TraceSettings
 from tests.cli_runner import invoke, refused
@@ -534,3 +536,14 @@ def test_progress_in_a_pipe(capsys, monkeypatch):
     assert lines[-1] == "trace: 50 of 50 samples, 1 samples/s"
     assert len(lines) == 5
     assert all("\x1b" not in line for line in lines)
+
+
+@pytest.mark.parametrize(("measured", "said"), [(0.1996, False), (0.2004, False), (0.2011, True)])
+def test_more_than_at_most_is_explained(measured, said):
+    """What keeps at most 20% of the prompts of the search may keep 20.1% of others: then it is told."""
+    source = Provenance(model="tiny", task="shapes", budget=0.2)
+    tuned = SimpleNamespace(policy=Policy(provenance=source))
+    rows = [{"policy": "dense", "live_share": 1.0}, {"policy": "tuned", "live_share": measured}]
+    line = _beyond(tuned, rows)
+    assert bool(line) == said
+    assert not said or ("budget of 20.0% is met on the prompts of the search" in line and "20.1%" in line)
