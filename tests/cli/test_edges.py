@@ -176,7 +176,6 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("command", OUTPUTS)
 def test_outputs_are_checked_before_any_work(command, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("avlprof.models.load.load_model", unloaded)
     monkeypatch.setattr("avlprof.models.load._load", unloaded)
     monkeypatch.setattr("avlprof.analysis.Profile.of", unloaded)
     (tmp_path / "file").write_text("x")
