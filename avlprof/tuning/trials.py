@@ -104,8 +104,9 @@ class _Worker:
             lock.enter_context(self.storage.locked())
             for trial in self.storage.lost(self.study):
                 give_up(self.study, trial)
-            done = trials_in(self.study, TrialState.COMPLETE)
-            taken = len(done) + len(trials_in(self.study, TrialState.RUNNING))
+            # one look at both: a trial may be finished between two, and would count as neither
+            counted = trials_in(self.study, TrialState.COMPLETE, TrialState.RUNNING)
+            done, taken = [t for t in counted if t.state == TrialState.COMPLETE], len(counted)
             if taken >= self.settings.trials:
                 return False
             self.study.sampler = make_sampler(self.settings.sampler, _seed(self.settings.seed, taken), done)
