@@ -40,7 +40,7 @@ def test_text_of_every_figure_can_be_read_and_stands_apart() -> None:
         check(name, figure)
 
 
-@pytest.mark.full  # figures of real size
+@pytest.mark.slow  # figures of real size
 @pytest.mark.parametrize("name", ["heads", "budgets", "words"])
 def test_text_of_wide_figures_can_be_read_and_stands_apart(name: str) -> None:
     check(name, figures(name)[name])

@@ -17,10 +17,7 @@ from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
 ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.layer", "runtime.buckets")
-INTERPRETED = (
-    *("core and window", "per head", "score only", "scored core", "scored per head", "history"),
-    "packed text and core",
-)
+INTERPRETED = (*("core and window", "per head", "scored core", "history", "packed text and core"),)
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_a_page_keeps_what_it_says_of_other_models(tmp_path):
     assert "`small`" not in without.replace("tiny and small", "") and "## The model `tiny`" in without
 
 
-@pytest.mark.full  # traces, tunes and compares, though at the smallest size
+@pytest.mark.slow  # traces, tunes and compares: three quarters of a minute at the smallest size
 def test_the_whole_loop_runs_once_and_says_what_is_missing(tmp_path):
     out, page = tmp_path / "evidence", tmp_path / "docs" / "evidence.md"
     sizes = {"traced": 2, "heads": 1, "samples": 3, "generated": 2, "held-out": 2, "trials": 3, "refine": 1}
