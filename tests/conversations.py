@@ -1,12 +1,15 @@
-"""Conversations of two turns with a model, token by token, on one cache."""
+"""Conversations of two turns with a model, token by token, on one cache; and beams; against the oracle."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import avlprof
 from avlprof.attention.session import with_cache
 from avlprof.testing.models import VOCABULARY
+from tests.helpers import generate, one_row
+from tests.oracle import NEAR_TIE, Oracle
 
 STEPS = 7
 
@@ -75,3 +78,52 @@ def conversation(case, seed, batch=2):
     generator = torch.Generator().manual_seed(seed)
     answers = [torch.randint(5, VOCABULARY - 2, (batch, n), generator=generator) for n in (STEPS, STEPS + 3)]
     return [first, second], answers
+
+
+def checked_turns(case, policy, seeds, least):
+    """Cache, row, its padding and the oracle's trace of rows of two turns; their logits are checked.
+
+    At least so many rows that no near-tie decides, out of conversations of these seeds.
+    """
+    compared = 0
+    for seed in seeds:
+        turns, answers = conversation(case, seed)
+        ours, cache = converse(case, policy, turns, answers)
+        for row in range(2):
+            singles = [
+                (one_row(case, turn, row), answer[row].tolist())
+                for turn, answer in zip(turns, answers, strict=True)
+            ]
+            wanted, trace = Oracle(case.model, policy, case.vision_token_ids).converse(singles)
+            if trace.gap < NEAR_TIE:
+                continue
+            compared += 1
+            for mine, theirs in zip(ours, wanted, strict=True):
+                torch.testing.assert_close(mine[row], theirs, atol=1e-4, rtol=1e-4)
+            yield cache, row, int((turns[0]["attention_mask"][row] == 0).sum()), trace
+        if compared >= least:
+            return
+    raise AssertionError("near-ties decide the sets of every seed")
+
+
+def check_beams(case, policy, steps, least):
+    """Scores of beams against the oracle's of the same answers: at least so many without near-ties."""
+    compared = 0
+    for seed in range(3, 15):
+        inputs = case.inputs(batch=2, seed=seed, pad=True, text=9)
+        with avlprof.apply(case.model, policy):
+            found = generate(
+                case.model, inputs, steps, num_beams=3, num_return_sequences=2, output_scores=True
+            )
+        width = inputs["input_ids"].shape[1]
+        for index, ids in enumerate(found.sequences):
+            answer = ids[width:].tolist()
+            oracle = Oracle(case.model, policy, case.vision_token_ids)
+            logits, trace = oracle.run(one_row(case, inputs, index // 2), answer[:-1])
+            if trace.gap > NEAR_TIE:
+                compared += 1
+                said = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+                assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
+        if compared >= least:
+            return
+    raise AssertionError("near-ties decide the sets of every seed")

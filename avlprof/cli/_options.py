@@ -297,6 +297,28 @@ def parse_shares(option: str, text: str) -> list[float]:
     return shares
 
 
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layers of a text such as `0-5,8`, ascending and each once; None where none is given.
+
+    Raises:
+        UserError: anything else.
+    """
+    from avlprof.errors import UserError, shortened
+
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = [first, last] if dash else [first, first]
+        if not all(end.isdecimal() and len(end) < 6 for end in ends) or int(ends[1]) < int(ends[0]):
+            raise UserError(
+                f"--layers must be numbers and ranges with commas, as in 0-5,8, got {shortened(text)}"
+            )
+        layers |= set(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(layers))
+
+
 def _as_shares(text: str) -> str:
     """Percentages as the shares that they mean; empty where there are none."""
     if "%" not in text:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avlprof.cli._options import model_options, task_options
+from avlprof.cli._options import model_options, parse_layers, task_options
 from avlprof.cli._output import (
     FigureFormat,
     FigureFormatOption,
@@ -82,7 +82,7 @@ def knock_out(
     measured is kept in the output folder, so the same command resumes, and one that asks for more adds to it.
     """
     from avlprof.evaluation import KnockoutSettings, LossStore
-    from avlprof.evaluation.knockout import ROUTES, knockout, parse_layers
+    from avlprof.evaluation.knockout import ROUTES, knockout
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
 
@@ -92,7 +92,7 @@ def knock_out(
         batch_size=batch_size,
         routes=tuple(route) if route else ROUTES,
         window=_window(window),
-        layers=None if layers is None else parse_layers(layers),
+        layers=parse_layers(layers),
         heads=heads,
         answers=answers,
     )

@@ -12,6 +12,7 @@ from avlprof.cli._options import (
     ImageOption,
     PromptOption,
     model_options,
+    parse_layers,
     refuse_beside_picture,
     task_options,
 )
@@ -53,7 +54,7 @@ def lens_command(
     image: ImageOption = None,
     prompt: PromptOption = None,
     layers: Annotated[
-        str | None, typer.Option("--layers", help="Behind which layers, such as 0,8,16; by default all.")
+        str | None, typer.Option("--layers", help="Behind which layers, such as 0-5,8; by default all.")
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Words kept of each patch and layer.")] = 5,
     batch_size: Annotated[
@@ -80,9 +81,7 @@ def lens_command(
     if own:
         refuse_beside_picture(context)
     check_output(out, folder=True)
-    settings = LensSettings(
-        split=split, layers=None if layers is None else parse_layers(layers), top=top, batch_size=batch_size
-    )
+    settings = LensSettings(split=split, layers=parse_layers(layers), top=top, batch_size=batch_size)
     task = picture_task(image or [], prompt) if own else source.load()
     count = None if own else samples
     folder = out or Path("lenses") / re.sub(r"[^\w.-]+", "-", f"{Path(spec.name).name}-{task.name}")
@@ -93,18 +92,6 @@ def lens_command(
     wrote = [folder, *_figures(found, task, folder, sample, figure_format)]
     _print(found, form)
     finished(wrote, f"avlprof explore RUN --lens {folder} (of a run of the same samples)")
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Layers with commas between, as in `0,8,16`; `UserError` for anything else."""
-    from avlprof.errors import shortened
-
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--layers must be numbers with commas, as in 0,8,16, got {shortened(text)}"
-        ) from None
 
 
 def _check_sample(task: Task, split: str, count: int | None, sample: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from avlprof.errors import UserError, shortened
+from avlprof.errors import UserError
 from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings, generate_tokens, prompt_lengths, said
 from avlprof.evaluation.damage import ALL, Knockout
 from avlprof.evaluation.doubts import check_finite
@@ -280,21 +280,3 @@ class _Work:
 def _listed(layers: Sequence[int]) -> str:
     whole = layers[-1] - layers[0] + 1 == len(layers)
     return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Layers of a text such as `0-5,8`, ascending.
-
-    Raises:
-        UserError: anything else.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        ends = [first, last] if dash else [first, first]
-        if not all(end.isdecimal() and len(end) < 6 for end in ends) or int(ends[1]) < int(ends[0]):
-            raise UserError(
-                f"layers must be numbers and ranges with commas, as in 0-5,8, got {shortened(text)}"
-            )
-        layers |= set(range(int(ends[0]), int(ends[1]) + 1))
-    return tuple(sorted(layers))

@@ -73,9 +73,12 @@ class Launcher(ABC):
 
     Attributes:
         shares_machine: workers run on this machine, beside the process that starts them.
+        passes_on: options are those of what it starts with, whatever their names: the launcher has one
+            field, `arguments`, which holds them all.
     """
 
     shares_machine: ClassVar[bool] = False
+    passes_on: ClassVar[bool] = False
 
     @abstractmethod
     def session(self, scratch: Path) -> contextlib.AbstractContextManager[Callable[[Job], Started]]:

@@ -60,7 +60,7 @@ class Launch:
     def make(self) -> Launcher:
         """The launcher."""
         options = dict(self.arguments or {})
-        if self.launcher == "submitit":  # whose options are SLURM's
+        if LAUNCHERS.get(self.launcher).passes_on:
             options = {"arguments": options}
         launcher: Launcher = LAUNCHERS.make(self.launcher, options)
         return launcher

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from avlprof.errors import UserError
 from avlprof.launchers._base import Job, Launcher, Started, run_python
@@ -26,6 +26,7 @@ class Submitit(Launcher):
             one), `timeout_min`, `mem_gb`, `cpus_per_task`, `gpus_per_node`, `slurm_partition`, ...
     """
 
+    passes_on: ClassVar[bool] = True
     arguments: Mapping[str, Any]
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
 from avlprof.allocators import Evidence, make_allocator
 from avlprof.bisection import largest
@@ -81,9 +81,6 @@ def spread(
     return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
 
 
-_HEADS: Mapping[str, Heads] = {kind: kind for kind in get_args(Heads)}
-
-
 def scorer_spec(name: str) -> ScorerSpec:
     """The scorer of a name, as `ScorerSpec.of`."""
     return ScorerSpec.of(name)
@@ -140,7 +137,7 @@ class Candidate:
             name=name,
             vision_bits=bits,
             scorer=scorer_spec(self.scorer),
-            heads=_HEADS.get(self.heads, "shared"),
+            heads=cast(Heads, self.heads),
             text=text,
         )
         if budget.read is not None:

@@ -86,6 +86,8 @@ def probed(
 ) -> Evidence:
     """Evidence with damage curves, which are measured once and kept in a JSON file; in bits too if asked.
 
+    A file that was measured with another ranking, as those of 0.1.0 were, is measured anew.
+
     Args:
         bits: measure as well what it costs to store a layer in fewer bits.
 
@@ -93,23 +95,35 @@ def probed(
         UserError: the file holds something else.
     """
     layers, governed = evidence.layers, evidence.governed
-    if not path.exists():
-        measured = probe(forced, layers, SCORER, watch, governed)
-        write_text(path, json.dumps({"levels": LEVELS, "damage": measured.tolist()}, indent=1) + "\n")
+    note = _probe_note(path)
+    if note.get("scorer") != SCORER:
+        measured = probe(forced, layers, SCORER, watch, governed).tolist()
+        note = {"scorer": SCORER, "levels": LEVELS, "damage": measured}
+        write_text(path, json.dumps(note, indent=1) + "\n")
+    if bits and "bits" not in note:
+        note |= {"bits": FEWER, "bit_damage": probe_bits(forced, layers, watch, governed).tolist()}
+        write_text(path, json.dumps(note, indent=1) + "\n")
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        if bits and "bits" not in note:
-            note |= {"bits": FEWER, "bit_damage": probe_bits(forced, layers, watch, governed).tolist()}
-            write_text(path, json.dumps(note, indent=1) + "\n")
         damage, levels = np.array(note["damage"], dtype=float), np.array(note["levels"], dtype=float)
         harm = np.array(note["bit_damage"], dtype=float) if bits else None
         numbers = np.array(note["bits"], dtype=float) if bits else None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
     odd = harm is not None and numbers is not None and harm.shape != (layers, len(numbers))
     if damage.shape != (layers, len(levels)) or odd:
         raise UserError(f"{path} is not of {evidence.layers} layers; delete it and run again")
     return replace(evidence, damage=damage, damage_levels=levels, bit_damage=harm, bit_levels=numbers)
+
+
+def _probe_note(path: Path) -> dict[str, Any]:
+    """What a probe's file holds; empty where there is none."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run again") from None
+    if not isinstance(note, dict):
+        raise UserError(f"{path} cannot be read (it holds no JSON object); delete it and run again")
+    return note
 
 
 def shared_evidence(storage: StudyStorage, make: Callable[[], Evidence]) -> Evidence:

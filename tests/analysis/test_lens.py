@@ -274,5 +274,7 @@ def test_the_verb_adds_what_is_missing(tiny, tmp_path):
         avlprof.lens(tiny, "shapes", 1, avlprof.LensSettings(layers=(6,)))
     with pytest.raises(UserError, match="top must be at least 1"):
         avlprof.LensSettings(top=0)
+    with pytest.raises(UserError, match="layers must be different ones"):
+        avlprof.LensSettings(layers=(1, 1))
     with pytest.raises(UserError, match="sample 'x' was not read; these were: search-00000-describe"):
         more.sample("x")

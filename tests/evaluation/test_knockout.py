@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import avlprof
+from avlprof.cli._options import parse_layers
 from avlprof.errors import UserError
 from avlprof.evaluation import (
     AnswerSettings,
@@ -21,7 +22,7 @@ from avlprof.evaluation import (
     mean_interval,
 )
 from avlprof.evaluation import damage as damages
-from avlprof.evaluation.knockout import knockout, parse_layers, places
+from avlprof.evaluation.knockout import knockout, places
 from avlprof.runtime.cuts import Cut, Route, cutting
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_metric, load_task

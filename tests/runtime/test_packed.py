@@ -14,8 +14,8 @@ from avlprof.policy import Policy, TextPolicy
 from avlprof.runtime import packed as packed_module
 from avlprof.runtime.packed import StoredBits, stored_attention, with_stored
 from avlprof.testing.models import cases, random_llava
-from tests.helpers import generate, one_row
-from tests.oracle import NEAR_TIE, Oracle
+from tests.conversations import check_beams
+from tests.helpers import generate
 from tests.policies import PACKED
 
 MODELS = dict(cases())
@@ -213,24 +213,7 @@ def test_no_step_makes_a_whole_copy():
 
 @pytest.mark.parametrize("name", ["packed core", pytest.param("packed text", marks=pytest.mark.full)])
 def test_beams_take_their_stored_part_with_them(name):
-    case, policy = MODELS["llava-4q2kv-sinks"](), PACKED[name]
-    compared = 0
-    for seed in range(3, 15):
-        inputs = case.inputs(batch=2, seed=seed, pad=True, text=9)
-        with avlprof.apply(case.model, policy):
-            found = generate(case.model, inputs, 12, num_beams=3, num_return_sequences=2, output_scores=True)
-        width = inputs["input_ids"].shape[1]
-        for index, ids in enumerate(found.sequences):
-            answer = ids[width:].tolist()
-            oracle = Oracle(case.model, policy, case.vision_token_ids)
-            logits, trace = oracle.run(one_row(case, inputs, index // 2), answer[:-1])
-            if trace.gap > NEAR_TIE:
-                compared += 1
-                said = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
-                assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
-        if compared > 2:
-            return
-    raise AssertionError("near-ties decide the sets of every seed")
+    check_beams(MODELS["llava-4q2kv-sinks"](), PACKED[name], 12, 3)
 
 
 class Seen:

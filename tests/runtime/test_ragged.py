@@ -17,7 +17,7 @@ from avlprof.runtime.forced import ForcedBatch
 from avlprof.runtime.packed import stored_attention
 from avlprof.runtime.ragged import RaggedHeads
 from avlprof.testing.models import cases, random_llava
-from tests.conversations import conversation, converse
+from tests.conversations import check_beams, checked_turns
 from tests.helpers import answers_of, generate, one_row, stepwise, thinned
 from tests.oracle import NEAR_TIE, Oracle
 from tests.policies import ADAPTIVE
@@ -71,27 +71,9 @@ def test_rows_of_a_batch_are_those_of_the_oracle(case, name):
 
 @pytest.mark.parametrize("name", thinned(ADAPTIVE, ("adaptive, packed text",)))
 def test_two_turns_are_those_of_the_oracle(case, name):
-    policy, compared = ADAPTIVE[name], 0
-    for seed in range(30, 50):
-        turns, answers = conversation(case, seed)
-        ours, cache = converse(case, policy, turns, answers)
-        for row in range(2):
-            singles = [
-                (one_row(case, turn, row), answer[row].tolist())
-                for turn, answer in zip(turns, answers, strict=True)
-            ]
-            wanted, trace = Oracle(case.model, policy, case.vision_token_ids).converse(singles)
-            if trace.gap < NEAR_TIE:
-                continue
-            compared += 1
-            for mine, theirs in zip(ours, wanted, strict=True):
-                torch.testing.assert_close(mine[row], theirs, atol=1e-4, rtol=1e-4)
-            padding = int((turns[0]["attention_mask"][row] == 0).sum())
-            for index, layer in enumerate(cache.layers):
-                assert held(layer, row, padding) in (None, trace.kept[index])
-        if compared:
-            return
-    raise AssertionError("near-ties decide the sets of every seed")
+    for cache, row, padding, trace in checked_turns(case, ADAPTIVE[name], range(30, 50), 1):
+        for index, layer in enumerate(cache.layers):
+            assert held(layer, row, padding) in (None, trace.kept[index])
 
 
 @pytest.mark.parametrize("name", thinned(ADAPTIVE, (*QUICK, "adaptive, packed text"), QUICK))
@@ -161,23 +143,7 @@ def test_a_floor_of_one_is_one_count_for_all_heads():
 
 
 def test_beams_take_their_heads_with_them():
-    case, policy, compared = random_llava(), ADAPTIVE["adaptive, 4 bits"], 0
-    for seed in range(3, 15):
-        inputs = case.inputs(batch=2, seed=seed, pad=True, text=9)
-        with avlprof.apply(case.model, policy):
-            found = generate(case.model, inputs, 8, num_beams=3, num_return_sequences=2, output_scores=True)
-        width = inputs["input_ids"].shape[1]
-        for index, ids in enumerate(found.sequences):
-            answer = ids[width:].tolist()
-            oracle = Oracle(case.model, policy, case.vision_token_ids)
-            logits, trace = oracle.run(one_row(case, inputs, index // 2), answer[:-1])
-            if trace.gap > NEAR_TIE:
-                compared += 1
-                said = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
-                assert float(found.sequences_scores[index]) == pytest.approx(float(said.mean()), abs=1e-4)
-        if compared > 1:
-            return
-    raise AssertionError("near-ties decide the sets of every seed")
+    check_beams(random_llava(), ADAPTIVE["adaptive, 4 bits"], 8, 2)
 
 
 @pytest.mark.parametrize(

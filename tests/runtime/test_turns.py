@@ -13,9 +13,9 @@ from avlprof.attention.session import with_cache
 from avlprof.policy import DENSE, Policy, TextPolicy
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.testing.models import cases, random_llava
-from tests.conversations import conversation, converse, positions, whole
-from tests.helpers import few, one_row
-from tests.oracle import NEAR_TIE, Oracle
+from tests.conversations import checked_turns, conversation, converse, positions, whole
+from tests.helpers import few
+from tests.oracle import Oracle
 from tests.policies import POLICIES, TURNS
 
 MODELS = dict(cases())
@@ -39,34 +39,16 @@ def test_text_in_few_bits_over_two_turns():
 
 def check_turns(case, policy):
     """Logits and sets of two rows without near-ties against the oracle's."""
-    compared = 0
-    for seed in range(30, 42):
-        turns, answers = conversation(case, seed)
-        ours, cache = converse(case, policy, turns, answers)
-        for row in range(2):
-            singles = [
-                (one_row(case, turn, row), answer[row].tolist())
-                for turn, answer in zip(turns, answers, strict=True)
-            ]
-            wanted, trace = Oracle(case.model, policy, case.vision_token_ids).converse(singles)
-            if trace.gap < NEAR_TIE:
+    for cache, row, padding, trace in checked_turns(case, policy, range(30, 42), 2):
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, AdaptiveLayer):
                 continue
-            compared += 1
-            for mine, theirs in zip(ours, wanted, strict=True):
-                torch.testing.assert_close(mine[row], theirs, atol=1e-4, rtol=1e-4)
-            padding = int((turns[0]["attention_mask"][row] == 0).sum())
-            for index, layer in enumerate(cache.layers):
-                if not isinstance(layer, AdaptiveLayer):
-                    continue
-                held = [{p - padding for p in places.tolist()} for places in layer.text_positions(row)]
-                assert held == trace.text[index][-1]
-                if policy.joint is None:
-                    kept, core = layer.vision_positions(row)
-                    assert [{p - padding for p in r.tolist()} for r in kept] == trace.kept[index]
-                    assert [{p - padding for p in r.tolist()} for r in core] == trace.cores[index][-1]
-        if compared >= 2:
-            break
-    assert compared >= 2, "near-ties decide the sets of every seed"
+            held = [{p - padding for p in places.tolist()} for places in layer.text_positions(row)]
+            assert held == trace.text[index][-1]
+            if policy.joint is None:
+                kept, core = layer.vision_positions(row)
+                assert [{p - padding for p in r.tolist()} for r in kept] == trace.kept[index]
+                assert [{p - padding for p in r.tolist()} for r in core] == trace.cores[index][-1]
 
 
 def test_keep_all_is_the_stock_cache_over_two_turns(case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -223,9 +224,13 @@ def test_the_probe_is_measured_once_and_whole(tmp_path):
     np.testing.assert_array_equal(again.damage_levels, LEVELS)
     with pytest.raises(UserError, match="is not of 4 layers"):
         probed(replace(evidence, layers=4), forced, path)
-    path.write_text("{}")
-    with pytest.raises(UserError, match=r"probe\.json cannot be read"):
-        probed(evidence, forced, path)
+    for text in ("[]", "{", json.dumps({"scorer": SCORER})):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"probe\.json cannot be read"):
+            probed(evidence, forced, path)
+    old = {"levels": list(LEVELS), "damage": np.ones((3, len(LEVELS))).tolist()}  # by another ranking
+    path.write_text(json.dumps(old))
+    np.testing.assert_array_equal(probed(evidence, FakeForced(), path).damage, found.damage)
 
 
 @pytest.mark.parametrize("read", [None, 0.4])

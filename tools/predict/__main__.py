@@ -14,6 +14,7 @@ from pathlib import Path
 
 from avlprof.files import write_text
 from avlprof.plots.save import save_figure
+from avlprof.policy import RANKING
 from avlprof.watch import Watch
 from tools.predict.measure import MAPS, MEASURES, Bench, Plan
 from tools.predict.tables import OF_POLICIES, best_table, figure, heads_table, layers_table, shares_table
@@ -39,13 +40,14 @@ def main() -> None:
     """Measure what is missing, and write `tables.md` and `prediction.png`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="tiny,tiny-mrope")
+    parser.add_argument("--ranking", default=RANKING, help="of the policies that differ in their layers")
     parser.add_argument("--out", type=Path, default=Path("prediction"))
     given = parser.parse_args()
     tables = {}
     for text in given.models.split(","):
         model, _, task = text.partition("=")
         plan = replace(PLANS.get(model, PLANS["tiny"]), model=model)
-        bench = Bench(replace(plan, task=task or plan.task), given.out / model, Told())
+        bench = Bench(replace(plan, task=task or plan.task, ranking=given.ranking), given.out / model, Told())
         bench.folder.mkdir(parents=True, exist_ok=True)
         tables[model] = {name: bench.table(name) for name in MEASURES}
     parts = {

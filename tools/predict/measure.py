@@ -35,7 +35,7 @@ RANKINGS = (
     *("valued:instruction", "pooled:instruction", "instruction", "accumulated", "last_query", "window"),
     *("valued:last_query", "text_weighted", "key_norm", "key_diversity", "value_norm", "position", "random"),
 )
-"""Rankings that are compared; the first is the default."""
+"""Rankings that are compared with each other."""
 OF_LAYERS = {
     "mass_vision": "attention on vision",
     "coverage_90": "tokens that hold 90% of it",
@@ -49,12 +49,13 @@ OF_LAYERS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, its task and how much is measured on it."""
+    """A model, its task and how much is measured on it; layers and policies rank by `ranking`."""
 
     model: str
     task: str
     samples: int
     policies: int
+    ranking: str = RANKING
     rankings: tuple[str, ...] = RANKINGS
     shares: tuple[float, ...] = (0.1, 0.2, 0.4)
     batch: int = 32
@@ -113,6 +114,11 @@ class Bench:
         """Its task."""
         return avlprof.load_task(self.plan.task)
 
+    @property
+    def rankings(self) -> list[str]:
+        """All that is ranked by."""
+        return list(dict.fromkeys((self.plan.ranking, *self.plan.rankings)))
+
     @cached_property
     def run(self) -> Run:
         """The search split, traced head by head."""
@@ -129,7 +135,7 @@ class Bench:
             self.task.samples("search", self.plan.samples),
             max_new_tokens=self.task.max_new_tokens,
             batch_size=self.plan.batch,
-            scorers=[ScorerSpec.of(name) for name in self.plan.rankings],
+            scorers=[ScorerSpec.of(name) for name in self.rankings],
             watch=self.watch,
         )
 
@@ -144,7 +150,7 @@ class Bench:
         return found
 
     def _seen(self, sample: Sample) -> Seen:
-        specs = [ScorerSpec.of(name) for name in (*self.plan.rankings, "instruction", "value_norm")]
+        specs = [ScorerSpec.of(name) for name in (*self.rankings, "instruction", "value_norm")]
         observer = Capture(specs, keep_kv=False)
         inputs = self.loaded.adapter.encode_samples([sample])
         vision = self.loaded.adapter.vision_mask(inputs["input_ids"])[0]
@@ -163,10 +169,14 @@ class Bench:
         maps = {"answer": answer, "answer_valued": answer * norm}
         maps |= {"question": question, "question_valued": question * norm}
         ranks = {}
-        for name in self.plan.rankings:
+        for name in self.rankings:
             order = drawn[ScorerSpec.of(name).key].argsort(dim=-1, descending=True, stable=True)
             ranks[name] = order.argsort(dim=-1).numpy()
         return Seen(maps, ranks)
+
+    def lost(self, sample: int, keep: Array) -> dict[str, Array]:
+        """`Seen.lost` of a sample by number, under the plan's ranking."""
+        return self.seen[sample].lost(self.plan.ranking, keep)
 
     def score(self, policies: Sequence[Policy], phase: str) -> Array:
         """KL to dense of every policy and sample, `[P, S]` in nat a token."""
@@ -193,7 +203,7 @@ def layers(bench: Bench) -> pd.DataFrame:
     alone = [
         Policy(
             vision_keep=tuple(level if other == layer else 1.0 for other in range(count)),
-            scorer=ScorerSpec.of(RANKING),
+            scorer=ScorerSpec.of(bench.plan.ranking),
         )
         for layer, level in cases
     ]
@@ -204,7 +214,7 @@ def layers(bench: Bench) -> pd.DataFrame:
     for case, (layer, level) in enumerate(cases):
         keep = np.full(count, level)
         for number, sample in enumerate(bench.forced.samples):
-            lost = {name: one[layer] for name, one in bench.seen[number].lost(RANKING, keep).items()}
+            lost = {name: one[layer] for name, one in bench.lost(number, keep).items()}
             told = statistics.loc[(sample, layer)].to_dict() if (sample, layer) in statistics.index else {}
             rows.append(
                 {"sample": sample, "layer": layer, "level": level, "kl": kl[case, number]} | told | lost
@@ -226,7 +236,7 @@ def rankings(bench: Bench) -> pd.DataFrame:
 
 
 def policies(bench: Bench) -> pd.DataFrame:
-    """A row a sample, share and random policy of the default ranking: `kl` and what predicts it.
+    """A row a sample, share and random policy: `kl` and what predicts it.
 
     Policies are drawn from the search space by chance, in 16 bits and one set of tokens a layer. A map's
     column is what they drop of it, summed over layers; `probe` the damage of each layer alone at what it
@@ -253,7 +263,7 @@ def policies(bench: Bench) -> pd.DataFrame:
                         "probe": probe,
                         "least": -keep.min(),
                     }
-                    | {key: lost.sum() for key, lost in bench.seen[number].lost(RANKING, keep).items()}
+                    | {key: lost.sum() for key, lost in bench.lost(number, keep).items()}
                 )
     return pd.DataFrame(rows)
 
@@ -275,7 +285,7 @@ def _drawn(bench: Bench, share: float) -> Iterator[tuple[str, Policy]]:
     budget = Budget(
         fixed + share * (1 - fixed), None, tuple(bench.forced.shapes), round(bench.forced.answer_tokens)
     )
-    space = Space(scorers=(RANKING,), heads=("shared",), bits=(16,), text="all")
+    space = Space(scorers=(bench.plan.ranking,), heads=("shared",), bits=(16,), text="all")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=round(1000 * share)))
     space = space.within(budget, evidence.layers).supported(evidence)

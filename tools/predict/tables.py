@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from avlprof.evaluation.damage import rank_correlation
 from avlprof.plots.style import INK, MARKERS, OKABE_ITO, new_figure, theme
 from tools.predict.measure import MAPS, OF_LAYERS
-from tools.predict.results import Correlation, by_unit, correlation
 
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 """By model, then by name: `layers`, `rankings`, `policies`."""
@@ -21,26 +21,36 @@ PROBE = "probe: damage of single layers, summed"
 OF_POLICIES = {**DROPPED, "probe": PROBE, "least": "the smallest share of a layer"}
 
 
+def correlation(frame: pd.DataFrame, column: str, units: Sequence[str]) -> str:
+    """Rank correlation over units of a column with `kl`, both means over samples, as a table says it.
+
+    Bold where the 95% interval over samples leaves out 0; empty where nothing differs.
+    """
+
+    def wide(name: str) -> pd.DataFrame:
+        return frame.pivot_table(index="sample", columns=list(units), values=name, dropna=False)
+
+    found = rank_correlation(wide("kl"), wide(column)) if frame[column].notna().any() else None
+    if found is None:
+        return ""
+    low, high = found["low"], found["high"]
+    text = f"{found['rank_correlation']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def layers_table(tables: Tables, level: float) -> str:
     """Statistics of layers against the damage of keeping a level in that layer alone."""
     columns = OF_LAYERS | {name: f"dropped {text}" for name, text in DROPPED.items()}
 
-    def of(frame: pd.DataFrame, column: str) -> Correlation:
-        rows = frame[np.isclose(frame["level"], level)]
-        return correlation(by_unit(rows, column, ["layer"]), by_unit(rows, "kl", ["layer"]))
-
-    frames = {model: frames["layers"] for model, frames in tables.items()}
-    return _table("of the dense model", {text: column for column, text in columns.items()}, frames, of)
+    found = {model: frames["layers"] for model, frames in tables.items()}
+    frames = {model: frame[np.isclose(frame["level"], level)] for model, frame in found.items()}
+    return _table("of the dense model", columns, frames, ["layer"])
 
 
 def heads_table(tables: Tables) -> str:
     """Statistics of query heads against the damage of closing each one's way to the picture."""
-
-    def of(frame: pd.DataFrame, column: str) -> Correlation:
-        return correlation(by_unit(frame, column, ["layer", "head"]), by_unit(frame, "kl", ["layer", "head"]))
-
     frames = {model: found["heads"] for model, found in tables.items() if "heads" in found}
-    return _table("of a head", {text: column for column, text in OF_LAYERS.items()}, frames, of)
+    return _table("of a head", OF_LAYERS, frames, ["layer", "head"])
 
 
 def shares_table(tables: Tables, name: str, unit: str, columns: Mapping[str, str]) -> str:
@@ -52,11 +62,7 @@ def shares_table(tables: Tables, name: str, unit: str, columns: Mapping[str, str
         for frame in [found[name]]
         for share in sorted(frame["share"].unique())
     }
-
-    def of(frame: pd.DataFrame, column: str) -> Correlation:
-        return correlation(by_unit(frame, column, [unit]), by_unit(frame, "kl", [unit]))
-
-    return _table("dropped", {text: column for column, text in columns.items()}, frames, of)
+    return _table("dropped", columns, frames, [unit])
 
 
 def best_table(tables: Tables, name: str, unit: str) -> str:
@@ -76,14 +82,12 @@ def best_table(tables: Tables, name: str, unit: str) -> str:
 
 
 def _table(
-    head: str,
-    rows: Mapping[str, str],
-    frames: Mapping[str, pd.DataFrame],
-    of: Callable[[pd.DataFrame, str], Correlation],
+    head: str, columns: Mapping[str, str], frames: Mapping[str, pd.DataFrame], units: Sequence[str]
 ) -> str:
+    """A row a column that is named, and a column a frame."""
     lines = ["| " + " | ".join([head, *frames]) + " |", "|---" * (len(frames) + 1) + "|"]
-    for text, column in rows.items():
-        cells = [of(frame, column).text if column in frame else "" for frame in frames.values()]
+    for column, text in columns.items():
+        cells = [correlation(frame, column, units) if column in frame else "" for frame in frames.values()]
         lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
