@@ -90,3 +90,8 @@ def whole_layers(index: pd.Index[Any]) -> tuple[int, ...]:
 def joined(*texts: str, by: str = ", ") -> str:
     """The texts that are not empty, in one."""
     return by.join(text for text in texts if text)
+
+
+def byte_unit(most: float) -> tuple[int, str]:
+    """Bytes of the unit in which sizes up to `most` bytes are read well, and its name."""
+    return (1 << 20, "MiB") if most >= 1 << 24 else (1 << 10, "KiB")

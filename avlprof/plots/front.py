@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from avlprof.plots.frames import Array, count_range, need
+from avlprof.plots.frames import Array, byte_unit, count_range, need
 from avlprof.plots.pareto import COST_LABELS
 from avlprof.plots.style import (
     MARKERS,
@@ -98,7 +98,7 @@ def budget_front(source: pd.DataFrame | FrontInfo, score: str = "Score") -> Figu
         percent_axis(ax, "xy", full=False)
         ax.set_xlabel(COST_LABELS["live_share"])
         ax.set_ylabel(score)
-        unit, name = (2**20, "MiB") if info.dense_bytes >= 2**24 else (2**10, "KiB")
+        unit, name = byte_unit(info.dense_bytes)
         whole = info.dense_bytes / unit
 
         def size_of(share: ArrayLike) -> Array:

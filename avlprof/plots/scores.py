@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from avlprof.errors import cut
-from avlprof.plots.frames import Array, count_range, need
+from avlprof.plots.frames import Array, byte_unit, count_range, need
 from avlprof.plots.style import (
     INK,
     MARKERS,
@@ -119,25 +119,26 @@ def scores_by_bytes(source: pd.DataFrame | ScoresInfo, title: str, score: str = 
         mean, low, high = info.dense
         ax.axhspan(low, high, color=SOFT, alpha=0.13, linewidth=0)
         ax.axhline(mean, color=SOFT, linewidth=1.4, linestyle=(0, (5, 3)), label="dense")
-        most = float(info.where.max(initial=0.0)) / 1024
+        unit, name = byte_unit(info.dense_bytes)
+        most = float(info.where.max(initial=0.0)) / unit
         if info.front:
-            kib, best = ([point[at] for point in info.front] for at in (0, 1))
-            line = np.array([*kib, most * 1024]) / 1024
+            sizes, best = ([point[at] for point in info.front] for at in (0, 1))
+            line = np.array([*sizes, most * unit]) / unit
             ax.step(line, [*best, best[-1]], where="post", color=INK, linewidth=1.4, alpha=0.5, zorder=2)
-        _draw(info, ax)
-        whole = info.dense_bytes / 1024
+        _draw(info, ax, unit)
+        whole = info.dense_bytes / unit
         ax.set_xlim(0.0, max(most * 1.04 + 0.1 * whole, 1e-9))
         percent_axis(ax, "y", full=False)
-        ax.set_xlabel("Prompt KV in memory (KiB per prompt)")
+        ax.set_xlabel(f"Prompt KV in memory ({name} per prompt)")
         ax.set_ylabel(score)
 
-        def share_of(kib: ArrayLike) -> Array:
-            return 100 * np.asarray(kib, dtype=float) / whole
+        def share_of(size: ArrayLike) -> Array:
+            return 100 * np.asarray(size, dtype=float) / whole
 
-        def kib_of(percent: ArrayLike) -> Array:
+        def size_of(percent: ArrayLike) -> Array:
             return np.asarray(percent, dtype=float) * whole / 100
 
-        ax.secondary_xaxis("top", functions=(share_of, kib_of)).set_xlabel("Percent of the dense KV")
+        ax.secondary_xaxis("top", functions=(share_of, size_of)).set_xlabel("Percent of the dense KV")
         figure.legend(loc="outside right center")
         return figure
 
@@ -155,7 +156,7 @@ def _levels(live: Array, alike: float) -> list[int]:
     return numbers
 
 
-def _draw(info: ScoresInfo, ax: Axes) -> None:
+def _draw(info: ScoresInfo, ax: Axes, unit: int) -> None:
     colours = (TUNED, *RIVALS)
     looks = {
         name: (colours[at % len(colours)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(info.named)
@@ -174,7 +175,7 @@ def _draw(info: ScoresInfo, ax: Axes) -> None:
         else:
             small.append(at)
     for name, points in shown.items():
-        index, places = [at for at, _ in points], np.array([place for _, place in points]) / 1024
+        index, places = [at for at, _ in points], np.array([place for _, place in points]) / unit
         colour, marker = looks[name]
         interval_bars(ax, places, info.low[index], info.high[index], color=colour, linewidth=1.8, alpha=0.75)
         ax.plot(
@@ -183,6 +184,6 @@ def _draw(info: ScoresInfo, ax: Axes) -> None:
         )  # fmt: skip
     if small:
         ax.plot(
-            info.where[small] / 1024, info.score[small], "o", color="#B5B5B5", markersize=5, alpha=0.7,
+            info.where[small] / unit, info.score[small], "o", color="#B5B5B5", markersize=5, alpha=0.7,
             linestyle="", label="others", zorder=1.5,
         )  # fmt: skip
