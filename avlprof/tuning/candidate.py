@@ -76,7 +76,7 @@ def spread(
     if budget.read is None:
         keep = meet_budget(shares, prompts, budget.memory, text, floor, bits)
         return policy.model_copy(update={"vision_keep": keep, "vision_compute": None})
-    reads = ReadBudget(budget.read, budget.answer_tokens, policy.refresh_interval, policy.refresh)
+    reads = ReadBudget.of(policy, budget.read, budget.answer_tokens)
     keep, compute = meet_both(shares, prompts, budget.memory, reads, text, floor, bits, follow)
     return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
 
