@@ -45,7 +45,8 @@ class ReadBudget:
         refresh_interval: every so many steps all kept vision tokens are read; 0 means never.
         refresh: what a refresh reads: all kept vision tokens, or (`score_only`, `triggered`) their keys.
         refresh_layers: the layers that read then; None: all.
-        refreshed: share of steps that refresh where these are triggered, as measured; None: as many as can.
+        refreshed: share of steps that refresh where these are triggered, layer by layer, as measured; None:
+            as many as there can be.
     """
 
     share: float
@@ -53,11 +54,15 @@ class ReadBudget:
     refresh_interval: int = 0
     refresh: Refresh = "full"
     refresh_layers: tuple[int, ...] | None = None
-    refreshed: float | None = None
+    refreshed: tuple[float, ...] | None = None
 
     @classmethod
     def of(
-        cls, policy: Policy, share: float, answer_tokens: int, refreshed: float | None = None
+        cls,
+        policy: Policy,
+        share: float,
+        answer_tokens: int,
+        refreshed: tuple[float, ...] | None = None,
     ) -> ReadBudget:
         """A budget of so much, for the refreshes of a policy."""
         own = policy.refresh_interval, policy.refresh, policy.refresh_layers

@@ -210,7 +210,7 @@ def read_share(
     prompts: Sequence[PromptShape],
     layers: int,
     answer_tokens: int,
-    refreshed: float | None = None,
+    refreshed: Sequence[float] | None = None,
 ) -> float:
     """Mean prompt KV read per decoding step, refreshes included, over the dense cache's.
 
@@ -218,18 +218,18 @@ def read_share(
     generated tokens push out of a window is no longer read as prompt; where scores decide what
     goes, as much of the prompt stays as can. A refresh that only scores reads keys, half the bytes, and a
     layer that follows another reads nothing. `refreshed` is the share of steps that refresh where these are
-    triggered, as measured; without it they are as many as there can be.
+    triggered, layer by layer, as measured; without it they are as many as there can be.
     """
     steps = max(answer_tokens, 1)
     share = refresh_reads(policy.refresh)
-    most = refreshes(steps, policy.refresh_interval, policy.refresh)
+    most = [refreshes(steps, policy.refresh_interval, policy.refresh)] * layers
     if policy.triggered and refreshed is not None:
-        most = min(refreshed * steps, most)
+        most = [min(share * steps, limit) for share, limit in zip(refreshed, most, strict=True)]
     read = 0.0
     for prompt in prompts:
         gone = _text_pushed_out(policy, prompt, layers, steps)
         for layer, (size, pushed) in enumerate(zip(sizes(policy, prompt, layers), gone, strict=True)):
-            count = most if size.core < size.vision and policy.leader(layer) == layer else 0
+            count = most[layer] if size.core < size.vision and policy.leader(layer) == layer else 0
             read += steps * size.reads + count * share * (size.live - size.reads) - pushed
     return read / (steps * dense_tokens(prompts, layers))
 

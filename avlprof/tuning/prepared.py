@@ -68,6 +68,10 @@ class Generated:
                 store=self._store,
             )
 
+    def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
+        """It is not known how often an answer refreshes before it is generated."""
+        return None
+
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
         return np.array([answer.score for part in self.parts(policy) for answer in part])

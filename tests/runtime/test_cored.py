@@ -54,10 +54,26 @@ def test_triggered_reads_are_what_was_triggered():
         assert usual < one.read / layer.bytes_per_token() <= most
 
 
+@pytest.mark.parametrize("name", ["triggered", "triggered and followed", "packed triggered"])
+def test_forced_steps_refresh_when_generated_ones_do(name):
+    case, policy = random_llava(), POLICIES[name].model_copy(update={"refresh_margin": 0.03})
+    for seed in range(3):
+        inputs = case.inputs(batch=1, seed=seed, text=12, images_per_row=2)
+        with avlprof.apply(case.model, policy) as runtime:
+            said = generate(case.model, inputs, suppress_tokens=list(case.vision_token_ids))
+        answer = said.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        counted = ForcedBatch(case.model, inputs, [answer]).refreshes(policy)
+        leads = policy.refresh_layers or range(3)
+        found = [one.refreshes for one in runtime.cache.use() if one.layer in leads]
+        assert [counted[layer] for layer in leads] == found
+        assert len(set(found)) > 1 or max(found) < len(answer) - 1
+
+
 def test_at_most_so_many_refreshes_can_be_triggered():
     """As many as there can be are counted, unless it is known how many there were."""
     rows = used(TRIGGERED)[1]
-    shares = [read_share(TRIGGERED, rows, 3, STEPS, refreshed) for refreshed in (None, 1.0, 0.2, 0.0)]
+    rates = None, (1.0, 1.0, 1.0), (0.2, 0.1, 0.2), (0.0, 0.0, 0.0)
+    shares = [read_share(TRIGGERED, rows, 3, STEPS, refreshed) for refreshed in rates]
     assert shares[0] == shares[1] > shares[2] > shares[3]
     assert shares[3] == read_share(TRIGGERED.model_copy(update={"refresh_interval": 0}), rows, 3, STEPS)
 

@@ -39,6 +39,8 @@ class GroupAttention:
         policies: differ in their shares alone.
         length: tokens of the prompts as the model sees them, padding included.
         windows: tokens that each layer's sliding window sees; None where it has none.
+
+    `due` are the steps that refreshed, bool `[B, P, T]` by layer, where a pass went through them one by one.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class GroupAttention:
         self.windows = windows
         self._always: dict[tuple[int, int], Tensor] = {}
         self._told: dict[int, Told] = {}
+        self.due: dict[int, Tensor] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Output `[B * P, T, H, D]` of every answer row over what its policy lets it see."""
@@ -89,6 +92,8 @@ class GroupAttention:
             return lambda block: always[:, None, :, block.start : block.stop], _whole
         chosen = chosen_prompt(self.plans, self.prompts, layer, groups)
         sets = VisionSets(rows, self.plans, chosen, always, layer, self.prompts, self._told)
+        if sets.due is not None:
+            self.due[layer] = sets.due
         return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block)), sets.full
 
     def _visible_always(self, layer: int) -> Tensor:

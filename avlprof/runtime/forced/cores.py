@@ -31,10 +31,14 @@ class Told:
 
 @dataclass(frozen=True)
 class CoreSteps:
-    """What each row sees, bool `[B, G, P, T, N]`: of vision, and of the prompt in full precision."""
+    """What each row sees, bool `[B, G, P, T, N]`: of vision, and of the prompt in full precision.
+
+    `due`, bool `[B, P, T]`, are the steps that refresh; `told` is for layers that follow, if any do.
+    """
 
     seen: Tensor
     whole: Tensor
+    due: Tensor
     told: Told | None
 
 
@@ -141,8 +145,9 @@ class CorePicker:
             if running.scored and not bool(due.all()):
                 row = head_mean(weigh(step, running.core, whole)[..., : self._rows.length], kept.shape[1])
                 running.attended(row, running.core & ~now)
-        told = self._told(rows, dues) if self._leads else None
-        return CoreSteps(torch.stack(views, dim=3), torch.stack(wholes, dim=3), told)
+        due = torch.stack(dues, dim=2)
+        told = Told(self._rows.prompt.by_column(torch.stack(rows, dim=2)), due) if self._leads else None
+        return CoreSteps(torch.stack(views, dim=3), torch.stack(wholes, dim=3), due, told)
 
     def _due(self, step: int) -> Tensor:
         """Which prompts refresh at a step under which policies, bool `[B, P]`."""
@@ -187,7 +192,3 @@ class CorePicker:
         lean = leaning(rows.query[..., step, :], apart, rows.call.scaling)
         new = Held.of(on_core, on_rest, apart, lean)
         self._held = new if self._held is None else self._held.replaced(new, due)
-
-    def _told(self, rows: list[Tensor], dues: list[Tensor]) -> Told:
-        steps = self._rows.prompt.by_column(torch.stack(rows, dim=2))
-        return Told(steps, torch.stack(dues, dim=2))

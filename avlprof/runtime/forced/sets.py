@@ -38,7 +38,7 @@ class VisionSets:
     `full` refresh rows see all that is kept; under `score_only` they see the core that they pick. Where
     the rest is stored in few bits, a token is as good as it was as long as it has always been core.
     Where what a refresh picks, or when, depends on more than its own row, one step comes after the other
-    (`cores`).
+    (`cores`); `due`, bool `[B, P, T]`, are then the steps that refresh.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class VisionSets:
         self._sets = core[:, :, :, None]
         self._whole: Tensor | None = None
         self._by_step = False
+        self.due: Tensor | None = None
         counts, cores = plans.vision(layer)
         lead, idle = policy.leader(layer), bool((counts == cores).all())
         never = not self._every or (self._every > rows.steps and not policy.triggered)
@@ -74,7 +75,7 @@ class VisionSets:
             running = RunningCore(plans, prompts, layer, sets)
             picker = CorePicker(rows, plans, running, layer, None if lead == layer else told[lead])
             steps = picker.steps(StepWeights(rows, always, core))
-            self._sets, self._by_step = steps.seen, True
+            self._sets, self._by_step, self.due = steps.seen, True, steps.due
             self._whole = None if rows.stored is None else steps.whole
             if steps.told is not None:
                 told[layer] = steps.told
