@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from avlprof.attention.modality import modality_map, prompt_shapes, vision_token_ids
 from avlprof.attention.session import cache_argument
 from avlprof.errors import UserError
+from avlprof.evaluation.batches import EncodedBatches, answer_batches, prompt_lengths
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
 from avlprof.evaluation.smaller import Method, SmallerPictures
@@ -34,30 +34,6 @@ from avlprof.runtime.apply import apply
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.versions import versions
 from avlprof.watch import SILENT, Watch
-
-
-@dataclass
-class EncodedBatches:
-    """Batches that were encoded, for the next policy that answers them; `most` bytes of them.
-
-    Of one model and its processor alone.
-    """
-
-    most: int = 1 << 28
-    _known: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict)
-    _bytes: int = 0
-
-    def of(self, loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """The batch of these samples."""
-        ids = tuple(sample.id for sample in samples)
-        if ids in self._known:
-            return dict(self._known[ids])
-        encoding = _encode(loaded, samples)
-        size = sum(part.nbytes for part in encoding.values())
-        if self._bytes + size <= self.most:
-            self._known[ids] = dict(encoding)
-            self._bytes += size
-        return encoding
 
 
 @dataclass(frozen=True)
@@ -288,36 +264,6 @@ def _tokens(answer: Answer) -> int:
     return answer.system + answer.vision + answer.text
 
 
-def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
-    """Tokens of each sample's prompt, by id; every picture is opened and processed for it."""
-    return {sample.id: int(_encode(loaded, [sample])["input_ids"].shape[1]) for sample in samples}
-
-
-def answer_batches(
-    loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
-) -> Iterator[Sequence[Sample]]:
-    """Samples of like prompt length, so many at a time as settings say.
-
-    A batch decodes until its longest answer ends, so among prompts of like length (within a third) those
-    whose answers are known, or for their kind of question expected, to be as long come together, the
-    longest first.
-    """
-    size = settings.batch_size
-    if size > 1 and len(samples) > size:
-        known = settings.lengths or prompt_lengths(loaded, samples)
-
-        def alike(sample: Sample) -> tuple[int, int, str, int]:
-            length, said = known[sample.id], settings.said.get(sample.id, 0)
-            return round(math.log(max(length, 1), _LIKE)), -said, sample.group, length
-
-        samples = sorted(samples, key=alike)
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
-
-
-_LIKE = 4 / 3
-
-
 @torch.inference_mode()
 def _answer(
     loaded: LoadedModel,
@@ -371,7 +317,3 @@ def said(loaded: LoadedModel, new: Sequence[list[int]]) -> tuple[list[int], list
 def _read_share(policy: Policy | None, shape: PromptShape, layers: int, length: int) -> float:
     """The first token comes from prefill, so an answer of n tokens takes n - 1 decoding steps."""
     return read_share(policy, [shape], layers, length - 1) if policy else 1.0
-
-
-def _encode(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    return loaded.adapter.encode_samples(samples)

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings, generate_tokens, prompt_lengths, said
+from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings, generate_tokens, said
+from avlprof.evaluation.batches import prompt_lengths
 from avlprof.evaluation.damage import ALL, Knockout
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.evaluate import check_ids, check_samples

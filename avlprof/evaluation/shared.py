@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, answer_batches, generate_answers
+from avlprof.evaluation.answers import AnswerSettings, generate_answers
+from avlprof.evaluation.batches import answer_batches
 from avlprof.evaluation.smaller import SmallerPictures
 from avlprof.evaluation.store import STOCK, AnswerStore, Ask, model_key
 from avlprof.launchers import Launch

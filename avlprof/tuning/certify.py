@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from avlprof.analysis import Profile
 from avlprof.errors import UserError, counted
-from avlprof.evaluation.answers import AnswerSettings, prompt_lengths
+from avlprof.evaluation.answers import AnswerSettings
+from avlprof.evaluation.batches import prompt_lengths
 from avlprof.evaluation.certificate import Certificate, Claim, certify
 from avlprof.files import write_text
 from avlprof.models import LoadedModel

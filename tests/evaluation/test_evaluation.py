@@ -27,7 +27,7 @@ from avlprof.evaluation import (
     measure_latency,
     paired_difference,
 )
-from avlprof.evaluation.answers import EncodedBatches, answer_batches
+from avlprof.evaluation.batches import EncodedBatches, answer_batches
 from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import policy_rows, with_baselines
 from avlprof.models import Adapter
