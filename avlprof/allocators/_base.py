@@ -29,6 +29,8 @@ class Evidence:
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
         bit_damage: `[layers, numbers]` measured cost of storing all vision tokens of one layer in as few
             bits as `bit_levels [numbers]` says, and all others in full.
+        head_shares: `[layers, kv_heads]` what each KV head needs of vision over the mean of its layer, from
+            a run of single heads (`avlprof.analysis.heads.head_shares`).
         governed: the layers that policies act on, where there are others too; None means all. What
             arrays say of others means nothing.
     """
@@ -44,6 +46,7 @@ class Evidence:
     damage_levels: Array | None = None
     bit_damage: Array | None = None
     bit_levels: Array | None = None
+    head_shares: Array | None = None
     governed: tuple[int, ...] | None = None
 
     def of_governed(self) -> Evidence:
@@ -56,7 +59,10 @@ class Evidence:
         return replace(self, layers=len(own), governed=None, **few)
 
 
-_BY_LAYER = ("coverage", "vision_mass", "entropy", "sparsity", "skewness", "damage", "bit_damage")
+_BY_LAYER = (
+    *("coverage", "vision_mass", "entropy", "sparsity", "skewness"),
+    *("damage", "bit_damage", "head_shares"),
+)
 
 
 class Allocator(ABC):

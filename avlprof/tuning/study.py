@@ -247,7 +247,10 @@ def study_meta(
 
 
 def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[FrozenTrial]:
-    """The best `count` fully scored trials of one study or several with different policies, best first."""
+    """The best `count` fully scored trials of one study or several with different policies, best first.
+
+    Of equal ones the first is better: the policy that a later study begins with counts as what it was before.
+    """
     trials = [
         trial
         for each in (study, *more)
@@ -257,6 +260,6 @@ def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[Froz
     if not trials:
         raise UserError("the study has no finished trial; tune again with more trials")
     best: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
+    for trial in sorted(trials, key=lambda t: t.value or 0.0):
         best.setdefault(trial.user_attrs["policy"], trial)
     return list(best.values())[:count]
