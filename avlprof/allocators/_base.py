@@ -31,6 +31,8 @@ class Evidence:
             bits as `bit_levels [numbers]` says, and all others in full.
         head_shares: `[layers, kv_heads]` what each KV head needs of vision over the mean of its layer, from
             a run of single heads (`avlprof.analysis.heads.head_shares`).
+        overlap: `[layers, layers]` share of one layer's best vision tokens of a decoding step that are
+            another layer's at that step too; 1 on the diagonal.
         governed: the layers that policies act on, where there are others too; None means all. What
             arrays say of others means nothing.
     """
@@ -47,6 +49,7 @@ class Evidence:
     bit_damage: Array | None = None
     bit_levels: Array | None = None
     head_shares: Array | None = None
+    overlap: Array | None = None
     governed: tuple[int, ...] | None = None
 
     def of_governed(self) -> Evidence:
@@ -56,6 +59,7 @@ class Evidence:
         own = list(self.governed)
         arrays = {name: getattr(self, name) for name in _BY_LAYER}
         few: dict[str, Any] = {name: None if array is None else array[own] for name, array in arrays.items()}
+        few["overlap"] = None if self.overlap is None else self.overlap[np.ix_(own, own)]
         return replace(self, layers=len(own), governed=None, **few)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,26 +31,13 @@ from avlprof.watch import SILENT, Watch
 class Generated:
     """Greedy answers to a list of samples, judged by a task's metric.
 
-    Answers in `store` are not generated again.
-
-    Args:
-        lengths: prompt tokens by sample id; samples of like length share a batch.
-        batch_size: samples that run together.
-        limit: the longest answer, in tokens.
+    `settings` say how; answers in `store` are not generated again.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        task: Task,
-        samples: Sequence[Sample],
-        limit: int,
-        lengths: Mapping[str, int],
-        store: AnswerStore,
-        batch_size: int = 32,
+        self, loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings, store: AnswerStore
     ) -> None:
-        self._loaded, self._task, self._samples = loaded, task, samples
-        self._limit, self._lengths, self._store, self._batch = limit, lengths, store, batch_size
+        self._loaded, self._samples, self._settings, self._store = loaded, samples, settings, store
 
     @property
     def samples(self) -> list[str]:
@@ -59,18 +46,20 @@ class Generated:
 
     def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
-        for start in range(0, len(self._samples), self._batch):
-            yield generate_answers(
-                self._loaded,
-                self._samples[start : start + self._batch],
-                policy,
-                AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths),
-                store=self._store,
-            )
+        size = self._settings.batch_size
+        for start in range(0, len(self._samples), size):
+            yield self._answers(self._samples[start : start + size], policy)
+
+    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
+        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
+
+    def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
+        """It is not known how often an answer refreshes before it is generated."""
+        return None
 
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
-        return np.array([answer.score for part in self.parts(policy) for answer in part])
+        return np.array([answer.score for answer in self._answers(self._samples, policy)])
 
 
 @dataclass(frozen=True)
@@ -179,10 +168,11 @@ class Prepared:
 
     def generated(self, store: AnswerStore) -> Generated:
         """Policies scored by real answers to the samples."""
-        lengths = {
-            name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
-        }
-        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size)
+        names, forced = self.forced.samples, self.forced
+        prompts = {name: shape.total for name, shape in zip(names, forced.shapes, strict=True)}
+        answers = {name: len(answer) for name, answer in zip(names, forced.answers, strict=True)}
+        settings = AnswerSettings(self.limit, self.batch_size, self.task.metric, prompts, answers)
+        return Generated(self.loaded, self.samples, settings, store)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""
