@@ -12,6 +12,7 @@ import torch
 
 from avlprof.attention.ranking import best_pairs
 from avlprof.errors import UserError
+from avlprof.plots.layers import policy_layers_info
 from avlprof.policy import Policy, PromptShape, ScorerSpec, dump_policy, live_share, parse_policy, sizes
 from avlprof.runtime.forced import ForcedScore
 from avlprof.testing.allocators import random_evidence
@@ -189,3 +190,14 @@ def test_no_rival_has_the_heads_of_the_winner():
     others = {rival.name: rival for rival in rivals(winner, BUDGET, LAYERS)}
     assert all(rival.head_shares is None for rival in others.values())
     assert (others[SAME].heads, others[SAME].vision_bits) == ("kv_head", 4)
+
+
+def test_the_figure_of_layers_marks_heads_with_shares_of_their_own():
+    policy = MovedHeads(BASE, TRACED, ((0.0,) * HEADS,) * LAYERS, 0.5).policy(EVIDENCE, BUDGET)
+    panel = policy_layers_info(policy).panels[0]
+    wanted = [
+        [min(keep * share, 1.0) for share in own] for keep, own in zip(BASE.keep(4), TRACED, strict=True)
+    ]
+    np.testing.assert_allclose(panel.heads, wanted)
+    assert panel.head_floor == 0.5
+    assert policy_layers_info(BASE).panels[0].heads is None
