@@ -16,12 +16,12 @@ from avlprof.plots.layers import policy_layers_info
 from avlprof.policy import Policy, PromptShape, ScorerSpec, dump_policy, live_share, parse_policy, sizes
 from avlprof.runtime.forced import ForcedScore
 from avlprof.testing.allocators import random_evidence
-from avlprof.tuning import Budget, Settings
+from avlprof.tuning import Budget, Settings, Space
 from avlprof.tuning.evidence import dump_evidence, parse_evidence
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.refine import HeadSpace, MovedHeads, is_refined, moves_heads, refine_heads
 from avlprof.tuning.rivals import SAME, rivals
-from avlprof.tuning.study import finalists
+from avlprof.tuning.study import StudyMeta, as_begun, finalists
 from tests.watching import Notes
 
 LAYERS, HEADS = 4, 3
@@ -201,3 +201,15 @@ def test_the_figure_of_layers_marks_heads_with_shares_of_their_own():
     np.testing.assert_allclose(panel.heads, wanted)
     assert panel.head_floor == 0.5
     assert policy_layers_info(BASE).panels[0].heads is None
+
+
+def test_a_study_of_before_layers_led_goes_on_without(tmp_path):
+    noted = Space().described()
+    del noted["leaders"]
+    fields = dict.fromkeys(("model", "model_hash", "task", "split", "sample_hash", "dtype", "run_hash"), "x")
+    numbers = {"samples": 1, "max_new_tokens": 2, "budget": 0.1, "read_budget": None, "seed": 0}
+    meta = StudyMeta(**fields, **numbers, space=noted)
+    (tmp_path / "study.json").write_text(meta.model_dump_json())
+    assert as_begun(tmp_path, Settings()).space.described() == noted
+    asked = Settings(space=Space(leaders=(0, 2)))
+    assert as_begun(tmp_path, asked) == asked
