@@ -29,6 +29,8 @@ class Evidence:
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
         bit_damage: `[layers, numbers]` measured cost of storing all vision tokens of one layer in as few
             bits as `bit_levels [numbers]` says, and all others in full.
+        head_shares: `[layers, kv_heads]` what each KV head needs of vision over the mean of its layer, from
+            a run of single heads (`avlprof.analysis.heads.head_shares`).
         overlap: `[layers, layers]` share of one layer's best vision tokens of a decoding step that are
             another layer's at that step too; 1 on the diagonal.
         governed: the layers that policies act on, where there are others too; None means all. What
@@ -46,6 +48,7 @@ class Evidence:
     damage_levels: Array | None = None
     bit_damage: Array | None = None
     bit_levels: Array | None = None
+    head_shares: Array | None = None
     overlap: Array | None = None
     governed: tuple[int, ...] | None = None
 
@@ -60,7 +63,10 @@ class Evidence:
         return replace(self, layers=len(own), governed=None, **few)
 
 
-_BY_LAYER = ("coverage", "vision_mass", "entropy", "sparsity", "skewness", "damage", "bit_damage")
+_BY_LAYER = (
+    *("coverage", "vision_mass", "entropy", "sparsity", "skewness"),
+    *("damage", "bit_damage", "head_shares"),
+)
 
 
 class Allocator(ABC):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from avlprof.allocators import Allocator, Evidence, make_allocator
 from avlprof.allocators.coverage import covering_shares
+from avlprof.analysis.heads import head_shares
 from avlprof.analysis.window import windows_for
 from avlprof.budgets import ReadBudget, meet_budget, meet_read_budget, vision_share
 from avlprof.budgets.fit import check_unit, floor_count, ratio_of
@@ -68,9 +69,18 @@ def evidence(profile: Profile, use: Use = "store") -> Evidence:
         entropy=of_layers(spread["entropy"]),
         sparsity=of_layers(spread["sparsity"]),
         skewness=of_layers(spread["skewness"]),
+        head_shares=_head_shares(profile),
         overlap=_overlap(profile.frames["overlap"], profile.layers),
         governed=profile.governed,
     )
+
+
+def _head_shares(profile: Profile) -> Array | None:
+    """`[layers, kv_heads]`, as `head_shares` gives them; None of a run of averages over heads."""
+    table = profile.frames["heads"]
+    if table.empty:
+        return None
+    return np.array(head_shares(table, profile.layers, profile.meta.settings.kv_heads))
 
 
 def _overlap(table: pd.DataFrame, layers: int) -> Array | None:

@@ -18,7 +18,7 @@ from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.run import RUNS, Run, latest_run
 from avlprof.tasks import Task
 from avlprof.tasks.spec import TaskSpec
-from avlprof.tracing.options import TraceSettings
+from avlprof.tracing.options import RecordOptions, TraceSettings
 from avlprof.tuning import Certified, Settings, Smallest, Sweep, Tuned, Workers, read_meta
 from avlprof.tuning.certify import certified as run_certified
 from avlprof.tuning.settings import BUDGET, check_budget
@@ -216,7 +216,7 @@ def _plan(
         watch.say(note)
     folder = Path(out) if out is not None else STUDIES / study_name(loaded, read, settings, goal)
     check_free(folder)
-    profile = _run(run, folder, loaded, read, settings.max_new_tokens, watch).profile()
+    profile = _run(run, folder, loaded, read, settings, watch).profile()
     return _Plan(loaded, read, profile, folder, workers)
 
 
@@ -225,17 +225,22 @@ def _run(
     folder: Path,
     loaded: LoadedModel,
     task: Task,
-    max_new_tokens: int | None,
+    settings: Settings,
     watch: Watch,
 ) -> Run:
-    """The run to take the profile from, of this model; traced here when there is none."""
+    """The run to take the profile from, of this model; traced here when there is none.
+
+    It keeps heads apart where a search moves them.
+    """
     if run is not None:
         traced: Run | None = run if isinstance(run, Run) else Run.open(run)
     else:
         traced = _run_of_study(folder, loaded) or latest_run(loaded=loaded, task=task.name)
     if traced is None:
         few = len(task.samples("search", TRACED_SAMPLES))
-        traced = trace(loaded, task, few, TraceSettings(max_new_tokens=max_new_tokens), watch=watch)
+        record = RecordOptions(per_head=settings.refine_heads > 0)
+        wanted = TraceSettings(max_new_tokens=settings.max_new_tokens, record=record)
+        traced = trace(loaded, task, few, wanted, watch=watch)
     traced.check_model(loaded)
     return traced
 

@@ -24,7 +24,9 @@ def draw(tuned: Tuned, suffix: str = "png") -> list[Path]:
     kind = tuned.policy.provenance.objective if tuned.policy.provenance else ""
     meaning, cheap = (MEANING[name] for name in (kind, "fidelity" if kind == "accuracy" else kind))
     figures = {
-        "trials": plots.trial_history(tuned.history(), f"Mean {meaning}", second=tuned.second),
+        "trials": plots.trial_history(
+            tuned.history(), f"Mean {meaning}", second=tuned.second, third=tuned.third
+        ),
         "layers": plots.policy_layers(tuned.policy, layers=tuned.policy.layers or 1),
         "proof": plots.pareto_front(tuned.proof.pareto(), score=_label(tuned)),
     }

@@ -105,6 +105,13 @@ def tune(
             show_default=False,
         ),
     ] = Settings.refine,
+    refine_heads: Annotated[
+        int,
+        typer.Option(
+            "--refine-heads",
+            help="How many of the trials, the last, move the share of every KV head; not with --read-budget.",
+        ),
+    ] = Settings.refine_heads,
     samples: Annotated[
         int, typer.Option("--samples", "-n", help="Samples a trial is scored on.")
     ] = Settings.samples,
@@ -169,7 +176,7 @@ def tune(
         heads=tuple(part.strip() for part in heads.split(",")),
     )
     settings = Settings(
-        read_budget=read_budget, trials=trials, refine=refine, samples=samples,
+        read_budget=read_budget, trials=trials, refine=refine, refine_heads=refine_heads, samples=samples,
         proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
         margin=margin, max_new_tokens=source.max_new_tokens, space=space,
         batch_size=batch_size, prompt_bytes=prompt_bytes,

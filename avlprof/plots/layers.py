@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from avlprof.errors import UserError
-from avlprof.plots.style import MODALITY_COLOURS, SOFT, layer_axis, new_figure, percent_axis, theme
+from avlprof.plots.style import INK, MODALITY_COLOURS, SOFT, layer_axis, new_figure, percent_axis, theme
 from avlprof.policy import Policy, acts_on, broadcast
 
 COLUMNS = 3
 READ_WHOLE = "Kept in memory and read at every step"
 STORED, COMPUTED, SPOKEN = "#9CC7E4", MODALITY_COLOURS["vision"], MODALITY_COLOURS["text"]
+HEADS, HEAD = "Each KV head", INK
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class PolicyPanel:
     """One policy by layer.
 
     `keep` and `compute` are shares of the vision tokens (of the whole prompt when `joint`).
-    `text` is in tokens, or a share of the text when `text_share`; None means all text stays.
+    `text` is in tokens, or a share of the text when `text_share`; None means all text stays. `heads` are
+    shares of the vision tokens by layer and KV head where the policy sets them (`head_shares`), of which
+    each head is sure of the part `head_floor`.
     """
 
     name: str
@@ -33,6 +37,8 @@ class PolicyPanel:
     text: tuple[float, ...] | None
     text_share: bool
     refresh: int
+    heads: tuple[tuple[float, ...], ...] | None = None
+    head_floor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,10 @@ def policy_layers(
             {"Kept in memory": STORED, "Read at every step": COMPUTED} if cored else {READ_WHOLE: COMPUTED}
         )
         named |= {"Text kept": SPOKEN} if spoken else {}
-        handles = [axes[0][0].bar(0, 0, color=colour) for colour in named.values()]
+        handles: list[Any] = [axes[0][0].bar(0, 0, color=colour) for colour in named.values()]
+        if any(panel.heads is not None for panel in info.panels):
+            named |= {HEADS: HEAD}
+            handles += axes[0][0].plot([], [], "_", color=HEAD, markersize=14, markeredgewidth=2.4)
         figure.legend(handles, list(named), loc="outside lower center", ncols=len(named))
         return figure
 
@@ -139,7 +148,15 @@ def _panel(policy: Policy, layers: int) -> PolicyPanel:
     elif policy.text.window is not None:
         text = tuple(float(window) for window in broadcast(policy.text.window, layers))
     shared = policy.text.keep is not None
-    return PolicyPanel(policy.name, policy.keep(layers), policy.compute(layers), False, text, shared, refresh)
+    keep, heads = policy.keep(layers), None
+    if policy.head_shares is not None:
+        heads = tuple(
+            tuple(min(kept * share, 1.0) for share in own)
+            for kept, own in zip(keep, policy.head_shares, strict=True)
+        )
+    return PolicyPanel(
+        policy.name, keep, policy.compute(layers), False, text, shared, refresh, heads, policy.head_floor
+    )
 
 
 def _longest_window(info: PolicyInfo) -> float:
@@ -149,7 +166,9 @@ def _longest_window(info: PolicyInfo) -> float:
 
 def _top(info: PolicyInfo) -> float:
     """End of the axis of shares, one for all panels: small shares fill it as well."""
-    most = max(max(panel.keep[layer] for layer in info.drawn) for panel in info.panels)
+    shares = [panel.keep[layer] for panel in info.panels for layer in info.drawn]
+    shares += [share for panel in info.panels if panel.heads for own in panel.heads for share in own]
+    most = max(shares)
     return min(math.ceil(most * 1.1 * 10 - 1e-9) / 10 or 0.1, 1.0)
 
 
@@ -163,6 +182,12 @@ def _draw_vision(
     how = (
         f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
     )
+    if panel.heads is not None:
+        points = [(layer, share) for layer in where for share in panel.heads[layer]]
+        width = max(4.0, min(26.0, 120.0 / len(where)))
+        ax.plot(*zip(*points, strict=True), "_", color=HEAD, markersize=width, markeredgewidth=2.4)
+        if panel.head_floor < 1:
+            how = f"each KV head is sure of {panel.head_floor:.0%} of its share, prompts give the rest"
     ax.set_title(f"{panel.name}\n{how}".strip() if named else how, fontsize=13)
     ax.set_ylabel("Prompt KV" if panel.joint else "Vision KV")
     percent_axis(ax, "y", full=False)

@@ -81,13 +81,15 @@ def trial_history(
     value: str = "Mean KL to dense (nat)",
     direction: Direction = "minimize",
     second: int | None = None,
+    third: int | None = None,
 ) -> Figure:
     """Every trial's value, the best so far as a line, and the winner as a star.
 
     Args:
         source: a frame as `trial_history_info` takes it, or that information.
         value: label of the value axis, with its unit.
-        second: first trial of the second stage; a line is drawn before it.
+        second: first trial of the stage that moves layers; a line is drawn before it.
+        third: the same of the stage that moves KV heads.
     """
     info = source if isinstance(source, TrialInfo) else trial_history_info(source, direction)
     with theme():
@@ -96,12 +98,8 @@ def trial_history(
         ax = figure.subplots()
         _draw(info, ax)
         _winner(info, ax)
-        if second is not None:
-            ax.axvline(second - 0.5, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
-            ax.annotate(
-                "layer by layer", (second - 0.5, 1.0), xycoords=ax.get_xaxis_transform(), xytext=(7, 0),
-                textcoords="offset points", va="top", fontsize=12.5, color=SOFT,
-            )  # fmt: skip
+        _stage(ax, second, "layer by layer", 0)
+        _stage(ax, third, "head by head", 1)
         values = [*info.values, *info.pruned_values]
         room = 0.2 * ((max(values) - min(values)) or 1.0)
         ax.set_ylim(min(values) - room, max(values) + room)
@@ -112,6 +110,17 @@ def trial_history(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(loc="outside right center")
         return figure
+
+
+def _stage(ax: Axes, first: int | None, name: str, line: int) -> None:
+    """A line before the first trial of a stage, with its name in that line of text from the top."""
+    if first is None:
+        return
+    ax.axvline(first - 0.5, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
+    ax.annotate(
+        name, (first - 0.5, 1.0), xycoords=ax.get_xaxis_transform(), xytext=(7, -17 * line),
+        textcoords="offset points", va="top", fontsize=12.5, color=SOFT,
+    )  # fmt: skip
 
 
 def _draw(info: TrialInfo, ax: Axes) -> None:

@@ -63,7 +63,8 @@ class Provenance(BaseModel):
 
     `budget` and `read_budget` are shares of the dense prompt KV (memory and mean read per
     step); scores are of `metric` on held-out samples; bytes are per prompt. `trial` counts within the
-    study's second stage when the policy was `refined` layer by layer. `governed` are the layers that
+    study's second stage when the policy was `refined` layer by layer, within its third when it was head by
+    head (`refined_heads`). `governed` are the layers that
     the policy acts on and shares are of, where the model has others too; None means all.
     """
 
@@ -83,6 +84,7 @@ class Provenance(BaseModel):
     study: str = ""
     trial: int | None = None
     refined: bool = False
+    refined_heads: bool = False
     budget: float | None = None
     read_budget: float | None = None
     measured_budget: float | None = None

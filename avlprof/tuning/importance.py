@@ -14,7 +14,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.evaluation.intervals import paired_difference
-from avlprof.policy import FULL, TextPolicy
+from avlprof.policy import FULL, Policy, TextPolicy
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.storages._base import quiet, trials_in
 from avlprof.watch import SILENT, Watch
@@ -167,6 +167,19 @@ def knob_effects(
         watch.phase("knobs", done, len(turned))
     table = pd.DataFrame(rows, columns=list(KNOBS))
     return table.sort_values("change", ascending=False, kind="stable", ignore_index=True)
+
+
+def with_head_effect(table: pd.DataFrame, winner: Policy, before: Policy, prepared: Prepared) -> pd.DataFrame:
+    """The knobs and a row `head_shares`: what it gains that the winner's KV heads differ in their counts.
+
+    `before` is the policy whose heads were moved; columns and order as in `knob_effects`.
+    """
+    gap = paired_difference(prepared.cheap(before), prepared.cheap(winner)).difference
+    value = f"{winner.heads}, head_floor {winner.head_floor:g}"
+    row = ("head_shares", value, before.heads, gap.mean, gap.low, gap.high)
+    own = pd.DataFrame([row], columns=list(KNOBS))
+    whole = pd.concat([table, own]) if len(table) else own
+    return whole.sort_values("change", ascending=False, kind="stable", ignore_index=True)
 
 
 def _text(value: object) -> str:

@@ -200,9 +200,15 @@ def prepare(
     """What studies need, with the evidence of a traced run's profile.
 
     Raises:
-        UserError: as `Prepared.make`, or the profile is of another model.
+        UserError: as `Prepared.make`, the profile is of another model, or heads are to be moved and each
+            layer has one.
     """
     check_same_model(loaded, profile)
+    if settings.refine_heads and loaded.adapter.kv_heads < 2:
+        raise UserError(
+            f"refine_heads moves the KV heads of a layer against each other, and each layer of {loaded.name} "
+            "has one; leave it out"
+        )
     prepared = Prepared.make(loaded, task, profile.evidence(), settings, watch)
     return replace(prepared, run=profile.meta.run, run_hash=profile.meta.run_hash)
 

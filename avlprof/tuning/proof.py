@@ -28,7 +28,7 @@ from avlprof.policy.provenance import Difference, Proof
 from avlprof.tasks import Sample, Task
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
-from avlprof.tuning.refine import is_refined
+from avlprof.tuning.refine import is_refined, moves_heads
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.shortlist import Shortlist
 from avlprof.versions import __version__, versions
@@ -239,6 +239,7 @@ def with_provenance(
                 study=study,
                 trial=winner.trial.number if winner.trial else None,
                 refined=winner.trial is not None and is_refined(winner.trial),
+                refined_heads=winner.trial is not None and moves_heads(winner.trial),
                 budget=budget.memory,
                 read_budget=budget.read,
                 measured_budget=round(live_share(policy, prompts, layers), 6),

@@ -18,6 +18,7 @@ from avlprof.policy import (
     FULL,
     HEAD_FLOOR,
     RANKING,
+    Heads,
     Policy,
     PromptShape,
     ScorerSpec,
@@ -43,13 +44,17 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
 
     `uniform` ranks as the shipped policy of that name does (`RANKING`, one set a layer), `uniform,
     same scorer` as the winner does, with its bits and with 16, `uniform, last_query` as A-VL does; all have
-    the winner's text and refreshes, and 16 bits but for the second, text included. `random` ranks by
+    the winner's text and refreshes, and 16 bits but for the second, text included. None has heads of the
+    winner's shares: they are as even as its layers. `random` ranks by
     chance. Where reads are limited, `static core` spreads memory and reads evenly and never re-picks its
     core.
     """
     prompts, steps = budget.prompts, budget.answer_tokens
-    full = in_full(winner, budget, layers)
-    shared = full.model_copy(update={"heads": "shared", "head_floor": HEAD_FLOOR, "head_shares": None})
+    even = winner
+    if winner.head_shares is not None:
+        even = _with_heads(winner, "kv_head")
+    full = in_full(even, budget, layers)
+    shared = _with_heads(full, "shared")
     plain, row = (shared.model_copy(update={"scorer": ScorerSpec.of(name)}) for name in (RANKING, ROW))
 
     def flat(policy: Policy) -> Policy:
@@ -58,7 +63,7 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     random = [p for p in equal_bytes(full, prompts, layers, steps) if p.name == RANDOM]
 
     named = [
-        *((UNIFORM, flat(plain)), (SAME, flat(winner)), (SIXTEEN, flat(full)), (LAST, flat(row))),
+        *((UNIFORM, flat(plain)), (SAME, flat(even)), (SIXTEEN, flat(full)), (LAST, flat(row))),
         *((RANDOM, policy) for policy in random),
     ]
     if budget.read is not None:
@@ -70,6 +75,11 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
             hashes.add(policy.hash)
             others.append(policy.model_copy(update={"name": name}))
     return others
+
+
+def _with_heads(policy: Policy, heads: Heads) -> Policy:
+    """The policy with sets of this kind, which do not differ in their counts."""
+    return policy.model_copy(update={"heads": heads, "head_floor": HEAD_FLOOR, "head_shares": None})
 
 
 def static_core(winner: Policy, budget: Budget, layers: int) -> Policy:

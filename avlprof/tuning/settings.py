@@ -121,7 +121,10 @@ class Settings:
         read_budget: mean prompt KV read per decoding step over dense, in [0, 1]; with it, compute
             shares and refresh interval are tuned as well.
         trials: all trials of a study, those of earlier calls included.
-        refine: how many of them refine the best scalars layer by layer; None is a third.
+        refine: how many of them refine the best scalars layer by layer; None is a third of what
+            `refine_heads` leaves.
+        refine_heads: how many of them, the last ones, move the share of every KV head around the best
+            policy so far (`heads: adaptive`); not with a read budget.
         samples: samples of `split` that a trial is scored on.
         proof_samples: samples of `proof_split`, which the search never sees, of the final comparison.
         finalists: best trials that are generated for real before the proof.
@@ -144,6 +147,7 @@ class Settings:
     read_budget: float | None = None
     trials: int = 50
     refine: int | None = None
+    refine_heads: int = 0
     samples: int = 64
     proof_samples: int = 100
     finalists: int = 3
@@ -165,11 +169,7 @@ class Settings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if not 0 <= self.refining < self.trials:
-            raise UserError(
-                f"refine must be 0 or more and below trials ({self.trials}), got {self.refine}; "
-                "the rest of the trials finds what to refine"
-            )
+        self._check_stages()
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2^32 - 1], got {self.seed}")
         from avlprof.tuning.objective import check_objective  # and with it numpy
@@ -181,6 +181,26 @@ class Settings:
         if self.prompt_bytes is not None and self.prompt_bytes < 0:
             raise UserError(f"prompt_bytes must be 0 or more, got {self.prompt_bytes}")
         self._check_answers()
+
+    def _check_stages(self) -> None:
+        """`UserError` unless scalar trials are left that find what to refine, and heads have no core."""
+        if not 0 <= self.refine_heads < self.trials:
+            raise UserError(
+                f"refine_heads must be 0 or more and below trials ({self.trials}), got {self.refine_heads}; "
+                "the rest of the trials finds the policy whose heads are moved"
+            )
+        left = self.trials - self.refine_heads
+        if not 0 <= self.refining < left:
+            what = "trials less refine_heads" if self.refine_heads else "trials"
+            raise UserError(
+                f"refine must be 0 or more and below {what} ({left}), got {self.refine}; "
+                "the rest of the trials finds what to refine"
+            )
+        if self.refine_heads and self.read_budget is not None:
+            raise UserError(
+                "refine_heads does not go with a read budget, which needs a core, and no core goes with "
+                "heads: adaptive; leave one of them out"
+            )
 
     def _check_answers(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 2:
@@ -198,13 +218,19 @@ class Settings:
     @property
     def refining(self) -> int:
         """Trials that refine layer by layer."""
-        return self.trials // 3 if self.refine is None else self.refine
+        return (self.trials - self.refine_heads) // 3 if self.refine is None else self.refine
+
+    @property
+    def scalar(self) -> int:
+        """Trials of the scalars, which come first."""
+        return self.trials - self.refining - self.refine_heads
 
     def missed(self, starts: int) -> str:
         """What so few trials leave out, in a sentence; empty when the sampler proposes some too."""
-        scalar = self.trials - self.refining
+        scalar = self.scalar
         if scalar > starts:
             return ""
         enough = starts + 1 + self.refining if self.refine is not None else 3 * starts // 2 + 1
+        enough += self.refine_heads
         what = "all starts are run" if scalar == starts else f"only {scalar} of {starts} starts are run"
         return f"{what} and the sampler proposes nothing: {enough} trials or more let it"

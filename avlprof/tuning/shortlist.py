@@ -20,7 +20,7 @@ from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, parse_policy, sizes
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
-from avlprof.tuning.refine import is_refined
+from avlprof.tuning.refine import is_refined, moves_heads
 from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals, smaller_rivals
 from avlprof.watch import SILENT, Watch
 
@@ -193,8 +193,9 @@ def _best_rivals(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[li
 
 
 def name_of(trial: FrozenTrial) -> str:
-    """`trial 12`, or `refined 12` for one of the second stage."""
-    return f"{'refined' if is_refined(trial) else 'trial'} {trial.number}"
+    """`trial 12`, or `refined 12` for one that moves layers and `heads 12` for one that moves KV heads."""
+    kind = "heads" if moves_heads(trial) else "refined" if is_refined(trial) else "trial"
+    return f"{kind} {trial.number}"
 
 
 def coverage_of(policy: Policy, evidence: Evidence) -> float:

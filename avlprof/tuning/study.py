@@ -207,7 +207,8 @@ def model_of(loaded: LoadedModel) -> dict[str, Any]:
 def as_begun(folder: Path, settings: Settings) -> Settings:
     """The settings as a study has them that was begun before all was searched that is now.
 
-    It goes on without bits, or without what a refresh ranks by, unless these are asked for by choice.
+    It goes on without bits, what a refresh ranks by, or layers that lead at refreshes, unless these are
+    asked for by choice.
     """
     if not (folder / "study.json").exists():
         return settings
@@ -219,6 +220,8 @@ def as_begun(folder: Path, settings: Settings) -> Settings:
     scored = space.core_prompts, space.core_memories
     if "core_prompts" not in known and scored == (usual.core_prompts, usual.core_memories):
         space = replace(space, core_prompts=(0.0,), core_memories=(0.0,))
+    if "leaders" not in known and space.leaders == usual.leaders:
+        space = replace(space, leaders=(0,))
     return replace(settings, space=space)
 
 
@@ -247,7 +250,10 @@ def study_meta(
 
 
 def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[FrozenTrial]:
-    """The best `count` fully scored trials of one study or several with different policies, best first."""
+    """The best `count` fully scored trials of one study or several with different policies, best first.
+
+    Of equal ones the first is better: the policy that a later study begins with counts as what it was before.
+    """
     trials = [
         trial
         for each in (study, *more)
@@ -257,6 +263,6 @@ def finalists(study: optuna.Study, count: int, *more: optuna.Study) -> list[Froz
     if not trials:
         raise UserError("the study has no finished trial; tune again with more trials")
     best: dict[str, FrozenTrial] = {}
-    for trial in sorted(trials, key=lambda t: (t.value, t.number)):
+    for trial in sorted(trials, key=lambda t: t.value or 0.0):
         best.setdefault(trial.user_attrs["policy"], trial)
     return list(best.values())[:count]

@@ -18,12 +18,12 @@ from avlprof.evaluation.smaller import Method
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
-from avlprof.policy import FULL, Policy, save_policy
+from avlprof.policy import FULL, Policy, parse_policy, save_policy
 from avlprof.tasks import Task
 from avlprof.tuning.candidate import Budget, Candidate
 from avlprof.tuning.evidence import probed, shared_evidence
 from avlprof.tuning.importance import FILE as IMPORTANCES
-from avlprof.tuning.importance import knob_effects, parameter_importances
+from avlprof.tuning.importance import knob_effects, parameter_importances, with_head_effect
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.prepared import Prepared, answer_store, check_same_model, prepare
 from avlprof.tuning.proof import (
@@ -34,7 +34,7 @@ from avlprof.tuning.proof import (
     verdict,
     with_provenance,
 )
-from avlprof.tuning.refine import refine
+from avlprof.tuning.refine import moves_heads, refine, refine_heads
 from avlprof.tuning.rivals import rivals
 from avlprof.tuning.settings import Settings, check_budget
 from avlprof.tuning.shortlist import Shortlist, make_shortlist
@@ -48,15 +48,16 @@ from avlprof.watch import SILENT, Part, Watch
 class Tuned:
     """The outcome of a study: the winner with its provenance, where it is, and its proof.
 
-    `refined` is the study of the second stage, if there was one; `shortlist` who was generated on
-    the search split. `knobs` is what `knob_effects` gives, `importances` what
-    `parameter_importances` does.
+    `refined` is the study of the second stage, layer by layer, and `headed` that of the third, head by
+    head, if there were such; `shortlist` who was generated on the search split. `knobs` is what
+    `knob_effects` gives, `importances` what `parameter_importances` does.
     """
 
     policy: Policy
     folder: Path
     study: optuna.Study
     refined: optuna.Study | None
+    headed: optuna.Study | None
     shortlist: Shortlist
     proof: Evaluation
     verdict: Verdict
@@ -64,12 +65,13 @@ class Tuned:
     importances: pd.DataFrame
 
     def history(self) -> pd.DataFrame:
-        """Scored trials in order, the second stage last: `trial, value, state`, for the figure of trials.
+        """Scored trials in order, stage by stage: `trial, value, state`, for the figure of trials.
 
-        A trial that was stopped early is `PRUNED`; `trial` counts over both stages.
+        A trial that was stopped early is `PRUNED`; `trial` counts over all stages.
         """
-        studies = (self.study, self.refined) if self.refined else (self.study,)
-        trials = [trial for study in studies for trial in _scored(study)]
+        trials = [
+            trial for study in _stages(self.study, self.refined, self.headed) for trial in _scored(study)
+        ]
         states = ["COMPLETE" if t.user_attrs.get("complete") else "PRUNED" for t in trials]
         return pd.DataFrame(
             {"trial": range(len(trials)), "value": [t.value for t in trials], "state": states}
@@ -79,6 +81,13 @@ class Tuned:
     def second(self) -> int | None:
         """Where in `history` the second stage begins; None without one."""
         return len(_scored(self.study)) if self.refined else None
+
+    @property
+    def third(self) -> int | None:
+        """The same of the third stage."""
+        if self.headed is None:
+            return None
+        return sum(len(_scored(study)) for study in _stages(self.study, self.refined))
 
     def comparisons(self) -> list[str]:
         """The winner against each rival on the same held-out samples, in a sentence each."""
@@ -98,6 +107,7 @@ class Search:
     folder: Path
     study: optuna.Study
     refined: optuna.Study | None
+    headed: optuna.Study | None
     shortlist: Shortlist
     candidate: Candidate
 
@@ -183,24 +193,30 @@ def search(
         if missed := settings.missed(len(objective.space.starts())):
             watch.say(missed)
         study, refined = _run_stages(storage, settings, objective, workers, watch)
-        best = finalists(study, settings.finalists, *([refined] if refined else []))
+        headed = None
+        if settings.refine_heads:
+            part = Part(watch, "trials", settings.trials - settings.refine_heads, settings.trials)
+            base = finalists(study, 1, *_stages(refined))[0]
+            heads = prepared.loaded.adapter.kv_heads
+            headed = refine_heads(folder, settings, objective, base, heads, part)
+        best = finalists(study, settings.finalists, *_stages(refined, headed))
         shortlist = make_shortlist(prepared, best, budget, store, watch)
         shortlist.write(folder / "fidelity.json", prepared.task.metric, settings.split)
     finally:
         lock.release()
     start = Candidate.of(finalists(study, 1)[0].params)
-    return Search(prepared, settings, budget, folder, study, refined, shortlist, start)
+    return Search(prepared, settings, budget, folder, study, refined, headed, shortlist, start)
 
 
 def _run_stages(
     storage: StudyStorage, settings: Settings, objective: Objective, workers: Workers, watch: Watch
 ) -> tuple[optuna.Study, optuna.Study | None]:
     """The trials of scalars, by all workers, and those that refine the best of them, by this one."""
-    scalar = settings.trials - settings.refining
+    scalar = settings.scalar
     study = run_workers(
         workers,
         storage,
-        replace(settings, trials=scalar, refine=0),
+        replace(settings, trials=scalar, refine=0, refine_heads=0),
         objective,
         Part(watch, "trials", total=settings.trials),
     )
@@ -232,6 +248,9 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
         name = done.folder.resolve().name
         policy = with_provenance(prepared, settings, done.budget, shortlist, proof, outcome, name)
         knobs = knob_effects(done.candidate, prepared, done.budget, watch)
+        if winner.trial is not None and moves_heads(winner.trial):
+            before = finalists(done.study, 1, *_stages(done.refined))[0].user_attrs["policy"]
+            knobs = with_head_effect(knobs, winner.policy, parse_policy(before, "the best trial"), prepared)
         importances = parameter_importances(done.study)
         for table, file in ((knobs, "knobs.csv"), (importances, IMPORTANCES)):
             with replacing(done.folder / file) as partial:
@@ -241,7 +260,14 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
         save_policy(policy, done.folder / "policy.yaml")
     finally:
         lock.release()
-    return Tuned(policy, done.folder, done.study, done.refined, shortlist, proof, outcome, knobs, importances)
+    return Tuned(
+        policy, done.folder, done.study, done.refined, done.headed, shortlist, proof, outcome, knobs,
+        importances,
+    )  # fmt: skip
+
+
+def _stages(*studies: optuna.Study | None) -> list[optuna.Study]:
+    return [study for study in studies if study is not None]
 
 
 def _scored(study: optuna.Study) -> list[FrozenTrial]:

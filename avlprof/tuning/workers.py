@@ -173,6 +173,7 @@ def _settings(meta: StudyMeta, trials: int, prune: bool) -> Settings:
         read_budget=meta.read_budget,
         trials=trials,
         refine=0,
+        refine_heads=0,
         samples=meta.samples,
         seed=meta.seed,
         prune=prune,

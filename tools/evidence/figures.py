@@ -13,6 +13,7 @@ from avlprof.plots.style import (
     MARKERS,
     MODALITY_COLOURS,
     RIVALS,
+    SOFT,
     TUNED,
     Array,
     interval_bars,
@@ -21,13 +22,15 @@ from avlprof.plots.style import (
     percent_axis,
     theme,
 )
-from avlprof.tuning.rivals import LAST, RANDOM, SAME, UNIFORM
+from avlprof.tuning.rivals import LAST, RANDOM, SAME, SIXTEEN, UNIFORM
 from tools.evidence.measure import DERIVED
 from tools.evidence.results import AtShare, Measured
 
 SHADES = ("#B8440A", "#E58A52", "#F6CDB3")
 """Tuned shares from the smallest budget to the largest: of less KV, darker."""
 LOST = "#7A4E8C"
+LABELLED = 12
+"""Layers up to which bars say their bits."""
 
 
 def layers_figure(measured: Measured) -> Figure:
@@ -72,9 +75,21 @@ def _kept(ax: Axes, where: Array, measured: Measured) -> None:
     for number, at in enumerate(measured.budgets):
         keep = at.policy.keep(measured.layers)
         place = where + (number - (count - 1) / 2) * width
-        ax.bar(place, keep, width, color=SHADES[number % 3], linewidth=0, label=f"{at.share:.0%} in all")
-    ax.set_title("Vision KV that the tuned policy keeps")
+        bars = ax.bar(
+            place, keep, width, color=SHADES[number % 3], linewidth=0, label=f"budget {at.share:.0%}"
+        )
+        if measured.layers <= LABELLED:
+            ax.bar_label(
+                bars,
+                [str(bits) for bits in at.policy.bits(measured.layers)],
+                padding=2,
+                fontsize=10.5,
+                color=SOFT,
+            )
+    bits = "; numbers: bits" if measured.layers <= LABELLED else ""
+    ax.set_title(f"Vision tokens that tuned keeps{bits}")
     percent_axis(ax, "y")
+    ax.set_ylim(0.0, 1.14 if bits else 1.0)
     if measured.budgets:
         ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=count)
 
@@ -83,11 +98,12 @@ def methods_of(at: AtShare) -> list[tuple[str, str]]:
     """Methods that a table shows, with the words for each, best known first."""
     words = {
         "tuned": "**tuned**",
-        SAME: "uniform, the winner's ranking",
-        UNIFORM: "uniform, the default ranking",
-        LAST: "uniform, A-VL's ranking",
-        RANDOM: "random, three seeds",
-        DERIVED: "derived from attention, no search",
+        SAME: "uniform, the winner's ranking and bits",
+        SIXTEEN: "uniform, the winner's ranking, 16 bits",
+        UNIFORM: "uniform, the default ranking, 16 bits",
+        LAST: "uniform, A-VL's ranking, 16 bits",
+        RANDOM: "random, three seeds, 16 bits",
+        DERIVED: "derived from attention, no search, 16 bits",
     }
     words.setdefault(at.strongest, f"`{at.strongest}`")
     words[at.strongest] += " (strongest rival)"
@@ -99,9 +115,10 @@ def budgets_figure(measured: Measured) -> Figure:
     kinds = {
         "tuned": "tuned",
         "strongest": "strongest\nrival",
-        "flat": "uniform,\nwinner's ranking",
-        LAST: "uniform,\nA-VL's ranking",
-        RANDOM: "random",
+        "flat": "uniform, winner's\nranking and bits",
+        UNIFORM: "uniform, default\nranking, 16 bits",
+        LAST: "uniform, A-VL's\nranking, 16 bits",
+        RANDOM: "random,\n16 bits",
     }
     with theme():
         note = (
@@ -114,7 +131,7 @@ def budgets_figure(measured: Measured) -> Figure:
             for rank, kind in enumerate(kinds):
                 _points(ax, measured.compared, column, kind, rank, len(kinds))
             ax.set_xticks(range(len(measured.compared)), [f"{at.share:.0%}" for at in measured.compared])
-            ax.set_xlabel("Vision KV that stays")
+            ax.set_xlabel("Budget (share of the vision KV)")
             ax.grid(False, axis="x")
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -132,7 +149,7 @@ def _points(ax: Axes, budgets: list[AtShare], column: str, kind: str, rank: int,
     where, scores = [], []
     for number, at in enumerate(budgets):
         name = {"strongest": at.strongest, "flat": at.flat}.get(kind, kind)
-        if name in at.methods:
+        if name in at.methods and (name == kind or name != "tuned"):
             where.append(number + (rank - (count - 1) / 2) * 0.14)
             scores.append(at.of(name, column))
     colour = TUNED if kind == "tuned" else RIVALS[rank % len(RIVALS)]

@@ -11,14 +11,15 @@ import pandas as pd
 
 import avlprof
 from avlprof import Policy, Run, TraceSettings, UserError
-from avlprof.evaluation.lineup import seeded, shipped_baselines
+from avlprof.evaluation.lineup import equal_bytes, seeded, shipped_baselines
 from avlprof.files import replacing
 from avlprof.models import LoadedModel
-from avlprof.policy import RANKING, ScorerSpec, live_share
+from avlprof.policy import FULL, RANKING, ScorerSpec, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Task
 from avlprof.tracing import RecordOptions
 from avlprof.tuning import Budget
+from avlprof.tuning.candidate import spread
 from avlprof.tuning.rivals import ROW, rivals, shipped_rivals
 from avlprof.watch import Watch
 from tools.evidence.plan import Plan, memory_budget
@@ -30,6 +31,9 @@ NO_LAYER = -1
 """Stands in the column `layer` where every layer is without vision KV."""
 
 OTHER_RANKING, BY_CHANCE, OTHER_HEADS = "tuned, A-VL's ranking", "tuned, random tokens", "tuned, other heads"
+FLAT_BY_CHANCE = "flat, random tokens"
+"""The same bytes and bits in every layer, tokens by chance."""
+VISION_FULL, TEXT_FULL = "tuned, vision in 16 bits", "tuned, text in 16 bits"
 DERIVED = "derived from attention"
 
 
@@ -170,7 +174,7 @@ def at_equal_bytes(bench: Bench, winner: Policy) -> pd.DataFrame:
         "rival": named,
         "shipped": [policy for policy in shipped if policy.name == best],
         "derived": [derived(bench, winner)],
-        "knob": knobs(winner),
+        "knob": knobs(winner, at_bytes(bench, winner, bench.held_out)),
     }
     for kind, policies in groups.items():
         parts.append(scored(bench.held_out, policies, kind, "held-out", bench.watch))
@@ -183,11 +187,15 @@ def strongest(table: pd.DataFrame) -> str:
     return str(of_rivals.groupby("method")["kl"].mean().idxmin())
 
 
+def at_bytes(bench: Bench, winner: Policy, forced: ForcedSet) -> Budget:
+    """The winner's bytes on these samples."""
+    memory = live_share(winner, forced.shapes, bench.loaded.adapter.layers)
+    return Budget(memory, None, tuple(forced.shapes), max(round(forced.answer_tokens), 1))
+
+
 def everyone(bench: Bench, winner: Policy, forced: ForcedSet) -> tuple[list[Policy], list[Policy]]:
-    """Rivals by name and those that ship, at the winner's bytes on these samples."""
-    evidence = bench.run.profile().evidence()
-    memory = live_share(winner, forced.shapes, evidence.layers)
-    budget = Budget(memory, None, tuple(forced.shapes), max(round(forced.answer_tokens), 1))
+    """Rivals by name and those that ship, at the winner's bytes, in one set of samples."""
+    evidence, budget = bench.run.profile().evidence(), at_bytes(bench, winner, forced)
     named = rivals(winner, budget, evidence.layers)
     shipped, _ = shipped_rivals(winner, budget, evidence, named)
     # a prefill filter needs a prefill of its own for each policy, and is no part of what is searched
@@ -200,15 +208,31 @@ def derived(bench: Bench, winner: Policy) -> Policy:
     return bench.run.profile().derive(memory, name=DERIVED)
 
 
-def knobs(winner: Policy) -> list[Policy]:
-    """The winner with one thing changed: the ranking, tokens by chance, one set of tokens a layer or many."""
-    other = "shared" if winner.heads == "kv_head" else "kv_head"
-    changed: Mapping[str, dict[str, object]] = {
-        OTHER_RANKING: {"scorer": ScorerSpec.of(ROW)},
-        BY_CHANCE: {"scorer": ScorerSpec(name="random")},
-        OTHER_HEADS: {"heads": other},
-    }
-    policies = [winner.model_copy(update={**update, "name": name}) for name, update in changed.items()]
+def knobs(winner: Policy, budget: Budget) -> list[Policy]:
+    """The winner with one thing changed: ranking, tokens by chance, one set a layer or many, or bits.
+
+    Those that differ in bits are scaled to the budget, with the winner's proportions between layers. Where
+    everything is kept nothing is ranked, and bits alone can be changed.
+    """
+    layers = winner.layers or 1
+    policies = []
+    if min(winner.keep(layers)) < 1:
+        other = "shared" if winner.heads == "kv_head" else "kv_head"
+        changed: Mapping[str, dict[str, object]] = {
+            OTHER_RANKING: {"scorer": ScorerSpec.of(ROW)},
+            BY_CHANCE: {"scorer": ScorerSpec(name="random")},
+            OTHER_HEADS: {"heads": other},
+        }
+        policies += [winner.model_copy(update={**update, "name": name}) for name, update in changed.items()]
+        flat = equal_bytes(winner, budget.prompts, layers, budget.answer_tokens)
+        by_chance = (policy for policy in flat if policy.scorer.name == "random")
+        policies += [policy.model_copy(update={"name": FLAT_BY_CHANCE}) for policy in by_chance]
+    texts = {VISION_FULL: winner.text, TEXT_FULL: winner.text.model_copy(update={"bits": FULL})}
+    for name, text in texts.items():
+        bits = FULL if name == VISION_FULL else winner.vision_bits
+        policy = winner.model_copy(update={"name": name, "vision_bits": bits, "text": text})
+        if policy.hash != winner.hash and budget.affords(text, layers, refreshed=0.0):
+            policies.append(spread(policy, winner.keep(layers), budget))
     return [policy for policy in policies if policy.hash != winner.hash]
 
 

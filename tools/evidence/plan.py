@@ -15,9 +15,11 @@ SHARES = (0.1, 0.2, 0.4)
 
 CHOSEN = Space(
     allocators=("uniform", "pyramid", "coverage", "sensitivity"),
-    scorers=("valued:instruction", "pooled:instruction", "last_query"),
+    scorers=("distinct:valued:instruction", "valued:instruction", "last_query"),
+    bits=(16, 4, 2),
+    text_bits=(16, 4),
 )
-"""A space with nine starts, which leaves a short search some trials of its own."""
+"""A space of few starts, which leaves a short search some trials of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ QUICK = Plan("tiny", "shapes:describe,read,row", 64, 16, 64, 240, 240, 60, 20, 3
 """The embedded model: a trial takes a quarter of a second."""
 
 LONG = "pages:describe,paragraph,read_fields,read_chart,read_table"
-SLOW = Plan("small", LONG, 12, 6, 12, 10, 16, 18, 4, 1, batch=16)
+SLOW = Plan("small", LONG, 12, 6, 12, 10, 16, 24, 6, 1, batch=16)
 """576 vision tokens and 30 layers: a trial takes 3 to 5 seconds of one CPU thread, an answer 2 to 4."""
 
-MROPE = Plan("tiny-mrope", QUICK.task, 48, 16, 48, 100, 120, 40, 12, 2, space=Space())
+MROPE = Plan("tiny-mrope", QUICK.task, 48, 16, 48, 100, 120, 46, 12, 2, space=Space())
 """The other embedded model: as quick, with positions of three axes; sized for 20 minutes of one thread."""
 
 PLANS: Mapping[str, Plan] = {plan.model: plan for plan in (QUICK, MROPE, SLOW)}

@@ -16,8 +16,17 @@ from avlprof.analysis import Profile, findings
 from avlprof.evaluation import PairedDifference, mean_interval, paired_difference
 from avlprof.policy import Score
 from avlprof.policy.provenance import Proof
-from avlprof.tuning.rivals import RANDOM, SAME, UNIFORM
-from tools.evidence.measure import BY_CHANCE, NO_LAYER, OTHER_HEADS, OTHER_RANKING, strongest
+from avlprof.tuning.rivals import SAME, UNIFORM
+from tools.evidence.measure import (
+    BY_CHANCE,
+    FLAT_BY_CHANCE,
+    NO_LAYER,
+    OTHER_HEADS,
+    OTHER_RANKING,
+    TEXT_FULL,
+    VISION_FULL,
+    strongest,
+)
 from tools.evidence.plan import Plan, memory_budget
 from tools.evidence.search import best_known
 
@@ -39,13 +48,15 @@ class Knob:
 class Origin:
     """Where a tuned policy comes from: the best scalar trial, and whether its layers were moved after it.
 
-    `start`: the trial is one of the fixed first ones, which no sampler proposed.
+    `start`: the trial is one of the fixed first ones, which no sampler proposed. `split`: the probe split its
+    bytes over layers, in tokens and bits, before they were moved.
     """
 
     trial: int
     allocator: str
     start: bool
     refined: bool
+    split: bool = False
 
     @classmethod
     def of(cls, study: Study, policy: Policy, starts: int) -> Origin:
@@ -58,13 +69,16 @@ class Origin:
         else:
             refined = study.export(trial=number).hash != policy.hash
         best = trials[trials["trial"] == number].iloc[0]
-        return cls(number, str(best["allocator"]), number < starts, refined)
+        split = refined and isinstance(policy.vision_bits, tuple)
+        return cls(number, str(best["allocator"]), number < starts, refined, split)
 
     @property
     def sentence(self) -> str:
         """Who found it, in words."""
         who = "one of the fixed starts, which needs no sampler" if self.start else "proposed by the sampler"
         moved = "; then its layers were moved one by one" if self.refined else ""
+        if self.split:
+            return f"ranking and heads are trial {self.trial}'s: {who}; the probe split its bytes{moved}"
         return f"its shares are allocator `{self.allocator}`'s, trial {self.trial}: {who}{moved}"
 
 
@@ -111,8 +125,10 @@ class AtShare:
 
     @property
     def flat(self) -> str:
-        """The method that differs from the winner in its layers alone."""
-        return SAME if SAME in self.methods else UNIFORM
+        """The method that differs from the winner in its layers alone; the winner itself if it is flat."""
+        if SAME in self.methods:
+            return SAME
+        return "tuned" if self.policy.packs or self.policy.text.packs else UNIFORM
 
     def of(self, method: str, column: str = "kl") -> Score:
         """Mean of a method over held-out samples, with its interval."""
@@ -135,7 +151,14 @@ class AtShare:
         kind = {"kv_head": "a set of tokens for each KV head", "shared": "one set of tokens a layer"}
         wanted = [
             ("layers", "layers: its shares, not the same in every layer", self.flat, "tuned"),
-            ("layers under chance", "layers under chance: the same, tokens by chance", RANDOM, BY_CHANCE),
+            (
+                "layers under chance",
+                "layers under chance: the same, tokens by chance",
+                FLAT_BY_CHANCE,
+                BY_CHANCE,
+            ),
+            ("bits of vision", "bits of vision: its own, not 16", VISION_FULL, "tuned"),
+            ("bits of text", "bits of text: its own, not 16", TEXT_FULL, "tuned"),
             ("ranking over chance", "ranking over chance: its own, not by chance", BY_CHANCE, "tuned"),
             (
                 "ranking over A-VL's",
@@ -145,7 +168,9 @@ class AtShare:
             ),
             ("heads", f"heads: {kind[self.policy.heads]}, not the other way", OTHER_HEADS, "tuned"),
         ]
-        return [Knob(short, text, self.saved(a, b)) for short, text, a, b in wanted if {a, b} <= here]
+        return [
+            Knob(short, text, self.saved(a, b)) for short, text, a, b in wanted if {a, b} <= here and a != b
+        ]
 
     @property
     def _held_out(self) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
-from avlprof.policy import parse_policy
+from avlprof.policy import FULL, parse_policy
 from avlprof.tasks import Task
 from avlprof.tuning import Candidate, Workers
 from avlprof.tuning.evidence import probed, shared_evidence
@@ -66,7 +66,8 @@ def _search_at(
     budget = prepared.budget(memory, settings.read_budget)
 
     def measured() -> Evidence:
-        return probed(prepared.evidence, prepared.forced, folder / "probe.json", watch)
+        bits = settings.space.bits != (FULL,)
+        return probed(prepared.evidence, prepared.forced, folder / "probe.json", watch, bits=bits)
 
     lock = FolderLock(own)
     try:

@@ -98,11 +98,16 @@ def needs(measured: Measured) -> list[str]:
         seen = Score(
             mean=of["mean"], low=max(of["low"], 0.0), high=min(of["high"], 1.0), samples=int(of["n"])
         )
-        kept = [f"{at.policy.keep(measured.layers)[layer]:.0%}" for at in measured.budgets]
+        kept = [_kept(at, layer, measured.layers) for at in measured.budgets]
         lines.append(row(str(layer), score_text(single[layer]), share_text(seen), *kept))
     if measured.layers > LISTED:
         lines += ["", f"The other {measured.layers - LISTED} layers lose less than these."]
     return [*lines, "", *spread, ""]
+
+
+def _kept(at: AtShare, layer: int, layers: int) -> str:
+    """Share of the vision tokens that a layer keeps, and the bits of a number."""
+    return f"{at.policy.keep(layers)[layer]:.0%}, {at.policy.bits(layers)[layer]} bits"
 
 
 def _kept_columns(budgets: tuple[AtShare, ...]) -> list[str]:
@@ -118,8 +123,9 @@ def _spread(at: AtShare, layers: int) -> str:
     named = f"layer{'s' if len(half) > 1 else ''} {listed(map(str, half))}"
     where = f"{named} ({held:.0%} of what stays)" if half else "no layer"
     return (
-        f"At {at.share:.0%} the search keeps half or more of the vision KV in {where}; it leaves {none} of "
-        f"{layers} layers with less than {NOTHING:.0%}. Of the winner, {at.origin.sentence}."
+        f"At {at.share:.0%} the search keeps half or more of the vision tokens in {where}; it leaves {none} "
+        f"of {layers} layers with less than {NOTHING:.0%}. Text is in {at.policy.text_bits(layers)[0]} bits. "
+        f"Of the winner, {at.origin.sentence}."
     )
 
 
@@ -204,17 +210,21 @@ def against(at: AtShare, method: str) -> Shown:
 
 def saved(at: AtShare, method: str) -> str:
     """KL saved against a method, in words."""
-    return gap_text(at.saved(method)) if method in at.methods else "the same policy"
+    same = method == "tuned" or method not in at.methods
+    return "the same policy" if same else gap_text(at.saved(method))
 
 
 def in_short(measured: Measured) -> str:
     """Whether uneven layers and the ranking pay, and whether the strongest rival is beaten."""
     here = measured.compared
+    uneven = {at.share: against(at, at.flat) for at in here if at.flat != "tuned"}
+    even = [f"{at.share:.0%}" for at in here if at.share not in uneven]
     layers = told(
         f"On `{measured.plan.model}` uneven layers",
-        {at.share: against(at, at.flat) for at in here},
+        uneven,
         {"better": "pay", "worse": "do harm", "same": "are not shown to pay"},
     )
+    layers += f"{',' if uneven else ''} are not kept at {listed(even)}" if even else ""
     best = told(
         "the tuned policy",
         {at.share: against(at, at.strongest) for at in here},
