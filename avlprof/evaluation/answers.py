@@ -44,12 +44,27 @@ class AnswerSettings:
         batch_size: samples generated at a time.
         metric: what judges an answer (`avlprof.tasks`).
         lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
+        expected: tokens of the answers by sample id, by which samples are ordered first (`expecting`).
     """
 
     max_new_tokens: int
     batch_size: int = 16
     metric: str = "exact_match"
     lengths: Mapping[str, int] | None = None
+    expected: Mapping[str, int] | None = None
+
+    def expecting(self, answers: Mapping[str, int]) -> AnswerSettings:
+        """The same with long answers in batches of their own, as a batch goes on until its longest ends.
+
+        Not where prompts differ in length by more than a tenth: there padding costs more.
+
+        Args:
+            answers: tokens of the dense model's answers, by sample id.
+        """
+        lengths = self.lengths or {}
+        if not lengths or max(lengths.values()) > 1.1 * min(lengths.values()):
+            return self
+        return replace(self, expected=answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +201,7 @@ def generate_answers(
 ) -> list[Answer]:
     """A greedy answer to every sample, in their order; the stock model's when `policy` is None.
 
-    Samples of like prompt length share a batch, padded on the left. Answers in `store` are not
+    Samples of like length share a batch, padded on the left (`answer_batches`). Answers in `store` are not
     generated again, and new ones are on disk every few seconds, so a second call resumes.
 
     Bytes of a row: live, dense and allocated ones are read off the cache right after prefill (see
@@ -265,11 +280,11 @@ def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, 
 def answer_batches(
     loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
 ) -> Iterator[Sequence[Sample]]:
-    """Samples of like prompt length, so many at a time as settings say."""
+    """Samples of like answers, if expected, and prompts in length, so many at a time as settings say."""
     size = settings.batch_size
     if size > 1 and len(samples) > size:
-        known = settings.lengths or prompt_lengths(loaded, samples)
-        samples = sorted(samples, key=lambda sample: known[sample.id])
+        known, spoken = settings.lengths or prompt_lengths(loaded, samples), settings.expected or {}
+        samples = sorted(samples, key=lambda sample: (spoken.get(sample.id, 0), known[sample.id]))
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
 

@@ -217,6 +217,7 @@ def evaluate(
 
     share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     dense = answers_of(None)
+    answering = answering.expecting({answer.sample: answer.generated_tokens for answer in dense})
     if settings.baselines:
         own = loaded.adapter
         shapes = [PromptShape(a.system, a.vision, a.text, own.governed, own.group) for a in dense]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,23 +34,17 @@ class Generated:
     Answers in `store` are not generated again.
 
     Args:
-        lengths: prompt tokens by sample id; samples of like length share a batch.
-        batch_size: samples that run together.
-        limit: the longest answer, in tokens.
+        settings: with the lengths of the prompts and answers, as samples of like length share a batch.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        task: Task,
         samples: Sequence[Sample],
-        limit: int,
-        lengths: Mapping[str, int],
+        settings: AnswerSettings,
         store: AnswerStore,
-        batch_size: int = 32,
     ) -> None:
-        self._loaded, self._task, self._samples = loaded, task, samples
-        self._limit, self._lengths, self._store, self._batch = limit, lengths, store, batch_size
+        self._loaded, self._samples, self._settings, self._store = loaded, samples, settings, store
 
     @property
     def samples(self) -> list[str]:
@@ -59,18 +53,15 @@ class Generated:
 
     def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
-        for start in range(0, len(self._samples), self._batch):
-            yield generate_answers(
-                self._loaded,
-                self._samples[start : start + self._batch],
-                policy,
-                AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths),
-                store=self._store,
-            )
+        for start in range(0, len(self._samples), self._settings.batch_size):
+            yield self._answers(self._samples[start : start + self._settings.batch_size], policy)
 
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
-        return np.array([answer.score for part in self.parts(policy) for answer in part])
+        return np.array([answer.score for answer in self._answers(self._samples, policy)])
+
+    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
+        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
 
 
 @dataclass(frozen=True)
@@ -179,10 +170,11 @@ class Prepared:
 
     def generated(self, store: AnswerStore) -> Generated:
         """Policies scored by real answers to the samples."""
-        lengths = {
-            name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
-        }
-        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size)
+        names, forced = self.forced.samples, self.forced
+        lengths = {name: shape.total for name, shape in zip(names, forced.shapes, strict=True)}
+        spoken = {name: len(answer) for name, answer in zip(names, forced.answers, strict=True)}
+        settings = AnswerSettings(self.limit, self.batch_size, self.task.metric, lengths)
+        return Generated(self.loaded, self.samples, settings.expecting(spoken), store)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""

@@ -27,6 +27,7 @@ from avlprof.evaluation import (
     measure_latency,
     paired_difference,
 )
+from avlprof.evaluation.answers import answer_batches, prompt_lengths
 from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import policy_rows, with_baselines
 from avlprof.models.answers import answer_length
@@ -215,6 +216,30 @@ def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monke
     assert len(asked) == 6
     assert [a.prediction for a in f1] == [a.prediction for a in first]
     assert any(a.score != b.score for a, b in zip(f1, first, strict=True))
+
+
+def test_long_answers_have_batches_of_their_own_where_prompts_are_alike(tiny):
+    samples = load_task("shapes").samples("held-out", 9)
+    lengths = prompt_lengths(tiny, samples)
+    plain = AnswerSettings(LIMIT, 3, lengths=lengths)
+    dense = generate_answers(tiny, samples, None, plain)
+    spoken = {answer.sample: answer.generated_tokens for answer in dense}
+    expecting = plain.expecting(spoken)
+
+    def steps(settings):
+        batches = [*answer_batches(tiny, samples, settings)]
+        assert sorted(s.id for batch in batches for s in batch) == sorted(s.id for s in samples)
+        return sum(max(spoken[sample.id] for sample in batch) for batch in batches)
+
+    ordered = sorted(spoken.values())
+    assert steps(expecting) == sum(ordered[2::3]) < steps(plain)  # as few as three batches of three can have
+    again = generate_answers(tiny, samples, LAYERED, expecting)
+    assert [a.sample for a in again] == [s.id for s in samples]
+    alone = generate_answers(tiny, samples, LAYERED, plain)
+    assert [a.prediction for a in again] == [a.prediction for a in alone]
+    one_long = lengths | {samples[0].id: 2 * max(lengths.values())}
+    assert AnswerSettings(LIMIT, 3, lengths=one_long).expecting(spoken).expected is None
+    assert AnswerSettings(LIMIT, 3).expecting(spoken).expected is None
 
 
 def test_answers_survive_an_interruption(tiny, samples, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from avlprof.tasks import load_task
 from avlprof.tasks.shapes.scene import (
@@ -84,3 +85,21 @@ def test_the_task_of_many_sizes_asks_the_same_in_other_frames():
     assert sampled_frame((0, 3, 4)) == sampled_frame((0, 3, 4))
     with pytest.raises(Exception, match="question type of task 'shapes-sizes'"):
         load_task("shapes-sizes:nothing")
+
+
+def test_what_is_drawn_is_told_by_counts_of_colours():
+    """A picture of so many pixels of its ground, of ink and of other colours, in any order."""
+
+    def told(ground: int, ink: int, other: int, tone: tuple[int, int, int] = (248, 248, 248)) -> bool:
+        colors = [tone] * ground + [COLORS["red"]] * ink
+        colors += [(40 + number % 200, 90, 7 + number // 200) for number in range(other)]
+        pixels = np.array(colors, dtype=np.uint8)
+        np.random.default_rng(0).shuffle(pixels)
+        return is_drawn(Image.fromarray(pixels.reshape(20, -1, 3)))
+
+    assert told(280, 12, 108)
+    assert told(400, 0, 0)
+    assert not told(279, 12, 109)  # less than 70% are ground
+    assert not told(280, 11, 109)  # less than a tenth of the others is ink
+    assert not told(280, 12, 108, (200, 200, 200))  # too dark
+    assert not told(280, 12, 108, (250, 248, 250))  # not grey

@@ -117,6 +117,11 @@ def sample_scene(
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB, in the size of its frame (`IMAGE_SIZE` pixels square by itself)."""
+    return _picture(scene).copy()
+
+
+@functools.lru_cache(maxsize=256)  # whoever compares policies asks for the same pictures again and again
+def _picture(scene: Scene) -> Image.Image:
     return _draw(scene)[0]
 
 
@@ -126,14 +131,14 @@ def is_drawn(picture: Image.Image) -> bool:
     Size does not count. Of the pixels, most are of one tone, and of the others most are pure ink; the
     rest are the blurred edges.
     """
-    pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    colors, counts = np.unique(pixels, axis=0, return_counts=True)
-    tone = colors[counts.argmax()]
-    if tone.min() < _LIGHTEST or np.ptp(tone) or counts.max() < 0.7 * len(pixels):
+    picture = picture.convert("RGB")
+    pixels = picture.width * picture.height
+    found = picture.getcolors(pixels) or []  # as many as there can be, so never None
+    most, tone = max(found)
+    if min(tone) < _LIGHTEST or len(set(tone)) > 1 or most < 0.7 * pixels:
         return False
-    inks = np.array(list(COLORS.values()))
-    pure = (colors[:, None, :] == inks).all(axis=2).any(axis=1)
-    return bool(counts[pure].sum() >= 0.1 * (len(pixels) - counts.max()))
+    inks = set(COLORS.values())
+    return sum(count for count, color in found if color in inks) >= 0.1 * (pixels - most)
 
 
 def patch_labels(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
