@@ -80,6 +80,7 @@ class Oracle:
         self.vision = {i for i in given if ids[i] in self.vision_ids}
         first = min(self.vision, default=len(ids))
         self.system = {i for i in given if i < first}
+        self.told: dict[int, dict[int, dict[int, float]]] = {}
         self.dropped: set[int] = set()
         self.next_dropped: set[int] = set()
         self.trace = Trace()
@@ -214,6 +215,11 @@ class Scan:
         self.first = [{} for _ in self.vgroups]  # what the scorer gave at a token's turn
         self.mean = [{} for _ in self.vgroups]
         self.seen_text = self.pool = 0
+        leads = self.policy.refresh_layers
+        self.lead = layer if leads is None else max([lead for lead in leads if lead <= layer], default=None)
+        self.followed = leads is not None and layer in leads and layer + 1 not in leads
+        self.o.told[layer] = {}
+        self.choice = None
 
     def run(self):
         self.trace.cores[self.layer], self.trace.text[self.layer] = [], []
@@ -241,6 +247,7 @@ class Scan:
 
     def turn(self, start, end):
         policy, trace, vision_all = self.policy, self.trace, self.o.vision
+        self.choice = None
         for step in policy.prefill_filter:
             if step.after_layer == self.layer:
                 self.o.dropped |= self.o.next_dropped
@@ -335,15 +342,32 @@ class Scan:
             text.append(t)
         if self.kind == "position":  # what falls out of a window falls out before the step attends
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
-        every = policy.refresh_interval
-        cored = every > 0 and any(len(k) > self.core_size for k in self.kept)
-        refresh = cored and step % every == 0
+        cored = policy.refresh_interval > 0 and any(len(k) > self.core_size for k in self.kept)
+        refresh = self.due(t, step, cored)
         full = refresh and policy.refresh == "full"
-        if refresh and not full:
+        if refresh and self.lead != self.layer:
+            told = self.o.told[self.lead][t]
+            row = torch.zeros(self.heads, self.total, dtype=torch.double)
+            for j, weight in told.items():
+                row[:, j] = weight
+            self.average(row, [kept & set(told) for kept in self.kept])
+            self.pick(row)
+        elif refresh and not full:
             before = self.out.clone()
             row = self.attend(t, lambda head: self.held(head, self.kept))
+            if self.followed:
+                self.o.told[self.layer][t] = {
+                    j: sum(
+                        float(row[members, j].mean()) * (j in self.kept[g])
+                        for g, members in enumerate(self.vgroups)
+                    )
+                    / len(self.vgroups)
+                    for j in set().union(*self.kept)
+                }
             self.average(row, self.kept)
             self.pick(row)
+            if policy.refresh == "triggered":
+                self.remember(t, step, row)
             self.out = before
         row = self.attend(t, lambda head: self.held(head, self.kept if full else self.core))
         if full:
@@ -356,6 +380,54 @@ class Scan:
             self.text = [self.cut(text, g) for g, text in enumerate(self.text)]
         trace.cores[self.layer].append(list(self.core))
         trace.text[self.layer].append([set(text) for text in self.text])
+
+    def due(self, t, step, cored):
+        """Whether a step picks the core anew."""
+        policy = self.policy
+        if self.lead is None:
+            return False
+        if self.lead != self.layer:
+            return cored and t in self.o.told[self.lead]
+        if not (cored or self.followed):
+            return False
+        if policy.refresh != "triggered":
+            return step % policy.refresh_interval == 0
+        if self.choice is None:
+            return True
+        fallen = self.choice["share"] - self.estimate(t)
+        if step - self.choice["step"] < policy.refresh_interval:
+            return False
+        self.trace.gap = min(self.trace.gap, abs(fallen - policy.refresh_margin) / policy.refresh_margin)
+        return fallen >= policy.refresh_margin
+
+    def remember(self, t, step, row):
+        """What the core holds of a row, and where it lies from the rest, by head."""
+        query, key, _, scaling, _ = self.states
+        self.choice = {"step": step, "heads": {}}
+        for g, members in enumerate(self.vgroups):
+            core = sorted(self.core[g])
+            rest = sorted(self.kept[g] - self.core[g])
+            for head in members:
+                kv = head // self.size
+                zero = torch.zeros_like(key[kv, 0])
+                away = key[kv, rest].mean(0) if rest else zero
+                near = key[kv, core].mean(0) if core else zero
+                inside, outside = float(row[head, core].sum()), float(row[head, rest].sum())
+                odds = math.log((outside + 1e-9) / (inside + 1e-9))
+                lean = float(query[head, t] @ (away - near)) * scaling
+                self.choice["heads"][head] = (away - near, odds - lean, inside, outside)
+        parts = self.choice["heads"].values()
+        self.choice["share"] = sum(p[2] for p in parts) / (sum(p[2] + p[3] for p in parts) or 1.0)
+
+    def estimate(self, t):
+        """What the core is estimated to hold of a step's vision attention."""
+        query, _, _, scaling, _ = self.states
+        held = mass = 0.0
+        for head, (apart, odds, inside, outside) in self.choice["heads"].items():
+            ratio = math.exp(odds + float(query[head, t] @ apart) * scaling)
+            held += (inside + outside) / (1 + ratio)
+            mass += inside + outside
+        return held / (mass or 1.0)
 
     def average(self, row, seen):
         """Each vision token's mean of the rows that saw it; the older ones fade."""
@@ -371,11 +443,11 @@ class Scan:
             kept, scores = sorted(self.kept[g]), row[members].mean(0).tolist()
             if self.policy.core_score != CoreScore():
                 prompt = self.policy.core_score.prompt
-                sums = [sum(part[g][j] for j in kept) or 1.0 for part in (self.first, self.mean)]
+                sums = [sum(part[g].get(j, 0.0) for j in kept) or 1.0 for part in (self.first, self.mean)]
                 scores = [0.0] * self.total
                 for j in kept:
                     scores[j] += prompt * self.first[g][j] / sums[0]
-                    scores[j] += (1 - prompt) * self.mean[g][j] / sums[1]
+                    scores[j] += (1 - prompt) * self.mean[g].get(j, 0.0) / sums[1]
             self.core[g] = top(scores, kept, self.core_size, self.trace)
         self.pack()
 

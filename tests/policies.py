@@ -64,6 +64,49 @@ POLICIES = {
         core_score=CoreScore(prompt=0.6),
         text=TextPolicy(keep=(0.5, 0.35, 0.7), minimum=4, scorer="history"),
     ),
+    "triggered": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="triggered",
+        refresh_margin=0.05,
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "triggered per head": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=1,
+        refresh="triggered",
+        refresh_margin=0.01,
+        core_score=CoreScore(prompt=0.3, memory=0.6),
+        heads="kv_head",
+    ),
+    "followed": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=2,
+        refresh="score_only",
+        refresh_layers=(0,),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "followed per head": Policy(
+        vision_keep=(0.62, 0.5, 0.45),
+        vision_compute=(0.33, 0.5, 0.2),
+        refresh_interval=1,
+        refresh="score_only",
+        refresh_layers=(1,),
+        core_score=CoreScore(prompt=0.4, memory=0.5),
+        heads="kv_head",
+    ),
+    "triggered and followed": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=1,
+        refresh="triggered",
+        refresh_margin=0.01,
+        refresh_layers=(0, 2),
+        core_score=CoreScore(memory=0.5),
+    ),
     "history": Policy(
         vision_keep=KEEP,
         vision_compute=CORE,
@@ -140,6 +183,25 @@ PACKED = {
         heads="kv_head",
         vision_bits=(4, 16, 3),
     ),
+    "packed triggered": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=1,
+        refresh="triggered",
+        refresh_margin=0.01,
+        vision_bits=(3, 16, 2),
+        text=TextPolicy(bits=(16, 4, 3)),
+    ),
+    "packed followed": Policy(
+        vision_keep=KEEP,
+        vision_compute=CORE,
+        refresh_interval=1,
+        refresh="score_only",
+        refresh_layers=(0,),
+        core_score=CoreScore(prompt=0.5, memory=0.5),
+        heads="kv_head",
+        vision_bits=(4, 16, 3),
+    ),
     "packed history": Policy(
         vision_keep=KEEP,
         vision_compute=CORE,
@@ -190,6 +252,7 @@ TESTED = (
     *("core and window", "per head", "history", "h2o", "filter"),
     *("packed", "packed core", "packed per head", "packed score only", "packed history"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
+    *("triggered and followed", "packed triggered", "packed followed"),
     "packed text and core",
 )
 """One of each part: what `make test` runs of a large matrix."""
@@ -202,8 +265,10 @@ SCORED = {
     *("packed history", "packed h2o text"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
     "packed text per head",
+    *("triggered", "triggered per head", "followed", "followed per head", "triggered and followed"),
+    *("packed triggered", "packed followed"),
 }
-"""Those whose scores run while decoding, which captured steps cannot."""
+"""Those whose scores run while decoding, or whose steps or layers wait for others: none can be captured."""
 
 FORCED = POLICIES | {
     "dense": DENSE,
@@ -244,6 +309,9 @@ TURNS = {
     "scored core": POLICIES["scored core"],
     "scored per head": POLICIES["scored per head"],
     "packed scored": POLICIES["packed scored"],
+    "triggered and followed": POLICIES["triggered and followed"],
+    "packed triggered": POLICIES["packed triggered"],
+    "packed followed": POLICIES["packed followed"],
     "streaming": POLICIES["streaming"],
     "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),
     "tova": POLICIES["tova"],

@@ -29,6 +29,8 @@ class Evidence:
             share `damage_levels [levels]` of vision tokens in one layer and all in the others.
         bit_damage: `[layers, numbers]` measured cost of storing all vision tokens of one layer in as few
             bits as `bit_levels [numbers]` says, and all others in full.
+        overlap: `[layers, layers]` share of one layer's best vision tokens of a decoding step that are
+            another layer's at that step too; 1 on the diagonal.
         governed: the layers that policies act on, where there are others too; None means all. What
             arrays say of others means nothing.
     """
@@ -44,6 +46,7 @@ class Evidence:
     damage_levels: Array | None = None
     bit_damage: Array | None = None
     bit_levels: Array | None = None
+    overlap: Array | None = None
     governed: tuple[int, ...] | None = None
 
     def of_governed(self) -> Evidence:
@@ -53,6 +56,7 @@ class Evidence:
         own = list(self.governed)
         arrays = {name: getattr(self, name) for name in _BY_LAYER}
         few: dict[str, Any] = {name: None if array is None else array[own] for name, array in arrays.items()}
+        few["overlap"] = None if self.overlap is None else self.overlap[np.ix_(own, own)]
         return replace(self, layers=len(own), governed=None, **few)
 
 

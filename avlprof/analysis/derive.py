@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
@@ -68,8 +68,61 @@ def evidence(profile: Profile, use: Use = "store") -> Evidence:
         entropy=of_layers(spread["entropy"]),
         sparsity=of_layers(spread["sparsity"]),
         skewness=of_layers(spread["skewness"]),
+        overlap=_overlap(profile.frames["overlap"], profile.layers),
         governed=profile.governed,
     )
+
+
+def _overlap(table: pd.DataFrame, layers: int) -> Array | None:
+    """Overlap of two layers' top sets at one decoding step; None where a run recorded no step."""
+    steps = table[table["query"] == "step"]
+    if steps.empty:
+        return None
+    shares = np.eye(layers)
+    known = steps.pivot(index="layer_a", columns="layer_b", values="mean").reindex(
+        index=range(layers), columns=range(layers)
+    )
+    found = known.to_numpy(dtype=float)
+    found = np.where(np.isnan(found), found.T, found)
+    return np.where(np.isnan(found), shares, found)
+
+
+def leading_layers(evidence: Evidence, count: int) -> tuple[int, ...]:
+    """The layers that should lead the others at a refresh: `count` of those that policies act on.
+
+    Each layer follows the nearest one that leads before it, or itself. Of all choices it is the one in which
+    layers share most, in the mean, of their best tokens of a step with the layer that they follow (`overlap`;
+    those before the first share nothing). Exact, by dynamic programming; ties go to earlier layers. The idea
+    of choosing so is that of Kascade, arXiv 2512.16391.
+
+    Raises:
+        UserError: the evidence has no overlap, or there are not so many layers.
+    """
+    if evidence.overlap is None:
+        raise UserError("the run recorded no decoding step, so that nothing says which layers could lead")
+    own = tuple(range(evidence.layers)) if evidence.governed is None else evidence.governed
+    if not 1 <= count <= len(own):
+        raise UserError(f"from 1 to {len(own)} layers can lead, got {count}")
+    shared = evidence.overlap[np.ix_(own, own)]
+    # by the first layer that leads: the most that the layers from it on share, and who leads then
+    best: dict[int, tuple[float, tuple[int, ...]]]
+    best = {first: (float(shared[first, first:].sum()), (first,)) for first in range(len(own))}
+    for _ in range(count - 1):
+        best = {
+            first: _better(
+                (float(shared[first, first:then].sum()) + value, (first, *leads))
+                for then, (value, leads) in best.items()
+                if then > first
+            )
+            for first in range(len(own) - 1)
+            if any(then > first for then in best)
+        }
+    return tuple(own[index] for index in _better(best.values())[1])
+
+
+def _better(choices: Iterable[tuple[float, tuple[int, ...]]]) -> tuple[float, tuple[int, ...]]:
+    """The choice of the highest value; of equal ones that of the earliest layers."""
+    return max(choices, key=lambda choice: (choice[0], [-layer for layer in choice[1]]))
 
 
 def _of(table: pd.DataFrame, queries: tuple[str, ...]) -> pd.DataFrame:

@@ -43,13 +43,30 @@ class ReadBudget:
         share: mean prompt KV read per decoding step over dense, refreshes included, in [0, 1].
         answer_tokens: decoding steps that the mean is taken over.
         refresh_interval: every so many steps all kept vision tokens are read; 0 means never.
-        refresh: what a refresh reads: all kept vision tokens, or (`score_only`) their keys.
+        refresh: what a refresh reads: all kept vision tokens, or (`score_only`, `triggered`) their keys.
+        refresh_layers: the layers that read then; None: all.
+        refreshed: share of steps that refresh where these are triggered, layer by layer, as measured; None:
+            as many as there can be.
     """
 
     share: float
     answer_tokens: int
     refresh_interval: int = 0
     refresh: Refresh = "full"
+    refresh_layers: tuple[int, ...] | None = None
+    refreshed: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        share: float,
+        answer_tokens: int,
+        refreshed: tuple[float, ...] | None = None,
+    ) -> ReadBudget:
+        """A budget of so much, for the refreshes of a policy."""
+        own = policy.refresh_interval, policy.refresh, policy.refresh_layers
+        return cls(share, answer_tokens, *own, refreshed)
 
 
 def vision_share(
@@ -172,12 +189,13 @@ def meet_read_budget(
             vision_compute=in_place(compute, own, keep),
             refresh_interval=reads.refresh_interval,
             refresh=reads.refresh,
+            refresh_layers=reads.refresh_layers,
             vision_bits=bits,
             text=text,
         )
 
     def used(some_policy: Policy, some: Sequence[PromptShape]) -> float:
-        return read_share(some_policy, some, layers, reads.answer_tokens)
+        return read_share(some_policy, some, layers, reads.answer_tokens, reads.refreshed)
 
     least = used(policy(0), prompts)
     if least > reads.share:

@@ -17,12 +17,7 @@ def sets(policy: Policy) -> str:
     else:
         parts.append(f"vision_keep {_range(policy.vision_keep)}")
     if policy.vision_compute is not None:
-        refresh = f"every {policy.refresh_interval}" if policy.refresh_interval else "fixed"
-        scored = ", scoring only" if policy.refresh == "score_only" else ""
-        if policy.scores_core:
-            score = policy.core_score
-            scored += f", core_score prompt {score.prompt:g}, memory {score.memory:g}"
-        parts.append(f"vision_compute {_range(policy.vision_compute)} {refresh}{scored}")
+        parts.append(f"vision_compute {_range(policy.vision_compute)} {_refreshes(policy)}")
     parts += _stored(policy)
     if policy.allocator is not None:
         parts.append(f"spread by {policy.allocator.name}")
@@ -31,6 +26,23 @@ def sets(policy: Policy) -> str:
     if policy.hash != DENSE.hash:
         parts.append(f"by {policy.scorer.name}")
     return ", ".join(parts)
+
+
+def _refreshes(policy: Policy) -> str:
+    """When a core is picked anew, by which layers, and by what."""
+    if not policy.refresh_interval:
+        return "fixed"
+    said = f"every {policy.refresh_interval}"
+    if policy.refresh == "score_only":
+        said += ", scoring only"
+    if policy.refresh == "triggered":
+        said = f"once {policy.refresh_margin:g} has fallen, {policy.refresh_interval} steps apart"
+    if policy.refresh_layers is not None:
+        said += f", by layers {', '.join(map(str, policy.refresh_layers))}"
+    if policy.scores_core:
+        score = policy.core_score
+        said += f", core_score prompt {score.prompt:g}, memory {score.memory:g}"
+    return said
 
 
 def _text(text: TextPolicy) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
@@ -16,6 +16,7 @@ from avlprof.policy import (
     DENSE,
     FULL,
     RANKING,
+    REFRESHES,
     Policy,
     PromptShape,
     ScorerSpec,
@@ -111,13 +112,10 @@ def equal_bytes(
     uniform = Policy(name="uniform", vision_bits=bits, scorer=scorer, heads=policy.heads, text=text)
     try:
         if cored:
-            every, refresh = policy.refresh_interval, policy.refresh
-            reads = ReadBudget(
-                read_share(policy, prompts, layers, answer_tokens), answer_tokens, every, refresh
-            )
+            share = read_share(policy, prompts, layers, answer_tokens)
+            reads = ReadBudget.of(policy, share, answer_tokens)
             keep, compute = meet_both(flat, prompts, memory, reads, text, bits=bits, follow=lambda keep: flat)
-            shares: dict[str, Any] = {"vision_compute": compute, "refresh_interval": every}
-            shares |= {"refresh": refresh, "core_score": policy.core_score}
+            shares = {name: getattr(policy, name) for name in REFRESHES} | {"vision_compute": compute}
         else:
             keep, shares = meet_budget(flat, prompts, memory, text, bits=bits), {}
         uniform = uniform.model_copy(update={"vision_keep": keep} | shares)
@@ -163,7 +161,7 @@ def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> objec
         return policy
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
-    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if has_core else ()
+    refresh = tuple(getattr(policy, name) for name in REFRESHES) if has_core else ()
     heads = (policy.heads, policy.head_floor, policy.head_shares)
     return counts, refresh, policy.scorer, heads, policy.text, policy.joint
 

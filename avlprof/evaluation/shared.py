@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -117,11 +117,7 @@ def _serve(loaded: LoadedModel, task: Task, taken: Taken) -> None:
     samples = _samples(task, asked)
     policy = asked["policy"] and Policy.model_validate(asked["policy"])
     settings = AnswerSettings(
-        asked["max_new_tokens"],
-        asked["batch_size"],
-        asked["metric"],
-        asked["lengths"] or None,
-        asked["expected"] or None,
+        asked["max_new_tokens"], asked["batch_size"], asked["metric"], asked["lengths"] or None
     )
     # a store that knows nothing: a part of the task that somebody had done would change its batches
     store = AnswerStore(Path(asked["parts"]), read=False)
@@ -130,11 +126,7 @@ def _serve(loaded: LoadedModel, task: Task, taken: Taken) -> None:
 
 
 def _dumped(ask: Ask) -> dict[str, Any]:
-    settings, asked = ask.settings, {sample.id for sample in ask.samples}
-
-    def of_these(known: Mapping[str, int] | None) -> dict[str, int]:
-        return {name: count for name, count in (known or {}).items() if name in asked}
-
+    settings, lengths = ask.settings, ask.settings.lengths or {}
     policy = ask.policy if isinstance(ask.policy, Policy) else None
     return {
         "policy": policy and policy.model_dump(mode="json", by_alias=True),
@@ -145,8 +137,7 @@ def _dumped(ask: Ask) -> dict[str, Any]:
         "max_new_tokens": settings.max_new_tokens,
         "batch_size": settings.batch_size,
         "metric": settings.metric,
-        "lengths": of_these(settings.lengths),
-        "expected": of_these(settings.expected),
+        "lengths": {sample.id: lengths[sample.id] for sample in ask.samples if sample.id in lengths},
     }
 
 

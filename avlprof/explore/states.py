@@ -112,9 +112,9 @@ def _note(states: States, cache: AVLCache, vision: Tensor) -> None:
     layers = [cache.governed(index) for index in range(len(cache.layers))]
     adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
     row = len(states.sets)
-    refreshing = any(layer.step is not None and layer.step.refreshing for layer in adaptive)
+    refreshing = any(layer.picked for layer in adaptive)
     before = row - 1
-    if refreshing and cache.policy.refresh == "score_only":
+    if refreshing and cache.policy.refresh != "full":
         before = row  # such a step picks its core before it attends
     elif refreshing:
         states.refreshes.append(row)

@@ -17,10 +17,14 @@ MOST = 10**9
 """No number of a policy is larger: tokens, steps, layers."""
 FULL = 16
 """Bits of a number of the dense cache that everything is measured against, whatever a model runs in."""
+MARGIN = 0.1
+"""By how much the share that a core holds must fall before a triggered refresh picks it anew."""
 BITS = (FULL, 8, 4, 3, 2)
+REFRESHES = ("refresh_interval", "refresh", "refresh_margin", "refresh_layers", "core_score")
+"""Fields of a policy that say when and how its core is picked anew."""
 N = TypeVar("N", int, float)
 
-Refresh = Literal["full", "score_only"]
+Refresh = Literal["full", "score_only", "triggered"]
 Heads = Literal["shared", "kv_head", "adaptive"]
 Bit = Annotated[int, Field(json_schema_extra={"enum": list(BITS)})]
 Bits = Bit | tuple[Bit, ...]

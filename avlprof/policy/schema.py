@@ -13,6 +13,7 @@ from avlprof.errors import UserError
 from avlprof.policy.parts import (
     EVICTING,
     FULL,
+    MARGIN,
     AllocatorSpec,
     Bits,
     CoreScore,
@@ -48,11 +49,15 @@ class Policy(Part):
 
     A refresh step attends to all kept vision tokens (`full`), or reads their keys alone to pick the
     core anew and attends to that (`score_only`). What is best then is what `core_score` says: by default the
-    step's own attention. Kept vision KV outside the core is stored in
-    `vision_bits` bits a number (see `avlprof.attention.codec`); without `vision_compute` there is no core,
-    and all that is kept is stored so; system and prompt text in `text.bits`. With an `allocator`,
-    `vision_keep` (or `joint.keep`) is the mean over layers, and `avlprof.budgets.resolve` turns it into one
-    share a layer.
+    step's own attention. A `triggered` refresh is one that scores only, at the first step, and then
+    `refresh_interval` steps or more after the last one, once the share of a step's vision attention that the
+    core is estimated to hold has fallen by `refresh_margin` (see `avlprof.runtime.trigger`). With
+    `refresh_layers` these layers alone read at a refresh; each layer behind one of them, up to the next,
+    picks its core by the row of that one, and those before the first never do. Kept vision KV outside the
+    core is stored in `vision_bits` bits a number (see `avlprof.attention.codec`); without `vision_compute`
+    there is no core, and all that is kept is stored so; system and prompt text in `text.bits`. With an
+    `allocator`, `vision_keep` (or `joint.keep`) is the mean over layers, and `avlprof.budgets.resolve` turns
+    it into one share a layer.
 
     The vision tokens of a layer are one set, one for each KV head, or, `adaptive`, one for each KV head with
     counts that differ, `vision_keep` being their mean. A head is then sure of its best tokens, `head_floor`
@@ -69,6 +74,8 @@ class Policy(Part):
     vision_compute: Ratio | None = None
     refresh_interval: Annotated[int, Field(ge=0)] = 0
     refresh: Refresh = "full"
+    refresh_margin: Annotated[float, Field(gt=0.0, le=1.0)] = MARGIN
+    refresh_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     core_score: CoreScore = CoreScore()
     vision_bits: Bits = FULL
     allocator: AllocatorSpec | None = None
@@ -94,6 +101,7 @@ class Policy(Part):
         check_ratio("vision_compute", self.vision_compute)
         check_bits("vision_bits", self.vision_bits)
         self._check_pool()
+        self._check_refresh()
         self._check_lists()
         self._check_allocator()
         self._check_filter()
@@ -113,8 +121,9 @@ class Policy(Part):
             return
         if self.vision_keep != 1.0 or self.vision_compute is not None or not self.text.keeps_all:
             raise ValueError("pool: joint sets joint.keep; leave vision_keep, vision_compute and text out")
-        if self.core_score != CoreScore():
-            raise ValueError("pool: joint has no core; leave core_score out")
+        for name in ("core_score", "refresh_layers"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"pool: joint has no core; leave {name} out")
         if self.packs or self.text.packs:
             field = "vision_bits" if self.packs else "text.bits"
             raise ValueError(f"pool: joint stores all tokens in full precision; leave {field} out")
@@ -123,6 +132,18 @@ class Policy(Part):
                 f"joint.decoding: evict needs a scorer among {', '.join(EVICTING)}, "
                 f"got {self.scorer.name}; use joint.decoding: grow"
             )
+
+    def _check_refresh(self) -> None:
+        leads = self.refresh_layers
+        if self.refresh != "triggered" and self.refresh_margin != MARGIN:
+            raise ValueError("refresh_margin goes with refresh: triggered; leave it out")
+        if leads is not None and self.refresh == "full":
+            raise ValueError("refresh_layers goes with refresh: score_only or refresh: triggered")
+        if leads is not None and (not leads or any(b <= a for a, b in pairwise(leads))):
+            raise ValueError("refresh_layers must name at least one layer, in ascending order, each once")
+        if (leads is not None or self.refresh == "triggered") and self.text.scored:
+            field = "refresh: triggered" if leads is None else "refresh_layers"
+            raise ValueError(f"{field} does not go with text that stays by score; use text.scorer: position")
 
     def _check_lists(self) -> None:
         lengths = {
@@ -211,10 +232,30 @@ class Policy(Part):
         return any(bits != FULL for _, bits in each(self.vision_bits))
 
     @property
+    def picks(self) -> bool:
+        """Whether a core is picked anew while decoding, in the layers that have one."""
+        return self.vision_compute is not None and self.refresh_interval > 0
+
+    @property
     def scores_core(self) -> bool:
         """Whether a core is picked anew by more than the row of its step: scores run while decoding."""
-        picks = self.vision_compute is not None and self.refresh_interval > 0
-        return picks and self.core_score != CoreScore()
+        return self.picks and self.core_score != CoreScore()
+
+    @property
+    def triggered(self) -> bool:
+        """Whether steps themselves say when a core is picked anew."""
+        return self.picks and self.refresh == "triggered"
+
+    def leader(self, layer: int) -> int | None:
+        """The layer by whose rows a layer picks its core anew, mostly itself; None where none does."""
+        if self.refresh_layers is None:
+            return layer
+        return max((lead for lead in self.refresh_layers if lead <= layer), default=None)
+
+    def leads(self, layer: int) -> bool:
+        """Whether layers behind this one pick their cores by its rows."""
+        own = self.picks and self.refresh_layers is not None and layer in self.refresh_layers
+        return own and layer + 1 not in (self.refresh_layers or ())
 
     @property
     def evicts_by(self) -> str | None:
@@ -243,6 +284,11 @@ class Policy(Part):
                 f"policy '{self.name}' is written for {self.layers} layers, the model has {layers}; "
                 "derive or tune one for this model"
             )
+        if self.refresh_layers is not None and self.refresh_layers[-1] >= layers:
+            raise UserError(
+                f"refresh_layers must be below the model's {layers} layers, got {self.refresh_layers[-1]} "
+                f"(policy '{self.name}')"
+            )
         if self.allocator is not None:
             raise UserError(
                 f"policy '{self.name}' leaves the share of each layer to allocator '{self.allocator.name}'; "
@@ -263,6 +309,10 @@ class Policy(Part):
             said["vision_bits"] = True  # which policies of before have not: theirs hash as they did
         if self.core_score == CoreScore():
             said["core_score"] = True  # the same
+        if not self.triggered:
+            said["refresh_margin"] = True  # the same
+        if self.refresh_layers is None or not self.picks:
+            said["refresh_layers"] = True  # the same
         if not self.text.packs:
             said["text"] = {"bits"}  # the same
         if self.heads != "adaptive":

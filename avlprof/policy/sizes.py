@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from avlprof.errors import UserError
-from avlprof.policy.parts import FULL, broadcast, of_layer
+from avlprof.policy.parts import FULL, Refresh, broadcast, of_layer
 from avlprof.policy.schema import Policy
 
 GROUP = 32
@@ -205,23 +205,45 @@ def dense_tokens(prompts: Sequence[PromptShape], layers: int) -> int:
     return total
 
 
-def read_share(policy: Policy, prompts: Sequence[PromptShape], layers: int, answer_tokens: int) -> float:
+def read_share(
+    policy: Policy,
+    prompts: Sequence[PromptShape],
+    layers: int,
+    answer_tokens: int,
+    refreshed: Sequence[float] | None = None,
+) -> float:
     """Mean prompt KV read per decoding step, refreshes included, over the dense cache's.
 
     `answer_tokens` is the number of decoding steps (forward passes after prefill). Text that
     generated tokens push out of a window is no longer read as prompt; where scores decide what
-    goes, as much of the prompt stays as can. A refresh that only scores reads keys, half the bytes.
+    goes, as much of the prompt stays as can. A refresh that only scores reads keys, half the bytes, and a
+    layer that follows another reads nothing. `refreshed` is the share of steps that refresh where these are
+    triggered, layer by layer, as measured; without it they are as many as there can be.
     """
     steps = max(answer_tokens, 1)
-    every = policy.refresh_interval
-    share = 0.5 if policy.refresh == "score_only" else 1.0
+    share = refresh_reads(policy.refresh)
+    most = [refreshes(steps, policy.refresh_interval, policy.refresh)] * layers
+    if policy.triggered and refreshed is not None:
+        most = [min(share * steps, limit) for share, limit in zip(refreshed, most, strict=True)]
     read = 0.0
     for prompt in prompts:
         gone = _text_pushed_out(policy, prompt, layers, steps)
-        for size, pushed in zip(sizes(policy, prompt, layers), gone, strict=True):
-            refreshes = steps // every if every and size.core < size.vision else 0
-            read += steps * size.reads + refreshes * share * (size.live - size.reads) - pushed
+        for layer, (size, pushed) in enumerate(zip(sizes(policy, prompt, layers), gone, strict=True)):
+            count = most[layer] if size.core < size.vision and policy.leader(layer) == layer else 0
+            read += steps * size.reads + count * share * (size.live - size.reads) - pushed
     return read / (steps * dense_tokens(prompts, layers))
+
+
+def refreshes(steps: int, interval: int, kind: Refresh) -> float:
+    """How often a core is picked anew in so many decoding steps; at most, where refreshes are triggered."""
+    if not interval:
+        return 0
+    return 1 + (steps - 1) // interval if kind == "triggered" else steps // interval
+
+
+def refresh_reads(kind: Refresh) -> float:
+    """What a refresh reads of a token that is kept and not core: its key alone is half."""
+    return 1.0 if kind == "full" else 0.5
 
 
 def _text_pushed_out(policy: Policy, prompt: PromptShape, layers: int, steps: int) -> list[int]:

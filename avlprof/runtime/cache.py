@@ -16,6 +16,7 @@ from avlprof.runtime.buffers import BufferedLayer, DenseLayer
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.layout import RowPlan
 from avlprof.runtime.step import LayerUse
+from avlprof.runtime.support import not_leading
 from avlprof.runtime.text_part import TextRule
 from avlprof.scorers import make_scorer
 
@@ -46,6 +47,17 @@ class AVLCache(Cache):
                 for index, (role, layer) in enumerate(zip(roles, stock, strict=True))
             ]
         )
+        for index, own in enumerate(self.layers):
+            lead = policy.leader(index) if policy.picks else index
+            if isinstance(own, AdaptiveLayer) and lead is not None and lead != index:
+                own.lead = self._leading(lead)
+
+    def _leading(self, layer: int) -> AdaptiveLayer:
+        """A layer that others follow."""
+        lead = self.layers[layer]
+        if not isinstance(lead, AdaptiveLayer):
+            raise not_leading(self.policy, layer)
+        return lead
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -131,7 +143,7 @@ def is_sliding(layer: Any) -> bool:
 
 def _layer(policy: Policy, index: int, count: int, adaptive: bool) -> BufferedLayer:
     dense = is_dense(policy, index, count)
-    if dense and not adaptive:
+    if dense and not adaptive and not policy.leads(index):
         return DenseLayer()
     return AdaptiveLayer(make_scorer(policy.scorer), TextRule(policy, index, count), dense)
 

@@ -232,6 +232,12 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
             f"policy '{policy.name}' scores its core at every step (core_score), which cannot be captured; "
             "leave captured out"
         )
+    if policy.triggered or (policy.picks and policy.refresh_layers is not None):
+        what = "refreshes when its steps say so" if policy.triggered else "has layers follow others"
+        raise UserError(
+            f"policy '{policy.name}' {what} ({'refresh' if policy.triggered else 'refresh_layers'}), which "
+            "cannot be captured; leave captured out"
+        )
     if policy.heads == "adaptive":
         raise UserError(
             f"policy '{policy.name}' keeps as many tokens in each head as the prompt says (heads: "

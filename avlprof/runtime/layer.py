@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avlprof.attention.call import AttentionCall, Bounds, StepStates
-from avlprof.attention.column_sums import kernels_run
-from avlprof.attention.decode import attention_weights
+from avlprof.attention.call import AttentionCall, StepStates
 from avlprof.attention.weights import group_mean
 from avlprof.policy import FULL
 from avlprof.runtime.buckets import FixedBuffers
+from avlprof.runtime.cored import CoredLayer
 from avlprof.runtime.eviction import Candidates, CoreSlots, kept_order
-from avlprof.runtime.held import HeldLayer
 from avlprof.runtime.layout import PADDING, RowPlan, merged
-from avlprof.runtime.packed import Stored, StoredBits, stored_weights
+from avlprof.runtime.packed import StoredBits
 from avlprof.runtime.step import Step
 from avlprof.runtime.text_part import TextRule
 from avlprof.runtime.turns import TurnPrefill
@@ -26,7 +24,7 @@ from avlprof.runtime.windows import FixedWindows, Windows
 from avlprof.scorers import Scorer
 
 
-class AdaptiveLayer(HeldLayer):
+class AdaptiveLayer(CoredLayer):
     """One layer's KV under a policy; see `layout` for the order of its slots.
 
     At a prompt or further turn: `update` hands through what is held and what is new, `turn_for` says
@@ -35,25 +33,18 @@ class AdaptiveLayer(HeldLayer):
     to whoever computes the attention, and `after` picks the core anew and lets text go.
     """
 
-    fixed_shapes: bool | None = None  # swap as many slots as could be needed; None: on all but the CPU
-
     def __init__(self, scorer: Scorer, rule: TextRule, keeps_all: bool = False) -> None:
         """`keeps_all`: a first prompt stays as a whole, so that nothing need be ranked."""
         super().__init__(rule)
         self.keeps_all = keeps_all
         self.scorer = scorer
-        self.refresh_interval = rule.policy.refresh_interval
-        self.score_only = rule.policy.refresh == "score_only"
         self._clear()
 
     def _clear(self) -> None:
         self.step: Step | None = None
         self.fixed: FixedBuffers | None = None
         self._spans: list[tuple[int, int]] = []
-        self._count = 0
-        self._windows = Windows([], 0)
-        self._core: CoreSlots | None = None
-        self._has_core = False
+        self.forget_core()
 
     def reset(self) -> None:
         super().reset()
@@ -92,15 +83,14 @@ class AdaptiveLayer(HeldLayer):
 
         All that a step does on the host is here; `update` does it unless shapes are `fixed`.
         """
-        self._count += 1
-        refreshing = self._has_core and self._count % self.refresh_interval == 0
+        refreshing = self.count_step()
         slots = [self.text.claim(row) for row in range(len(self.plans))]
         more = self.grow_for(self._left + max(slots)) if self.fixed is None else 0
         if more:
             self.text.grow(more)
             self._windows.forget_masks()
         self.seen += 1
-        self.reads.count(self.text.count_read(), refreshing, self.score_only)
+        self.reads.count(self.text.count_read(), refreshing and self._has_core, self.refresh_reads)
         self.step = self._step(slots, refreshing)
         return self.step
 
@@ -213,7 +203,8 @@ class AdaptiveLayer(HeldLayer):
             into = fixed.tensors_for(call.key, call.value, order.shape[1])
         self.fill(call.key, call.value, candidates.positions, order, room, into)
         self._spans.append(span)
-        self.seen, self._count = span[1], 0
+        self.seen = span[1]
+        self.forget_core()
         if running is not None:
             running = pad(running.gather(-1, order[..., left:]), (0, room))
         text = slice(left, left + most)
@@ -235,11 +226,6 @@ class AdaptiveLayer(HeldLayer):
         if fixed is not None:
             self._settle(fixed)
 
-    def picks(self, plans: list[RowPlan]) -> bool:
-        """Whether steps pick a core anew."""
-        cored = self.refresh_interval > 0 and not self.reads_stored
-        return cored and any(plan.core < plan.vision for plan in plans)
-
     @property
     def _present(self) -> Step:
         """The step at work."""
@@ -248,7 +234,7 @@ class AdaptiveLayer(HeldLayer):
 
     def _step(self, slots: list[int], refreshing: bool) -> Step:
         """The step of tokens that go to text slots `slots`."""
-        whole = refreshing and not self.score_only
+        whole = refreshing and not self.score_only and self.lead is None
         (start, end), mask, bounds = self._window(whole)
         positions = self.buffers[2][..., start:end]
         scored = self._has_core and self.scores is not None and not refreshing
@@ -256,30 +242,15 @@ class AdaptiveLayer(HeldLayer):
         stored = self._parts(whole or self.reads_stored)
         return Step(slots, start, end, positions, mask, refreshing, weighing, bounds, stored)
 
-    def _parts(self, whole: bool) -> tuple[Stored, ...]:
-        """What a step reads in few bits before its slots: words, and all vision of a `whole` one."""
-        parts = (self.words, self.stored if whole else None)
-        return tuple(part for part in parts if part is not None and part.width)
-
     def step_for(
         self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
     ) -> Step:
         """The step that `update` began, of `query [B, H, 1, D]`.
 
-        One that only scores picks its core here, before it attends to it.
+        One that does not attend to all that is kept picks its core here, before it attends to it.
         """
         step = self._present
-        if step.refreshing and self.score_only:
-            (start, end), mask, bounds = self._window(True)
-            keys = self.buffers[0][:, :, start:end]
-            parts = self._parts(True)
-            if parts:
-                every = stored_weights(parts, query, keys, scaling, mask, softcap, sinks)
-                weights = every[..., self._words :]
-            else:
-                states = StepStates(query, keys, None, scaling, softcap, sinks, mask, bounds)
-                weights = attention_weights(states, self.buffers[2].shape[1])
-            self._pick(weights, start)
+        self.pick_ahead(StepStates(query, self.buffers[0], None, scaling, softcap, sinks), step.refreshing)
         return step
 
     def after(self, step: Step, weights: Tensor) -> None:
@@ -289,39 +260,12 @@ class AdaptiveLayer(HeldLayer):
         weights = weights[..., self._words :]
         if step.refreshing and not self.score_only:
             self._pick(weights, step.start)
-        elif self.scores is not None and self._has_core and not step.refreshing:
-            row = group_mean(weights[..., : self._left - step.start], self._sets)
-            core = self._core_slots.core[..., self._first + step.start :]
-            self.scores.add(row, positions[:, : self._sets, step.start : self._left], core)
+        else:
+            self.core_attended(step, weights)
         if self.rule.running is not None:
             own = group_mean(weights[..., weights.shape[-1] - step.end + self._left :], positions.shape[1])
             part = slice(self._left, step.end)
             self.text.forget(own, (keys[:, :, part], values[:, :, part], positions[..., part]), self._spans)
-
-    def _pick(self, weights: Tensor, start: int) -> None:
-        """Choose the core anew by weights `[B, G, n]` of the slots from `start` on."""
-        core, groups = self._core_slots, self._sets
-        fixed = self.device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
-        weights = weights[..., : self._first + self._left - start]
-        if self.scores is not None:
-            vision = core.vision[..., start:]
-            positions = self._positions(self._first + self._left)[:, :groups, start:]
-            self.scores.add(group_mean(weights, groups), positions, vision)
-            weights = self.scores.of(positions, vision)
-        stored = self.stored if self._first and isinstance(self.stored, StoredBits) else None
-        core.refresh(weights, start, self.buffers, groups, fixed, stored)
-
-    @property
-    def _core_slots(self) -> CoreSlots:
-        """Where core and stored vision lie, worked out when first asked for."""
-        if self._core is None:
-            self._core = CoreSlots.of(self.plans, self._classes(self._first + self._left))
-        return self._core
-
-    @property
-    def _sets(self) -> int:
-        """Sets of vision tokens: 1, or one a KV head."""
-        return self.buffers[0].shape[1] if self.per_kv_head else 1
 
     def select_rows(self, rows: Tensor) -> None:
         fixed = self.fixed if len(rows) == len(self.plans) else None
@@ -334,15 +278,8 @@ class AdaptiveLayer(HeldLayer):
             self.text.select_rows(picked, rows.to(self.positions.device))
             if self.scores is not None:
                 self.scores.select_rows(rows.to(self.positions.device))
+            self._since = [self._since[row] for row in picked] if self._since else []
+            self.held = None if self.held is None else self.held.select_rows(rows)
             self._plan()
             if fixed is not None:
                 self.move(fixed)
-
-    def _window(self, whole: bool) -> tuple[tuple[int, int], Tensor | None, Bounds | None]:
-        """The slots that a step attends to, from and to; a mask if rows differ, and where kernels run the
-        same as bounds. `whole`: all vision."""
-        counts, positions = self.text.counts, self.buffers[2]
-        span = self._windows.span(counts, whole)
-        mask = self._windows.mask(counts, whole, positions.shape[-1], self.device)
-        runs = kernels_run(positions)
-        return span, mask, self._windows.bounds(counts, whole, self.device) if runs else None

@@ -105,6 +105,16 @@ class StoredBits:
         parts = (decode(self.keys.narrow(*block), self.dtype) for block in self.blocks())
         return [step_logits(query, key, scaling, softcap) for key in parts]
 
+    def key_sum(self) -> Tensor:
+        """Sum `[B, Hkv, D]` of the keys, fp32."""
+        total = self.positions.new_zeros((), dtype=torch.float32)
+        for start, count in self.blocks():
+            key = decode(self.keys.narrow(start, count), self.dtype).float()
+            if self.mask is not None:
+                key = key * self.mask[..., start : start + count].mT
+            total = total + key.sum(dim=2)
+        return total
+
     def mixed(self, weights: Tensor) -> Tensor:
         """Values weighted by `weights [B, H, M]`, added up in fp32: `[B, 1, H, D]`."""
         batch, heads, _ = weights.shape

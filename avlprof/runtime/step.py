@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,10 +43,10 @@ class Reads:
     """
 
     steps: int = 0
-    refreshes: int = 0
+    refreshes: float = 0.0
     prompt: float = 0.0
     _usual: float = 0.0
-    _more: float = 0.0
+    _more: tuple[float, ...] = ()
 
     def expect(self, plans: list[RowPlan], share: float, always: bool, low: float = 1.0) -> None:
         """Steps from now on read the system and core tokens of these plans, and `always` the stored ones.
@@ -53,19 +54,23 @@ class Reads:
         A stored token counts `share`, and one of system or text in few bits `low`.
         """
         self._usual = sum(plan.system + plan.core + low * plan.low for plan in plans)
-        self._more = share * sum(plan.vision - plan.core for plan in plans)
+        self._more = tuple(share * (plan.vision - plan.core) for plan in plans)
         if always:
-            self._usual, self._more = self._usual + self._more, 0.0
+            self._usual, self._more = self._usual + sum(self._more), ()
 
-    def count(self, text: float, refreshing: bool, score_only: bool) -> None:
+    def count(self, text: float, refreshing: bool, share: float) -> None:
         """Note a step that attends to `text` prompt tokens of text beside the expected ones.
 
-        A refresh that only scores reads keys, half the bytes.
+        One that is `refreshing` reads `share` of what is kept and not core.
         """
         self.steps += 1
         self.refreshes += refreshing
-        share = 0.0 if not refreshing else 0.5 if score_only else 1.0
-        self.prompt += self._usual + share * self._more + text
+        self.prompt += self._usual + refreshing * share * sum(self._more) + text
+
+    def refresh(self, due: Sequence[bool]) -> None:
+        """Note that the step, which is counted, read the keys of all that is kept in the rows `due`."""
+        self.refreshes += sum(due) / len(due)
+        self.prompt += 0.5 * sum(more for now, more in zip(due, self._more, strict=False) if now)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class LayerUse:
     few as are stored; `prompt` is what is left of the prompt,
     `live` adds generated tokens, `allocated` is the real storage, `dense_prompt` what a stock
     cache would hold of the prompt without padding. `read` is the mean of prompt bytes attended
-    to per decoding step. The prompt is that of all turns.
+    to per decoding step. The prompt is that of all turns. `refreshes` is the mean over rows.
     """
 
     layer: int
@@ -85,5 +90,5 @@ class LayerUse:
     allocated: int
     dense_prompt: int
     read: float
-    refreshes: int
+    refreshes: float
     steps: int

@@ -25,3 +25,11 @@ def check_supported(policy: Policy) -> None:
     what = unsupported(policy)
     if what:
         raise UserError(f"policy '{policy.name}' sets {what}, which the runtime cannot run")
+
+
+def not_leading(policy: Policy, layer: int) -> UserError:
+    """A layer that others should follow keeps a window or a state, so that it has no row of its own."""
+    return UserError(
+        f"refresh_layers of policy '{policy.name}' names layer {layer}, which keeps a window, a state or "
+        "other layers' keys, so that none can follow it; name layers that policies act on"
+    )

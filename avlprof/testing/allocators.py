@@ -34,6 +34,8 @@ def random_evidence(layers: int, count: int, rng: np.random.Generator) -> Eviden
     damage = rng.exponential(size=(layers, 1)) * (1 - levels) ** rng.uniform(0.5, 9.0, size=(layers, 1))
     noise = rng.normal(0.0, 0.02, size=damage.shape) * (levels < 1.0)
     looks = ~empty
+    shared = rng.uniform(0.0, 0.6, size=(layers, layers))
+    overlap = np.where(np.eye(layers, dtype=bool), 1.0, (shared + shared.T) / 2)
     return Evidence(
         layers=layers,
         tokens=count,
@@ -44,6 +46,7 @@ def random_evidence(layers: int, count: int, rng: np.random.Generator) -> Eviden
         skewness=rng.normal(1.0, 3.0, size=layers) * looks,
         damage=damage + noise,
         damage_levels=levels,
+        overlap=overlap,
     )
 
 

@@ -10,31 +10,41 @@ from pathlib import Path
 from typing import Any, cast
 
 from avlprof.allocators import Evidence, make_allocator
+from avlprof.analysis.derive import leading_layers
 from avlprof.bisection import largest
 from avlprof.budgets import ReadBudget, meet_both, meet_budget, vision_share
 from avlprof.errors import UserError
 from avlprof.files import write_text
 from avlprof.policy import (
     FULL,
+    MARGIN,
     RANKING,
     CoreScore,
     Heads,
     Policy,
     PromptShape,
+    Refresh,
     ScorerSpec,
     TextPolicy,
     live_share,
+    refresh_reads,
+    refreshes,
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every trial must meet: memory, optionally reads, counted on these prompts."""
+    """What every trial must meet: memory, optionally reads, counted on these prompts.
+
+    `refreshed_steps` is the share of steps, layer by layer, that refresh where these are triggered, as
+    measured; None: as many as there can be.
+    """
 
     memory: float
     read: float | None
     prompts: tuple[PromptShape, ...]
     answer_tokens: int
+    refreshed_steps: tuple[float, ...] | None = None
 
     @cached_property
     def text_room(self) -> int:
@@ -51,10 +61,10 @@ class Budget:
             return False
         return self.read is None or always + refreshed * (self.memory - always) <= self.read
 
-    def refreshed(self, interval: int, kind: str) -> float:
+    def refreshed(self, interval: int, kind: Refresh) -> float:
         """Share of the kept but not computed vision KV that refreshes read, per step on average."""
         steps = max(self.answer_tokens, 1)
-        return (steps // interval if interval else 0) / steps * (0.5 if kind == "score_only" else 1.0)
+        return refreshes(steps, interval, kind) / steps * refresh_reads(kind)
 
 
 def spread(
@@ -66,7 +76,8 @@ def spread(
 ) -> Policy:
     """The policy with `vision_keep` in proportion to `shares`, and with a read budget a core, at the budgets.
 
-    Its text, refreshes and bits stay. `follow` gives relative computed shares by the kept ones; see
+    Its text, refreshes and bits stay; but where some layers lead others, refreshes that this spread cannot
+    pay come half as often, and so on. `follow` gives relative computed shares by the kept ones; see
     `meet_both`.
 
     Raises:
@@ -76,9 +87,18 @@ def spread(
     if budget.read is None:
         keep = meet_budget(shares, prompts, budget.memory, text, floor, bits)
         return policy.model_copy(update={"vision_keep": keep, "vision_compute": None})
-    reads = ReadBudget(budget.read, budget.answer_tokens, policy.refresh_interval, policy.refresh)
-    keep, compute = meet_both(shares, prompts, budget.memory, reads, text, floor, bits, follow)
-    return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
+    while True:
+        reads = ReadBudget.of(policy, budget.read, budget.answer_tokens, budget.refreshed_steps)
+        try:
+            keep, compute = meet_both(shares, prompts, budget.memory, reads, text, floor, bits, follow)
+        except UserError:
+            if policy.refresh_layers is None or not policy.refresh_interval:
+                raise
+            longer = 2 * policy.refresh_interval
+            longer = longer if longer <= budget.answer_tokens else 0
+            policy = policy.model_copy(update={"refresh_interval": longer})
+            continue
+        return policy.model_copy(update={"vision_keep": keep, "vision_compute": compute})
 
 
 def scorer_spec(name: str) -> ScorerSpec:
@@ -93,7 +113,9 @@ class Candidate:
     `mix` parts of the allocator and the rest uniform; `temperature` sharpens (> 1) or flattens
     (< 1) what the allocator says; `floor` is the least kept share of a layer; `midpoint` is the depth
     at which allocator `sigmoid` falls, the one shape that `temperature` cannot give. With a read budget,
-    `refresh_interval` is K, `refresh` what a refresh reads, `core_prompt` and `core_memory` what it ranks
+    `refresh_interval` is K, `refresh` what a refresh reads, `refresh_margin` what triggers it, `leading` how
+    many layers lead the others at refreshes, `leading_interval` steps apart (0: each refreshes for itself;
+    None: it is not searched; `leading_layers` says who leads), `core_prompt` and `core_memory` what it ranks
     by (`core_score`; None: the step's row alone, and they are not searched), and `compute_temperature`
     sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
     without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
@@ -109,7 +131,10 @@ class Candidate:
     scorer: str = RANKING
     heads: str = "shared"
     refresh_interval: int = 8
-    refresh: str = "full"
+    refresh: Refresh = "full"
+    refresh_margin: float = MARGIN
+    leading: int | None = None
+    leading_interval: int = 1
     compute_temperature: float = 1.0
     text_share: float | None = None
     text_sink: int = 0
@@ -141,20 +166,26 @@ class Candidate:
             text=text,
         )
         if budget.read is not None:
-            kept = kept.model_copy(update=self._refreshes())
+            kept = kept.model_copy(update=self._refreshes(evidence))
 
         def follow(keep: tuple[float, ...]) -> list[float]:
             return [share**self.compute_temperature for share in keep]
 
         return spread(kept, shares.tolist(), budget, self.floor, follow)
 
-    def _refreshes(self) -> dict[str, Any]:
+    def _refreshes(self, evidence: Evidence) -> dict[str, Any]:
         """The fields of a policy that say how its core is picked anew; plain ones where it never is."""
-        if not self.refresh_interval:
+        interval, kind, leads = self.refresh_interval, self.refresh, None
+        if self.leading:
+            interval, leads = self.leading_interval, leading_layers(evidence, self.leading)
+            kind = "score_only" if kind == "full" else kind
+        if not interval:
             return {"refresh_interval": 0}
-        return {
-            "refresh_interval": self.refresh_interval,
-            "refresh": "score_only" if self.refresh == "score_only" else "full",
+        said: dict[str, Any] = {"refresh_margin": self.refresh_margin} if kind == "triggered" else {}
+        return said | {
+            "refresh_interval": interval,
+            "refresh": kind,
+            "refresh_layers": leads,
             "core_score": CoreScore(prompt=self.core_prompt or 0.0, memory=self.core_memory or 0.0),
         }
 
@@ -168,7 +199,7 @@ class Candidate:
             return TextPolicy(bits=self.text_bits or FULL)
         if self.text_share is None:
             return TextPolicy()
-        refreshed = budget.refreshed(self.refresh_interval, self.refresh)
+        refreshed = 0.0 if self.leading else budget.refreshed(self.refresh_interval, self.refresh)
         most = max(round(self.text_share * budget.text_room), 1)
         for sink in range(self.text_sink, -1, -1):
             if most + sink >= budget.text_room and budget.affords(TextPolicy(), layers, refreshed):
@@ -195,6 +226,14 @@ class Candidate:
             del values["midpoint"]
         if budget.read is None:
             del values["refresh_interval"], values["refresh"], values["compute_temperature"]
+        if budget.read is None or self.refresh != "triggered":
+            del values["refresh_margin"]
+        if budget.read is None or self.leading is None:
+            del values["leading"], values["leading_interval"]
+        elif self.leading:
+            del values["refresh_interval"]
+        else:
+            del values["leading_interval"]
         if budget.read is None or self.core_prompt is None:
             del values["core_prompt"], values["core_memory"]
         if self.text_share is None or self.packs_text:

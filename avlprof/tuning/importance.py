@@ -118,7 +118,13 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
 
 PLAIN: Mapping[str, Any] = asdict(
     Candidate(
-        refresh_interval=0, text_share=1.0, vision_bits=FULL, core_prompt=0.0, core_memory=0.0, text_bits=FULL
+        refresh_interval=0,
+        leading=0,
+        text_share=1.0,
+        vision_bits=FULL,
+        core_prompt=0.0,
+        core_memory=0.0,
+        text_bits=FULL,
     )
 )
 """What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits."""
@@ -145,7 +151,8 @@ def knob_effects(
     ours = prepared.cheap(winner.policy(prepared.evidence, budget))
     rows = []
     for done, name in enumerate(turned, start=1):
-        back = replace(winner, **{name: PLAIN[name]}).policy(prepared.evidence, budget)
+        plain = {name: PLAIN[name]} | ({"refresh_interval": 0} if name == "leading" else {})
+        back = replace(winner, **plain).policy(prepared.evidence, budget)
         gap = paired_difference(prepared.cheap(back), ours).difference
         rows.append(
             {

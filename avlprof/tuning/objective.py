@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +49,9 @@ class Scores(Protocol):
     def parts(self, policy: Policy) -> Iterator[Sequence[Any]]:
         """One score a sample, batch by batch."""
 
+    def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
+        """The share of steps that refresh in each layer, where they are triggered; None: it is not known."""
+
 
 OBJECTIVES: Mapping[str, Callable[[Any], float]] = MappingProxyType(
     {
@@ -90,14 +93,36 @@ class Objective:
     space: Points
     kind: str = "fidelity"
 
+    def policy(self, point: Point) -> tuple[Policy, tuple[float, ...] | None]:
+        """The policy of a point at the budget, and how often it refreshes where that is triggered.
+
+        Its first core is one that the most refreshes there can be leave room for. As often as that one
+        refreshes on the samples, so often may a larger one: it is taken if its own refreshes fit too.
+        """
+        policy = point.policy(self.evidence, self.budget)
+        rates = self.scores.refreshed(policy) if policy.triggered else None
+        if rates is None:
+            return policy, None
+        tried = rates
+        for _ in range(2):
+            larger = point.policy(self.evidence, replace(self.budget, refreshed_steps=tried))
+            own = self.scores.refreshed(larger) or rates
+            prompts, steps = list(self.budget.prompts), self.budget.answer_tokens
+            if read_share(larger, prompts, self.evidence.layers, steps, own) <= (self.budget.read or 1.0):
+                return larger, own
+            tried = tuple(max(a, b) for a, b in zip(tried, own, strict=True))
+        return policy, rates
+
     def __call__(self, trial: optuna.Trial) -> float:
         candidate = self.space.suggest(trial, self.budget)
-        policy = candidate.policy(self.evidence, self.budget)
+        policy, rates = self.policy(candidate)
         trial.set_user_attr("policy", dump_policy(policy))
         layers = policy.layers or 1
         prompts = list(self.budget.prompts)
         trial.set_user_attr("live_share", live_share(policy, prompts, layers))
-        trial.set_user_attr("read_share", read_share(policy, prompts, layers, self.budget.answer_tokens))
+        trial.set_user_attr(
+            "read_share", read_share(policy, prompts, layers, self.budget.answer_tokens, rates)
+        )
         value = OBJECTIVES[self.kind]
         seen: list[float] = []
         for part in self.scores.parts(policy):

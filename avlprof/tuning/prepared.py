@@ -31,18 +31,11 @@ from avlprof.watch import SILENT, Watch
 class Generated:
     """Greedy answers to a list of samples, judged by a task's metric.
 
-    Answers in `store` are not generated again.
-
-    Args:
-        settings: with the lengths of the prompts and answers, as samples of like length share a batch.
+    `settings` say how; answers in `store` are not generated again.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        samples: Sequence[Sample],
-        settings: AnswerSettings,
-        store: AnswerStore,
+        self, loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings, store: AnswerStore
     ) -> None:
         self._loaded, self._samples, self._settings, self._store = loaded, samples, settings, store
 
@@ -53,15 +46,20 @@ class Generated:
 
     def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
         """Answers batch by batch, in the order of the samples; None is the dense model."""
-        for start in range(0, len(self._samples), self._settings.batch_size):
-            yield self._answers(self._samples[start : start + self._settings.batch_size], policy)
+        size = self._settings.batch_size
+        for start in range(0, len(self._samples), size):
+            yield self._answers(self._samples[start : start + size], policy)
+
+    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
+        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
+
+    def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
+        """It is not known how often an answer refreshes before it is generated."""
+        return None
 
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
         return np.array([answer.score for answer in self._answers(self._samples, policy)])
-
-    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
-        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,10 @@ class Prepared:
     def generated(self, store: AnswerStore) -> Generated:
         """Policies scored by real answers to the samples."""
         names, forced = self.forced.samples, self.forced
-        lengths = {name: shape.total for name, shape in zip(names, forced.shapes, strict=True)}
-        spoken = {name: len(answer) for name, answer in zip(names, forced.answers, strict=True)}
-        settings = AnswerSettings(self.limit, self.batch_size, self.task.metric, lengths)
-        return Generated(self.loaded, self.samples, settings.expecting(spoken), store)
+        prompts = {name: shape.total for name, shape in zip(names, forced.shapes, strict=True)}
+        answers = {name: len(answer) for name, answer in zip(names, forced.answers, strict=True)}
+        settings = AnswerSettings(self.limit, self.batch_size, self.task.metric, prompts, answers)
+        return Generated(self.loaded, self.samples, settings, store)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""

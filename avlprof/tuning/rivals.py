@@ -110,7 +110,7 @@ def in_full(winner: Policy, budget: Budget, layers: int) -> Policy:
 def _used(winner: Policy, budget: Budget, layers: int) -> Budget:
     """What the winner uses of the budget."""
     prompts, steps = budget.prompts, budget.answer_tokens
-    reads = None if budget.read is None else read_share(winner, prompts, layers, steps)
+    reads = None if budget.read is None else min(read_share(winner, prompts, layers, steps), budget.read)
     return replace(budget, memory=live_share(winner, prompts, layers), read=reads)
 
 

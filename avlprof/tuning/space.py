@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
-from avlprof.policy import BITS, FULL, Heads, Policy, TextPolicy, live_share
-from avlprof.registry import unknown
+from avlprof.policy import BITS, FULL, Heads, Policy, Refresh, TextPolicy, live_share
 from avlprof.scorers import make_scorer
 from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
+from avlprof.tuning.offers import (
+    check_bits,
+    check_names,
+    check_parts,
+    few,
+    in_reach,
+    nearest,
+    precisions,
+)
 
 if TYPE_CHECKING:
     from optuna import Trial
 
 HEADS: tuple[str, ...] = get_args(Heads)
-REFRESH = ("full", "score_only")
+REFRESH: tuple[str, ...] = get_args(Refresh)
+MARGINS = (0.05, 0.1, 0.2, 0.4)
+LEADING = (1, 2, 4, 8)
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
 _ASIDE = ("more_starts", "reads")
-_NEW = ("bits", "text_bits", "core_prompts", "core_memories")  # that spaces of before do not tell of
+_NEW = (
+    "bits",
+    "text_bits",
+    "core_prompts",
+    "core_memories",
+    "leaders",
+)  # that spaces of before do not tell of
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class Space:
 
     A scorer over another one is written `valued:instruction`. `refreshes` are the refresh intervals
     in steps (0: never) and `refresh` what a refresh reads; they count with a read budget only, and so do
-    `core_prompts` and `core_memories`, what a refresh ranks by: 0 alone of both are not searched. `bits` are
+    `core_prompts` and `core_memories`, what a refresh ranks by (0 alone of both are not searched), and
+    `leaders`, how many layers lead the others at refreshes (0 alone is not searched). `bits` are
     those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched.
     `heads` may offer `adaptive` as well, which was not measured to pay (`docs/tuning.md`), and counts without
     a read budget only, since no core goes with it. `text`
@@ -56,9 +73,10 @@ class Space:
     )
     heads: tuple[str, ...] = ("shared", "kv_head")
     refreshes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
-    refresh: tuple[str, ...] = REFRESH
+    refresh: tuple[Refresh, ...] = ("full", "score_only")  # triggered was measured not to pay
     core_prompts: tuple[float, ...] = (0.0, 0.5, 0.8)
     core_memories: tuple[float, ...] = (0.0, 0.5, 0.9)
+    leaders: tuple[int, ...] = (0, 1, 2, 3)
     bits: tuple[int, ...] = BITS
     text_bits: tuple[int, ...] = BITS[:-1]  # two were measured to lose at any budget
     text: str = "auto"
@@ -73,20 +91,20 @@ class Space:
             ALLOCATORS.get(name)
         for name in self.scorers:
             make_scorer(scorer_spec(name))
-        _check_names("kind of heads", self.heads, HEADS)
-        _check_names("kind of refresh", self.refresh, REFRESH)
-        _check_names("text of the search space", (self.text,), TEXT)
+        check_names("kind of heads", self.heads, HEADS)
+        check_names("kind of refresh", self.refresh, REFRESH)
+        check_names("text of the search space", (self.text,), TEXT)
         for name in ("bits", "text_bits"):
-            for bits in getattr(self, name):
-                if bits not in BITS:
-                    listed = ", ".join(map(str, BITS))
-                    raise UserError(f"{name} of the search space must be among {listed}, got {bits}")
+            check_bits(name, getattr(self, name))
             # in one order and each once, since a study cannot go on with its choices in another
             object.__setattr__(self, name, tuple(bits for bits in BITS if bits in getattr(self, name)))
         for name in ("core_prompts", "core_memories"):
-            _check_parts(name, getattr(self, name))
-        if min(self.refreshes) < 0:
-            raise UserError(f"refreshes of the search space must be 0 or more, got {min(self.refreshes)}")
+            check_parts(name, getattr(self, name))
+        for name in ("refreshes", "leaders"):
+            if min(getattr(self, name)) < 0:
+                raise UserError(
+                    f"{name} of the search space must be 0 or more, got {min(getattr(self, name))}"
+                )
 
     @classmethod
     def of(cls, description: Mapping[str, Sequence[float | str]]) -> Space:
@@ -94,7 +112,7 @@ class Space:
 
         One that tells of no bits is of before they were searched, and so is one without `core_prompts`.
         """
-        usual = cls(bits=(FULL,), text_bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,))
+        usual = cls(bits=(FULL,), text_bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,), leaders=(0,))
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {
             name: value[0] if isinstance(getattr(usual, name), str) else tuple(value)
@@ -121,7 +139,7 @@ class Space:
         return replace(self, text="trade", text_bits=traded or (FULL,))._narrowed(budget, layers)
 
     def supported(self, evidence: Evidence) -> Space:
-        """The space without the allocators that need evidence which is not there.
+        """The space without the allocators, and the layers that lead, that need evidence which is not there.
 
         Raises:
             UserError: no allocator is left; the message is that of the first.
@@ -135,7 +153,11 @@ class Space:
                 first = first or error
         if not names and first:
             raise first
-        return replace(self, allocators=tuple(names))
+        own = evidence.layers if evidence.governed is None else len(evidence.governed)
+        most = 0 if evidence.overlap is None else own - 1
+        return replace(
+            self, allocators=tuple(names), leaders=tuple(n for n in self.leaders if n <= most) or (0,)
+        )
 
     def suggest(self, trial: Trial, budget: Budget) -> Candidate:
         """Ask a trial for a candidate."""
@@ -161,18 +183,28 @@ class Space:
             candidate = replace(candidate, vision_bits=trial.suggest_categorical("vision_bits", self.bits))
         if budget.read is None:
             return candidate
-        if self._scores_core:
+        if self.scores_core:
             candidate = replace(
                 candidate,
                 core_prompt=trial.suggest_categorical("core_prompt", self.core_prompts),
                 core_memory=trial.suggest_categorical("core_memory", self.core_memories),
             )
-        return replace(
-            candidate,
-            refresh_interval=trial.suggest_categorical("refresh_interval", self.refreshes),
-            refresh=trial.suggest_categorical("refresh", self.refresh),
-            compute_temperature=trial.suggest_float("compute_temperature", 0.25, 4.0, log=True),
-        )
+        return self._suggest_refreshes(trial, candidate)
+
+    def _suggest_refreshes(self, trial: Trial, candidate: Candidate) -> Candidate:
+        if self.leaders != (0,):
+            candidate = replace(candidate, leading=trial.suggest_categorical("leading", self.leaders))
+        if candidate.leading:
+            every = {"leading_interval": trial.suggest_categorical("leading_interval", LEADING)}
+        else:
+            every = {"refresh_interval": trial.suggest_categorical("refresh_interval", self.refreshes)}
+        kind = trial.suggest_categorical("refresh", self.refresh)
+        if kind == "triggered":
+            candidate = replace(
+                candidate, refresh_margin=trial.suggest_categorical("refresh_margin", MARGINS)
+            )
+        temperature = trial.suggest_float("compute_temperature", 0.25, 4.0, log=True)
+        return replace(candidate, refresh=kind, compute_temperature=temperature, **every)
 
     def starts(self) -> list[Candidate]:
         """The first trials: every allocator as it is, uniform first, then other scorers, then `more_starts`.
@@ -184,18 +216,18 @@ class Space:
         also starts with a core that is never re-picked, which short answers can hardly better, and where a
         refresh may rank by more than its row, uniform starts with one that does.
         """
-        plain = self._in_reach(Candidate())
+        plain = in_reach(self, Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")
-        full, *fewer = _precisions(self.text_bits)
-        both = [(bits, full) for bits in _precisions(self.bits)] + [(_few(self.bits), bits) for bits in fewer]
+        full, *fewer = precisions(self.text_bits)
+        both = [(bits, full) for bits in precisions(self.bits)] + [(few(self.bits), bits) for bits in fewer]
         first = replace(plain, allocator=allocators[0])
         starts = [
-            self._in_reach(replace(first, vision_bits=bits, text_bits=text_bits)) for bits, text_bits in both
+            in_reach(self, replace(first, vision_bits=bits, text_bits=text_bits)) for bits, text_bits in both
         ]
-        plain = self._in_reach(replace(plain, vision_bits=_few(self.bits), text_bits=_few(self.text_bits)))
+        plain = in_reach(self, replace(plain, vision_bits=few(self.bits), text_bits=few(self.text_bits)))
         starts += [replace(plain, allocator=name) for name in allocators]
         if self.text == "trade":
-            starts.insert(1, self._in_reach(replace(starts[0], text_share=0.25, text_sink=1)))
+            starts.insert(1, in_reach(self, replace(starts[0], text_share=0.25, text_sink=1)))
         if "coverage" in allocators:
             starts.append(replace(plain, allocator="coverage", mix=0.2))
         others = [scorer for scorer in self.scorers if scorer != plain.scorer]
@@ -206,16 +238,17 @@ class Space:
             starts += [
                 replace(plain, allocator=allocators[0], scorer=s, refresh_interval=0) for s in self.scorers
             ]
-        if self.reads and self._scores_core and max(self.refreshes):
+        if self.reads and self.scores_core and max(self.refreshes):
             scored = replace(
                 plain,
                 allocator=allocators[0],
-                refresh_interval=self._nearest(4),
+                refresh_interval=nearest(4, self.refreshes),
                 refresh="score_only" if "score_only" in self.refresh else self.refresh[0],
                 core_prompt=min(self.core_prompts, key=lambda share: abs(share - 0.5)),
             )
             starts.append(scored)
-        starts += [self._in_reach(start) for start in self.more_starts if start.allocator in self.allocators]
+            starts += [replace(scored, leading=number) for number in self.leaders if number]
+        starts += [in_reach(self, start) for start in self.more_starts if start.allocator in self.allocators]
         return [*dict.fromkeys(starts)]
 
     def described(self) -> dict[str, tuple[float | str, ...]]:
@@ -224,30 +257,11 @@ class Space:
         for name in ("bits", "text_bits"):
             if values[name] == (FULL,):
                 del values[name]
-        if not self._scores_core:
+        if not self.scores_core:
             del values["core_prompts"], values["core_memories"]
+        if self.leaders == (0,):
+            del values["leaders"]
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
-
-    def _in_reach(self, start: Candidate) -> Candidate:
-        """A candidate with what the space does not offer replaced by the nearest that it does."""
-        scored = self.reads and self._scores_core
-        bits = _nearest_bits(start.vision_bits, self.bits)
-        text_bits = _nearest_bits(start.text_bits, self.text_bits)
-        trades = self.text == "trade" and text_bits in (None, FULL)
-        text = (start.text_share or 1.0, start.text_sink) if trades else (None, 0)
-        return replace(
-            start,
-            scorer=start.scorer if start.scorer in self.scorers else self.scorers[0],
-            heads=start.heads if start.heads in self.heads else self.heads[0],
-            refresh_interval=self._nearest(start.refresh_interval),
-            refresh=start.refresh if start.refresh in self.refresh else self.refresh[0],
-            text_share=text[0],
-            text_sink=text[1],
-            vision_bits=bits,
-            text_bits=text_bits,
-            core_prompt=_offered(start.core_prompt, self.core_prompts) if scored else None,
-            core_memory=_offered(start.core_memory, self.core_memories) if scored else None,
-        )
 
     def _cored_heads(self) -> tuple[str, ...]:
         """Kinds of heads that a core goes with."""
@@ -259,23 +273,24 @@ class Space:
             )
         return heads
 
-    def _nearest(self, interval: int) -> int:
-        """The shortest refresh interval on offer that is as long or longer, else the longest."""
-        return min((k for k in self.refreshes if k >= interval), default=max(self.refreshes))
-
     @property
-    def _scores_core(self) -> bool:
+    def scores_core(self) -> bool:
         """Whether it is searched what a refresh ranks by."""
         return (self.core_prompts, self.core_memories) != ((0.0,), (0.0,))
 
     def _refreshes(self, budget: Budget, layers: int) -> tuple[int, ...]:
         """Refresh intervals with which some policy of any spread meets the budgets; empty when none does."""
-        kind = "full" if "full" in self.refresh else "score_only"
+        kind = self._dearest
         return tuple(
             k
             for k in self.refreshes
             if all(budget.affords(text, layers, budget.refreshed(k, kind)) for text in self._texts())
         )
+
+    @property
+    def _dearest(self) -> Refresh:
+        """The kind of refresh on offer that reads the most."""
+        return min(self.refresh, key=("full", "triggered", "score_only").index)
 
     def _texts(self) -> list[TextPolicy]:
         """What has to stay of text, at least, of each kind that is searched; the dearest first."""
@@ -293,45 +308,10 @@ class Space:
         least = self._texts()[-1]
         vision_share(budget.prompts, layers, budget.memory, least)
         always = live_share(Policy(vision_keep=0.0, text=least), budget.prompts, layers)
-        kind = "full" if "full" in self.refresh else "score_only"
+        kind = self._dearest
         shares = [budget.refreshed(k, kind) for k in self.refreshes]
         enough = math.ceil(min(always + s * (budget.memory - always) for s in shares) * 1000 - 1e-9) / 1000
         raise UserError(
             f"read budget {budget.read:g} is below {enough:g}, what system, text and refreshes read "
             "alone; raise the read budget or lower the budget"
         )
-
-
-def _precisions(bits: tuple[int, ...]) -> tuple[int | None, ...]:
-    """Bits of the starts, the most first; None alone where they are not searched."""
-    return (None,) if bits == (FULL,) else tuple(sorted(bits, reverse=True))
-
-
-def _few(bits: tuple[int, ...]) -> int | None:
-    """Bits of a start that has no reason for others."""
-    known = _precisions(bits)
-    return 4 if 4 in known else known[0]
-
-
-def _nearest_bits(wanted: int | None, bits: tuple[int, ...]) -> int | None:
-    """The bits of a start that wants some, where they are on offer."""
-    return wanted if wanted in _precisions(bits) else _few(bits)
-
-
-def _check_parts(name: str, values: Sequence[float]) -> None:
-    """`UserError` unless `values` are what a field of `CoreScore` may have."""
-    limit = 1.0 if name == "core_prompts" else 0.999
-    for value in values:
-        if not 0.0 <= value <= limit:
-            raise UserError(f"{name} of the search space must be in [0, {limit:g}], got {value}")
-
-
-def _offered(value: float | None, offered: Sequence[float]) -> float:
-    """The nearest on offer to a value; to 0 where there is none."""
-    return min(offered, key=lambda other: abs(other - (value or 0.0)))
-
-
-def _check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise unknown(kind, name, known)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from avlprof.allocators import ALLOCATORS
+from avlprof.allocators import ALLOCATORS, Evidence
 from avlprof.analysis import Profile, Spread
+from avlprof.analysis.derive import leading_layers
 from avlprof.errors import UserError
 from avlprof.policy import (
     Policy,
@@ -18,6 +21,7 @@ from avlprof.policy import (
     read_share,
     tokens,
 )
+from avlprof.testing.allocators import random_evidence
 from tests.synthetic_run import LAYERS, write_run
 
 VISION = (37, 60, 60, 44)
@@ -239,3 +243,49 @@ def test_a_run_of_averages_says_nothing_of_heads(profile: Profile, tmp_path: Pat
     averaged = Profile.from_run(write_run(tmp_path / "run", (20, 31), averaged=True))
     with pytest.raises(UserError, match="trace with per_head"):
         averaged.with_heads(averaged.derive(0.5), "adaptive")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_who_leads_is_the_best_of_all_choices(seed: int) -> None:
+    """Against all choices, one by one; layers before the first that leads share nothing."""
+    rng = np.random.default_rng(seed)
+    layers = int(rng.integers(2, 8))
+    evidence = random_evidence(layers, 9, rng)
+    own = sorted(rng.choice(layers, size=int(rng.integers(1, layers + 1)), replace=False).tolist())
+    if seed % 2:
+        evidence = replace(evidence, governed=tuple(own))
+    else:
+        own = list(range(layers))
+    assert evidence.overlap is not None
+
+    def shared(leads: tuple[int, ...]) -> float:
+        followed = [(max((lead for lead in leads if lead <= layer), default=None), layer) for layer in own]
+        return sum(float(evidence.overlap[lead, layer]) for lead, layer in followed if lead is not None)
+
+    for count in range(1, len(own) + 1):
+        found = leading_layers(evidence, count)
+        choices = list(itertools.combinations(own, count))
+        assert found in choices
+        assert shared(found) == pytest.approx(max(map(shared, choices)))
+    for count in (0, len(own) + 1):
+        with pytest.raises(UserError, match=f"from 1 to {len(own)} layers can lead, got {count}"):
+            leading_layers(evidence, count)
+    assert leading_layers(flat_overlap(layers), 1) == (0,)
+    with pytest.raises(UserError, match="recorded no decoding step"):
+        leading_layers(replace(evidence, overlap=None), 1)
+
+
+def flat_overlap(layers: int) -> Evidence:
+    """Layers that share the same with each other, so that the earliest leads."""
+    return Evidence(layers, 9, overlap=np.full((layers, layers), 0.5) + np.eye(layers) / 2)
+
+
+def test_evidence_has_the_overlap_of_layers_at_one_step(profile: Profile) -> None:
+    table = profile["overlap"].query("query == 'step'")
+    overlap = profile.evidence().overlap
+    assert overlap is not None and overlap.shape == (LAYERS, LAYERS)
+    for row in table.itertuples():
+        assert (
+            overlap[row.layer_a, row.layer_b] == overlap[row.layer_b, row.layer_a] == pytest.approx(row.mean)
+        )
+    assert np.diag(overlap).tolist() == [1.0] * LAYERS

@@ -27,9 +27,10 @@ from avlprof.evaluation import (
     measure_latency,
     paired_difference,
 )
-from avlprof.evaluation.answers import answer_batches, prompt_lengths
+from avlprof.evaluation.answers import EncodedBatches, answer_batches
 from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import policy_rows, with_baselines
+from avlprof.models import Adapter
 from avlprof.models.answers import answer_length
 from avlprof.policy import (
     DENSE,
@@ -162,6 +163,29 @@ def test_answers_are_those_of_plain_generate_whatever_the_batch(tiny, samples):
         assert a.system + a.vision + a.text == inputs["input_ids"].shape[1]
 
 
+def test_answers_of_like_length_share_a_batch_and_are_encoded_once(tiny, samples, monkeypatch):
+    """The longest first; a prompt that is much longer stays with its like; and what policies ask twice is
+    encoded once, as far as there is room."""
+    lengths = {sample.id: 200 + i for i, sample in enumerate(samples)}
+    said = {sample.id: (7 * i) % 5 for i, sample in enumerate(samples)}
+    batches = [*answer_batches(tiny, samples, AnswerSettings(LIMIT, 2, "exact_match", lengths, said))]
+    order = [said[sample.id] for batch in batches for sample in batch]
+    assert order == sorted(said.values(), reverse=True)
+    lengths[samples[0].id] = 900
+    batches = [*answer_batches(tiny, samples, AnswerSettings(LIMIT, 2, "exact_match", lengths, said))]
+    assert batches[-1][-1] is samples[0]
+    plain, encoded = Adapter.encode_samples, []
+    monkeypatch.setattr(
+        Adapter, "encode_samples", lambda self, some: encoded.append(len(some)) or plain(self, some)
+    )
+    for most, times in ((1 << 28, 1), (0, 2)):
+        encoded.clear()
+        settings = AnswerSettings(LIMIT, 2, "exact_match", lengths, said, EncodedBatches(most))
+        found = [generate_answers(tiny, samples, policy, settings) for policy in (None, DENSE)]
+        assert [a.prediction for a in found[0]] == [a.prediction for a in found[1]]
+        assert sum(encoded) == times * len(samples)
+
+
 @pytest.mark.parametrize("policy", few([LAYERED, BITS, WINDOWED], 2), ids=lambda policy: policy.name)
 def test_live_bytes_are_those_of_sizes_and_read_bytes_those_that_the_runtime_counts(tiny, samples, policy):
     token = tiny.adapter.kv_bytes_per_token_per_layer(torch.float16)  # whatever it runs in
@@ -216,30 +240,6 @@ def test_finished_answers_are_not_generated_again(tiny, samples, tmp_path, monke
     assert len(asked) == 6
     assert [a.prediction for a in f1] == [a.prediction for a in first]
     assert any(a.score != b.score for a, b in zip(f1, first, strict=True))
-
-
-def test_long_answers_have_batches_of_their_own_where_prompts_are_alike(tiny):
-    samples = load_task("shapes").samples("held-out", 9)
-    lengths = prompt_lengths(tiny, samples)
-    plain = AnswerSettings(LIMIT, 3, lengths=lengths)
-    dense = generate_answers(tiny, samples, None, plain)
-    spoken = {answer.sample: answer.generated_tokens for answer in dense}
-    expecting = plain.expecting(spoken)
-
-    def steps(settings):
-        batches = [*answer_batches(tiny, samples, settings)]
-        assert sorted(s.id for batch in batches for s in batch) == sorted(s.id for s in samples)
-        return sum(max(spoken[sample.id] for sample in batch) for batch in batches)
-
-    ordered = sorted(spoken.values())
-    assert steps(expecting) == sum(ordered[2::3]) < steps(plain)  # as few as three batches of three can have
-    again = generate_answers(tiny, samples, LAYERED, expecting)
-    assert [a.sample for a in again] == [s.id for s in samples]
-    alone = generate_answers(tiny, samples, LAYERED, plain)
-    assert [a.prediction for a in again] == [a.prediction for a in alone]
-    one_long = lengths | {samples[0].id: 2 * max(lengths.values())}
-    assert AnswerSettings(LIMIT, 3, lengths=one_long).expecting(spoken).expected is None
-    assert AnswerSettings(LIMIT, 3).expecting(spoken).expected is None
 
 
 def test_answers_survive_an_interruption(tiny, samples, tmp_path):

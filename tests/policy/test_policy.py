@@ -66,6 +66,13 @@ def policies(draw, runnable=False):
             share = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
             scaled = [share * k for k in keep] if isinstance(keep, tuple) else share * keep
             fields |= {"vision_compute": scaled, "refresh_interval": draw(st.integers(0, 7))}
+            kind = draw(st.sampled_from(["full", "score_only", "triggered"]))
+            leads = draw(st.sets(st.integers(0, layers - 1), max_size=3))
+            fields["refresh"] = kind
+            if kind == "triggered":
+                fields["refresh_margin"] = draw(RATIO.filter(bool))
+            if kind != "full" and leads:
+                fields["refresh_layers"] = sorted(leads)
         fields["core_score"] = CoreScore(prompt=draw(RATIO), memory=draw(RATIO.filter(lambda r: r < 1)))
         fields["vision_bits"] = per_layer(st.sampled_from([16, 8, 4, 3, 2]))
         fields["heads"] = draw(st.sampled_from(["shared", "kv_head", "adaptive"]))
@@ -77,6 +84,7 @@ def policies(draw, runnable=False):
                 for part in draw(st.lists(RATIO, min_size=layers, max_size=layers))
             ]
             fields |= {"head_floor": draw(RATIO), "head_shares": draw(st.sampled_from([None, apart]))}
+        waits = fields.get("refresh") == "triggered" or "refresh_layers" in fields
         kinds = ["all", "bits", "window"] if runnable else ["all", "bits", "window", "keep"]
         kind = draw(st.sampled_from(kinds))
         if kind == "bits":
@@ -89,7 +97,7 @@ def policies(draw, runnable=False):
                 keep=per_layer(RATIO),
                 minimum=draw(st.integers(1, 30)),
                 recent=draw(RATIO),
-                scorer=draw(st.sampled_from(["position", "history", "accumulated"])),
+                scorer=draw(st.sampled_from(["position", "history", "accumulated"][: 1 if waits else 3])),
             )
         options = draw(st.dictionaries(st.sampled_from(["seed", "power"]), st.integers(-5, 5), max_size=2))
         fields["scorer"] = ScorerSpec(name=draw(st.sampled_from(["last_query", "random"])), options=options)
@@ -209,6 +217,16 @@ REFUSED = {
     "core_score: {memory: 1}": "core_score.memory: input should be less than 1, got 1",
     "core_score: {memroy: 0.5}": "did you mean core_score.memory?",
     "pool: joint\njoint: {keep: 0.5}\ncore_score: {prompt: 0.5}": "leave core_score out",
+    "refresh: sometimes": "refresh",
+    "refresh_margin: 0.2": "refresh_margin goes with refresh: triggered",
+    "refresh: triggered\nrefresh_margin: 0": "refresh_margin: input should be greater than 0, got 0",
+    "refresh: triggered\ntext: {keep: 0.5, scorer: history}": "refresh: triggered does not go with text",
+    "refresh_layers: [0]": "refresh_layers goes with refresh: score_only or refresh: triggered",
+    "refresh: score_only\nrefresh_layers: []": "refresh_layers must name at least one layer",
+    "refresh: score_only\nrefresh_layers: [2, 2]": "in ascending order, each once",
+    "refresh: score_only\nrefresh_layers: [2, -2]": "refresh_layers[1]",
+    "refresh: score_only\nrefresh_layers: [1]\ntext: {keep: 0.5, scorer: history}": "refresh_layers does not",
+    "pool: joint\njoint: {keep: 0.5}\nrefresh: score_only\nrefresh_layers: [0]": "leave refresh_layers out",
     "heads: each": "heads",
     "heads: adaptive\nhead_floor: 1.5": "head_floor: input should be less than or equal to 1, got 1.5",
     "head_floor: 0.5": "head_floor and head_shares go with heads: adaptive",
@@ -307,9 +325,14 @@ def simulate(policy, prompt, layers, steps):
             text = [*text, ("generated", step)]
             if limit is not None and len(text) > limit:
                 text.pop(sink)
-            refresh = policy.refresh_interval and step % policy.refresh_interval == 0
-            attended = system + (kept if refresh else core) + text
+            # triggered refreshes come first of all, and then as soon as they can
+            since = step - 1 if policy.refresh == "triggered" else step
+            refresh = policy.refresh_interval and since % policy.refresh_interval == 0
+            refresh = refresh and (policy.refresh_layers is None or layer in policy.refresh_layers)
+            attended = system + (kept if refresh and policy.refresh == "full" else core) + text
             read += sum(packed.get(token, 1) for token in attended if token[0] != "generated")
+            if refresh and policy.refresh != "full":  # keys are half of what a token takes
+                read += Fraction(1, 2) * sum(packed.get(token, 1) for token in kept if token not in core)
     return live, read
 
 
@@ -416,6 +439,18 @@ def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
     scored = [cored.model_copy(update={"core_score": CoreScore(**{n: 0.5})}) for n in ("prompt", "memory")]
     assert len({cored.hash, *(policy.hash for policy in scored)}) == 3
     assert [policy.scores_core for policy in (cored, *scored)] == [False, True, True]
+    waits = [
+        cored.model_copy(update={"refresh": kind} | more)
+        for kind, more in (
+            ("score_only", {}),
+            ("triggered", {}),
+            ("triggered", {"refresh_margin": 0.5}),
+            ("score_only", {"refresh_layers": (0,)}),
+            ("score_only", {"refresh_layers": (0, 2)}),
+        )
+    ]
+    assert len({cored.hash, *(policy.hash for policy in waits)}) == 6
+    assert waits[0].hash == "d3cd2b0819da44dc"  # as it was before layers could follow others
     prompt = PromptShape(0, 100, 0)
     bare, whole = (
         sizes(Policy(vision_keep=0.4, vision_compute=core, vision_bits=3), prompt, 1)[0]

@@ -282,7 +282,14 @@ def test_beams_and_returned_sequences_keep_their_rows_apart(case):
 
 
 @pytest.mark.parametrize(
-    "name", few(["core and window", "scored per head", "history", "heavy", "h2o", "tova", "newest share"], 2)
+    "name",
+    few(
+        [
+            *("core and window", "scored per head", "history", "heavy", "h2o", "tova", "newest share"),
+            *("triggered per head", "triggered and followed", "followed"),
+        ],
+        2,
+    ),
 )
 def test_beams_take_their_state_along(name):
     """Reordered rows go on as if each had been alone: against the oracle of the winning answer."""
@@ -311,7 +318,11 @@ def test_beams_take_their_state_along(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["core, k=1", "core, k=3", "per head", "score only", "history", "scored history", *CORED]
+    "name",
+    [
+        *("core, k=1", "core, k=3", "per head", "score only", "history", "scored history", *CORED),
+        *("triggered and followed", "followed per head", "packed triggered", "packed followed"),
+    ],
 )
 def test_swaps_of_fixed_shapes_are_the_counted_ones(name):
     """The form that devices run, which never asks how many swaps there are."""

@@ -87,19 +87,19 @@ def test_the_task_of_many_sizes_asks_the_same_in_other_frames():
         load_task("shapes-sizes:nothing")
 
 
-def test_what_is_drawn_is_told_by_counts_of_colours():
-    """A picture of so many pixels of its ground, of ink and of other colours, in any order."""
-
-    def told(ground: int, ink: int, other: int, tone: tuple[int, int, int] = (248, 248, 248)) -> bool:
-        colors = [tone] * ground + [COLORS["red"]] * ink
-        colors += [(40 + number % 200, 90, 7 + number // 200) for number in range(other)]
-        pixels = np.array(colors, dtype=np.uint8)
-        np.random.default_rng(0).shuffle(pixels)
-        return is_drawn(Image.fromarray(pixels.reshape(20, -1, 3)))
-
-    assert told(280, 12, 108)
-    assert told(400, 0, 0)
-    assert not told(279, 12, 109)  # less than 70% are ground
-    assert not told(280, 11, 109)  # less than a tenth of the others is ink
-    assert not told(280, 12, 108, (200, 200, 200))  # too dark
-    assert not told(280, 12, 108, (250, 248, 250))  # not grey
+def test_what_is_drawn_is_told_by_its_colours():
+    """As by a table of all pixels' colours, on drawn pictures, greys, noise and drawings with little ink."""
+    rng = np.random.default_rng(0)
+    drawn = [render(sample_scene((9, number))) for number in range(4)]
+    flat = [Image.new("RGB", (40, 30), (tone, tone, tone)) for tone in (0, 230, 255)]
+    noise = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))]
+    sparse = np.full((30, 30, 3), 240, dtype=np.uint8)
+    sparse[0, :20] = rng.integers(0, 200, (20, 3))
+    for picture in [*drawn, *flat, *noise, Image.fromarray(sparse)]:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        colors, counts = np.unique(pixels, axis=0, return_counts=True)
+        tone, inks = colors[counts.argmax()], np.array(list(COLORS.values()))
+        pure = counts[(colors[:, None] == inks).all(axis=2).any(axis=1)].sum()
+        flat_ground = tone.min() >= 232 and not np.ptp(tone) and counts.max() >= 0.7 * len(pixels)
+        assert is_drawn(picture) == (flat_ground and pure >= 0.1 * (len(pixels) - counts.max()))
+    assert all(map(is_drawn, drawn))

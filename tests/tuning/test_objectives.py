@@ -15,7 +15,7 @@ from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, AnswerStore, generate_answers
 from avlprof.plots.knobs import knob_effects, knob_effects_info
-from avlprof.policy import Policy, PromptShape, live_share, parse_policy
+from avlprof.policy import Policy, PromptShape, live_share, parse_policy, read_share
 from avlprof.runtime.forced import ForcedScore, ForcedSet
 from avlprof.tasks import load_task
 from avlprof.testing.allocators import random_evidence
@@ -53,6 +53,17 @@ class Distance:
 
     def score(self, policy):
         return next(self.parts(policy))
+
+
+@dataclass
+class Fewer(Distance):
+    """Of which so many steps refresh where that is triggered; more with a larger core, or fewer."""
+
+    slope: float = 0.0
+
+    def refreshed(self, policy):
+        core = np.array(policy.compute(LAYERS)) / np.array(policy.keep(LAYERS))
+        return tuple(np.clip(0.3 + self.slope * core, 0.0, 1.0))
 
 
 def objective(kind="fidelity", scores=None, space=SPACE, budget=BUDGET):
@@ -247,3 +258,24 @@ def test_dense_answers_are_judged_as_generated_ones(tiny, few, tmp_path):
     wanted = made.generated(AnswerStore(tmp_path)).metric(None)
     np.testing.assert_array_equal(made.dense_metric(AnswerStore(tmp_path / "other")), wanted)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.3, 0.5, 5.0])
+def test_triggered_refreshes_are_paid_as_often_as_they_happen(slope):
+    """A core as large as measured refreshes leave room for; where its own take more, a smaller one."""
+    budget = Budget(0.5, 0.3, (PromptShape(2, 40, 6),), 12)
+    space = Space(("uniform",), ("last_query",), bits=(16,), text_bits=(16,), refresh=("triggered",))
+    space = space.within(budget, LAYERS)
+    scores = Fewer(slope=slope)
+    ours = objective(scores=scores, space=space, budget=budget)
+    point = Candidate(refresh_interval=2, refresh="triggered", refresh_margin=0.2, scorer="last_query")
+    policy, rates = ours.policy(point)
+    assert policy.refresh_margin == 0.2 and rates == scores.refreshed(policy)
+    assert read_share(policy, list(budget.prompts), LAYERS, 12, rates) <= 0.3
+    bound = point.policy(EVIDENCE, budget)
+    assert read_share(bound, list(budget.prompts), LAYERS, 12) <= 0.3
+    cores = [sum(one.compute(LAYERS)) for one in (policy, bound)]
+    assert cores[0] > cores[1] if slope < 5 else cores[0] == cores[1]
+    trial = optuna.create_study().ask()
+    ours(trial)
+    assert trial.user_attrs["read_share"] <= 0.3

@@ -10,6 +10,7 @@ import pytest
 
 from avlprof.allocators import Evidence
 from avlprof.allocators.sensitivity import Sensitivity
+from avlprof.analysis.derive import leading_layers
 from avlprof.errors import UserError
 from avlprof.policy import (
     Policy,
@@ -42,6 +43,7 @@ def test_every_candidate_meets_its_budgets(seed):
     read = float(rng.uniform(always, 1.0)) if seed % 4 > 1 else None
     budget = Budget(memory, read, prompts, int(rng.integers(1, 12)))
     space = Space(heads=HEADS, text="trade" if window else "all").within(budget, layers).supported(evidence)
+    assert space.leaders == tuple(n for n in (0, 1, 2, 3) if n < layers)
     assert space.heads == (HEADS if read is None else ("shared", "kv_head"))
     dense = layers * sum(prompt.total for prompt in prompts)
     slack = layers * len(prompts) / dense
@@ -63,6 +65,8 @@ def test_every_candidate_meets_its_budgets(seed):
             core_prompt=None if seed % 5 == 0 else float(rng.choice(space.core_prompts)),
             core_memory=None if seed % 5 == 0 else float(rng.choice(space.core_memories)),
             text_bits=None if seed % 7 == 0 else int(rng.choice(space.text_bits)),
+            leading=int(rng.choice(space.leaders)),
+            leading_interval=int(rng.choice((1, 2, 4))),
         )
         policy = candidate.policy(evidence, budget)
         check_budgets(policy, budget, layers, slack)
@@ -76,9 +80,17 @@ def test_every_candidate_meets_its_budgets(seed):
             assert policy.text.window <= asked
             assert policy.text.sink <= candidate.text_sink
         if read is not None:
-            assert policy.refresh_interval == candidate.refresh_interval
+            every = candidate.refresh_interval
+            if candidate.leading:  # twice as long until it can be paid
+                every = candidate.leading_interval
+                assert policy.refresh_layers == leading_layers(evidence, candidate.leading)
+                assert policy.refresh == "score_only"
+                longer = {every << times for times in range(5)}
+                assert policy.refresh_interval in longer | {0}
+            else:
+                assert policy.refresh_interval == every and policy.refresh_layers is None
             asked = (candidate.core_prompt or 0.0, candidate.core_memory or 0.0)
-            wanted = asked if candidate.refresh_interval else (0.0, 0.0)
+            wanted = asked if every else (0.0, 0.0)
             assert (policy.core_score.prompt, policy.core_score.memory) == wanted
             moved = Moved(policy, *(tuple(rng.uniform(-1, 1, layers)) for _ in range(2)))
         else:
@@ -204,10 +216,13 @@ def test_starts_are_points_of_the_space():
     static = [start for start in replace(Space(), reads=True).starts() if start.refresh_interval == 0]
     assert [start.scorer for start in static] == list(Space().scorers)
     limited = replace(Space(), reads=True).starts()
-    assert len(limited) == len(starts) + len(static) + 1
-    assert {(start.core_prompt, start.core_memory) for start in limited[:-1]} == {(0.0, 0.0)}
-    last = limited[-1]
-    assert (last.refresh_interval, last.refresh, last.core_prompt) == (4, "score_only", 0.5)
+    assert len(limited) == len(starts) + len(static) + 4
+    assert {(start.core_prompt, start.core_memory) for start in limited[:-4]} == {(0.0, 0.0)}
+    last = limited[-4:]
+    assert {(one.refresh_interval, one.refresh, one.core_prompt) for one in last} == {(4, "score_only", 0.5)}
+    assert [(one.leading, one.leading_interval) for one in last] == [(n, 1) for n in range(4)]
+    assert {one.leading for one in limited[:-4]} == {0}
+    assert {one.leading for one in starts} == {None}
     plain = replace(Space(core_prompts=(0.0,), core_memories=(0.0,)), reads=True)
     assert {start.core_prompt for start in plain.starts()} == {None}
     window = Space(text="trade").starts()
@@ -278,7 +293,7 @@ def test_a_space_comes_back_from_its_description():
     for space in (Space(), SPACE, Space(("uniform",), refreshes=(0, 8), text="trade")):
         assert Space.of(space.described()) == space
     told = {"allocators": ("uniform",), "of a later version": (1,)}
-    rows = {"core_prompts": (0.0,), "core_memories": (0.0,)}
+    rows = {"core_prompts": (0.0,), "core_memories": (0.0,), "leaders": (0,)}
     plain = Space(("uniform",), bits=(16,), text_bits=(16,), **rows)
     assert Space.of(told) == plain, "one that tells of no bits and no scores searched none"
     assert Space.of(told | {"bits": (4, 2)}) == replace(plain, bits=(4, 2))
@@ -296,6 +311,8 @@ def test_a_space_comes_back_from_its_description():
         ({"heads": ("all",)}, "unknown kind of heads 'all'"),
         ({"heads": ("adaptive", "all")}, "unknown kind of heads 'all'"),
         ({"refreshes": (-1,)}, "refreshes of the search space must be 0 or more, got -1"),
+        ({"leaders": (-1,)}, "leaders of the search space must be 0 or more, got -1"),
+        ({"refresh": ("now",)}, "unknown kind of refresh 'now'"),
         ({"scorers": ()}, "scorers of the search space must name at least one"),
         ({"scorers": ("valued:instrction",)}, "unknown scorer 'instrction'; did you mean instruction"),
         ({"refresh": ("half",)}, "unknown kind of refresh 'half'"),

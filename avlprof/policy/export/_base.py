@@ -25,6 +25,8 @@ LOST: Final[Mapping[str, str]] = {
     "vision_compute": "every step attends to all that is kept; there is no core",
     "refresh_interval": "without a core there is nothing to refresh",
     "refresh": "without a core there is nothing to refresh",
+    "refresh_margin": "without a core there is nothing to refresh",
+    "refresh_layers": "without a core there is nothing to refresh",
     "core_score": "without a core there is nothing to refresh",
     "vision_bits": "what is kept stays in the precision of the cache",
     "text.bits": "text stays in the precision of the cache",

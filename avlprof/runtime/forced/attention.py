@@ -21,11 +21,12 @@ from avlprof.attention.modality import Modality
 from avlprof.errors import UserError
 from avlprof.policy import FULL, Policy
 from avlprof.runtime.cache import is_sliding, stock_layers
+from avlprof.runtime.forced.cores import Told
 from avlprof.runtime.forced.packing import PackedRows
 from avlprof.runtime.forced.prompt import ForcedCache, PromptLayer, Prompts
-from avlprof.runtime.forced.rows import AnswerRows, Plans
+from avlprof.runtime.forced.rows import AnswerRows, Plans, with_prompt
 from avlprof.runtime.forced.scan import attend_in_order
-from avlprof.runtime.forced.sets import VisionSets, always_visible, chosen_prompt, with_prompt
+from avlprof.runtime.forced.sets import VisionSets, always_visible, chosen_prompt
 
 Visible = Callable[[range], Tensor]
 Full = Callable[[range], Tensor | None]
@@ -38,6 +39,8 @@ class GroupAttention:
         policies: differ in their shares alone.
         length: tokens of the prompts as the model sees them, padding included.
         windows: tokens that each layer's sliding window sees; None where it has none.
+
+    `due` are the steps that refreshed, bool `[B, P, T]` by layer, where a pass went through them one by one.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class GroupAttention:
         self.policies, self.prompts, self.plans, self.length = policies, prompts, plans, length
         self.windows = windows
         self._always: dict[tuple[int, int], Tensor] = {}
+        self._told: dict[int, Told] = {}
+        self.due: dict[int, Tensor] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Output `[B * P, T, H, D]` of every answer row over what its policy lets it see."""
@@ -77,7 +82,7 @@ class GroupAttention:
             return prompt, count, None
         if policy.vision_compute is None:
             return prompt.degraded(bits), count, None
-        reads = 0 < policy.refresh_interval <= self.plans.steps
+        reads = policy.triggered or 0 < policy.refresh_interval <= self.plans.steps
         return prompt, count, prompt.degraded(bits) if reads else None
 
     def _governed(self, rows: AnswerRows, layer: int, groups: int) -> tuple[Visible, Full]:
@@ -86,7 +91,9 @@ class GroupAttention:
         if policy.joint is not None and policy.evicts_by is not None:
             return lambda block: always[:, None, :, block.start : block.stop], _whole
         chosen = chosen_prompt(self.plans, self.prompts, layer, groups)
-        sets = VisionSets(rows, self.plans, chosen, always, layer, self.prompts)
+        sets = VisionSets(rows, self.plans, chosen, always, layer, self.prompts, self._told)
+        if sets.due is not None:
+            self.due[layer] = sets.due
         return lambda block: with_prompt(always[:, :, block.start : block.stop], sets.seen(block)), sets.full
 
     def _visible_always(self, layer: int) -> Tensor:

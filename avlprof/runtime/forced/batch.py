@@ -179,10 +179,31 @@ class ForcedBatch:
             self._stepped = SteppedBatch(self.model, self._prefixes.inputs, self.answers, head=self._head)
         return self._stepped
 
-    def _hidden(self, policies: Sequence[Policy], groups: Sequence[AnswerGroup]) -> Tensor:
+    @torch.inference_mode()
+    def refreshes(self, policy: Policy) -> list[int]:
+        """How many of the answers' steps refresh in each layer, where what refreshes is triggered."""
+        check_supported(policy)
+        counts = [0] * len(self._windows)
+        with switched(self.model):
+            self._prefixes.prepare([policy])
+            for groups in self._passes:
+                attention = [self._attention([policy], group) for group in groups]
+                self._hidden([policy], groups, attention)
+                for group, own in zip(groups, attention, strict=True):
+                    for layer, due in own.due.items():
+                        counts[layer] += int((due[:, 0] & group.real).sum())
+        return counts
+
+    def _hidden(
+        self,
+        policies: Sequence[Policy],
+        groups: Sequence[AnswerGroup],
+        attention: Sequence[GroupAttention] | None = None,
+    ) -> Tensor:
         """Last hidden states `[P, R, D]` of the answers of groups under policies that share a pass."""
         packed = PackedRows.of(groups, len(policies))
-        runtime = ForcedRuntime(packed, [self._attention(policies, group) for group in groups])
+        own = attention or [self._attention(policies, group) for group in groups]
+        runtime = ForcedRuntime(packed, own)
         cache = runtime.new_cache()
         positions = [self._prefixes.positions(group.rows, group.real.shape[1]) for group in groups]
         with switched(self.model, runtime=runtime) as session, self._head.watched(short=True) as seen:

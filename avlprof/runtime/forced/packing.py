@@ -163,8 +163,10 @@ def _ranks(policy: Policy) -> bool:
 def _kind(policy: Policy) -> Hashable:
     joint = policy.joint.model_dump_json(exclude={"keep"}) if policy.joint else ""
     ranks_by = policy.scorer.name if policy.joint is not None else ""
-    refreshes = policy.vision_compute is not None and policy.refresh_interval > 0
-    refresh = (policy.refresh_interval, policy.refresh, policy.core_score) if refreshes else ()
+    refresh: tuple[Hashable, ...] = ()
+    if policy.picks:
+        refresh = (policy.refresh_interval, policy.refresh, policy.core_score)
+        refresh += (policy.refresh_margin, policy.refresh_layers)
     text = policy.text.model_dump_json()
     bits = (policy.vision_bits, policy.vision_compute is None) if policy.packs else ()
     return (bits, text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))

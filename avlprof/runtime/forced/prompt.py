@@ -58,6 +58,19 @@ class PromptLayer:
     modality: Tensor
     columns: Tensor
 
+    def by_column(self, rows: Tensor) -> Tensor:
+        """Values `[B, ..., N]` of the layer's tokens by column of the padded prompt; elsewhere -1."""
+        index = self.columns[:, *(None,) * (rows.ndim - 2)].expand_as(rows)
+        length = int(self.columns.max()) + 1
+        return rows.new_full((*rows.shape[:-1], length), -1.0).scatter(-1, index, rows)
+
+    def at_columns(self, values: Tensor) -> Tensor:
+        """The values `[B, ..., N]` of the layer's tokens, of values by column; -1 where there are none."""
+        index = self.columns[:, *(None,) * (values.ndim - 2)]
+        index = index.expand(*values.shape[:-1], -1)
+        known = values.gather(-1, index.clamp(max=values.shape[-1] - 1))
+        return known.masked_fill(index >= values.shape[-1], -1.0)
+
     def degraded(self, bits: int, text: bool = False) -> PromptLayer:
         """The layer with vision, or system and `text`, as it is after few bits; a copy, while it is used."""
         if bits == FULL:

@@ -154,6 +154,18 @@ class AnswerRows:
             logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
         return logits
 
+    def mean_key(self, tokens: Tensor, whole: Tensor) -> Tensor:
+        """Mean `[B, Hkv, P, D]` of the keys of `tokens`, of which rows see `whole` in full precision.
+
+        Both are bool `[B, G, P, N]`. Of no token it is 0.
+        """
+        heads = self._key.shape[1]
+        near = tokens if self.stored is None else tokens & whole
+        total = near.expand(-1, heads, -1, -1).float() @ self._key
+        if self.stored is not None:
+            total = total + (tokens & ~whole).expand(-1, heads, -1, -1).float() @ self.stored[0]
+        return total / tokens.sum(dim=-1, keepdim=True).clamp(min=1)
+
     def weights(self, logits: Tensor) -> Tensor:
         """Softmax of logits `[B, Hkv, P, g, N + T]` of a row, or `[B, Hkv, P, g, R, N + T]` of some."""
         sinks = self._sinks
@@ -172,3 +184,16 @@ class AnswerRows:
         """The blocks' outputs as the model takes them: `[B * P, T, H, D]`."""
         out = torch.cat(blocks, dim=4) if len(blocks) > 1 else blocks[0]
         return out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 1).to(self.call.query.dtype)
+
+
+def with_prompt(always: Tensor, chosen: Tensor) -> Tensor:
+    """Add prompt tokens `[B, G, P, R, N]` to what rows `[B, P, R, N + T]` see anyway."""
+    extra = always.shape[-1] - chosen.shape[-1]
+    return always[:, None] | torch.nn.functional.pad(chosen, (0, extra))
+
+
+def head_mean(weights: Tensor, groups: int) -> Tensor:
+    """Mean over query heads: `[B, Hkv, P, g, ...]` to `[B, groups, P, ...]`, groups being 1 or Hkv."""
+    if groups == 1:
+        return weights.mean(dim=(1, 3)).unsqueeze(1)
+    return weights.mean(dim=3)

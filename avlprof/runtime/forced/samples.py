@@ -155,6 +155,21 @@ class ForcedSet:
                 own.extend(more)
         return scores
 
+    def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
+        """The share of the answers' steps that refresh in each layer, where refreshes are triggered.
+
+        None where answers are said token by token.
+        """
+        counts: list[int] = []
+        for number, (_, batch) in enumerate(self._batches):
+            if isinstance(batch, SteppedBatch):
+                return None
+            own = batch.refreshes(policy)
+            counts = [a + b for a, b in zip(counts or [0] * len(own), own, strict=True)]
+            self._make_room(number)
+        steps = max(round(self.answer_tokens * len(self.answers)), 1)
+        return tuple(count / steps for count in counts)
+
     def score_cuts(self, cuts: Sequence[Cut]) -> list[list[ForcedScore]]:
         """Scores `[cut][sample]` of the model without routes; cuts share passes where they can."""
         scores: list[list[ForcedScore]] = [[] for _ in cuts]

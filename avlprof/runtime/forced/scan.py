@@ -7,9 +7,10 @@ from torch import Tensor
 
 from avlprof.attention.modality import Modality
 from avlprof.attention.ranking import prompt_scores, ranks, step_scores
+from avlprof.runtime.forced.cores import RunningCore
 from avlprof.runtime.forced.prompt import Prompts, left_aligned
-from avlprof.runtime.forced.rows import AnswerRows, Plans
-from avlprof.runtime.forced.sets import RunningCore, chosen_prompt, head_mean
+from avlprof.runtime.forced.rows import AnswerRows, Plans, head_mean
+from avlprof.runtime.forced.sets import chosen_prompt
 
 
 class Pool:
@@ -109,8 +110,9 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
 
     def picked(weights: Tensor) -> Tensor:
         assert running is not None
-        running.attended(weights, True)
-        return torch.nn.functional.pad(running.pick(), (0, rows.steps))
+        return torch.nn.functional.pad(
+            running.pick(head_mean(weights[..., : rows.length], groups), running.kept), (0, rows.steps)
+        )
 
     outputs = []
     whole = (core | ~kept)[..., : rows.length]  # in full precision, where the rest is stored in few bits
@@ -136,7 +138,7 @@ def attend_in_order(rows: AnswerRows, plans: Plans, prompts: Prompts, layer: int
                 core = picked(weights)
                 whole = whole & (core | ~kept)[..., : rows.length]
             elif scored is not None and not due:
-                scored.attended(weights, False)
+                scored.attended(head_mean(weights[..., : rows.length], groups), scored.core)
             pool.attended(step, weights)
             logits[..., index, :] = weights
         outputs.append(rows.mixed(logits, torch.stack(full, dim=3) if full else None))

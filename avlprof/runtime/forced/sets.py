@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.modality import Modality
-from avlprof.attention.ranking import averaged, best_pairs, core_scores, ranks
-from avlprof.policy import CoreScore
+from avlprof.attention.ranking import best_pairs, ranks
+from avlprof.runtime.forced.cores import CorePicker, RunningCore, StepWeights, Told
 from avlprof.runtime.forced.packing import scorers_of
 from avlprof.runtime.forced.prompt import Prompts
-from avlprof.runtime.forced.rows import AnswerRows, Plans, TextRoom
+from avlprof.runtime.forced.rows import AnswerRows, Plans, TextRoom, head_mean, with_prompt
+from avlprof.runtime.support import not_leading
 
 
 def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -31,50 +32,13 @@ def chosen_prompt(plans: Plans, prompts: Prompts, layer: int, groups: int) -> tu
     return kept, rank < cores[:, None, :, None]
 
 
-class RunningCore:
-    """The core of a layer where scores run while decoding (`core_score`), bool `[B, G, P, N]`.
-
-    `sets` are the kept and the core tokens right after prefill. Scores change as in
-    `avlprof.runtime.core_scores`.
-    """
-
-    def __init__(self, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]) -> None:
-        self.rule: CoreScore = plans.policies[0].core_score
-        self.kept, self.core = sets
-        self._counts = plans.vision(layer)[1][:, None, :, None]
-        specs, groups = [policy.scorer for policy in plans.policies], self.kept.shape[1]
-        self._prompt = torch.stack([prompts.group_scores(spec, groups, layer) for spec in specs], dim=2)
-        self._mean = torch.full(self.kept.shape, -1.0, device=self.kept.device)
-
-    @classmethod
-    def of(
-        cls, plans: Plans, prompts: Prompts, layer: int, sets: tuple[Tensor, Tensor]
-    ) -> RunningCore | None:
-        """The core of a layer whose core is picked anew; None where it is not."""
-        counts, cores = plans.vision(layer)
-        picks = plans.policies[0].refresh_interval > 0 and not bool((counts == cores).all())
-        return cls(plans, prompts, layer, sets) if picks else None
-
-    def attended(self, weights: Tensor, whole: bool) -> None:
-        """Count a row of weights `[B, Hkv, P, g, N + T]`: on all that is kept (`whole`), or on the core."""
-        row = head_mean(weights[..., : self.kept.shape[-1]], self.kept.shape[1])
-        seen = self.kept if whole else self.core
-        self._mean = averaged(self._mean, row, seen, self.rule.memory)
-
-    def pick(self) -> Tensor:
-        """Make the best by score the core, which is given back."""
-        scores = core_scores(self._prompt, self._mean, self.kept, self.rule.prompt)
-        self.core = ranks(scores.masked_fill(~self.kept, float("-inf"))) < self._counts
-        return self.core
-
-
 class VisionSets:
     """Vision tokens that each row sees: the core of prefill, then that of each refresh.
 
     `full` refresh rows see all that is kept; under `score_only` they see the core that they pick. Where
     the rest is stored in few bits, a token is as good as it was as long as it has always been core.
-    Where scores run, `running`, the rows between two refreshes are weighed together, with the core that all
-    of them see, and one refresh comes after the other.
+    Where what a refresh picks, or when, depends on more than its own row, one step comes after the other
+    (`cores`); `due`, bool `[B, P, T]`, are then the steps that refresh.
     """
 
     def __init__(
@@ -85,24 +49,39 @@ class VisionSets:
         always: Tensor,
         layer: int,
         prompts: Prompts,
+        told: dict[int, Told],
     ) -> None:
-        """`sets` are the kept and the core tokens after prefill, as `chosen_prompt` gives them."""
+        """`sets` are the kept and the core tokens after prefill, as `chosen_prompt` gives them.
+
+        `told` is what layers have told those behind them.
+        """
         kept, core = sets
         policy = plans.policies[0]
         self._every = policy.refresh_interval
         self._full = policy.refresh == "full"
         self._sets = core[:, :, :, None]
         self._whole: Tensor | None = None
+        self._by_step = False
+        self.due: Tensor | None = None
         counts, cores = plans.vision(layer)
-        if not self._every or self._every > rows.steps or bool((counts == cores).all()):
+        lead, idle = policy.leader(layer), bool((counts == cores).all())
+        never = not self._every or (self._every > rows.steps and not policy.triggered)
+        if never or lead is None or (idle and not policy.leads(layer)):
             self._every = 0
             return
-        cored = [self._sets]
-        if policy.scores_core:
+        if policy.scores_core or policy.triggered or lead != layer or policy.leads(layer):
+            if lead != layer and lead not in told:
+                raise not_leading(policy, lead)
             running = RunningCore(plans, prompts, layer, sets)
-            cored, whole = _picked_in_turn(rows, running, always, self._every)
-            self._whole = None if rows.stored is None else torch.cat(whole, dim=3)
-        elif rows.stored is not None:
+            picker = CorePicker(rows, plans, running, layer, None if lead == layer else told[lead])
+            steps = picker.steps(StepWeights(rows, always, core))
+            self._sets, self._by_step, self.due = steps.seen, True, steps.due
+            self._whole = None if rows.stored is None else steps.whole
+            if steps.told is not None:
+                told[layer] = steps.told
+            return
+        cored = [self._sets]
+        if rows.stored is not None:
             whole = [self._sets | ~kept[:, :, :, None]]
             for step in range(self._every - 1, rows.steps, self._every):
                 cored.append(_refreshed(rows, kept, cores, always, range(step, step + 1), whole[-1]))
@@ -117,6 +96,8 @@ class VisionSets:
         """bool `[B, G, P, R, N]`, columns of which rows of a block see full numbers; None: all rows all."""
         if self._whole is None:
             return None
+        if self._by_step:
+            return self._whole[:, :, :, block.start : block.stop]
         steps = torch.arange(block.start + 1, block.stop + 1, device=self._whole.device)
         before = (steps % self._every == 0) if self._full else torch.zeros_like(steps)
         return self._whole.index_select(3, steps // self._every - before.long())
@@ -125,37 +106,13 @@ class VisionSets:
         """bool `[B, G, P, R or 1, N]` of the rows of a block."""
         if not self._every:
             return self._sets
+        if self._by_step:
+            return self._sets[:, :, :, block.start : block.stop]
         steps = torch.arange(block.start + 1, block.stop + 1, device=self._sets.device)
         index = steps // self._every
         if self._full:
             index = torch.where(steps % self._every == 0, self._sets.shape[3] - 1, index)
         return self._sets.index_select(3, index)
-
-
-def _picked_in_turn(
-    rows: AnswerRows, running: RunningCore, always: Tensor, every: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Cores `[B, G, P, 1, N]` of prefill and of each refresh, and what is in full precision with each."""
-    kept, begin = running.kept[:, :, :, None], 0
-    cores = [running.core[:, :, :, None]]
-    full = [cores[0] | ~kept]
-
-    def attend(block: range, seen: Tensor, whole: bool) -> None:
-        logits = rows.logits(block, full[-1])
-        visible = with_prompt(always[:, :, block.start : block.stop], seen)
-        weights = rows.weights(logits.masked_fill_(~visible.unsqueeze(3), float("-inf")))
-        for row in weights.unbind(4):
-            running.attended(row, whole)
-
-    for step in range(every - 1, rows.steps, every):
-        for block in rows.blocks(range(begin, step)):
-            attend(block, cores[-1], False)
-        attend(range(step, step + 1), kept, True)
-        running.pick()
-        cores.append(running.core[:, :, :, None])
-        full.append(full[-1] & (cores[-1] | ~kept))
-        begin = step + 1
-    return cores, full
 
 
 def _refreshed(
@@ -173,19 +130,6 @@ def _refreshed(
     scores = head_mean(weights[..., : rows.length], kept.shape[1])
     rank = ranks(scores.masked_fill(~kept[:, :, :, None], float("-inf")))
     return rank < cores[:, None, :, None, None]
-
-
-def with_prompt(always: Tensor, chosen: Tensor) -> Tensor:
-    """Add prompt tokens `[B, G, P, R, N]` to what rows `[B, P, R, N + T]` see anyway."""
-    extra = always.shape[-1] - chosen.shape[-1]
-    return always[:, None] | torch.nn.functional.pad(chosen, (0, extra))
-
-
-def head_mean(weights: Tensor, groups: int) -> Tensor:
-    """Mean over query heads: `[B, Hkv, P, g, ...]` to `[B, groups, P, ...]`, groups being 1 or Hkv."""
-    if groups == 1:
-        return weights.mean(dim=(1, 3)).unsqueeze(1)
-    return weights.mean(dim=3)
 
 
 def always_visible(modality: Tensor, room: TextRoom, joint: bool, grows: bool) -> Tensor:

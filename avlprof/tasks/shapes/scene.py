@@ -117,11 +117,6 @@ def sample_scene(
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB, in the size of its frame (`IMAGE_SIZE` pixels square by itself)."""
-    return _picture(scene).copy()
-
-
-@functools.lru_cache(maxsize=256)  # whoever compares policies asks for the same pictures again and again
-def _picture(scene: Scene) -> Image.Image:
     return _draw(scene)[0]
 
 
@@ -131,14 +126,21 @@ def is_drawn(picture: Image.Image) -> bool:
     Size does not count. Of the pixels, most are of one tone, and of the others most are pure ink; the
     rest are the blurred edges.
     """
-    picture = picture.convert("RGB")
-    pixels = picture.width * picture.height
-    found = picture.getcolors(pixels) or []  # as many as there can be, so never None
-    most, tone = max(found)
-    if min(tone) < _LIGHTEST or len(set(tone)) > 1 or most < 0.7 * pixels:
+    pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    codes, counts = np.unique(_codes(pixels), return_counts=True)
+    tone = int(codes[counts.argmax()])
+    tones = tone >> 16, tone >> 8 & 255, tone & 255
+    if min(tones) < _LIGHTEST or len(set(tones)) > 1 or counts.max() < 0.7 * len(pixels):
         return False
-    inks = set(COLORS.values())
-    return sum(count for count, color in found if color in inks) >= 0.1 * (pixels - most)
+    pure = np.isin(codes, _codes(np.array(list(COLORS.values()), dtype=np.uint8)))
+    return bool(counts[pure].sum() >= 0.1 * (len(pixels) - counts.max()))
+
+
+def _codes(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """A number for each colour of `[n, 3]`, in the order of colours."""
+    red, green, blue = pixels.astype(np.uint32).T
+    codes: NDArray[np.uint32] = (red << 16) + (green << 8) + blue
+    return codes
 
 
 def patch_labels(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
