@@ -92,7 +92,8 @@ def test_trials_keep_the_budget_and_are_those_of_the_default_search():
     prompts, evidence = [PromptShape(30, 1000, 20)], Evidence(6, 1000)
     policies = trial_policies(evidence, prompts, 70, 0.2, seed=1)
     space = Space()
-    assert {policy.scorer for policy in policies} == {scorer_spec(name) for name in space.scorers}
+    wanted = {scorer_spec(name).key for name in space.scorers}
+    assert {policy.scorer.key for policy in policies} == wanted
     assert {policy.vision_bits for policy in policies} == set(BITS)
     assert {policy.text.bits for policy in policies} == set(space.text_bits)
     assert {policy.heads for policy in policies} == set(space.heads)
@@ -101,7 +102,7 @@ def test_trials_keep_the_budget_and_are_those_of_the_default_search():
     kept_all = np.array([min(policy.keep(6)) == 1.0 for policy in policies])
     assert (shares <= 0.2 + 1e-9).all()
     assert np.allclose(shares[~kept_all], 0.2, atol=0.002)
-    assert len({policy.hash for policy in policies if min(policy.keep(6)) < 1}) == (~kept_all).sum() > 50
+    assert len({policy.hash for policy in policies if min(policy.keep(6)) < 1}) > 50
     assert trial_policies(evidence, prompts, 3, 0.2, seed=1) == policies[:3]
     assert trial_policies(evidence, prompts, 3, 0.2, seed=2)[1:] != policies[1:3]
 
