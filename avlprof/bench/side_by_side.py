@@ -57,7 +57,7 @@ def together(sides: Sequence[_Side]) -> list[TrialCost]:
         which = "1 process" if len(sides) == 1 else f"{len(sides)} processes"
         each = np.array([times[name] for _, times in sides])  # [workers, rounds, 2]
         rate, low, high = median_interval((3600.0 / each[..., 0]).sum(axis=0))
-        changed = {
+        changed: dict[str, Any] = {
             "method": f"{name}, {which}",
             "trial_s": 3600.0 / rate,
             "trials_per_minute": rate / 60.0,
