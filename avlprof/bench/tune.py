@@ -9,23 +9,28 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import optuna
 import torch
 
+from avlprof.allocators import Evidence
 from avlprof.bench.trace import median_interval
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import generate_tokens, running
 from avlprof.models import LoadedModel
-from avlprof.policy import Policy, ScorerSpec
+from avlprof.policy import Policy, PromptShape
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task
+from avlprof.tuning import Budget, Space
+from avlprof.tuning.candidate import scorer_spec
+from avlprof.tuning.storages._base import quiet
 from avlprof.watch import SILENT, Watch
 
 T = TypeVar("T")
 Way = Callable[[list[Policy]], int]
 """Judges policies, and says how many it judged."""
 
-SCORERS = ("last_query", "instruction")
-REFRESHES = (0, 2, 4, 8)
+ALLOCATORS = ("uniform", "pyramid", "sigmoid")
+"""Those of the default search that need no traced run."""
 SINGLE = "generate, batch 1"
 
 
@@ -34,11 +39,13 @@ class TrialCost:
     """One way to judge a policy on all samples.
 
     `trial_s` is the median over rounds of the seconds that a policy takes; `trials_per_minute` follows
-    from it. `speedup` is the time of `generate, batch B` over this one's in the same round, with its
-    95% interval. `preparation_s` is paid once for all trials: dense answers and prefilled prompts; for
-    the naive ways the encoding of prompts and pictures, which their trials are thus spared.
-    `break_even` is the number of trials from which on, preparation included, this way is quicker
-    than `generate, batch B`; None where it never is.
+    from it, and `per_hour`, which has a 95% interval over rounds. Where `workers` processes score side by
+    side, these are of the sum of theirs. `cpu_s` are the seconds of a core that a policy takes. `speedup` is
+    the time of `generate, batch B` over this one's in the same round, with its 95% interval (NaN for
+    processes side by side, which have rounds of their own). `preparation_s` is paid once for all trials:
+    dense answers and prefilled prompts; for the naive ways the encoding of prompts and pictures, which
+    their trials are thus spared. `break_even` is the number of trials from which on, preparation included,
+    this way is quicker than `generate, batch B`; None where it never is, and for processes side by side.
     """
 
     method: str
@@ -49,11 +56,16 @@ class TrialCost:
     rounds: int
     trial_s: float
     trials_per_minute: float
+    per_hour: float
+    per_hour_low: float
+    per_hour_high: float
+    cpu_s: float
     speedup: float
     speedup_low: float
     speedup_high: float
     preparation_s: float
     break_even: int | None
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class TuneBench:
         trials: policies in all, a multiple of `together` after rounding up.
         batch: samples that are generated at a time.
         together: policies of a round.
-        budget: mean share of vision tokens that a policy keeps; half of it is its core.
+        budget: share of the dense prompt KV that a policy keeps, in bytes.
         max_new_tokens: the longest answer; the task's when None.
         single: whether to generate at batch 1 too.
         seed: of the policies.
@@ -75,10 +87,10 @@ class TuneBench:
     """
 
     samples: int = 64
-    trials: int = 12
+    trials: int = 16
     batch: int = 32
-    together: int = 4
-    budget: float = 0.3
+    together: int = 8
+    budget: float = 0.2
     max_new_tokens: int | None = None
     single: bool = True
     seed: int = 0
@@ -115,72 +127,92 @@ def run_tune_bench(
     samples = task.samples("search", bench.samples)
     limit = bench.max_new_tokens or task.max_new_tokens
     device = loaded.model.device
-    policies = trial_policies(loaded.adapter.layers, bench.rounds * bench.together, bench.budget, bench.seed)
-    specs = [ScorerSpec(name=name) for name in SCORERS]
-    prepared, forced = _timed(
-        device,
-        lambda: ForcedSet.prepare(
-            loaded, samples, max_new_tokens=limit, batch_size=bench.batch, scorers=specs
-        ),
-    )
-    if not forced.answer_tokens:
-        raise UserError("every dense answer ends at its first token; choose a task with longer answers")
-    prepared += _timed(device, lambda: forced.score(policies[0]))[0]  # dense rows, once for all trials
-    encoded, batches = _timed(device, lambda: _encoded(loaded, samples, bench.batch))
+    (preparing, _), (forced, policies) = timed(device, lambda: prepared(loaded, task, bench))
+    (encoded, _), batches = timed(device, lambda: _encoded(loaded, samples, bench.batch))
     naive = f"generate, batch {bench.batch}"
     ways: dict[str, Way] = {
-        "forced": lambda part: len([forced.score(policy) for policy in part]),
-        f"forced, {bench.together} together": lambda part: len(forced.score_many(part)),
+        **forced_ways(forced, bench),
         naive: lambda part: _generate(loaded, batches, part, limit),
     }
-    spent = dict.fromkeys(ways, encoded) | dict.fromkeys(list(ways)[:2], prepared)
+    spent = dict.fromkeys(ways, encoded) | dict.fromkeys(list(ways)[:2], preparing)
     if bench.single:
-        alone, singles = _timed(device, lambda: _encoded(loaded, samples, 1))
+        (alone, _), singles = timed(device, lambda: _encoded(loaded, samples, 1))
         ways[SINGLE] = lambda part: _generate(loaded, singles, part[:1], limit)
         spent[SINGLE] = alone
     times = _rounds(ways, policies, bench, device, watch)
     return [
-        _cost(
+        cost_of(
             name, times, naive, spent, samples=len(samples), batch=bench.batch, forced=forced, device=device
         )
         for name in ways
     ]
 
 
+def prepared(loaded: LoadedModel, task: Task, bench: TuneBench) -> tuple[ForcedSet, list[Policy]]:
+    """All that is made once for all trials, dense rows included, and the policies."""
+    forced = ForcedSet.prepare(
+        loaded,
+        task.samples("search", bench.samples),
+        max_new_tokens=bench.max_new_tokens or task.max_new_tokens,
+        batch_size=bench.batch,
+        scorers=[scorer_spec(name) for name in Space().scorers],
+    )
+    if not forced.answer_tokens:
+        raise UserError("every dense answer ends at its first token; choose a task with longer answers")
+    count = bench.rounds * bench.together
+    tokens = max(shape.vision for shape in forced.shapes)
+    evidence = Evidence(loaded.adapter.layers, tokens, governed=loaded.adapter.governed)
+    policies = trial_policies(evidence, forced.shapes, count, bench.budget, bench.seed)
+    forced.score(policies[0])
+    return forced, policies
+
+
+def forced_ways(forced: ForcedSet, bench: TuneBench) -> dict[str, Way]:
+    return {
+        "forced": lambda part: len([forced.score(policy) for policy in part]),
+        f"forced, {bench.together} together": lambda part: len(forced.score_many(part)),
+    }
+
+
+Times = list[tuple[float, float]]
+"""Seconds a policy, by the clock and of a core, one pair a round."""
+
+
 def _rounds(
     ways: dict[str, Way], policies: list[Policy], bench: TuneBench, device: torch.device, watch: Watch
-) -> dict[str, list[float]]:
-    """Seconds a policy, by way, one number a round."""
-    names, times = list(ways), {name: list[float]() for name in ways}
+) -> dict[str, Times]:
+    """What each way takes."""
+    names, times = list(ways), {name: Times() for name in ways}
     watch.phase("bench tune", 0, bench.rounds * len(names))
     for number in range(bench.rounds):
         part = policies[number * bench.together : (number + 1) * bench.together]
         first = number % len(names)
         for index, name in enumerate(names[first:] + names[:first]):
-            seconds, count = _timed(device, partial(ways[name], part))
-            times[name].append(seconds / count)
+            (seconds, cpu), count = timed(device, partial(ways[name], part))
+            times[name].append((seconds / count, cpu / count))
             watch.phase("bench tune", number * len(names) + index + 1, bench.rounds * len(names))
     return times
 
 
-def trial_policies(layers: int, trials: int, budget: float, seed: int) -> list[Policy]:
-    """Random policies as a search tries them: uneven shares that keep `budget` in the mean, and a core."""
-    draw = np.random.default_rng(seed)
-    policies = []
-    for index in range(trials):
-        shares = draw.dirichlet(np.full(layers, 8.0)) * layers * budget
-        keep = tuple(float(share) for share in np.minimum(shares, 1.0))
-        core = tuple(share / 2 for share in keep)
-        policies.append(
-            Policy(
-                name=f"trial {index}",
-                vision_keep=keep,
-                vision_compute=core,
-                refresh_interval=REFRESHES[index % len(REFRESHES)],
-                scorer=ScorerSpec(name=SCORERS[index // len(REFRESHES) % len(SCORERS)]),
-            )
-        )
-    return policies
+def trial_policies(
+    evidence: Evidence, prompts: Sequence[PromptShape], trials: int, budget: float, seed: int
+) -> list[Policy]:
+    """Policies as a search tries them: the default ranking in 4 bits, then random ones of the default space.
+
+    Without what needs a traced run or a read budget; all meet `budget` on the prompts, in bytes.
+
+    Raises:
+        UserError: text alone needs more than the budget.
+    """
+    share = Budget(budget, None, tuple(prompts), 1)
+    space = Space(allocators=ALLOCATORS).within(share, evidence.layers)
+    plain = next(start for start in space.starts() if start.vision_bits == 4)
+    with quiet():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+        drawn = [space.suggest(study.ask(), share) for _ in range(trials - 1)]
+    return [
+        candidate.policy(evidence, share, f"trial {index}") for index, candidate in enumerate([plain, *drawn])
+    ]
 
 
 def _encoded(loaded: LoadedModel, samples: Sequence[Sample], size: int) -> list[dict[str, torch.Tensor]]:
@@ -199,12 +231,13 @@ def _generate(
     return len(policies)
 
 
-def _timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
+def timed(device: torch.device, work: Callable[[], T]) -> tuple[tuple[float, float], T]:
+    """Seconds by the clock and of a core, and what the work gives."""
     _synchronize(device)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     result = work()
     _synchronize(device)
-    return time.perf_counter() - started, result
+    return (time.perf_counter() - started, time.process_time() - before), result
 
 
 def _synchronize(device: torch.device) -> None:
@@ -212,9 +245,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cost(
+def cost_of(
     name: str,
-    times: dict[str, list[float]],
+    times: dict[str, Times],
     naive: str,
     spent: dict[str, float],
     *,
@@ -223,8 +256,10 @@ def _cost(
     forced: ForcedSet,
     device: torch.device,
 ) -> TrialCost:
-    seconds, theirs = float(np.median(times[name])), float(np.median(times[naive]))
-    speedup, low, high = median_interval(np.array(times[naive]) / np.array(times[name]))
+    (own, cpu), slow = np.array(times[name]).T, np.array(times[naive])[:, 0]
+    seconds, theirs = float(np.median(own)), float(np.median(slow))
+    speedup, low, high = median_interval(slow / own)
+    rate, least, most = median_interval(3600.0 / own)
     later = max(spent[name] - spent[naive], 0.0)
     return TrialCost(
         method=name,
@@ -235,6 +270,10 @@ def _cost(
         rounds=len(times[name]),
         trial_s=seconds,
         trials_per_minute=60.0 / seconds,
+        per_hour=rate,
+        per_hour_low=least,
+        per_hour_high=most,
+        cpu_s=float(np.median(cpu)),
         speedup=speedup,
         speedup_low=low,
         speedup_high=high,

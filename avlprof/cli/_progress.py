@@ -179,6 +179,7 @@ _UNITS = {
     "knockout": "answers",
     "bench trace": "prefills",
     "bench tune": "steps",
+    "side by side": "steps",
     "bench storage": "cases",
     "submissions": "files",
 }

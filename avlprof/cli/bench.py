@@ -139,14 +139,19 @@ def tune(
     spec: ModelSpec,
     source: TaskSpec,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Samples that a trial is judged on.")] = 64,
-    trials: Annotated[int, typer.Option("--trials", help="Policies judged in all.")] = 12,
+    trials: Annotated[int, typer.Option("--trials", help="Policies judged in all.")] = 16,
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples generated at a time.")] = 32,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Processes that score side by side as well, one thread each."),
+    ] = 1,
     single: Annotated[bool, typer.Option("--single/--no-single", help="Generate at batch 1 as well.")] = True,
     threads: ThreadsOption = None,
     out: SaveOption = None,
     form: FormatOption = Format.table,
 ) -> None:
     """Trials of a search: one forced forward against generating anew for every policy and sample."""
+    from avlprof.bench.side_by_side import run_side_by_side
     from avlprof.bench.tune import TuneBench, run_tune_bench
     from avlprof.models import load_model
 
@@ -161,10 +166,12 @@ def tune(
     bench = TuneBench(samples, trials, batch, max_new_tokens=source.max_new_tokens, single=single)
     with bars() as watch:
         costs = run_tune_bench(loaded, task, bench, watch)
+        if workers > 1:
+            costs += run_side_by_side(spec, source, bench, workers, watch)
     rows = [asdict(cost) for cost in costs]
-    columns = ["method", "trial_s", "trials_per_minute", "speedup", "speedup_low", "speedup_high"]
-    columns += ["preparation_s", "break_even", "answer_tokens"]
-    print_costs(rows, columns, form, out, {})
+    columns = ["method", "trial_s", "cpu_s", "per_hour", "per_hour_low", "per_hour_high"]
+    columns += ["speedup", "speedup_low", "speedup_high", "preparation_s", "break_even"]
+    print_costs(rows, columns, form, out, dict.fromkeys(columns[3:6], "{:,.0f}".format))
 
 
 @app.command()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
-from avlprof.bench import tune
-from avlprof.bench.tune import (
-    REFRESHES,
-    SCORERS,
-    SINGLE,
-    TuneBench,
-    run_tune_bench,
-    trial_policies,
-)
+from avlprof.allocators import Evidence
+from avlprof.bench import side_by_side, tune
+from avlprof.bench.side_by_side import run_side_by_side, together
+from avlprof.bench.tune import SINGLE, TrialCost, TuneBench, run_tune_bench, trial_policies
 from avlprof.errors import UserError
-from avlprof.policy import PromptShape, live_share
+from avlprof.models import ModelSpec
+from avlprof.policy import BITS, RANKING, PromptShape, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import load_task
+from avlprof.tasks.spec import TaskSpec
+from avlprof.tuning import Space
+from avlprof.tuning.candidate import scorer_spec
 from tests.watching import Notes
 
 
@@ -71,6 +73,9 @@ def test_the_arithmetic_of_a_row(bench):
     assert (naive.speedup, naive.speedup_low, naive.speedup_high, naive.break_even) == (1.0, 1.0, 1.0, None)
     for row in rows.values():
         assert row.trials_per_minute == pytest.approx(60 / row.trial_s)
+        assert row.per_hour_low <= row.per_hour <= row.per_hour_high
+        assert row.per_hour_low <= 3600 / row.trial_s <= row.per_hour_high
+        assert (row.workers, row.cpu_s > 0) == (1, True)
         assert row.speedup_low <= row.speedup <= row.speedup_high
         assert (row.samples, row.rounds, row.device) == (3, 2, "cpu")
         assert 0 < row.answer_tokens < 4
@@ -83,14 +88,65 @@ def test_the_arithmetic_of_a_row(bench):
     assert rows["forced"].preparation_s == rows["forced, 2 together"].preparation_s > naive.preparation_s
 
 
-def test_trials_keep_the_budget_in_the_mean_and_differ():
-    policies = trial_policies(6, 40, 0.3, seed=1)
-    assert len({policy.hash for policy in policies}) == 40
-    assert {policy.refresh_interval for policy in policies} == set(REFRESHES)
-    assert {policy.scorer.name for policy in policies} == set(SCORERS)
-    shares = [live_share(policy, [PromptShape(0, 1000, 0)], 6) for policy in policies]
-    assert np.allclose(shares, 0.3, atol=0.01)
-    assert trial_policies(6, 3, 0.3, seed=1) == policies[:3]
+def test_trials_keep_the_budget_and_are_those_of_the_default_search():
+    prompts, evidence = [PromptShape(30, 1000, 20)], Evidence(6, 1000)
+    policies = trial_policies(evidence, prompts, 70, 0.2, seed=1)
+    space = Space()
+    wanted = {scorer_spec(name).key for name in space.scorers}
+    assert {policy.scorer.key for policy in policies} == wanted
+    assert {policy.vision_bits for policy in policies} == set(BITS)
+    assert {policy.text.bits for policy in policies} == set(space.text_bits)
+    assert {policy.heads for policy in policies} == set(space.heads)
+    assert (policies[0].scorer, policies[0].vision_bits) == (scorer_spec(RANKING), 4)
+    shares = np.array([live_share(policy, prompts, 6) for policy in policies])
+    kept_all = np.array([min(policy.keep(6)) == 1.0 for policy in policies])
+    assert (shares <= 0.2 + 1e-9).all()
+    assert np.allclose(shares[~kept_all], 0.2, atol=0.002)
+    assert len({policy.hash for policy in policies if min(policy.keep(6)) < 1}) > 50
+    assert trial_policies(evidence, prompts, 3, 0.2, seed=1) == policies[:3]
+    assert trial_policies(evidence, prompts, 3, 0.2, seed=2)[1:] != policies[1:3]
+
+
+@pytest.mark.full  # a process of its own, which imports torch
+def test_a_process_of_its_own_scores_round_by_round():
+    plan, notes = TuneBench(2, 4, batch=2, together=2, max_new_tokens=4), Notes()
+    rows = run_side_by_side(ModelSpec(), TaskSpec("shapes:count,read"), plan, 1, notes)
+    assert [row.method for row in rows] == ["forced, 1 process", "forced, 2 together, 1 process"]
+    for row in rows:
+        assert (row.workers, row.rounds, row.samples, row.break_even) == (1, 2, 2, None)
+        assert row.per_hour == pytest.approx(3600 / row.trial_s)
+        assert row.per_hour_low <= row.per_hour <= row.per_hour_high
+        assert row.cpu_s > 0 and row.preparation_s > 0 and np.isnan(row.speedup)
+    assert notes.phases[0] == ("side by side", 0, 4)
+    assert notes.phases[-1] == ("side by side", 4, 4)
+
+
+def test_processes_side_by_side_are_counted_together():
+    one = TrialCost(
+        *("forced", 3, 2, 5.0, "cpu", 3),
+        *(0.5, 120.0, 7200.0, 7000.0, 7400.0, 0.4, 9.0, 8.0, 10.0, 3.0, 2),
+    )
+    slow, quick = [(0.5, 0.4), (1.0, 0.5), (0.25, 0.6)], [(0.2, 0.2), (0.4, 0.1), (0.1, 0.3)]
+    (row,) = together([({"forced": one}, {"forced": slow}), ({"forced": one}, {"forced": quick})])
+    by_round = [7200 + 18000, 3600 + 9000, 14400 + 36000]
+    assert (row.method, row.workers) == ("forced, 2 processes", 2)
+    assert (row.per_hour_low, row.per_hour, row.per_hour_high) == pytest.approx(
+        (min(by_round), np.median(by_round), max(by_round))
+    )
+    assert row.trial_s == pytest.approx(3600 / 25200)
+    assert row.trials_per_minute == pytest.approx(420)
+    assert row.cpu_s == pytest.approx(0.35)
+    assert (row.preparation_s, row.break_even) == (3.0, None)
+    assert np.isnan([row.speedup, row.speedup_low, row.speedup_high]).all()
+
+
+def test_the_error_that_stopped_the_others_is_the_one_that_is_told():
+    parts = [Future(), Future(), Future()]
+    parts[0].set_exception(threading.BrokenBarrierError())
+    parts[1].set_exception(UserError("the budget is too small"))
+    parts[2].set_exception(threading.BrokenBarrierError())
+    with pytest.raises(UserError, match="the budget is too small"):
+        side_by_side._results(parts)
 
 
 @pytest.mark.parametrize(
