@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, Candidate, noted_starts, scorer_spec
-from avlprof.tuning.objective import OBJECTIVES, Objective, Scores
+from avlprof.tuning.objective import OBJECTIVES, Objective, Scores, rungs
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
 from avlprof.watch import SILENT, Watch
@@ -57,16 +57,21 @@ class Generated:
         """Ids, in the order of the scores."""
         return [sample.id for sample in self._samples]
 
-    def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
-        """Answers batch by batch, in the order of the samples; None is the dense model."""
+    def batches(self) -> Iterator[Callable[[Sequence[Method | None]], list[list[Answer]]]]:
+        """For each batch, in the order of the samples, what answers it: `[policy][sample]`; None is dense."""
+        settings = AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths)
         for start in range(0, len(self._samples), self._batch):
-            yield generate_answers(
-                self._loaded,
-                self._samples[start : start + self._batch],
-                policy,
-                AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths),
-                store=self._store,
-            )
+            part = self._samples[start : start + self._batch]
+
+            def answered(
+                policies: Sequence[Method | None], part: Sequence[Sample] = part
+            ) -> list[list[Answer]]:
+                return [
+                    generate_answers(self._loaded, part, policy, settings, store=self._store)
+                    for policy in policies
+                ]
+
+            yield answered
 
     def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
         """It is not known how often an answer refreshes before it is generated."""
@@ -74,7 +79,7 @@ class Generated:
 
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
-        return np.array([answer.score for part in self.parts(policy) for answer in part])
+        return np.array([answer.score for answered in self.batches() for answer in answered([policy])[0]])
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Prepared:
             loaded,
             samples,
             max_new_tokens=limit,
-            batch_size=settings.batch_size,
+            batch_size=min([settings.batch_size, *(rungs(len(samples)) if settings.halves else ())]),
             memory=settings.prompt_bytes,
             answers="reference" if kind == "likelihood" else "dense",
             # another scorer would cost a further run of the prompts
