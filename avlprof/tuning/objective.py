@@ -84,6 +84,7 @@ class _Scored:
     """A trial that is being scored, and its value on each sample that its policy was scored on."""
 
     trial: optuna.Trial
+    origin: int
     policy: Policy
     values: list[float] = field(default_factory=list)
     reported: int = 0
@@ -153,7 +154,7 @@ class Objective:
         Raises:
             UserError: a trial's value is not finite.
         """
-        running = [_Scored(trial, self._noted(trial, point)) for trial, point in batch]
+        running = [_Scored(trial, _origin(trial), self._noted(trial, point)) for trial, point in batch]
         total, seen, value = len(self.scores.samples), 0, OBJECTIVES[self.kind]
         ends = rungs(total) if halve else ()
         for score in self.scores.batches():
@@ -194,19 +195,23 @@ class Objective:
         return mean
 
 
+def _origin(trial: optuna.Trial) -> int:
+    return origin(trial.study.get_trials(deepcopy=False)[trial.number])
+
+
 def _stopped(
     running: Sequence[_Scored], before: Sequence[FrozenTrial], end: int, halve: bool
 ) -> list[_Scored]:
     """Those of the running trials that stop after `end` samples."""
     if not halve:
         return [one for one in running if one.trial.should_prune()]
-    means = {origin(one.trial): float(np.mean(one.values[:end])) for one in running}
+    means = {one.origin: float(np.mean(one.values[:end])) for one in running}
     for trial in before:
         values = [trial.intermediate_values[step] for step in range(end) if step in trial.intermediate_values]
         if len(values) == end:
             means[origin(trial)] = float(np.mean(values))
     stay = better_half(means)
-    return [one for one in running if origin(one.trial) not in stay]
+    return [one for one in running if one.origin not in stay]
 
 
 def rungs(samples: int) -> tuple[int, ...]:

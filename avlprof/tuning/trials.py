@@ -152,8 +152,12 @@ class _Worker:
     def _score(self, batch: Sequence[tuple[optuna.Trial, Point]], before: Sequence[FrozenTrial]) -> None:
         if not batch:
             return
-        for trial, value in self.objective.score(batch, self.settings.halves, before):
-            self.study.tell(trial, value, skip_if_finished=True)
+        scored = self.objective.score(batch, self.settings.halves, before)
+        values = {trial.number: value for trial, value in scored}
+        # in their order: were those told first that stopped first, and the worker died, what is left
+        # would be numbered behind them, and samplers go by numbers
+        for trial, _ in batch:
+            self.study.tell(trial, values[trial.number], skip_if_finished=True)
             self.told()
 
     def _give_up(self, batch: Sequence[optuna.Trial]) -> None:

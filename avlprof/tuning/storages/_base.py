@@ -156,7 +156,7 @@ def give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     study.tell(trial.number, state=TrialState.FAIL)
 
 
-def origin(trial: optuna.Trial | FrozenTrial) -> int:
+def origin(trial: FrozenTrial) -> int:
     """The number of a trial's first attempt."""
     return int(trial.system_attrs.get(HISTORY, [trial.number])[0])
 
