@@ -1,26 +1,38 @@
 """What a refresh is worth at a read budget: the table of docs/tuning.md.
 
-    OMP_NUM_THREADS=1 python -m tools.refresh shapes:describe,read,row --budgets 0.4,0.2 --out refresh
+    OMP_NUM_THREADS=1 python -m tools.refresh shapes:describe,read,row --run RUN --out refresh
 
 At each memory budget, with reads of half of it and one ranking: the core of the prompt that is never picked
-anew, cores picked by the refresh's row alone and by running scores, the same with what is not core in 4
-bits, and in 4 bits no core at all. Shares are even over layers. Finished answers are kept in the folder.
+anew, cores picked by the refresh's row alone and by running scores, by all layers or by a few that lead the
+others (as the run's overlap of layers says), the same with what is not core in 4 bits, and in 4 and 3 bits no
+core at all. Shares are even over layers. Finished answers are kept in the folder.
+
+With `--when` no answer is made: at one size of core and of memory, KL to the dense model by how often steps
+refresh, at fixed steps and where they are triggered (`when.csv`).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 import avlprof
+from avlprof.analysis import Profile
+from avlprof.analysis.derive import leading_layers
 from avlprof.budgets import ReadBudget, meet_both, meet_budget
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore, Evaluation, paired_difference
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import RANKING, CoreScore, Policy, PromptShape, ScorerSpec
+from avlprof.runs.directory import RunDirectory
+from avlprof.runtime.forced import ForcedSet
 from tools.ranking import shapes_of
 
 STATIC = "static core"
@@ -35,29 +47,36 @@ def cored(reads: ReadBudget, memory: float, shapes: Sequence[PromptShape], layer
         vision_compute=compute,
         refresh_interval=reads.refresh_interval,
         refresh=reads.refresh,
+        refresh_layers=reads.refresh_layers,
         vision_bits=bits,
         scorer=ScorerSpec.of(RANKING),
     )
 
 
+Refreshes = Mapping[str, tuple[int, tuple[int, ...] | None]]
+"""Of each name, the interval and the layers that lead."""
+
+
 def policies(
-    memory: float, shapes: Sequence[PromptShape], layers: int, steps: int, intervals: Sequence[int]
+    memory: float, shapes: Sequence[PromptShape], layers: int, steps: int, refreshes: Refreshes
 ) -> Iterator[Policy]:
     """Who is compared at a memory budget; what its reads do not allow is left out, with a line."""
     even, read = (1.0,) * layers, memory / 2
     yield cored(ReadBudget(read, steps), memory, shapes, layers, 16).model_copy(update={"name": STATIC})
-    keep = meet_budget(even, shapes, read, bits=4)
-    yield Policy(name="no core, 4 bits", vision_keep=keep, vision_bits=4, scorer=ScorerSpec.of(RANKING))
+    for bits in (4, 3):
+        keep = meet_budget(even, shapes, read, bits=bits)
+        named = f"no core, {bits} bits"
+        yield Policy(name=named, vision_keep=keep, vision_bits=bits, scorer=ScorerSpec.of(RANKING))
     for bits in (16, 4):
-        for interval in intervals:
-            reads = ReadBudget(read, steps, interval, "score_only")
+        for said, (interval, leads) in refreshes.items():
+            reads = ReadBudget(read, steps, interval, "score_only", leads)
             try:
                 base = cored(reads, memory, shapes, layers, bits)
             except UserError as error:
-                print(f"left out: {error}", flush=True)
+                print(f"left out: {said}: {error}", flush=True)
                 continue
             for name, score in SCORES.items():
-                named = f"every {interval}, {name}, {bits} bits"
+                named = f"{said}, {name}, {bits} bits"
                 yield base.model_copy(update={"name": named, "core_score": score})
 
 
@@ -80,6 +99,48 @@ def table(evaluation: Evaluation, budget: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def when(forced: ForcedSet, memory: float, bits: int) -> Iterator[dict[str, Any]]:
+    """KL by the share of steps that refresh, one row a policy; the core is that of every fourth step."""
+    layers, steps = len(forced.refreshed(Policy()) or ()), round(forced.answer_tokens)
+    reads = ReadBudget(memory / 2, steps, 4, "score_only")
+    base = cored(reads, memory, forced.shapes, layers, bits).model_copy(
+        update={"core_score": SCORES["scores"]}
+    )
+    static = kl(forced, base.model_copy(update={"refresh_interval": 0}))
+    fixed: list[tuple[str, int, float, dict[str, Any]]]
+    fixed = [("fixed", every, 0.0, {"refresh_interval": every}) for every in (1, 2, 3, 4, 6, 8)]
+    triggers: list[tuple[str, int, float, dict[str, Any]]]
+    triggers = [
+        ("triggered", every, margin, {"refresh_interval": every, "refresh_margin": margin})
+        for every in (1, 2)
+        for margin in (0.05, 0.1, 0.2, 0.4)
+    ]
+    for kind, every, margin, fields in [*fixed, *triggers]:
+        how = "triggered" if kind == "triggered" else "score_only"
+        policy = base.model_copy(update={"refresh": how} | fields)
+        lengths = [len(answer) - 1 for answer in forced.answers]
+        rate = sum(n // every for n in lengths) / sum(lengths)
+        if kind == "triggered":
+            rate = float(np.mean(forced.refreshed(policy) or 0.0))
+        gap = paired_difference(kl(forced, policy), static).difference
+        yield {
+            "memory": memory,
+            "bits": bits,
+            "refresh": kind,
+            "interval": every,
+            "margin": margin,
+            "steps": rate,
+            "vs_static": gap.mean,
+            "low": gap.low,
+            "high": gap.high,
+        }
+
+
+def kl(forced: ForcedSet, policy: Policy) -> NDArray[np.float64]:
+    """KL to the dense model (nat per token) of every sample."""
+    return np.array([score.kl for score in forced.score(policy)])
+
+
 def main() -> None:
     """Measure, and write `refresh.csv`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,21 +148,49 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--budgets", default="0.4,0.2")
     parser.add_argument("--intervals", default="2,4,8")
+    parser.add_argument("--run", type=Path, help="a traced run, which says who leads; else no layer does")
+    parser.add_argument("--leaders", default="2,3", help="how many layers lead the others")
+    parser.add_argument("--leading-intervals", default="1,2")
+    parser.add_argument(
+        "--only", default="", help="of refreshes, those whose names a regular expression finds"
+    )
     parser.add_argument("--steps", type=int, default=17, help="decoding steps that reads are counted over")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--split", default="held-out")
     parser.add_argument("--out", type=Path, default=Path("refresh"))
+    parser.add_argument("--when", action="store_true", help="compare when to refresh, by KL")
     given = parser.parse_args()
     loaded, task = avlprof.load_model(given.model), avlprof.load_task(given.task)
+    if given.when:
+        limit, scorers = task.max_new_tokens, [ScorerSpec.of(RANKING)]
+        samples = task.samples("search", given.samples)
+        forced = ForcedSet.prepare(loaded, samples, max_new_tokens=limit, scorers=scorers)
+        budgets = map(float, given.budgets.split(","))
+        rows = pd.DataFrame([row for b in budgets for bits in (16, 4) for row in when(forced, b, bits)])
+        print(rows.to_string(index=False, float_format="{:.3f}".format), flush=True)
+        given.out.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(given.out / "when.csv", index=False)
+        return
     settings = EvaluationSettings(
         split=given.split, samples=given.samples, batch_size=32, fidelity=False, latency=False
     )
     store = AnswerStore(given.out / "answers")
     shapes = shapes_of(evaluate(loaded, task, [], settings, store=store).answers)
-    intervals = [int(interval) for interval in given.intervals.split(",")]
+    refreshes: dict[str, tuple[int, tuple[int, ...] | None]]
+    refreshes = {f"every {every}": (int(every), None) for every in given.intervals.split(",")}
+    if given.run is not None:
+        evidence = Profile.of(RunDirectory(given.run)).evidence()
+        for count in map(int, given.leaders.split(",")):
+            leads = leading_layers(evidence, count)
+            for every in given.leading_intervals.split(","):
+                refreshes[f"every {every}, led by {' '.join(map(str, leads))}"] = int(every), leads
     parts = []
     for budget in map(float, given.budgets.split(",")):
-        compared = list(policies(budget, shapes, loaded.adapter.layers, given.steps, intervals))
+        compared = [
+            policy
+            for policy in policies(budget, shapes, loaded.adapter.layers, given.steps, refreshes)
+            if not policy.name.startswith("every") or re.search(given.only, policy.name)
+        ]
         parts.append(table(evaluate(loaded, task, compared, settings, store=store), budget))
         print(parts[-1].to_string(index=False, float_format="{:.3f}".format), flush=True)
     pd.concat(parts, ignore_index=True).to_csv(given.out / "refresh.csv", index=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,12 +45,14 @@ class AnswerSettings:
         batch_size: samples generated at a time.
         metric: what judges an answer (`avlprof.tasks`).
         lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
+        said: tokens of answers by sample id, as far as known; they only order.
     """
 
     max_new_tokens: int
     batch_size: int = 16
     metric: str = "exact_match"
     lengths: Mapping[str, int] | None = None
+    said: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,7 @@ def generate_answers(
 ) -> list[Answer]:
     """A greedy answer to every sample, in their order; the stock model's when `policy` is None.
 
-    Samples of like prompt length share a batch, padded on the left. Answers in `store` are not
+    Samples of like prompt and answer length share a batch, padded on the left. Answers in `store` are not
     generated again, and new ones are on disk every few seconds, so a second call resumes.
 
     Bytes of a row: live, dense and allocated ones are read off the cache right after prefill (see
@@ -265,13 +268,25 @@ def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, 
 def answer_batches(
     loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings
 ) -> Iterator[Sequence[Sample]]:
-    """Samples of like prompt length, so many at a time as settings say."""
+    """Samples of like prompt length, so many at a time as settings say.
+
+    A batch decodes until its longest answer ends, so among prompts of like length (within a third) those
+    whose answers are known, or for their kind of question expected, to be as long come together.
+    """
     size = settings.batch_size
     if size > 1 and len(samples) > size:
         known = settings.lengths or prompt_lengths(loaded, samples)
-        samples = sorted(samples, key=lambda sample: known[sample.id])
+
+        def alike(sample: Sample) -> tuple[int, int, str, int]:
+            length, said = known[sample.id], settings.said.get(sample.id, 0)
+            return round(math.log(max(length, 1), _LIKE)), said, sample.group, length
+
+        samples = sorted(samples, key=alike)
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+_LIKE = 4 / 3
 
 
 @torch.inference_mode()

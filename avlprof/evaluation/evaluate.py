@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,7 @@ def evaluate(
 
     share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     dense = answers_of(None)
+    answering = replace(answering, said={answer.sample: answer.generated_tokens for answer in dense})
     if settings.baselines:
         own = loaded.adapter
         shapes = [PromptShape(a.system, a.vision, a.text, own.governed, own.group) for a in dense]

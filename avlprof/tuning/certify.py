@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from avlprof.analysis import Profile
 from avlprof.errors import UserError, counted
-from avlprof.evaluation.answers import prompt_lengths
+from avlprof.evaluation.answers import AnswerSettings, prompt_lengths
 from avlprof.evaluation.certificate import Certificate, Claim, certify
 from avlprof.files import write_text
 from avlprof.models import LoadedModel
@@ -87,15 +87,9 @@ def certified(
             f"split '{settings.proof_split}' has {counted(len(fresh), 'sample')} left for the certificate, "
             f"not {claim.samples}"
         )
-    answers = Generated(
-        loaded,
-        task,
-        fresh,
-        settings.answer_limit(task),
-        prompt_lengths(loaded, fresh),
-        answer_store(folder),
-        settings.batch_size,
-    )
+    limit, lengths = settings.answer_limit(task), prompt_lengths(loaded, fresh)
+    answering = AnswerSettings(limit, settings.batch_size, task.metric, lengths)
+    answers = Generated(loaded, fresh, answering, answer_store(folder))
     policies = {budget_of(one.policy): one.policy for one in swept.studies}
     watch.phase("certificate", 0, len(policies) + 1)
     dense = answers.metric(None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,26 +31,13 @@ from avlprof.watch import SILENT, Watch
 class Generated:
     """Greedy answers to a list of samples, judged by a task's metric.
 
-    Answers in `store` are not generated again.
-
-    Args:
-        lengths: prompt tokens by sample id; samples of like length share a batch.
-        batch_size: samples that run together.
-        limit: the longest answer, in tokens.
+    `settings` say how; answers in `store` are not generated again.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        task: Task,
-        samples: Sequence[Sample],
-        limit: int,
-        lengths: Mapping[str, int],
-        store: AnswerStore,
-        batch_size: int = 32,
+        self, loaded: LoadedModel, samples: Sequence[Sample], settings: AnswerSettings, store: AnswerStore
     ) -> None:
-        self._loaded, self._task, self._samples = loaded, task, samples
-        self._limit, self._lengths, self._store, self._batch = limit, lengths, store, batch_size
+        self._loaded, self._samples, self._settings, self._store = loaded, samples, settings, store
 
     @property
     def samples(self) -> list[str]:
@@ -59,19 +46,16 @@ class Generated:
 
     def batches(self) -> Iterator[Callable[[Sequence[Method | None]], list[list[Answer]]]]:
         """For each batch, in the order of the samples, what answers it: `[policy][sample]`; None is dense."""
-        settings = AnswerSettings(self._limit, self._batch, self._task.metric, self._lengths)
-        for start in range(0, len(self._samples), self._batch):
-            part = self._samples[start : start + self._batch]
+        size = self._settings.batch_size
+        for start in range(0, len(self._samples), size):
+            part = self._samples[start : start + size]
+            yield partial(self._answers_of, part)
 
-            def answered(
-                policies: Sequence[Method | None], part: Sequence[Sample] = part
-            ) -> list[list[Answer]]:
-                return [
-                    generate_answers(self._loaded, part, policy, settings, store=self._store)
-                    for policy in policies
-                ]
+    def _answers_of(self, samples: Sequence[Sample], policies: Sequence[Method | None]) -> list[list[Answer]]:
+        return [self._answers(samples, policy) for policy in policies]
 
-            yield answered
+    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
+        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
 
     def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
         """It is not known how often an answer refreshes before it is generated."""
@@ -79,7 +63,7 @@ class Generated:
 
     def metric(self, policy: Method | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
-        return np.array([answer.score for answered in self.batches() for answer in answered([policy])[0]])
+        return np.array([answer.score for answer in self._answers(self._samples, policy)])
 
 
 @dataclass(frozen=True)
@@ -124,11 +108,13 @@ class Prepared:
         """
         samples = task.samples(settings.split, settings.samples)
         limit, kind = settings.answer_limit(task), settings.objective
+        # a larger one would score trials on samples that they stop before
+        size = min([settings.batch_size, *(rungs(len(samples)) if settings.halves else ())])
         forced = ForcedSet.prepare(
             loaded,
             samples,
             max_new_tokens=limit,
-            batch_size=min([settings.batch_size, *(rungs(len(samples)) if settings.halves else ())]),
+            batch_size=size,
             memory=settings.prompt_bytes,
             answers="reference" if kind == "likelihood" else "dense",
             # another scorer would cost a further run of the prompts
@@ -143,7 +129,7 @@ class Prepared:
             )
         # what the model says, whatever a run of 0.1.0 noted
         evidence = replace(evidence, governed=loaded.adapter.governed)
-        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size)
+        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=size)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:
         """The same with other evidence."""
@@ -188,10 +174,11 @@ class Prepared:
 
     def generated(self, store: AnswerStore) -> Generated:
         """Policies scored by real answers to the samples."""
-        lengths = {
-            name: shape.total for name, shape in zip(self.forced.samples, self.forced.shapes, strict=True)
-        }
-        return Generated(self.loaded, self.task, self.samples, self.limit, lengths, store, self.batch_size)
+        names, forced = self.forced.samples, self.forced
+        prompts = {name: shape.total for name, shape in zip(names, forced.shapes, strict=True)}
+        answers = {name: len(answer) for name, answer in zip(names, forced.answers, strict=True)}
+        settings = AnswerSettings(self.limit, self.batch_size, self.task.metric, prompts, answers)
+        return Generated(self.loaded, self.samples, settings, store)
 
     def dense_metric(self, store: AnswerStore) -> NDArray[np.float64]:
         """The task's metric `[n]` of the dense model's answers, which are known unless references are."""

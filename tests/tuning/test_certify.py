@@ -12,6 +12,7 @@ import pytest
 import avlprof
 from avlprof.api.tune import certified
 from avlprof.errors import UserError
+from avlprof.evaluation import AnswerSettings
 from avlprof.evaluation.certificate import BudgetTest, Certificate, Claim, certify
 from avlprof.policy import Policy, load_policy, save_policy
 from avlprof.tasks import load_task
@@ -38,7 +39,8 @@ def test_the_tests_are_made_on_samples_behind_those_of_the_proof(tiny, tmp_path)
         sample.id for sample in task.samples("search", 4)
     )
     assert not seen & {sample.id for sample in fresh}
-    answers = Generated(tiny, task, fresh, LIMIT, {s.id: 1 for s in fresh}, answer_store(tmp_path / "other"))
+    settings = AnswerSettings(LIMIT, 32, task.metric, {sample.id: 1 for sample in fresh})
+    answers = Generated(tiny, fresh, settings, answer_store(tmp_path / "other"))
     dense = answers.metric(None)
     for study, test in zip(reversed(result.sweep.studies), result.certificate.tests, strict=False):
         assert test.budget == study.policy.provenance.budget
@@ -105,9 +107,8 @@ def test_a_policy_of_an_earlier_claim_does_not_stay_beside_tests_that_failed(tmp
 def test_a_thousand_re_splits_of_the_embedded_task(tiny, tmp_path):
     """Of all certificates on a part of 1,000 samples, those that the whole contradicts are one in twenty."""
     samples = load_task(TASK).samples("held-out", 1000)
-    answers = Generated(
-        tiny, load_task(TASK), samples, 24, {s.id: 1 for s in samples}, answer_store(tmp_path)
-    )
+    settings = AnswerSettings(24, 32, load_task(TASK).metric, {sample.id: 1 for sample in samples})
+    answers = Generated(tiny, samples, settings, answer_store(tmp_path))
     dense = answers.metric(None)
     table = {b: dense - answers.metric(avlprof.policy.Policy(vision_keep=b)) for b in (0.3, 0.5, 0.7, 0.9)}
     truth, rng = {budget: float(drops.mean()) for budget, drops in table.items()}, np.random.default_rng(0)

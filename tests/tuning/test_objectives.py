@@ -106,7 +106,7 @@ def test_likelihood_is_that_of_the_references(tiny, few):
 def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     task = load_task("shapes:read,color")
     lengths = {sample.id: 200 for sample in few}
-    made = Generated(tiny, task, few, 8, lengths, AnswerStore(tmp_path))
+    made = Generated(tiny, few, AnswerSettings(8, 32, task.metric, lengths), AnswerStore(tmp_path))
     evidence = Evidence(layers=6, tokens=196)
     budget = Budget(0.3, None, (PromptShape(3, 196, 9),), 6)
     space = Space(("uniform", "pyramid"), ("last_query",), ("shared",)).within(budget, 6)

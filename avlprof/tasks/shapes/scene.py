@@ -127,13 +127,20 @@ def is_drawn(picture: Image.Image) -> bool:
     rest are the blurred edges.
     """
     pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    colors, counts = np.unique(pixels, axis=0, return_counts=True)
-    tone = colors[counts.argmax()]
-    if tone.min() < _LIGHTEST or np.ptp(tone) or counts.max() < 0.7 * len(pixels):
+    codes, counts = np.unique(_codes(pixels), return_counts=True)
+    tone = int(codes[counts.argmax()])
+    tones = tone >> 16, tone >> 8 & 255, tone & 255
+    if min(tones) < _LIGHTEST or len(set(tones)) > 1 or counts.max() < 0.7 * len(pixels):
         return False
-    inks = np.array(list(COLORS.values()))
-    pure = (colors[:, None, :] == inks).all(axis=2).any(axis=1)
+    pure = np.isin(codes, _codes(np.array(list(COLORS.values()), dtype=np.uint8)))
     return bool(counts[pure].sum() >= 0.1 * (len(pixels) - counts.max()))
+
+
+def _codes(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """A number for each colour of `[n, 3]`, in the order of colours."""
+    red, green, blue = pixels.astype(np.uint32).T
+    codes: NDArray[np.uint32] = (red << 16) + (green << 8) + blue
+    return codes
 
 
 def patch_labels(scene: Scene) -> tuple[Image.Image, NDArray[np.int64]]:
