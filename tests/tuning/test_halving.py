@@ -20,8 +20,9 @@ from avlprof.tuning.objective import Objective, better_half, rungs
 from avlprof.tuning.refine import refine
 from avlprof.tuning.storages._base import BATCH, give_up
 from avlprof.tuning.storages.journal import FolderStorage
-from avlprof.tuning.study import finalists
+from avlprof.tuning.study import StudyMeta, finalists
 from avlprof.tuning.trials import run_trials
+from avlprof.tuning.workers import _settings
 from tests.helpers import few
 from tests.search_space import outcome
 from tests.watching import Notes
@@ -320,3 +321,17 @@ def test_one_trial_must_be_taken_at_least():
     with pytest.raises(UserError, match="halving must be 1 or more, got 0"):
         Settings(halving=0)
     assert not Settings(halving=8, prune=False).halves
+
+
+def test_a_study_goes_on_in_the_batches_that_it_was_begun_with():
+    about = StudyMeta(
+        model="tiny", model_hash="a", task="shapes", split="search", samples=4, sample_hash="b",
+        max_new_tokens=6, dtype="float32", budget=0.2, read_budget=None, seed=0, run_hash="c",
+        space=SPACE.described(), halving=8,
+    )  # fmt: skip
+    before = {name: value for name, value in about.model_dump().items() if name != "halving"}
+    old = StudyMeta.model_validate(before)
+    assert (old.halving, _settings(old, 9, True).halves) == (1, False)
+    assert about.differences(old) == ["halving: 8 here, 1 asked"]
+    joined = _settings(about, 9, True)
+    assert (joined.halving, joined.halves) == (8, True)
