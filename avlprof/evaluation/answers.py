@@ -36,6 +36,30 @@ from avlprof.versions import versions
 from avlprof.watch import SILENT, Watch
 
 
+@dataclass
+class EncodedBatches:
+    """Batches that were encoded, for the next policy that answers them; `most` bytes of them.
+
+    Of one model and its processor alone.
+    """
+
+    most: int = 1 << 28
+    _known: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def of(self, loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The batch of these samples."""
+        ids = tuple(sample.id for sample in samples)
+        if ids in self._known:
+            return dict(self._known[ids])
+        encoding = _encode(loaded, samples)
+        size = sum(part.nbytes for part in encoding.values())
+        if self._bytes + size <= self.most:
+            self._known[ids] = dict(encoding)
+            self._bytes += size
+        return encoding
+
+
 @dataclass(frozen=True)
 class AnswerSettings:
     """How samples are answered and judged.
@@ -46,6 +70,7 @@ class AnswerSettings:
         metric: what judges an answer (`avlprof.tasks`).
         lengths: prompt tokens by sample id, when known (`prompt_lengths`); they only order.
         said: tokens of answers by sample id, as far as known; they only order.
+        encoded: batches that were encoded before.
     """
 
     max_new_tokens: int
@@ -53,6 +78,7 @@ class AnswerSettings:
     metric: str = "exact_match"
     lengths: Mapping[str, int] | None = None
     said: Mapping[str, int] = field(default_factory=dict)
+    encoded: EncodedBatches = field(default_factory=EncodedBatches, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +240,8 @@ def generate_answers(
     watch.phase("answers", len(known), len(samples))
     try:
         for batch in answer_batches(loaded, todo, settings):
-            for sample, answer in zip(batch, _answer(loaded, batch, policy, limit), strict=True):
+            encoding = settings.encoded.of(loaded, batch)
+            for sample, answer in zip(batch, _answer(loaded, batch, encoding, policy, limit), strict=True):
                 known[sample.id] = answer
                 if store:
                     store.add(model, sample, limit, answer)
@@ -243,6 +270,7 @@ def _smaller_answers(
     """Answers to prompts with fewer vision tokens; their dense bytes are those of the whole prompts."""
     whole = settings.lengths or prompt_lengths(loaded, samples)
     policy = None if method.policy.hash == DENSE.hash else method.policy
+    settings = replace(settings, encoded=EncodedBatches())
     with smaller_pictures(loaded, method.kind, method.share) as smaller:
         answers = generate_answers(smaller, samples, policy, settings, store=store, watch=watch)
     return [
@@ -271,7 +299,8 @@ def answer_batches(
     """Samples of like prompt length, so many at a time as settings say.
 
     A batch decodes until its longest answer ends, so among prompts of like length (within a third) those
-    whose answers are known, or for their kind of question expected, to be as long come together.
+    whose answers are known, or for their kind of question expected, to be as long come together, the
+    longest first.
     """
     size = settings.batch_size
     if size > 1 and len(samples) > size:
@@ -279,7 +308,7 @@ def answer_batches(
 
         def alike(sample: Sample) -> tuple[int, int, str, int]:
             length, said = known[sample.id], settings.said.get(sample.id, 0)
-            return round(math.log(max(length, 1), _LIKE)), said, sample.group, length
+            return round(math.log(max(length, 1), _LIKE)), -said, sample.group, length
 
         samples = sorted(samples, key=alike)
     for start in range(0, len(samples), size):
@@ -291,9 +320,12 @@ _LIKE = 4 / 3
 
 @torch.inference_mode()
 def _answer(
-    loaded: LoadedModel, batch: Sequence[Sample], policy: Policy | None, max_new_tokens: int
+    loaded: LoadedModel,
+    batch: Sequence[Sample],
+    encoding: dict[str, Tensor],
+    policy: Policy | None,
+    max_new_tokens: int,
 ) -> list[Answer]:
-    encoding = _encode(loaded, batch)
     vision = vision_token_ids(loaded.model.config)
     modality = modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision)
     rows = prompt_shapes(modality, loaded.adapter.governed, loaded.adapter.group)

@@ -27,8 +27,10 @@ from avlprof.evaluation import (
     measure_latency,
     paired_difference,
 )
+from avlprof.evaluation.answers import EncodedBatches, answer_batches
 from avlprof.evaluation.evaluate import COLUMNS, Evaluation, EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import policy_rows, with_baselines
+from avlprof.models import Adapter
 from avlprof.models.answers import answer_length
 from avlprof.policy import (
     DENSE,
@@ -159,6 +161,29 @@ def test_answers_are_those_of_plain_generate_whatever_the_batch(tiny, samples):
         assert a.generated_tokens == b.generated_tokens == len(alone)
         assert a.score == float(a.prediction.lower() == sample.answers[0].lower())
         assert a.system + a.vision + a.text == inputs["input_ids"].shape[1]
+
+
+def test_answers_of_like_length_share_a_batch_and_are_encoded_once(tiny, samples, monkeypatch):
+    """The longest first; a prompt that is much longer stays with its like; and what policies ask twice is
+    encoded once, as far as there is room."""
+    lengths = {sample.id: 200 + i for i, sample in enumerate(samples)}
+    said = {sample.id: (7 * i) % 5 for i, sample in enumerate(samples)}
+    batches = [*answer_batches(tiny, samples, AnswerSettings(LIMIT, 2, "exact_match", lengths, said))]
+    order = [said[sample.id] for batch in batches for sample in batch]
+    assert order == sorted(said.values(), reverse=True)
+    lengths[samples[0].id] = 900
+    batches = [*answer_batches(tiny, samples, AnswerSettings(LIMIT, 2, "exact_match", lengths, said))]
+    assert batches[-1][-1] is samples[0]
+    plain, encoded = Adapter.encode_samples, []
+    monkeypatch.setattr(
+        Adapter, "encode_samples", lambda self, some: encoded.append(len(some)) or plain(self, some)
+    )
+    for most, times in ((1 << 28, 1), (0, 2)):
+        encoded.clear()
+        settings = AnswerSettings(LIMIT, 2, "exact_match", lengths, said, EncodedBatches(most))
+        found = [generate_answers(tiny, samples, policy, settings) for policy in (None, DENSE)]
+        assert [a.prediction for a in found[0]] == [a.prediction for a in found[1]]
+        assert sum(encoded) == times * len(samples)
 
 
 @pytest.mark.parametrize("policy", few([LAYERED, BITS, WINDOWED], 2), ids=lambda policy: policy.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from avlprof.tasks import load_task
 from avlprof.tasks.shapes.scene import (
@@ -84,3 +85,21 @@ def test_the_task_of_many_sizes_asks_the_same_in_other_frames():
     assert sampled_frame((0, 3, 4)) == sampled_frame((0, 3, 4))
     with pytest.raises(Exception, match="question type of task 'shapes-sizes'"):
         load_task("shapes-sizes:nothing")
+
+
+def test_what_is_drawn_is_told_by_its_colours():
+    """As by a table of all pixels' colours, on drawn pictures, greys, noise and drawings with little ink."""
+    rng = np.random.default_rng(0)
+    drawn = [render(sample_scene((9, number))) for number in range(4)]
+    flat = [Image.new("RGB", (40, 30), (tone, tone, tone)) for tone in (0, 230, 255)]
+    noise = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))]
+    sparse = np.full((30, 30, 3), 240, dtype=np.uint8)
+    sparse[0, :20] = rng.integers(0, 200, (20, 3))
+    for picture in [*drawn, *flat, *noise, Image.fromarray(sparse)]:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        colors, counts = np.unique(pixels, axis=0, return_counts=True)
+        tone, inks = colors[counts.argmax()], np.array(list(COLORS.values()))
+        pure = counts[(colors[:, None] == inks).all(axis=2).any(axis=1)].sum()
+        flat_ground = tone.min() >= 232 and not np.ptp(tone) and counts.max() >= 0.7 * len(pixels)
+        assert is_drawn(picture) == (flat_ground and pure >= 0.1 * (len(pixels) - counts.max()))
+    assert all(map(is_drawn, drawn))
