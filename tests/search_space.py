@@ -15,6 +15,25 @@ ALLOCATORS = ("uniform", "pyramid", "coverage", "sensitivity")
 SPACE = Space(ALLOCATORS, ("last_query", "instruction", "accumulated", "key_diversity", "value_norm"))
 
 
+class ByParts:
+    """As much of `Scores` as a plain `parts(policy)`, one list of scores for each batch of samples, gives."""
+
+    def batches(self):
+        begun = {}
+
+        def score(policies):
+            return [next(begun.setdefault(id(policy), self.parts(policy))) for policy in policies]
+
+        while True:
+            yield score
+
+
+def scored_alone(objective, trial):
+    """The value of one trial."""
+    [(_, value)] = objective.score([(trial, objective.suggest(trial))])
+    return value
+
+
 def probed_evidence(layers, count, seed):
     """Random evidence with damage at the levels of the probe."""
     rng = np.random.default_rng(seed)

@@ -158,6 +158,16 @@ class _Sleeping:
     def __init__(self, sleep: float) -> None:
         self._sleep = sleep
 
+    def suggest(self, trial: optuna.Trial) -> None:
+        """The trial is asked while it is scored."""
+
+    def score(
+        self, batch: Sequence[tuple[optuna.Trial, None]], *further: object
+    ) -> Iterator[tuple[optuna.Trial, float]]:
+        """As that of an `Objective`."""
+        for trial, _ in batch:
+            yield trial, self(trial)
+
     def __call__(self, trial: optuna.Trial) -> float:
         for number in range(SCALARS):
             trial.suggest_float(f"x{number}", 0.0, 1.0)

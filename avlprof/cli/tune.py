@@ -144,6 +144,13 @@ def tune(
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop clearly worse trials early.")
     ] = Settings.prune,
+    halving: Annotated[
+        int,
+        typer.Option(
+            "--halving",
+            help="Trials scored together, the better half of which goes on twice; 1: one by one.",
+        ),
+    ] = Settings.halving,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -177,8 +184,8 @@ def tune(
     )
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, refine_heads=refine_heads, samples=samples,
-        proof_samples=proof_samples, seed=seed, prune=prune, objective=objective, sampler=sampler,
-        margin=margin, max_new_tokens=source.max_new_tokens, space=space,
+        proof_samples=proof_samples, seed=seed, prune=prune, halving=halving, objective=objective,
+        sampler=sampler, margin=margin, max_new_tokens=source.max_new_tokens, space=space,
         batch_size=batch_size, prompt_bytes=prompt_bytes,
     )  # fmt: skip
     check_output(out, folder=True)

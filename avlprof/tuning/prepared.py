@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, Candidate, noted_starts, scorer_spec
-from avlprof.tuning.objective import OBJECTIVES, Objective, Scores
+from avlprof.tuning.objective import OBJECTIVES, Objective, Scores, rungs
 from avlprof.tuning.settings import Settings
 from avlprof.tuning.space import Space
 from avlprof.watch import SILENT, Watch
@@ -44,11 +44,15 @@ class Generated:
         """Ids, in the order of the scores."""
         return [sample.id for sample in self._samples]
 
-    def parts(self, policy: Method | None) -> Iterator[list[Answer]]:
-        """Answers batch by batch, in the order of the samples; None is the dense model."""
+    def batches(self) -> Iterator[Callable[[Sequence[Method | None]], list[list[Answer]]]]:
+        """For each batch, in the order of the samples, what answers it: `[policy][sample]`; None is dense."""
         size = self._settings.batch_size
         for start in range(0, len(self._samples), size):
-            yield self._answers(self._samples[start : start + size], policy)
+            part = self._samples[start : start + size]
+            yield partial(self._answers_of, part)
+
+    def _answers_of(self, samples: Sequence[Sample], policies: Sequence[Method | None]) -> list[list[Answer]]:
+        return [self._answers(samples, policy) for policy in policies]
 
     def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
         return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
@@ -104,11 +108,13 @@ class Prepared:
         """
         samples = task.samples(settings.split, settings.samples)
         limit, kind = settings.answer_limit(task), settings.objective
+        # a larger one would score trials on samples that they stop before
+        size = min([settings.batch_size, *(rungs(len(samples)) if settings.halves else ())])
         forced = ForcedSet.prepare(
             loaded,
             samples,
             max_new_tokens=limit,
-            batch_size=settings.batch_size,
+            batch_size=size,
             memory=settings.prompt_bytes,
             answers="reference" if kind == "likelihood" else "dense",
             # another scorer would cost a further run of the prompts
@@ -123,7 +129,7 @@ class Prepared:
             )
         # what the model says, whatever a run of 0.1.0 noted
         evidence = replace(evidence, governed=loaded.adapter.governed)
-        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=settings.batch_size)
+        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=size)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:
         """The same with other evidence."""

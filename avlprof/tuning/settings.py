@@ -104,7 +104,7 @@ def check_budget(name: str, share: float) -> None:
 BUDGET = 0.2
 """The memory budget where none is given: no setting, since a sweep has several."""
 
-_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1, "batch_size": 1}
+_LEAST = {"trials": 1, "samples": 2, "proof_samples": 2, "finalists": 1, "batch_size": 1, "halving": 1}
 
 
 def _space() -> Space:
@@ -130,6 +130,8 @@ class Settings:
         finalists: best trials that are generated for real before the proof.
         seed: of the sampler.
         prune: stop clearly worse trials early.
+        halving: trials that are scored together; 1 is one after the other. With more, pruning keeps the
+            better half of them after a quarter, and again after half, of the samples.
         objective: what trials are scored by: `fidelity` (KL to the dense model on its own answers),
             `likelihood` (of the references) or `accuracy` (the task's metric on generated answers).
         sampler: who proposes trials: `tpe`, `gp`, `cmaes` or `random`.
@@ -153,6 +155,7 @@ class Settings:
     finalists: int = 3
     seed: int = 0
     prune: bool = True
+    halving: int = 1
     objective: str = "fidelity"
     sampler: str = "tpe"
     margin: float = 0.02
@@ -214,6 +217,11 @@ class Settings:
     def answer_limit(self, task: Task) -> int:
         """Longest answer in tokens."""
         return self.max_new_tokens or task.max_new_tokens
+
+    @property
+    def halves(self) -> bool:
+        """Whether trials stop by their rank among those that they are scored with."""
+        return self.prune and self.halving > 1
 
     @property
     def refining(self) -> int:

@@ -56,6 +56,7 @@ class StudyMeta(BaseModel):
     read_budget: float | None
     objective: str = "fidelity"
     sampler: str = "tpe"
+    halving: int = 1
     seed: int
     run_hash: str
     space: dict[str, tuple[int | float | str, ...]]
@@ -243,6 +244,7 @@ def study_meta(
         read_budget=settings.read_budget,
         objective=settings.objective,
         sampler=settings.sampler,
+        halving=settings.halving,
         seed=settings.seed,
         run_hash=run_hash,
         space=settings.space.described(),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.errors import UserError
-from avlprof.tuning.objective import Objective
+from avlprof.tuning.objective import Objective, Point
 from avlprof.tuning.settings import Settings, make_sampler
-from avlprof.tuning.storages._base import StudyStorage, give_up, quiet, retry, trials_in
+from avlprof.tuning.storages._base import BATCH, StudyStorage, give_up, quiet, trials_in
 from avlprof.watch import SILENT, Watch
 
 TRIALS, PRUNE = "trials", "prune"
@@ -40,6 +39,9 @@ def run_trials(
     is seeded by seed and number of trials that are finished or under way, so a study with one
     worker that was stopped at any point goes on with the very trials of one that was not.
 
+    With `settings.halving` above 1 a worker takes so many at once, proposed one after the other with
+    those before under way, and scores them together; which of them stop is decided among them alone.
+
     Any number of processes may call this at once. A worker takes a trial only while less than
     `settings.trials` are finished or under way; near the end it waits for those of the others. A
     trial whose worker died is marked as failed, and queued again with its parameters.
@@ -51,18 +53,22 @@ def run_trials(
     """
     with quiet(), storage.join(shared) as name:
         note_goal(storage, settings)
-        study = storage.open(pruner=_pruner(settings.prune))
-        worker = _Worker(study, storage, settings, objective, name)
+        study = storage.open(pruner=_pruner(settings.prune and not settings.halves))
         known = {trial.number for trial in trials_in(study, TrialState.COMPLETE)}
-        watch.phase("trials", len(known), settings.trials)
-        while len(known) < settings.trials:
-            if not worker.run_next():
-                time.sleep(POLL_SECONDS)
+
+        def tell() -> None:
             for trial in trials_in(study, TrialState.COMPLETE):
                 if trial.number not in known:
                     known.add(trial.number)
                     watch.trial(study, trial)
                     watch.phase("trials", len(known), settings.trials)
+
+        worker = _Worker(study, storage, settings, objective, name, tell)
+        watch.phase("trials", len(known), settings.trials)
+        while len(known) < settings.trials:
+            if not worker.run_next():
+                time.sleep(POLL_SECONDS)
+            tell()
             if check:
                 check(study)
     return study
@@ -90,88 +96,93 @@ def read_goal(storage: StudyStorage) -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class _Worker:
-    """One of those who work on a study."""
+    """One of those who work on a study; `told` is called whenever a trial is done."""
 
     study: optuna.Study
     storage: StudyStorage
     settings: Settings
     objective: Objective
     name: str
+    told: Callable[[], None]
 
     def run_next(self) -> bool:
-        """Take the next trial inside the lock and run it outside; False while all are taken."""
-        with contextlib.ExitStack() as lock:
-            lock.enter_context(self.storage.locked())
-            for trial in self.storage.lost(self.study):
-                give_up(self.study, trial)
-            # one look at both: a trial may be finished between two, and would count as neither
-            counted = trials_in(self.study, TrialState.COMPLETE, TrialState.RUNNING)
-            done, taken = [t for t in counted if t.state == TrialState.COMPLETE], len(counted)
-            if taken >= self.settings.trials:
-                return False
-            self.study.sampler = make_sampler(self.settings.sampler, _seed(self.settings.seed, taken), done)
-            self._queue_start()
-            self._run(_Attempt(self, lock))
-        return True
-
-    def _run(self, attempt: _Attempt) -> None:
+        """Take the next trials inside the lock and score them outside; False while all are taken."""
+        batch: list[optuna.Trial] = []
         try:
-            # not by ask and tell: only `optimize` sends the signs of life that a database counts on
-            self.study.optimize(attempt, n_trials=1)
-        except Exception:
-            if attempt.failed or not self._taken_for_dead(attempt.number):
-                raise
-        except KeyboardInterrupt:
-            attempt.lock.close()
             with self.storage.locked():
-                for trial in trials_in(self.study, TrialState.FAIL):
-                    if trial.number == attempt.number:
-                        retry(self.study, trial)
+                for trial in self.storage.lost(self.study):
+                    give_up(self.study, trial)
+                points, before = self._take(batch)
+            with self.storage.alive(batch):
+                self._score(list(zip(batch, points, strict=True)), before)
+        except UpdateFinishedTrialError:  # taken for dead by another worker
+            self._give_up(batch)
+        except (Exception, KeyboardInterrupt):
+            self._give_up(batch)
             raise
+        return bool(batch)
 
-    def _taken_for_dead(self, number: int) -> bool:
-        """Whether another worker gave up the trial meanwhile: then its score does not count.
+    def _take(self, batch: list[optuna.Trial]) -> tuple[list[Point], list[FrozenTrial]]:
+        """Begin the trials that are scored together next; their points, and who of them is done already.
 
-        Optuna says so by several exceptions.
+        Each is proposed with those before it under way. What is left of a batch whose worker died
+        is taken up as that batch again.
         """
-        return number >= 0 and self.study.get_trials(deepcopy=False)[number].state == TrialState.FAIL
+        # one look at both: a trial may be finished between two, and would count as neither
+        counted = trials_in(self.study, TrialState.COMPLETE, TrialState.RUNNING)
+        done = [trial for trial in counted if trial.state == TrialState.COMPLETE]
+        room, mark, points = self.settings.halving, None, list[Point]()
+        while room > 0 and len(counted) + len(batch) < self.settings.trials:
+            theirs = self._next_mark()
+            if batch and theirs not in (None, mark):
+                break
+            seed = _seed(self.settings.seed, len(counted) + len(batch))
+            self.study.sampler = make_sampler(self.settings.sampler, seed, done)
+            batch.append(trial := self.study.ask())
+            self.storage.begin(trial, self.name)
+            if mark is None:
+                mark = trial.number if theirs is None else theirs
+                room -= sum(other.user_attrs.get(BATCH) == mark for other in counted)
+            if self.settings.halving > 1:
+                trial.set_user_attr(BATCH, mark)
+            points.append(self.objective.suggest(trial))
+            room -= 1
+        return points, [trial for trial in done if mark is not None and trial.user_attrs.get(BATCH) == mark]
 
-    def _queue_start(self) -> None:
-        """Make the first start that nobody runs or has run the next trial, unless one waits already."""
+    def _score(self, batch: Sequence[tuple[optuna.Trial, Point]], before: Sequence[FrozenTrial]) -> None:
+        if not batch:
+            return
+        scored = self.objective.score(batch, self.settings.halves, before)
+        values = {trial.number: value for trial, value in scored}
+        # in their order: were those told first that stopped first, and the worker died, what is left
+        # would be numbered behind them, and samplers go by numbers
+        for trial, _ in batch:
+            self.study.tell(trial, values[trial.number], skip_if_finished=True)
+            self.told()
+
+    def _give_up(self, batch: Sequence[optuna.Trial]) -> None:
+        """Queue again what is not done of a batch."""
+        numbers = {trial.number for trial in batch}
+        with self.storage.locked():
+            for trial in trials_in(self.study, TrialState.RUNNING):
+                if trial.number in numbers:
+                    give_up(self.study, trial)
+
+    def _next_mark(self) -> int | None:
+        """The batch of the trial that waits first, after making the first start that nobody runs or has
+        run wait, unless one waits already."""
         states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
         known = trials_in(self.study, *states)
-        if any(trial.state == TrialState.WAITING for trial in known):
-            return
+        waiting = next((trial for trial in known if trial.state == TrialState.WAITING), None)
+        if waiting is not None:
+            mark: int | None = waiting.user_attrs.get(BATCH)
+            return mark
         begun = [trial.system_attrs.get("fixed_params") for trial in known]
         starts = [start.params(self.objective.budget) for start in self.objective.space.starts()]
         left = next((start for start in starts if start not in begun), None)
         if left is not None:
             self.study.enqueue_trial(left)
-
-
-@dataclass
-class _Attempt:
-    """Runs the objective once: lets go of the lock as soon as the trial is noted as this worker's.
-
-    `failed` says that the objective itself raised.
-    """
-
-    worker: _Worker
-    lock: contextlib.ExitStack
-    number: int = -1
-    failed: bool = False
-
-    def __call__(self, trial: optuna.Trial) -> float:
-        self.number = trial.number
-        self.worker.storage.begin(trial, self.worker.name)
-        self.lock.close()
-        try:
-            return self.worker.objective(trial)
-        except UpdateFinishedTrialError:
-            raise
-        except BaseException:
-            self.failed = True
-            raise
+        return None
 
 
 def _seed(seed: int, taken: int) -> int:

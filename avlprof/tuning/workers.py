@@ -179,6 +179,7 @@ def _settings(meta: StudyMeta, trials: int, prune: bool) -> Settings:
         prune=prune,
         objective=meta.objective,
         sampler=meta.sampler,
+        halving=meta.halving,
         split=meta.split,
         max_new_tokens=meta.max_new_tokens,
         space=Space.of(meta.space),

@@ -322,7 +322,7 @@ def test_a_set_is_its_batches(tiny, samples):
     new = tiny.model.generate(**inputs, max_new_tokens=9, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     for answer, row in zip(large.answers, new.tolist(), strict=True):
         assert answer == row[: len(answer)]
-    parts_found = list(small.parts_many(policies))
+    parts_found = [score(policies) for score in small.batches()]
     assert [len(part[0]) for part in parts_found] == [3, 3, 1]
     for ours, theirs in zip(small.score_many(policies), large.score_many(policies), strict=True):
         assert [score.sample for score in ours] == [sample.id for sample in samples]

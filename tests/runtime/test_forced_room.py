@@ -88,7 +88,7 @@ def test_the_room_is_told_and_batches_shrink(tiny, samples, monkeypatch):
     assert line.startswith("prompt KV of 5 samples: about ")
     assert "the rest is prefilled again" in line
     assert line.endswith("; 2 at a time, not 4")
-    assert [len(part[0]) for part in small.parts_many(POLICIES[:1])] == [2, 2, 1]
+    assert [len(score(POLICIES[:1])[0]) for score in small.batches()] == [2, 2, 1]
 
 
 def test_free_memory_is_known():

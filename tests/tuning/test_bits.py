@@ -20,6 +20,7 @@ from avlprof.tuning.evidence import FEWER, LEVELS, dump_evidence, parse_evidence
 from avlprof.tuning.objective import Objective
 from avlprof.tuning.refine import SAME, SPLIT, LayerSpace, refine, split_by_probe
 from avlprof.tuning.settings import make_sampler
+from tests.search_space import ByParts, scored_alone
 from tests.watching import Notes
 
 LAYERS = 3
@@ -96,7 +97,7 @@ def test_a_policy_with_split_bytes_meets_the_budget(seed: int, governed) -> None
     assert split_by_probe(base, replace(known, bit_damage=None), budget) is None, "a study of before"
 
 
-class Additive:
+class Additive(ByParts):
     """Damage of a policy is what the probe says of its layers, added up."""
 
     samples = ("a", "b")
@@ -145,7 +146,7 @@ def test_refinement_starts_from_both_and_moves_either(tmp_path) -> None:
     objective = Objective(Additive(known), known, budget, LayerSpace(base, LAYERS, False))
     first = optuna.create_study(directions=["minimize"])
     first.enqueue_trial(objective.space.starts()[0].params(budget))
-    first.optimize(objective, n_trials=1)
+    first.optimize(lambda trial: scored_alone(objective, trial), n_trials=1)
     study = refine(tmp_path, Settings(trials=20, refine=10, prune=False), objective, first.trials[0])
     trials = study.get_trials()
     assert [trial.params["bits"] for trial in trials[:2]] == [SAME, SPLIT]

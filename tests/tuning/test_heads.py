@@ -39,7 +39,7 @@ EVIDENCE = replace(random_evidence(LAYERS, 40, np.random.default_rng(0)), head_s
 GOAL = np.array(((0.4, 1.4, 1.2), (1.0, 1.5, 0.5), (1, 1, 1), (0.6, 0.6, 1.8)))
 
 
-class FromGoal:
+class FromGoal(ByParts):
     """Damage is the squared distance of a policy's head shares from `GOAL`, plus what the floor leaves."""
 
     samples = ("a", "b")

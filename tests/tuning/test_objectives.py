@@ -30,6 +30,7 @@ from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.study import read_study
 from avlprof.tuning.trials import run_trials
 from tests.helpers import thinned
+from tests.search_space import ByParts, scored_alone
 from tests.watching import Notes
 
 LAYERS = 4
@@ -40,7 +41,7 @@ BEST = np.array([0.05, 0.7, 0.3, 0.4])
 
 
 @dataclass
-class Distance:
+class Distance(ByParts):
     """Damage is the squared distance of the kept shares from `BEST`, which no allocator hits."""
 
     samples: tuple[str, ...] = ("a", "b")
@@ -113,7 +114,8 @@ def test_accuracy_is_the_metric_of_real_answers(tiny, few, tmp_path):
     starts = space.starts()
     for start in starts:
         study.enqueue_trial(start.params(budget))
-    study.optimize(Objective(made, evidence, budget, space, "accuracy"), n_trials=len(starts))
+    scored = Objective(made, evidence, budget, space, "accuracy")
+    study.optimize(lambda trial: scored_alone(scored, trial), n_trials=len(starts))
     for trial in study.trials:
         policy = parse_policy(trial.user_attrs["policy"])
         answers = generate_answers(tiny, few, policy, AnswerSettings(8, 1, task.metric))
@@ -277,5 +279,5 @@ def test_triggered_refreshes_are_paid_as_often_as_they_happen(slope):
     cores = [sum(one.compute(LAYERS)) for one in (policy, bound)]
     assert cores[0] > cores[1] if slope < 5 else cores[0] == cores[1]
     trial = optuna.create_study().ask()
-    ours(trial)
+    scored_alone(ours, trial)
     assert trial.user_attrs["read_share"] <= 0.3

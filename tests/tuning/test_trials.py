@@ -31,7 +31,7 @@ from avlprof.tuning.study import finalists
 from avlprof.tuning.trials import run_trials
 from avlprof.watch import SILENT, Watch
 from tests.helpers import few
-from tests.search_space import ALLOCATORS, SPACE, outcome, probed_evidence
+from tests.search_space import ALLOCATORS, SPACE, ByParts, outcome, probed_evidence
 from tests.watching import Notes
 
 
@@ -40,7 +40,7 @@ class Killed(BaseException):
 
 
 @dataclass
-class FakeForced:
+class FakeForced(ByParts):
     """KL that is a plain function of policy and sample; stops at the wanted report."""
 
     samples: tuple[str, ...] = ("a", "b", "c", "d")

@@ -8,8 +8,9 @@ or on a reference, whose likelihood then says how well a policy answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -132,15 +133,13 @@ class ForcedSet:
         """Bytes held of prefilled prompts."""
         return sum(batch.nbytes for _, batch in self._batches)
 
-    def parts(self, policy: Policy) -> Iterator[list[ForcedScore]]:
-        """Scores of a policy, batch by batch in the order of `samples`; stop asking to save the rest."""
-        for part in self.parts_many([policy]):
-            yield part[0]
+    def batches(self) -> Iterator[Callable[[Sequence[Policy]], list[list[ForcedScore]]]]:
+        """For each batch, in the order of `samples`, what scores policies on it: `[policy][sample]`.
 
-    def parts_many(self, policies: Sequence[Policy]) -> Iterator[list[list[ForcedScore]]]:
-        """As `parts` for several policies, `[policy][sample of the batch]`, which share passes."""
+        Policies share passes. Leave some out, or stop asking, to save the rest.
+        """
         for number, (rows, batch) in enumerate(self._batches):
-            yield batch.score_many(policies, [self.samples[i] for i in rows])
+            yield partial(batch.score_many, samples=[self.samples[i] for i in rows])
             self._make_room(number)
 
     def score(self, policy: Policy) -> list[ForcedScore]:
@@ -150,8 +149,8 @@ class ForcedSet:
     def score_many(self, policies: Sequence[Policy]) -> list[list[ForcedScore]]:
         """Scores `[policy][sample]` of several policies, which share passes where they can."""
         scores: list[list[ForcedScore]] = [[] for _ in policies]
-        for part in self.parts_many(policies):
-            for own, more in zip(scores, part, strict=True):
+        for score in self.batches():
+            for own, more in zip(scores, score(policies), strict=True):
                 own.extend(more)
         return scores
 

@@ -11,7 +11,7 @@ import re
 import secrets
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import optuna
@@ -23,6 +23,8 @@ from avlprof.launchers import WORKER as WORKER_NAME
 
 HISTORY = "retry_history"
 WORKER = "worker"
+BATCH = "batch"
+"""What a trial notes of those that it is scored together with, which outlives its worker."""
 META, EVIDENCE = "study", "evidence"
 """Names of the notes: what the study is about, and what allocators look at."""
 
@@ -80,6 +82,10 @@ class StudyStorage(ABC):
     def begin(self, trial: optuna.Trial, worker: str) -> None:
         """Note who runs a trial, inside the lock that it was taken in."""
 
+    def alive(self, trials: Sequence[optuna.Trial]) -> contextlib.AbstractContextManager[None]:
+        """Gives the signs of life of running trials inside the context, where the storage wants any."""
+        return contextlib.nullcontext()
+
     @abstractmethod
     def lost(self, study: optuna.Study) -> list[FrozenTrial]:
         """Trials of workers that died, which are still marked as running. Inside the lock."""
@@ -127,14 +133,14 @@ def trials_in(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queue a trial again with the parameters that it has so far; again is harmless.
 
-    Optuna keeps the numbers of the earlier attempts. What the trial noted about itself is left
-    behind, so that the next attempt tells of its own worker and score.
+    Optuna keeps the numbers of the earlier attempts. What the trial noted about itself, but its batch,
+    is left behind, so that the next attempt tells of its own worker and score.
     """
     others = study.get_trials(deepcopy=False)
     if any(other.system_attrs.get(HISTORY, [])[-1:] == [trial.number] for other in others):
         return
     again = copy.deepcopy(trial)
-    again.user_attrs = {}
+    again.user_attrs = {name: value for name, value in trial.user_attrs.items() if name == BATCH}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         RetryHeartbeatStaleTrialCallback()(study, again)
@@ -148,6 +154,11 @@ def give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     """
     retry(study, trial)
     study.tell(trial.number, state=TrialState.FAIL)
+
+
+def origin(trial: FrozenTrial) -> int:
+    """The number of a trial's first attempt."""
+    return int(trial.system_attrs.get(HISTORY, [trial.number])[0])
 
 
 def worker_name() -> str:

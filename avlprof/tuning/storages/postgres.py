@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import re
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -136,6 +137,25 @@ class PostgresStorage(StudyStorage):
         # a trial without any sign of life would never count as stale
         self._backend.record_heartbeat(trial._trial_id)
         trial.set_user_attr(WORKER, worker)
+
+    @contextlib.contextmanager
+    def alive(self, trials: Sequence[optuna.Trial]) -> Iterator[None]:
+        ended = threading.Event()
+
+        def live() -> None:
+            while not ended.wait(self.heartbeat):
+                for trial in trials:
+                    with contextlib.suppress(Exception):  # as Optuna's own: one that fails is not the last
+                        self._backend.record_heartbeat(trial._trial_id)
+            self._backend.remove_session()
+
+        thread = threading.Thread(target=live, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def lost(self, study: optuna.Study) -> list[FrozenTrial]:
         with warnings.catch_warnings():
