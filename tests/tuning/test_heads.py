@@ -22,6 +22,7 @@ from avlprof.tuning.objective import Objective
 from avlprof.tuning.refine import HeadSpace, MovedHeads, is_refined, moves_heads, refine_heads
 from avlprof.tuning.rivals import SAME, rivals
 from avlprof.tuning.study import StudyMeta, as_begun, finalists
+from tests.search_space import ByParts
 from tests.watching import Notes
 
 LAYERS, HEADS = 4, 3
