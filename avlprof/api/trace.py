@@ -18,7 +18,7 @@ from avlprof.run import RUNS, Run, save_pictures
 from avlprof.runs import RunDirectory, RunMeta, Shard
 from avlprof.runs.meta import check_free
 from avlprof.runtime.apply import apply
-from avlprof.runtime.support import check_supported
+from avlprof.runtime.support import check_runs
 from avlprof.tasks import Sample, Task, load_task
 from avlprof.tasks.splits import ALL, SEARCH
 from avlprof.tracing import TraceSettings, encode, estimate_bytes, run_meta, trace_samples
@@ -137,7 +137,7 @@ def plan_trace(
     settings, shard = (settings or TraceSettings()).resolved(), shard or Shard()
     policy = settings.policy if isinstance(settings.policy, Policy) else None
     if policy is not None:
-        check_supported(policy)
+        check_runs(policy)
     task = load_task(task) if isinstance(task, str) else task
     chosen = task.samples(settings.split_of(task), samples)
     loaded = model if isinstance(model, LoadedModel) else load_model(_own(model, shard))

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from avlprof.allocators._base import Evidence
-from avlprof.bisection import largest
+from avlprof.bisection import largest, largest_share
 from avlprof.budgets.fit import check_unit, hand_out, ratio_of
 from avlprof.budgets.meet import in_place, vision_share
 from avlprof.budgets.resolve import resolve
 from avlprof.errors import UserError
 from avlprof.policy import (
+    PicturePolicy,
     Policy,
     PromptShape,
     broadcast,
@@ -24,6 +25,9 @@ from avlprof.policy import (
     sizes,
     tokens,
 )
+
+HALVINGS = 20
+"""Of the share of a picture's tokens that fits: finer than a token of a million."""
 
 
 class OverBudgetError(UserError):
@@ -51,6 +55,8 @@ def scale_to(
       that nothing goes on that no layer holds. Layers before it that keep all vision tokens go on
       to do so (the filter needs them there): they set the floor.
     - An allocator is asked again, at the budget's mean share.
+    - Smaller pictures stay as they are, and the rest is scaled; but where all their tokens are kept in all
+      layers, it is the pictures that are scaled: `pictures.share` is the largest that fits.
 
     A policy that is at the budget already comes back unchanged. One that drops so much text that
     it holds less than the budget with all vision tokens stays below it.
@@ -61,11 +67,18 @@ def scale_to(
 
     Raises:
         OverBudgetError: nothing that may be scaled is left, and the rest is still above.
-        UserError: the policy is for another number of layers, or its allocator lacks evidence.
+        UserError: the policy is for another number of layers, its allocator lacks evidence, or the budget
+            holds all tokens of pictures that were to be made smaller.
     """
     check_unit("budget", budget)
     if not prompts:
         raise UserError("a budget needs at least one prompt to be counted on")
+    if policy.pictures is not None and _keeps_all(policy):
+        return _smaller(policy, policy.pictures, budget, prompts, layers)
+    if policy.pictures is not None:
+        shorter = [prompt.shrunk(policy.pictures) for prompt in prompts]
+        scaled = scale_to(policy.of_cache, budget, shorter, layers, evidence)
+        return scaled.model_copy(update={"pictures": policy.pictures})
     shaped = _allocated(policy, budget, prompts, layers, evidence)
     shaped.check_layers(layers)
     counted = Counter(prompts)
@@ -83,6 +96,33 @@ def scale_to(
         total -= 1  # sums of shares of tokens are rounded
     best = make(total)
     return shaped if used(best) <= used(shaped) <= budget else best
+
+
+def _keeps_all(policy: Policy) -> bool:
+    """Whether every token of the prompt stays in every layer, whatever its pictures."""
+    keep = policy.vision_keep if isinstance(policy.vision_keep, tuple) else (policy.vision_keep,)
+    drops = policy.joint or policy.prefill_filter or policy.allocator or policy.vision_compute is not None
+    return not drops and min(keep) >= 1.0
+
+
+def _smaller(
+    policy: Policy, pictures: PicturePolicy, budget: float, prompts: Sequence[PromptShape], layers: int
+) -> Policy:
+    """The policy with the largest share of its pictures' tokens that fits."""
+
+    def at(share: float) -> Policy:
+        return policy.model_copy(update={"pictures": pictures.model_copy(update={"share": share})})
+
+    def fits(share: float) -> bool:
+        return live_share(at(share), prompts, layers) <= budget
+
+    policy.check_layers(layers)
+    least = 2.0**-HALVINGS
+    if not fits(least):
+        raise OverBudgetError(policy, budget, live_share(at(least), prompts, layers))
+    if fits(1.0):
+        raise UserError("all vision tokens fit as they are, so no picture is made smaller")
+    return at(max(largest_share(fits, 0.0, 1.0, HALVINGS), least))
 
 
 def _allocated(
@@ -112,7 +152,7 @@ def _joint(
 ) -> tuple[Callable[[int], Policy], int]:
     """Policies by the tokens that all layers hold together of the longest prompt, and the most."""
     assert policy.joint is not None
-    pool, longest = policy.joint, max(prompt.total for prompt in prompts)
+    pool, longest = policy.joint, max(prompt.tokens for prompt in prompts)
     own = counted_layers(prompts, layers)
     shares = [broadcast(pool.keep, layers)[layer] for layer in own]
 

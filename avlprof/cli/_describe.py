@@ -23,6 +23,8 @@ def sets(policy: Policy) -> str:
         parts.append(f"spread by {policy.allocator.name}")
     parts += _text(policy.text)
     parts += [f"prefill_filter {f.keep:g} after {f.after_layer}" for f in policy.prefill_filter]
+    if policy.pictures is not None:
+        parts.append(f"pictures {policy.pictures.kind} to {policy.pictures.share:g}")
     if policy.hash != DENSE.hash:
         parts.append(f"by {policy.scorer.name}")
     return ", ".join(parts)

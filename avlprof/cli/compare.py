@@ -99,17 +99,17 @@ def compare_policies(
     """
     from avlprof.evaluation import ComparisonSettings
     from avlprof.evaluation.compare import compare
+    from avlprof.evaluation.lineup import SMALLER
     from avlprof.evaluation.shared import open_store
-    from avlprof.evaluation.smaller import METHODS
     from avlprof.locks import FolderLock
     from avlprof.models import load_model
     from avlprof.policy import find_policy
 
-    methods = {method.name: method for method in METHODS}
+    smaller = {policy.name: policy for policy in SMALLER}
     budgets = parse_shares("--budget", budget)
     mine = named_policies(policy or [])
     tuned = _winners(study or [])
-    baselines = [methods.get(name) or find_policy(name) for name in baseline] if baseline else None
+    baselines = [smaller.get(name) or find_policy(name) for name in baseline] if baseline else None
     task = source.load()
     task.samples(split, samples)
     label = f"{Path(spec.name).name}-{task.name}-{split}"

@@ -66,6 +66,7 @@ def run(
     Without --image and --prompt it takes a held-out sample of the embedded task.
     """
     from avlprof.models import load_model
+    from avlprof.models.smaller import check_kind
     from avlprof.policy import DENSE, find_policy
     from avlprof.run import picture_task
     from avlprof.runtime.support import check_supported
@@ -82,6 +83,8 @@ def run(
     loaded = load_model(spec)
     chosen = Resolver(loaded, load_task("shapes") if own else task, traced)(chosen)
     chosen.check_layers(loaded.adapter.layers)
+    if chosen.pictures is not None and chosen.shrinks:
+        check_kind(loaded.adapter, chosen.pictures.kind)
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     note(f"prompt: {sample.prompt}" + (f" (reference: {sample.answers[0]})" if sample.answers else ""))
     _generate(loaded, DENSE, sample, 2)
@@ -93,7 +96,12 @@ def run(
             rows = [{name: value for name, value in row.items() if name not in _TIMES} for row in rows]
         show(rows, form, cells=bytes_in)
     if explain:
-        show(_layers(ours), form, f"layers under {chosen.name}", cells=bytes_in | {"dense_live_kv": size})
+        show(
+            _layers(ours, dense),
+            form,
+            f"layers under {chosen.name}",
+            cells=bytes_in | {"dense_live_kv": size},
+        )
     finished([], f"avlprof policy diff dense {policy}" if explain else "the same command with --explain")
 
 
@@ -137,11 +145,16 @@ def _generate(
     import torch
 
     from avlprof.models.generation import greedy
+    from avlprof.models.smaller import smaller_pictures
     from avlprof.runtime.apply import apply
 
     generated = _Generated()
-    encoding = loaded.adapter.encode_samples([sample])
-    with apply(loaded.model, policy, captured, fused=False) as runtime, torch.inference_mode():
+    with (
+        smaller_pictures(loaded, policy.pictures) as shown,
+        apply(shown.model, policy.of_cache, captured, fused=False) as runtime,
+        torch.inference_mode(),
+    ):
+        encoding = shown.adapter.encode_samples([sample])
 
         def note_prefill() -> None:
             generated.prefill = runtime.cache.use() if runtime.cache is not None else []
@@ -171,16 +184,17 @@ def _summary(name: str, generated: _Generated) -> dict[str, Any]:
     }
 
 
-def _layers(generated: _Generated) -> list[dict[str, Any]]:
+def _layers(generated: _Generated, dense: _Generated) -> list[dict[str, Any]]:
+    """Dense bytes are those of the pictures as they are."""
     return [
         {
             "layer": after.layer,
             "live_kv": before.prompt,
-            "dense_live_kv": before.dense_prompt,
+            "dense_live_kv": whole.dense_prompt,
             "allocated_kv": after.allocated,
             "read_kv_per_step": after.read,
             "refreshes": after.refreshes,
             "steps": after.steps,
         }
-        for before, after in zip(generated.prefill, generated.whole, strict=True)
+        for before, after, whole in zip(generated.prefill, generated.whole, dense.prefill, strict=True)
     ]

@@ -22,7 +22,6 @@ from avlprof.errors import UserError
 from avlprof.evaluation.batches import EncodedBatches, answer_batches, prompt_lengths
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.footprint import Footprint, footprints
-from avlprof.evaluation.smaller import Method, SmallerPictures
 from avlprof.evaluation.store import STOCK, Answer, AnswerStore, Ask, model_key
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens
@@ -88,7 +87,7 @@ class SampleSettings:
         limit = self.max_new_tokens or task.max_new_tokens
         return AnswerSettings(limit, self.batch_size, task.metric, lengths)
 
-    def ask(self, policy: Method | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
+    def ask(self, policy: Policy | None, samples: Sequence[Sample], answering: AnswerSettings) -> Ask:
         """These samples of the split, to be answered under a policy."""
         return Ask(policy, self.split, self.samples, samples, answering)
 
@@ -183,7 +182,7 @@ FLUSH_SECONDS = 10.0
 def generate_answers(
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    policy: Method | None,
+    policy: Policy | None,
     settings: AnswerSettings,
     *,
     store: AnswerStore | None = None,
@@ -192,7 +191,8 @@ def generate_answers(
     """A greedy answer to every sample, in their order; the stock model's when `policy` is None.
 
     Samples of like prompt and answer length share a batch, padded on the left. Answers in `store` are not
-    generated again, and new ones are on disk every few seconds, so a second call resumes.
+    generated again, and new ones are on disk every few seconds, so a second call resumes. What `pictures` of
+    a policy says is done here; dense bytes are those of the pictures as they are.
 
     Bytes of a row: live, dense and allocated ones are read off the cache right after prefill (see
     `footprint`). Read bytes a step are `policy.read_share` at the row's own answer length, since a
@@ -204,20 +204,23 @@ def generate_answers(
         watch: its phase `answers` counts answers, those in `store` included.
 
     Raises:
-        UserError: the policy does not fit, a picture cannot be read, or a sample has no answers.
+        UserError: the policy does not fit, a picture cannot be read or made smaller, or a sample has no
+            answers.
     """
-    if isinstance(policy, SmallerPictures):
-        return _smaller_answers(loaded, samples, policy, settings, store, watch)
     judge, limit = load_metric(settings.metric), settings.max_new_tokens
     model = model_key(loaded)
     known = store.answers(model, policy, samples, limit) if store else {}
     todo = [sample for sample in samples if sample.id not in known]
     flushed = time.monotonic()
     watch.phase("answers", len(known), len(samples))
+    shown = None if policy is None else policy.pictures
     try:
         for batch in answer_batches(loaded, todo, settings):
-            encoding = settings.encoded.of(loaded, batch)
-            for sample, answer in zip(batch, _answer(loaded, batch, encoding, policy, limit), strict=True):
+            with smaller_pictures(loaded, shown) as smaller:
+                encoding = settings.encoded.of(smaller, batch, shown)
+                answers = _answer(smaller, batch, encoding, policy, limit)
+            answers = _in_whole(loaded, batch, answers, policy, settings)
+            for sample, answer in zip(batch, answers, strict=True):
                 known[sample.id] = answer
                 if store:
                     store.add(model, sample, limit, answer)
@@ -235,26 +238,19 @@ def generate_answers(
     ]
 
 
-def _smaller_answers(
+def _in_whole(
     loaded: LoadedModel,
     samples: Sequence[Sample],
-    method: SmallerPictures,
+    answers: list[Answer],
+    policy: Policy | None,
     settings: AnswerSettings,
-    store: AnswerStore | None,
-    watch: Watch,
 ) -> list[Answer]:
-    """Answers to prompts with fewer vision tokens; their dense bytes are those of the whole prompts."""
+    """The answers with the dense bytes of the pictures as they are."""
+    if policy is None or not policy.shrinks:
+        return answers
     whole = settings.lengths or prompt_lengths(loaded, samples)
-    policy = None if method.policy.hash == DENSE.hash else method.policy
-    settings = replace(settings, encoded=EncodedBatches())
-    with smaller_pictures(loaded, method.kind, method.share) as smaller:
-        answers = generate_answers(smaller, samples, policy, settings, store=store, watch=watch)
     return [
-        replace(
-            answer,
-            dense_bytes=answer.dense_bytes * whole[answer.sample] // _tokens(answer),
-            policy_hash=method.hash,
-        )
+        replace(answer, dense_bytes=answer.dense_bytes * whole[answer.sample] // _tokens(answer))
         for answer in answers
     ]
 
@@ -276,13 +272,16 @@ def _answer(
     modality = modality_map(encoding["input_ids"], encoding.get("attention_mask"), vision)
     rows = prompt_shapes(modality, loaded.adapter.governed, loaded.adapter.group)
     measured: list[Footprint] = []
+    within = policy and policy.of_cache
+    if policy is not None and policy.shrinks and policy.of_cache.hash == DENSE.hash:
+        within = None
 
     def look(cache: Any) -> None:
         if not measured:
             measured.extend(footprints(cache, rows))
 
     runtime: Runtime | None
-    with running(loaded, policy) as runtime:
+    with running(loaded, within) as runtime:
         ids = [sample.id for sample in batch]
         new = generate_tokens(
             loaded, encoding, runtime, look, samples=ids, max_new_tokens=max_new_tokens
@@ -301,7 +300,7 @@ def _answer(
             live_bytes=used.live,
             dense_bytes=used.dense,
             allocated_bytes=used.allocated,
-            read_bytes_per_step=used.dense * _read_share(policy, shape, loaded.adapter.layers, length),
+            read_bytes_per_step=used.dense * _read_share(within, shape, loaded.adapter.layers, length),
             policy_hash=policy.hash if policy else STOCK,
         )
         for sample, text, length, shape, used in zip(batch, texts, lengths, rows, measured, strict=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from avlprof.models import LoadedModel
+from avlprof.policy import PicturePolicy
 from avlprof.tasks import Sample
 
 if TYPE_CHECKING:
@@ -20,16 +21,20 @@ if TYPE_CHECKING:
 class EncodedBatches:
     """Batches that were encoded, for the next policy that answers them; `most` bytes of them.
 
-    Of one model and its processor alone.
+    Of one model and its processor alone, and apart for each way of making pictures smaller.
     """
 
     most: int = 1 << 28
-    _known: dict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict)
+    _known: dict[tuple[PicturePolicy | None, tuple[str, ...]], dict[str, Tensor]] = field(
+        default_factory=dict
+    )
     _bytes: int = 0
 
-    def of(self, loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """The batch of these samples."""
-        ids = tuple(sample.id for sample in samples)
+    def of(
+        self, loaded: LoadedModel, samples: Sequence[Sample], pictures: PicturePolicy | None = None
+    ) -> dict[str, Tensor]:
+        """The batch of these samples, encoded by a model whose pictures were made smaller so."""
+        ids = pictures, tuple(sample.id for sample in samples)
         if ids in self._known:
             return dict(self._known[ids])
         encoding = loaded.adapter.encode_samples(samples)

@@ -20,12 +20,12 @@ from avlprof.evaluation.answers import SampleSettings, generate_answers
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
-from avlprof.evaluation.lineup import Entry, LineUp, all_baselines, line_up, runs_of
-from avlprof.evaluation.smaller import Method, Pictures, SmallerPictures
+from avlprof.evaluation.lineup import Entry, LineUp, all_baselines, line_up, seeded
 from avlprof.evaluation.store import AnswerStore, Ask, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
 from avlprof.models.adapter import Adapter
+from avlprof.models.smaller import SamplePictures
 from avlprof.policy import Policy, PromptShape
 from avlprof.tasks import Sample, Task
 from avlprof.watch import SILENT, Part, Steps, Watch
@@ -37,8 +37,8 @@ class ComparisonSettings(SampleSettings):
 
     Attributes:
         select_split: picks the strongest baseline of a budget, with as many samples; None picks none.
-        baselines: hand-set policies and methods with smaller pictures to compare with; None means all
-            that ship (but those of single papers and models).
+        baselines: hand-set policies to compare with; None means all that ship (but those of single papers and
+            models), and `SMALLER`.
         evidence: gives what a traced run knows, for policies with an allocator; asked only when needed.
 
     Raises:
@@ -46,7 +46,7 @@ class ComparisonSettings(SampleSettings):
     """
 
     select_split: str | None = "search"
-    baselines: Sequence[Method] | None = None
+    baselines: Sequence[Policy] | None = None
     evidence: Callable[[], Evidence] | None = None
 
     def __post_init__(self) -> None:
@@ -62,14 +62,14 @@ class Strongest:
     Seeds of a random policy are averaged. On a tie the first candidate wins.
     """
 
-    policy: Method
+    policy: Policy
     scores: tuple[tuple[str, float], ...]
 
 
 def strongest(
     loaded: LoadedModel,
     task: Task,
-    candidates: Sequence[Method],
+    candidates: Sequence[Policy],
     settings: ComparisonSettings | None = None,
     *,
     store: AnswerStore | None = None,
@@ -96,7 +96,7 @@ def strongest(
         raise UserError("the strongest policy is picked on a split; give select_split")
     samples = task.samples(settings.select_split, settings.samples)
     answering = settings.answering(loaded, task, samples)
-    runs = [runs_of(policy) for policy in candidates]
+    runs = [seeded(policy) for policy in candidates]
     done, total = 0, len(samples) * sum(map(len, runs))
     means = []
     for seeds in runs:
@@ -178,7 +178,11 @@ class Comparison:
                 else:
                     frame.to_parquet(partial, index=False)
         policies = [
-            {"budget": e.budget, "method": e.method, "policy": _described(e.policy)}
+            {
+                "budget": e.budget,
+                "method": e.method,
+                "policy": e.policy.model_dump(mode="json", by_alias=True),
+            }
             for e in self.lineup.entries
         ]
         tables = {"summary": summary, "left_out": self.left_out()}
@@ -271,7 +275,7 @@ def compare(
         watch.say(note)
     steps = Steps(watch, "compare", len(samples))
 
-    def table(run: Method | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
+    def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
         answers = generate_answers(loaded, samples, run, answering, store=store, watch=steps.part())
         steps.add(len(answers))
         return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
@@ -289,7 +293,7 @@ def compare(
         given=given,
         tuned=tuned,
         evidence=settings.evidence,
-        pictures=Pictures(loaded.adapter, samples),
+        pictures=SamplePictures(loaded.adapter, samples),
     )
     candidates = {budget: _candidates(lineup, budget, settings) for budget in ascending}
     selected = len(_selection(task, settings))
@@ -305,17 +309,10 @@ def compare(
             best[budget] = winner.policy.name
     for entry in lineup.entries:
         who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [table(run, seed, who) for seed, run in enumerate(runs_of(entry.policy))]
+        parts += [table(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
     meta = settings.about(loaded, task, len(samples))
     meta |= {"select_split": settings.select_split or "", "budgets": list(ascending)}
     return Comparison(meta, pd.concat(parts, ignore_index=True), lineup, best)
-
-
-def _described(policy: Method) -> dict[str, Any]:
-    """A method as plain values."""
-    if isinstance(policy, SmallerPictures):
-        return policy.described()
-    return policy.model_dump(mode="json", by_alias=True)
 
 
 def _selection(task: Task, settings: ComparisonSettings) -> Sequence[Sample]:
@@ -332,7 +329,7 @@ def _asks(
     for chosen, entries in both:
         samples = task.samples(chosen.split, chosen.samples)
         answering = chosen.answering(loaded, task, samples)
-        yield from (chosen.ask(run, samples, answering) for entry in entries for run in runs_of(entry.policy))
+        yield from (chosen.ask(run, samples, answering) for entry in entries for run in seeded(entry.policy))
 
 
 def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:
@@ -342,7 +339,7 @@ def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> 
 
 def _runs(entries: Sequence[Entry]) -> int:
     """How often a split is answered for these methods: once for each seed of each."""
-    return sum(len(runs_of(entry.policy)) for entry in entries)
+    return sum(len(seeded(entry.policy)) for entry in entries)
 
 
 def _shapes(dense: pd.DataFrame, adapter: Adapter) -> list[PromptShape]:

@@ -16,11 +16,11 @@ from avlprof.evaluation.answers import AnswerSettings, SampleSettings, generate_
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
-from avlprof.evaluation.lineup import PolicyRow, policy_rows, with_baselines
-from avlprof.evaluation.smaller import Method, SmallerPictures
+from avlprof.evaluation.lineup import PolicyRow, counted_with, policy_rows, with_baselines
 from avlprof.evaluation.store import Answer, AnswerStore, share_out
 from avlprof.files import replacing, write_text
 from avlprof.models import LoadedModel
+from avlprof.models.smaller import SamplePictures, check_kind
 from avlprof.policy import DENSE, Policy, PromptShape
 from avlprof.runtime.forced.samples import fidelity as measure_fidelity
 from avlprof.runtime.support import check_supported
@@ -176,16 +176,15 @@ class EvaluationSettings(SampleSettings):
     def units(self, rows: Sequence[PolicyRow], samples: int, baselines_to_come: bool = False) -> int:
         """Work to do: answers, forced scores, timings; baselines to come count as four runs a policy."""
         runs = sum(len(row.runs) for row in rows) + (4 * (len(rows) - 1) if baselines_to_come else 0)
-        smaller = sum(isinstance(run, SmallerPictures) for row in rows for run in row.runs)
         timings = (len(rows) + 1) * min(LATENCY_SAMPLES, samples) * LATENCY_REPEATS
-        forced = (runs - 1 - smaller) * samples * self.fidelity
+        forced = (runs - 1) * samples * self.fidelity
         return runs * samples + forced + timings * self.latency
 
 
 def evaluate(
     loaded: LoadedModel,
     task: Task,
-    policies: Sequence[Method],
+    policies: Sequence[Policy],
     settings: EvaluationSettings | None = None,
     *,
     store: AnswerStore | None = None,
@@ -210,7 +209,7 @@ def evaluate(
     steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
     answering = settings.answering(loaded, task, samples)
 
-    def answers_of(policy: Method | None) -> list[Answer]:
+    def answers_of(policy: Policy | None) -> list[Answer]:
         answers = generate_answers(loaded, samples, policy, answering, store=store, watch=steps.part())
         steps.add(len(answers))
         return answers
@@ -218,9 +217,14 @@ def evaluate(
     share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     dense = answers_of(None)
     answering = replace(answering, said={answer.sample: answer.generated_tokens for answer in dense})
+    pictures = SamplePictures(loaded.adapter, samples)
     if settings.baselines:
         own = loaded.adapter
-        shapes = [PromptShape(a.system, a.vision, a.text, own.governed, own.group) for a in dense]
+        shapes: Sequence[PromptShape] = [
+            PromptShape(a.system, a.vision, a.text, own.governed, own.group) for a in dense
+        ]
+        for policy in policies:
+            shapes = counted_with(policy, shapes, pictures)
         length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
         rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
         steps.total = settings.units(rows, len(samples))
@@ -238,9 +242,11 @@ def evaluate(
     return Evaluation(meta, table, timed)
 
 
-def _check(loaded: LoadedModel, policies: Sequence[Method], samples: Sequence[Sample]) -> None:
-    for policy in (p.policy if isinstance(p, SmallerPictures) else p for p in policies):
+def _check(loaded: LoadedModel, policies: Sequence[Policy], samples: Sequence[Sample]) -> None:
+    for policy in policies:
         policy.check_layers(loaded.adapter.layers)
+        if policy.shrinks and policy.pictures is not None:
+            check_kind(loaded.adapter, policy.pictures.kind)
         check_supported(policy)
     check_samples(samples)
 
@@ -280,7 +286,7 @@ def _with_fidelity(
         (row.label, seed, policy)
         for row in rows
         for seed, policy in enumerate(row.runs)
-        if isinstance(policy, Policy)
+        if policy is not None
     ]
     scores = measure_fidelity(
         loaded,
@@ -312,8 +318,7 @@ def _latencies(
     answering: AnswerSettings,
     steps: Steps,
 ) -> tuple[Latency, ...]:
-    firsts = ((row.label, row.runs[0]) for row in rows)
-    policies = {label: run for label, run in firsts if not isinstance(run, SmallerPictures)}
+    policies = {row.label: row.runs[0] for row in rows}
     latencies = measure_latency(
         loaded,
         samples[:LATENCY_SAMPLES],

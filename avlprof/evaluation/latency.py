@@ -13,8 +13,10 @@ from torch import Tensor
 
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import generate_tokens, running
+from avlprof.evaluation.batches import EncodedBatches
 from avlprof.evaluation.footprint import cache_bytes
 from avlprof.models import LoadedModel
+from avlprof.models.smaller import smaller_pictures
 from avlprof.policy import Policy
 from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
@@ -77,15 +79,22 @@ def measure_latency(
     names = list(policies)
     times: dict[str, list[_Timed]] = {name: [] for name in names}
     done, total = 0, len(samples) * repeats * len(names)
+    encoded = EncodedBatches()
+
+    def timed(sample: Sample, policy: Policy | None) -> _Timed:
+        shown = None if policy is None else policy.pictures
+        with smaller_pictures(loaded, shown) as model:
+            encoding = encoded.of(model, [sample], shown)
+            return _timed(model, encoding, policy and policy.of_cache, new_tokens)
+
     for number, sample in enumerate(samples):
-        encoding = loaded.adapter.encode_samples([sample])
         if number == 0:
             for name in names:
-                _timed(loaded, encoding, policies[name], new_tokens)
+                timed(sample, policies[name])
         for turn in range(repeats):
             first = (number * repeats + turn) % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(_timed(loaded, encoding, policies[name], new_tokens))
+                times[name].append(timed(sample, policies[name]))
                 done += 1
                 watch.phase("latency", done, total)
     return [_summary(name, times[name]) for name in names]

@@ -6,17 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from avlprof.allocators._base import Evidence
 from avlprof.budgets import OverBudgetError, ReadBudget, meet_both, meet_budget, scale_to
 from avlprof.errors import UserError
-from avlprof.evaluation.smaller import METHODS, Method, Pictures, SmallerPictures, fitted
+from avlprof.models.smaller import SamplePictures
 from avlprof.policy import (
     DENSE,
     FULL,
     RANKING,
     REFRESHES,
+    PicturePolicy,
     Policy,
     PromptShape,
     ScorerSpec,
@@ -32,6 +33,16 @@ from avlprof.runtime.support import check_supported
 
 RANDOM_SEEDS = (0, 1, 2)
 
+POOLED, RESIZED = "pooled", "smaller-picture"
+_FOUR: Final = Policy(vision_bits=4, text=TextPolicy(bits=4))
+SMALLER: Final[tuple[Policy, ...]] = tuple(
+    policy.model_copy(update={"name": name + end, "pictures": PicturePolicy(kind=kind)})
+    for name, kind in ((POOLED, "pooled"), (RESIZED, "resized"))
+    for end, policy in (("", Policy()), ("-4", _FOUR))
+)
+"""Baselines that keep all tokens of smaller pictures, in 16 bits and with the whole prompt in 4: scaled to a
+budget, they say how much smaller."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,19 +51,18 @@ class PolicyRow:
     """One row of an evaluation.
 
     `runs` are what is generated for it: one policy, several seeds of a random one (averaged per
-    sample), one method with smaller pictures, or None, the stock model. `family` joins rows of one
-    kind in a figure.
+    sample), or None, the stock model. `family` joins rows of one kind in a figure.
     """
 
     label: str
     family: str
-    runs: tuple[Method | None, ...]
+    runs: tuple[Policy | None, ...]
 
 
 REFERENCE = PolicyRow("dense", "dense", (None,))
 
 
-def policy_rows(policies: Iterable[Method]) -> list[PolicyRow]:
+def policy_rows(policies: Iterable[Policy]) -> list[PolicyRow]:
     """The reference first, then each policy once; labels are made unique.
 
     A policy that ranks by `random` without a seed of its own runs with seeds 0, 1 and 2. A policy
@@ -79,7 +89,7 @@ def with_baselines(
     added = []
     for row in rows:
         policy = row.runs[0]
-        if not isinstance(policy, Policy):
+        if policy is None:
             continue
         share = live_share(policy, prompts, layers)
         for baseline in equal_bytes(policy, prompts, layers, answer_tokens):
@@ -98,8 +108,9 @@ def equal_bytes(
 
     They share the policy's text part, refreshes, bits of stored vision and, uniform only, its scorer
     (`RANKING` where it has none of its own: a joint pool, or one that ranks by `random`); a core that is
-    refreshed is re-picked by attention in both. What the policy is already is left out; so is
-    everything, with a warning, where a joint pool keeps less than the prompt's text alone needs.
+    refreshed is re-picked by attention in both. They cut the pictures as they are. What the policy is
+    already is left out; so is everything, with a warning, where a joint pool keeps less than the prompt's
+    text alone needs.
     Counts are exact over `prompts`, to one token, with `answer_tokens` decoding steps.
     """
     joint = policy.joint is not None
@@ -129,11 +140,6 @@ def equal_bytes(
     return baselines if flat_already and ranked_at_random else [*baselines, random]
 
 
-def runs_of(method: Method) -> tuple[Method, ...]:
-    """What is generated for a method: itself, or the seeds of a policy (`seeded`)."""
-    return seeded(method) if isinstance(method, Policy) else (method,)
-
-
 def seeded(policy: Policy) -> tuple[Policy, ...]:
     """What is generated for a policy: itself, or three seeds of one that ranks by `random` without one."""
     if policy.scorer.name != "random" or "seed" in policy.scorer.options:
@@ -146,8 +152,8 @@ def seeded(policy: Policy) -> tuple[Policy, ...]:
     )
 
 
-def _row(policy: Method, label: str, family: str) -> PolicyRow:
-    runs = runs_of(policy)
+def _row(policy: Policy, label: str, family: str) -> PolicyRow:
+    runs = seeded(policy)
     if len(runs) == 1:
         return PolicyRow(label, family, runs)
     name, separator, rest = label.partition(" @ ")
@@ -157,13 +163,14 @@ def _row(policy: Method, label: str, family: str) -> PolicyRow:
 def _effect(row: PolicyRow, shapes: Iterable[PromptShape], layers: int) -> object:
     """What a row's policy does to these prompts; equal for ratios that mean the same tokens."""
     policy = row.runs[0]
-    if not isinstance(policy, Policy):
-        return policy
+    if policy is None:
+        return None
     counts = {shape: tuple(sizes(policy, shape, layers)) for shape in shapes}
     has_core = any(size.core < size.vision for layer in counts.values() for size in layer)
     refresh = tuple(getattr(policy, name) for name in REFRESHES) if has_core else ()
     heads = (policy.heads, policy.head_floor, policy.head_shares)
-    return counts, refresh, policy.scorer, heads, policy.text, policy.joint
+    pictures = policy.pictures if policy.shrinks else None
+    return counts, refresh, policy.scorer, heads, policy.text, policy.joint, pictures
 
 
 def _is_flat(policy: Policy, own: Sequence[int], layers: int) -> bool:
@@ -190,12 +197,12 @@ Kind = Literal["baseline", "given", "tuned"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a budget; `policy` is its policy scaled to it, or its pictures made to fit it."""
+    """A method at a budget; `policy` is its policy scaled to it."""
 
     method: str
     kind: Kind
     budget: float
-    policy: Method
+    policy: Policy
 
 
 @dataclass(frozen=True)
@@ -226,11 +233,11 @@ def line_up(
     prompts: Sequence[PromptShape],
     layers: int,
     *,
-    baselines: Sequence[Method],
+    baselines: Sequence[Policy],
     given: Sequence[Policy] = (),
     tuned: Sequence[Policy] = (),
     evidence: Callable[[], Evidence] | None = None,
-    pictures: Pictures | None = None,
+    pictures: SamplePictures | None = None,
 ) -> LineUp:
     """All methods at all budgets.
 
@@ -239,18 +246,18 @@ def line_up(
 
     Args:
         evidence: gives what the profile of a traced run knows; asked only when an allocator needs it.
-        pictures: those of the prompts, for baselines that make them smaller.
+        pictures: those of the prompts, for policies that make them smaller.
 
     Raises:
         UserError: two methods share a name, or nothing can be compared at any budget.
     """
-    methods: list[tuple[Kind, Method]] = [
+    methods: list[tuple[Kind, Policy]] = [
         *(("baseline", policy) for policy in baselines),
         *(("given", policy) for policy in given),
         *(("tuned", policy) for policy in tuned),
     ]
     _check_names(methods)
-    asks = any(isinstance(policy, Policy) and policy.allocator for _, policy in methods)
+    asks = any(policy.allocator for _, policy in methods)
     known = evidence() if evidence and asks else None
     entries: list[Entry] = []
     left_out: list[LeftOut] = []
@@ -261,14 +268,9 @@ def line_up(
                 left_out.append(LeftOut(policy.name, kind, budget, f"was tuned at {own:g}", math.nan))
                 continue
             try:
-                scaled: Method
-                if isinstance(policy, SmallerPictures):
-                    if pictures is None:
-                        raise UserError("the pictures of the prompts are not known")
-                    scaled = fitted(policy, budget, prompts, pictures)
-                else:
-                    scaled = scale_to(policy, budget, prompts, layers, known)
-                    check_supported(scaled)
+                own_prompts = counted_with(policy, prompts, pictures)
+                scaled = scale_to(policy, budget, own_prompts, layers, known)
+                check_supported(scaled)
             except UserError as error:
                 floor = error.floor if isinstance(error, OverBudgetError) else math.nan
                 left_out.append(LeftOut(policy.name, kind, budget, str(error), floor))
@@ -281,16 +283,28 @@ def line_up(
     return LineUp(tuple(entries), tuple(left_out))
 
 
-def _own_budget(policy: Method) -> float | None:
+def counted_with(
+    policy: Policy, prompts: Sequence[PromptShape], pictures: SamplePictures | None
+) -> Sequence[PromptShape]:
+    """The prompts as a policy is counted on: with the grids of their pictures, if it makes these smaller.
+
+    Raises:
+        UserError: pictures of this family cannot be made smaller so, or a prompt shows a video.
+    """
+    if policy.pictures is None or pictures is None:
+        return prompts
+    return pictures.on(prompts, policy.pictures.kind)
+
+
+def _own_budget(policy: Policy) -> float | None:
     """The budget that a policy was tuned at, as its provenance says."""
-    return policy.provenance.budget if isinstance(policy, Policy) and policy.provenance else None
+    return policy.provenance.budget if policy.provenance else None
 
 
-def all_baselines(policies: Iterable[Policy] = ()) -> list[Method]:
-    """The baselines that ship and `METHODS`, less those that share their name with one of `policies`."""
+def all_baselines(policies: Iterable[Policy] = ()) -> list[Policy]:
+    """The baselines that ship and `SMALLER`, less those that share their name with one of `policies`."""
     taken = {policy.name for policy in policies}
-    methods: list[Method] = [*shipped_baselines(), *METHODS]
-    return [method for method in methods if method.name not in taken]
+    return [policy for policy in (*shipped_baselines(), *SMALLER) if policy.name not in taken]
 
 
 def shipped_baselines() -> list[Policy]:
@@ -298,7 +312,7 @@ def shipped_baselines() -> list[Policy]:
     return [find_policy(name) for name in shipped() if "/" not in name]  # others are of papers or models
 
 
-def _check_names(methods: Sequence[tuple[Kind, Method]]) -> None:
+def _check_names(methods: Sequence[tuple[Kind, Policy]]) -> None:
     """A name is one line of the figure, so only policies tuned at different budgets may share it."""
     taken: set[tuple[str, float | None]] = set()
     for kind, policy in methods:

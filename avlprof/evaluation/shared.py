@@ -13,7 +13,6 @@ from typing import Any, Final
 from avlprof.errors import UserError
 from avlprof.evaluation.answers import AnswerSettings, generate_answers
 from avlprof.evaluation.batches import answer_batches
-from avlprof.evaluation.smaller import SmallerPictures
 from avlprof.evaluation.store import STOCK, AnswerStore, Ask, model_key
 from avlprof.launchers import Launch
 from avlprof.launchers.queue import Looking, Queue, Taken, Team
@@ -75,8 +74,6 @@ class SharedStore(AnswerStore):
         """What is not known yet, in batches as one process alone would make them, some to a task."""
         queued, batches = set[tuple[str, str, int]](), list[Ask]()
         for ask in asks:
-            if isinstance(ask.policy, SmallerPictures):  # which changes the model: the leader's work
-                continue
             limit, does = ask.settings.max_new_tokens, ask.policy.hash if ask.policy else STOCK
             known = self.answers(key, ask.policy, ask.samples, limit)
             todo = [
@@ -128,9 +125,8 @@ def _serve(loaded: LoadedModel, task: Task, taken: Taken) -> None:
 
 def _dumped(ask: Ask) -> dict[str, Any]:
     settings, lengths = ask.settings, ask.settings.lengths or {}
-    policy = ask.policy if isinstance(ask.policy, Policy) else None
     return {
-        "policy": policy and policy.model_dump(mode="json", by_alias=True),
+        "policy": ask.policy and ask.policy.model_dump(mode="json", by_alias=True),
         "split": ask.split,
         "count": ask.count,
         "samples": [sample.id for sample in ask.samples],

@@ -21,7 +21,6 @@ from avlprof.watch import SILENT, Watch
 
 if TYPE_CHECKING:
     from avlprof.evaluation.answers import AnswerSettings
-    from avlprof.evaluation.smaller import Method
 
 STOCK = "stock"
 """Stands for a policy's hash where the model ran without one."""
@@ -191,7 +190,7 @@ class Ask:
     They are of the first `count` samples of a split of the task (None: as many as the task says).
     """
 
-    policy: Method | None
+    policy: Policy | None
     split: str
     count: int | None
     samples: Sequence[Sample]

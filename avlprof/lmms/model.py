@@ -19,7 +19,7 @@ from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.models.answers import answer_length, end_tokens
 from avlprof.models.spec import ModelOptions
 from avlprof.policy import DENSE
-from avlprof.runtime.support import check_supported
+from avlprof.runtime.support import check_runs
 from avlprof.tracing.trace import FixedAnswers
 
 DEFAULT_NEW_TOKENS = 1024
@@ -57,7 +57,7 @@ class AVLProf(lmms):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("the avlprof model of lmms-eval runs in one process; start it without a launcher")
         self.policy = checked_policy(str(policy), policy_hash)
-        check_supported(self.policy)
+        check_runs(self.policy)
         options["device"] = options.get("device") or "auto"  # lmms-eval passes None
         loaded = load_model(ModelSpec(str(pretrained), **options))
         self.policy.check_layers(loaded.adapter.layers)

@@ -1,6 +1,6 @@
 """Prompts whose pictures hand the language model fewer vision tokens: pooled ones, or smaller pictures.
 
-The rivals that need no cache policy: means of neighbouring features between the vision tower and the
+What `pictures` of a policy says: means of neighbouring features between the vision tower and the
 language model (as Matryoshka models are trained for, arXiv 2405.17430, and as arXiv 2502.11501 found to
 beat many selections), and the picture made smaller before the processor (arXiv 2510.07143, VTC-Bench).
 Both give a picture of `rows x columns` tokens the same smaller grid, whose positions are those that the
@@ -16,7 +16,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -26,30 +26,19 @@ from torch.nn.functional import adaptive_avg_pool2d
 from avlprof.errors import UserError
 from avlprof.models.adapter import Adapter
 from avlprof.models.load import LoadedModel
+from avlprof.policy import Grid, PicturePolicy, PromptShape, smaller_grid
+from avlprof.policy.parts import PictureKind
+from avlprof.tasks import Sample
 from avlprof.tasks.turn import Message
-
-Kind = Literal["pooled", "resized"]
-KINDS: Final[tuple[Kind, ...]] = ("pooled", "resized")
 
 _SQUARE: Final = frozenset(("llava",))
 _GRIDS: Final = frozenset(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))
 _DEEP: Final = frozenset(("qwen3_vl",))  # which adds features of the tower in several layers
-FAMILIES: Final[Mapping[Kind, frozenset[str]]] = {"pooled": (_SQUARE | _GRIDS) - _DEEP, "resized": _GRIDS}
+FAMILIES: Final[Mapping[PictureKind, frozenset[str]]] = {
+    "pooled": (_SQUARE | _GRIDS) - _DEEP,
+    "resized": _GRIDS,
+}
 """Families by `model_type` whose pictures can be made smaller in each way."""
-
-Grid = tuple[int, int]
-"""Rows and columns of one picture's vision tokens."""
-
-
-def smaller_grid(rows: int, columns: int, share: float) -> Grid:
-    """The grid of at most `share` of `rows x columns` tokens, at least one, that is even along both axes.
-
-    Of all that fit, the one whose coarser axis is the finest, and of those the one of most tokens. A
-    quarter of an even grid is its 2 x 2 means.
-    """
-    most = max(int(share * rows * columns + 1e-6), 1)
-    fitting = [(height, min(columns, most // height)) for height in range(1, min(rows, most) + 1)]
-    return max(fitting, key=lambda grid: (min(grid[0] / rows, grid[1] / columns), grid[0] * grid[1]))
 
 
 def pooled(features: Tensor, grid: Grid, smaller: Grid) -> Tensor:
@@ -61,7 +50,7 @@ def pooled(features: Tensor, grid: Grid, smaller: Grid) -> Tensor:
     return adaptive_avg_pool2d(square, smaller)[0].flatten(1).T.to(features.dtype)
 
 
-def check_kind(adapter: Adapter, kind: Kind) -> None:
+def check_kind(adapter: Adapter, kind: PictureKind) -> None:
     """`UserError` unless pictures of the adapter's family can be made smaller in this way."""
     if adapter.family in FAMILIES[kind]:
         return
@@ -111,7 +100,7 @@ class SmallerAdapter(Adapter):
 
     plain: Any = field(default=None, repr=False)
     exact: Any = field(default=None, repr=False)
-    kind: Kind = "pooled"
+    kind: PictureKind = "pooled"
     share: float = 1.0
 
     def encode_chats(self, chats: Sequence[Sequence[Message]]) -> dict[str, Tensor]:
@@ -141,24 +130,57 @@ class SmallerAdapter(Adapter):
         return encoding
 
 
+@dataclass(frozen=True)
+class SamplePictures:
+    """The pictures of samples as a model's prompts show them."""
+
+    adapter: Adapter
+    samples: Sequence[Sample]
+
+    @functools.cached_property
+    def grids(self) -> list[list[Grid]]:
+        """The grid of vision tokens of each picture of each sample; every picture is opened for it.
+
+        Raises:
+            UserError: as `picture_grids`.
+        """
+        grids: list[list[Grid]] = []
+        for sample in self.samples:
+            chat = sample.messages()
+            grids += picture_grids(self.adapter, self.adapter.encode_chats([chat]), [chat])
+        return grids
+
+    def on(self, prompts: Sequence[PromptShape], *kinds: PictureKind) -> list[PromptShape]:
+        """The samples' prompts, in their order, with the grids of their pictures.
+
+        Raises:
+            UserError: as `picture_grids`, or pictures cannot be made smaller in one of these ways.
+        """
+        for kind in kinds:
+            check_kind(self.adapter, kind)
+        own = zip(prompts, self.grids, strict=True)
+        return [replace(prompt, grids=tuple(grids)) for prompt, grids in own]
+
+
 @contextlib.contextmanager
-def smaller_pictures(loaded: LoadedModel, kind: Kind, share: float) -> Iterator[LoadedModel]:
-    """The model as one whose pictures hand the language model at most `share` of their vision tokens.
+def smaller_pictures(loaded: LoadedModel, pictures: PicturePolicy | None) -> Iterator[LoadedModel]:
+    """The model as one whose pictures hand the language model at most a share of their vision tokens.
 
     What is yielded encodes samples so, and notes it among its settings, so that answers of it are not
     taken for those of `loaded`. Pooling changes two methods of the model within the context, for this
-    thread alone.
+    thread alone. None, and a share of 1, is the model as it is.
 
-    Args:
-        kind: `pooled`: means of features, cut behind the tower; `resized`: smaller pictures.
-        share: of each picture's vision tokens, in (0, 1].
+        with smaller_pictures(loaded, policy.pictures) as smaller, apply(smaller.model, policy.of_cache):
+            smaller.model.generate(**smaller.adapter.encode_samples(samples))
 
     Raises:
-        UserError: as `check_kind`, or a share beyond that range.
+        UserError: as `check_kind`.
     """
+    if pictures is None or pictures.share >= 1.0:
+        yield loaded
+        return
+    kind, share = pictures.kind, pictures.share
     check_kind(loaded.adapter, kind)
-    if not 0.0 < share <= 1.0:
-        raise UserError(f"the share of vision tokens that stay must be above 0 and at most 1, got {share}")
     adapter, exact = loaded.adapter, None
     if kind == "resized":
         processor = copy.copy(adapter.processor)
@@ -275,5 +297,5 @@ def _resized(chat: Sequence[Message], wanted: list[Grid], side: int, resample: A
     return [replace(message, images=tuple(map(shrunk, message.images))) for message in chat]
 
 
-def _named(kind: Kind) -> str:
+def _named(kind: PictureKind) -> str:
     return ", ".join(sorted(FAMILIES[kind]))

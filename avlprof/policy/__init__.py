@@ -12,6 +12,7 @@ from avlprof.policy.parts import (
     CoreScore,
     Heads,
     JointPool,
+    PicturePolicy,
     PrefillFilter,
     Refresh,
     ScorerSpec,
@@ -22,6 +23,7 @@ from avlprof.policy.provenance import Provenance, Score
 from avlprof.policy.schema import DENSE, HEAD_FLOOR, Policy
 from avlprof.policy.sizes import (
     GROUP,
+    Grid,
     LayerSizes,
     PromptShape,
     acts_on,
@@ -35,6 +37,7 @@ from avlprof.policy.sizes import (
     said_governed,
     scale_group,
     sizes,
+    smaller_grid,
     text_room,
     tokens,
 )
@@ -53,9 +56,11 @@ __all__ = [
     "AllocatorSpec",
     "Bits",
     "CoreScore",
+    "Grid",
     "Heads",
     "JointPool",
     "LayerSizes",
+    "PicturePolicy",
     "Policy",
     "PrefillFilter",
     "PromptShape",
@@ -82,6 +87,7 @@ __all__ = [
     "scale_group",
     "shipped",
     "sizes",
+    "smaller_grid",
     "text_room",
     "tokens",
 ]

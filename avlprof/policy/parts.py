@@ -26,6 +26,7 @@ N = TypeVar("N", int, float)
 
 Refresh = Literal["full", "score_only", "triggered"]
 Heads = Literal["shared", "kv_head", "adaptive"]
+PictureKind = Literal["pooled", "resized"]
 Bit = Annotated[int, Field(json_schema_extra={"enum": list(BITS)})]
 Bits = Bit | tuple[Bit, ...]
 Ratio = float | tuple[float, ...]
@@ -238,6 +239,18 @@ class JointPool(Part):
         """Newest tokens that are safe in a pool of `size` tokens, its sinks aside."""
         recent = self.recent or int(self.recent_share * size + 1e-6)
         return min(recent, max(size - self.sink, 0))
+
+
+class PicturePolicy(Part):
+    """What the language model gets of each picture: at most `share` of its vision tokens.
+
+    `pooled`: means of neighbouring features behind the vision tower; `resized`: the picture made smaller
+    before the processor (see `avlprof.models.smaller`). All else of a policy is of the prompt that this
+    leaves, but bytes are counted against the dense cache of the pictures as they are.
+    """
+
+    kind: PictureKind
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
 class PrefillFilter(Part):

@@ -21,6 +21,7 @@ from avlprof.policy.parts import (
     Heads,
     JointPool,
     Part,
+    PicturePolicy,
     PrefillFilter,
     Ratio,
     Refresh,
@@ -63,6 +64,8 @@ class Policy(Part):
     counts that differ, `vision_keep` being their mean. A head is then sure of its best tokens, `head_floor`
     of its part (of the mean, times its share of `head_shares`), and for the rest all pairs of head and token
     compete by score.
+
+    With `pictures` the prompt has fewer vision tokens to begin with; all shares are of those.
     """
 
     schema_: Literal["avlprof.policy/1"] = Field(default="avlprof.policy/1", alias="schema")
@@ -86,6 +89,7 @@ class Policy(Part):
     text: TextPolicy = TextPolicy()
     joint: JointPool | None = None
     prefill_filter: tuple[PrefillFilter, ...] = ()
+    pictures: PicturePolicy | None = None
     provenance: Provenance | None = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
@@ -232,6 +236,16 @@ class Policy(Part):
         return any(bits != FULL for _, bits in each(self.vision_bits))
 
     @property
+    def shrinks(self) -> bool:
+        """Whether prompts have fewer vision tokens than their pictures as they are."""
+        return self.pictures is not None and self.pictures.share < 1.0
+
+    @property
+    def of_cache(self) -> Policy:
+        """The policy without `pictures`: what it does with the prompts that these leave."""
+        return self if self.pictures is None else self.model_copy(update={"pictures": None})
+
+    @property
     def picks(self) -> bool:
         """Whether a core is picked anew while decoding, in the layers that have one."""
         return self.vision_compute is not None and self.refresh_interval > 0
@@ -317,6 +331,8 @@ class Policy(Part):
             said["text"] = {"bits"}  # the same
         if self.heads != "adaptive":
             said |= {"head_floor": True, "head_shares": True}  # the same
+        if not self.shrinks:
+            said["pictures"] = True  # the same
         acting = self.model_dump(mode="json", by_alias=True, exclude=said)
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from avlprof.errors import UserError
-from avlprof.policy.parts import FULL, Refresh, broadcast, of_layer
+from avlprof.policy.parts import FULL, PicturePolicy, Refresh, broadcast, of_layer
 from avlprof.policy.schema import Policy
 
 GROUP = 32
 """Neighbouring numbers of a head that share a scale and an offset where vision is stored in few bits."""
+
+Grid = tuple[int, int]
+"""Rows and columns of one picture's vision tokens."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,10 @@ class PromptShape:
     `governed` are the layers that policies act on, where a model has others too, which keep a window,
     a state or other layers' keys; None means all. Budgets, shares and bytes are of these layers alone.
     `group` numbers of a head share a scale where vision is stored in few bits (`scale_group`).
+
+    `grids` are those of its pictures, where they are known: policies that make pictures smaller are counted
+    by them. Where the prompt has been made shorter so, `vision` are the tokens left and `whole` those of the
+    pictures as they are.
     """
 
     system: int
@@ -27,15 +36,50 @@ class PromptShape:
     text: int
     governed: tuple[int, ...] | None = None
     group: int = GROUP
+    grids: tuple[Grid, ...] | None = None
+    whole: int | None = None
 
     @property
     def total(self) -> int:
-        """All prompt tokens: what the dense cache stores a layer."""
+        """All tokens of the prompt with its pictures as they are: what the dense cache stores a layer."""
+        return self.system + (self.vision if self.whole is None else self.whole) + self.text
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that the prompt has."""
         return self.system + self.vision + self.text
+
+    def shrunk(self, pictures: PicturePolicy | None) -> PromptShape:
+        """The prompt as it is with smaller pictures.
+
+        Raises:
+            UserError: the grids of its pictures are not known.
+        """
+        if pictures is None or pictures.share >= 1.0:
+            return self
+        if self.grids is None:
+            raise UserError(
+                f"tokens of smaller pictures ({pictures.kind} to {pictures.share:g}) cannot be counted: "
+                "these prompts' pictures are not at hand; 'avlprof evaluate' and 'compare' open them"
+            )
+        left = sum(math.prod(smaller_grid(*grid, pictures.share)) for grid in self.grids)
+        return replace(self, vision=left, whole=self.vision, grids=None)
 
     def layers(self, layers: int) -> tuple[int, ...]:
         """The layers whose KV is counted, of a model of `layers`."""
         return tuple(range(layers)) if self.governed is None else self.governed
+
+
+@lru_cache(maxsize=1 << 14)
+def smaller_grid(rows: int, columns: int, share: float) -> Grid:
+    """The grid of at most `share` of `rows x columns` tokens, at least one, that is even along both axes.
+
+    Of all that fit, the one whose coarser axis is the finest, and of those the one of most tokens. A
+    quarter of an even grid is its 2 x 2 means.
+    """
+    most = max(int(share * rows * columns + 1e-6), 1)
+    fitting = [(height, min(columns, most // height)) for height in range(1, min(rows, most) + 1)]
+    return max(fitting, key=lambda grid: (min(grid[0] / rows, grid[1] / columns), grid[0] * grid[1]))
 
 
 def scale_group(size: int) -> int:
@@ -126,8 +170,12 @@ def sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]:
 
     Runtime, allocators and accounting all use this function. Vision counts are capped by
     what a prefill filter left for the layer. A layer that is not counted has none.
+
+    Raises:
+        UserError: the policy is for another number of layers, or as `PromptShape.shrunk`.
     """
     policy.check_layers(layers)
+    prompt = prompt.shrunk(policy.pictures)
     counted = prompt.layers(layers)
     whole = _sizes(policy, prompt, layers)
     return [size if layer in counted else NOTHING for layer, size in enumerate(whole)]
@@ -137,7 +185,7 @@ def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]
     if policy.joint is not None:
         shares = broadcast(policy.joint.keep, layers)
         return [
-            LayerSizes(0, 0, 0, min(prompt.total, max(tokens(share, prompt.total), 1))) for share in shares
+            LayerSizes(0, 0, 0, min(prompt.tokens, max(tokens(share, prompt.tokens), 1))) for share in shares
         ]
     present = vision_left(policy, prompt.vision, layers)
     text = [min(prompt.text, text_room(policy, prompt.text, 0, layer)[0]) for layer in range(layers)]

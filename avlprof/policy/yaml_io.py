@@ -133,7 +133,7 @@ def _unknown_key(path: str) -> str:
     everywhere = [(name, f"{part}.{name}".lstrip(".")) for part, names in sections.items() for name in names]
     own = [(name, f"{section}.{name}".lstrip(".")) for name in sections.get(section, ())]
     for choice in (own, everywhere):
-        near = difflib.get_close_matches(key, dict(choice), n=3, cutoff=0.6)
+        near = difflib.get_close_matches(key, dict(choice), n=3, cutoff=0.62)
         if near:
             listed = " or ".join(full for match in near for name, full in choice if name == match)
             return f"unknown policy key '{path}'; did you mean {listed}?"

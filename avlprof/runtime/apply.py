@@ -28,7 +28,7 @@ from avlprof.runtime.captured import captured_steps, check_capturable, check_cou
 from avlprof.runtime.packed import stored_attention, with_stored
 from avlprof.runtime.prefill_filter import ShortPrefill
 from avlprof.runtime.ragged import RaggedHeads
-from avlprof.runtime.support import check_supported
+from avlprof.runtime.support import check_runs
 from avlprof.scorers import Prefill
 
 Model = TypeVar("Model")
@@ -163,9 +163,9 @@ def apply(
     on CUDA.
 
     Raises:
-        UserError: the policy does not fit the model, asks for what the runtime cannot do, or names
-            an allocator that needs a profile (see `avlprof.budgets.resolve`); steps cannot be
-            captured.
+        UserError: the policy does not fit the model, asks for what the runtime cannot do, makes pictures
+            smaller (see `avlprof.models.smaller.smaller_pictures`), or names an allocator that needs a
+            profile (see `avlprof.budgets.resolve`); steps cannot be captured.
     """
     model = unwrapped(model)
     if not isinstance(policy, Policy):
@@ -175,7 +175,7 @@ def apply(
     text_config = model.config.get_text_config(decoder=True)
     policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
     runtime = Runtime(policy, text_config)
-    check_supported(policy)
+    check_runs(policy)
     cache = AVLCache(policy, text_config, captured is not None)  # refuses what does not fit at once
     parts = None
     if captured is not None and (model.device.type == "cuda" if fused is None else fused):

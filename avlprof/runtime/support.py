@@ -27,6 +27,18 @@ def check_supported(policy: Policy) -> None:
         raise UserError(f"policy '{policy.name}' sets {what}, which the runtime cannot run")
 
 
+def check_runs(policy: Policy) -> None:
+    """`check_supported` on prompts that are there: `UserError` too when a policy asks for others."""
+    check_supported(policy)
+    if policy.shrinks and policy.pictures is not None:
+        raise UserError(
+            f"policy '{policy.name}' makes pictures smaller ({policy.pictures.kind} to "
+            f"{policy.pictures.share:g}), and these prompts have them as they are; encode and run inside "
+            "avlprof.models.smaller.smaller_pictures(loaded, policy.pictures), with policy.of_cache applied, "
+            "as 'avlprof run', 'evaluate' and 'compare' do"
+        )
+
+
 def not_leading(policy: Policy, layer: int) -> UserError:
     """A layer that others should follow keeps a window or a state, so that it has no row of its own."""
     return UserError(

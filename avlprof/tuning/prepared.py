@@ -15,9 +15,9 @@ from avlprof.analysis import Profile
 from avlprof.errors import UserError
 from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
 from avlprof.evaluation.doubts import check_finite
-from avlprof.evaluation.smaller import Method, Pictures
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
+from avlprof.models.smaller import SamplePictures
 from avlprof.policy import Policy, live_share
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
@@ -44,24 +44,24 @@ class Generated:
         """Ids, in the order of the scores."""
         return [sample.id for sample in self._samples]
 
-    def batches(self) -> Iterator[Callable[[Sequence[Method | None]], list[list[Answer]]]]:
+    def batches(self) -> Iterator[Callable[[Sequence[Policy | None]], list[list[Answer]]]]:
         """For each batch, in the order of the samples, what answers it: `[policy][sample]`; None is dense."""
         size = self._settings.batch_size
         for start in range(0, len(self._samples), size):
             part = self._samples[start : start + size]
             yield partial(self._answers_of, part)
 
-    def _answers_of(self, samples: Sequence[Sample], policies: Sequence[Method | None]) -> list[list[Answer]]:
+    def _answers_of(self, samples: Sequence[Sample], policies: Sequence[Policy | None]) -> list[list[Answer]]:
         return [self._answers(samples, policy) for policy in policies]
 
-    def _answers(self, samples: Sequence[Sample], policy: Method | None) -> list[Answer]:
+    def _answers(self, samples: Sequence[Sample], policy: Policy | None) -> list[Answer]:
         return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
 
     def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
         """It is not known how often an answer refreshes before it is generated."""
         return None
 
-    def metric(self, policy: Method | None) -> NDArray[np.float64]:
+    def metric(self, policy: Policy | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
         return np.array([answer.score for answer in self._answers(self._samples, policy)])
 
@@ -141,9 +141,9 @@ class Prepared:
         return self.evidence.layers
 
     @cached_property
-    def pictures(self) -> Pictures:
+    def pictures(self) -> SamplePictures:
         """Those of the samples, in their order."""
-        return Pictures(self.loaded.adapter, self.samples)
+        return SamplePictures(self.loaded.adapter, self.samples)
 
     @cached_property
     def least(self) -> float:

@@ -22,7 +22,6 @@ from avlprof.evaluation.doubts import (
     tie_doubts,
 )
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
-from avlprof.evaluation.smaller import Method
 from avlprof.policy import Policy, Provenance, Score, live_share, read_share
 from avlprof.policy.provenance import Difference, Proof
 from avlprof.tasks import Sample, Task
@@ -184,7 +183,7 @@ def _interval(paired: PairedDifference) -> str:
 def prove(
     prepared: Prepared,
     winner: Policy,
-    others: Sequence[Method],
+    others: Sequence[Policy],
     settings: Settings,
     store: AnswerStore,
     watch: Watch = SILENT,

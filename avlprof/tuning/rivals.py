@@ -13,7 +13,8 @@ from avlprof.bisection import largest_share
 from avlprof.budgets import scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import equal_bytes
-from avlprof.evaluation.smaller import METHODS, POOLED, RESIZED, Pictures, SmallerPictures, fitted
+from avlprof.evaluation.lineup import POOLED, RESIZED, SMALLER, counted_with
+from avlprof.models.smaller import SamplePictures
 from avlprof.policy import (
     FULL,
     HEAD_FLOOR,
@@ -35,6 +36,7 @@ ROW = "last_query"
 
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
 SIXTEEN = "uniform, same scorer, 16 bits"
+WHOLE = "uniform, same scorer, whole pictures"
 LAST = f"uniform, {ROW}"
 FOLDER = "baselines"
 
@@ -47,8 +49,11 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     the winner's text and refreshes, and 16 bits but for the second, text included. None has heads of the
     winner's shares: they are as even as its layers. `random` ranks by
     chance. Where reads are limited, `static core` spreads memory and reads evenly and never re-picks its
-    core.
+    core. Where the winner makes pictures smaller, so does `uniform, same scorer`, and `uniform, same scorer,
+    whole pictures` is the same without; the others have them as they are.
     """
+    if winner.shrinks:
+        return _rivals_of_smaller(winner, budget, layers)
     prompts, steps = budget.prompts, budget.answer_tokens
     even = winner
     if winner.head_shares is not None:
@@ -75,6 +80,20 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
             hashes.add(policy.hash)
             others.append(policy.model_copy(update={"name": name}))
     return others
+
+
+def _rivals_of_smaller(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
+    """The rivals of a winner that makes pictures smaller."""
+    used = _used(winner, budget, layers)
+    shorter = replace(used, prompts=tuple(prompt.shrunk(winner.pictures) for prompt in budget.prompts))
+    same = next((policy for policy in rivals(winner.of_cache, shorter, layers) if policy.name == SAME), None)
+    compute = winner.compute(layers)
+    whole = spread(winner.of_cache, winner.keep(layers), used, follow=lambda keep: compute)
+    others = {policy.name: policy for policy in rivals(whole, used, layers)}
+    others[WHOLE] = others.pop(SAME, whole).model_copy(update={"name": WHOLE})
+    if same is not None:
+        others[SAME] = same.model_copy(update={"pictures": winner.pictures})
+    return list(others.values())
 
 
 def _with_heads(policy: Policy, heads: Heads) -> Policy:
@@ -156,8 +175,8 @@ def shipped_rivals(
 
 
 def smaller_rivals(
-    winner: Policy, budget: Budget, pictures: Pictures
-) -> tuple[list[SmallerPictures], dict[str, str]]:
+    winner: Policy, budget: Budget, pictures: SamplePictures
+) -> tuple[list[Policy], dict[str, str]]:
     """Pooled vision tokens and smaller pictures at the winner's bytes, and why one is left out, by name.
 
     They store what is left in the winner's bits and keep its text; where reads are limited they hold no
@@ -167,13 +186,13 @@ def smaller_rivals(
     most = live_share(winner, prompts, layers)
     if budget.read is not None:
         most = min(most, read_share(winner, prompts, layers, budget.answer_tokens))
-    policy = Policy(vision_bits=winner.vision_bits, text=winner.text)
     others, left_out = [], dict[str, str]()
-    for method in METHODS:
+    for method in SMALLER:
         if method.name not in (POOLED, RESIZED):
             continue  # bits are the winner's
         try:
-            others.append(fitted(replace(method, policy=policy), most, prompts, pictures))
+            own = method.model_copy(update={"vision_bits": winner.vision_bits, "text": winner.text})
+            others.append(scale_to(own, most, counted_with(own, prompts, pictures), layers))
         except UserError as error:
             left_out[method.name] = str(error)
     return others, left_out

@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore
-from avlprof.evaluation.smaller import Method, SmallerPictures
 from avlprof.files import write_text
 from avlprof.policy import Policy, PromptShape, parse_policy, sizes
 from avlprof.tuning.candidate import Budget
@@ -34,9 +33,8 @@ class ShortlistEntry:
     """A policy on the search split: the task's metric and the cheap score, `[n]` each, one a sample.
 
     `coverage` is the share of the traced vision attention that the policy's kept tokens could hold
-    at best, mean over layers (NaN for a joint pool, where tokens compete with text). A rival with smaller
-    `pictures` has no forced score, which takes the same prompt: NaN, and `policy` is what runs on its
-    shorter prompts.
+    at best, mean over layers (NaN for a joint pool, where tokens compete with text, and for smaller
+    pictures, whose tokens were not traced).
     """
 
     name: str
@@ -45,18 +43,11 @@ class ShortlistEntry:
     cheap: Array
     coverage: float
     trial: FrozenTrial | None = None
-    pictures: SmallerPictures | None = None
-
-    @property
-    def method(self) -> Method:
-        """What was generated with."""
-        return self.pictures or self.policy
 
     @property
     def order(self) -> tuple[float, float]:
         """Lower is better: the metric decides, then the cheap score."""
-        cheap = float(self.cheap.mean())
-        return -float(self.metric.mean()), cheap if np.isfinite(cheap) else np.inf
+        return -float(self.metric.mean()), float(self.cheap.mean())
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Shortlist:
                 "policy": entry.name,
                 "trial": entry.trial.number if entry.trial else None,
                 metric: round(float(entry.metric.mean()), 6),
-                "forced": None if entry.pictures else round(float(entry.cheap.mean()), 6),
+                "forced": round(float(entry.cheap.mean()), 6),
                 "coverage": None if np.isnan(entry.coverage) else round(entry.coverage, 6),
             }
             for entry in self.entries
@@ -145,16 +136,7 @@ def make_shortlist(
 
     def add(name: str, policy: Policy, trial: FrozenTrial | None = None) -> ShortlistEntry:
         metric, cheap = answers.metric(policy), prepared.cheap(policy)
-        return note(
-            ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
-        )
-
-    def add_smaller(rival: SmallerPictures) -> ShortlistEntry:
-        none = np.full(count, np.nan)
-        metric = answers.metric(rival)
-        return note(ShortlistEntry(rival.name, rival.policy, metric, none, float("nan"), pictures=rival))
-
-    def note(entry: ShortlistEntry) -> ShortlistEntry:
+        entry = ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
         entries.append(entry)
         watch.phase("finalists", len(entries) * count, total * count)
         return entry
@@ -167,7 +149,7 @@ def make_shortlist(
     if not policies:
         raise UserError("no baseline can be set at the bytes of the winner; raise the budget")
     total = len(finals) + len(policies) + len(smaller)
-    others = [add(policy.name, policy) for policy in policies] + [add_smaller(rival) for rival in smaller]
+    others = [add(policy.name, policy) for policy in (*policies, *smaller)]
     strongest = min(others, key=lambda entry: entry.order)
     return Shortlist(tuple(entries), winner, strongest, prepared.dense_metric(store), left_out)
 
@@ -200,7 +182,7 @@ def name_of(trial: FrozenTrial) -> str:
 
 def coverage_of(policy: Policy, evidence: Evidence) -> float:
     """Vision attention that a policy's kept tokens could hold at best, mean over governed layers; free."""
-    if policy.joint is not None or evidence.coverage is None:
+    if policy.joint is not None or policy.shrinks or evidence.coverage is None:
         return float("nan")
     prompt = PromptShape(0, evidence.tokens, 0, evidence.governed)
     counts = [size.vision for size in sizes(policy, prompt, evidence.layers)]

@@ -14,7 +14,7 @@ from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.evaluation import AnswerStore, Evaluation
 from avlprof.evaluation.doubts import best_guess
-from avlprof.evaluation.smaller import Method
+from avlprof.evaluation.lineup import POOLED, RESIZED
 from avlprof.files import replacing
 from avlprof.locks import FolderLock
 from avlprof.models import LoadedModel
@@ -234,10 +234,10 @@ def prove_winner(done: Search, watch: Watch = SILENT) -> Tuned:
     winner, strongest = shortlist.winner, shortlist.strongest
     names = f"tuned - {strongest.name}"
     watch.say(power_sentence(settings.proof_samples, settings.margin, winner.metric, strongest.metric, names))
-    others: list[Method] = [*rivals(winner.policy, done.budget, prepared.layers)]
-    others += [entry.method for entry in shortlist.entries if entry.pictures]
-    if strongest.name not in {method.name for method in others}:
-        others.append(strongest.method)
+    others = rivals(winner.policy, done.budget, prepared.layers)
+    others += [entry.policy for entry in shortlist.entries if entry.name in (POOLED, RESIZED)]
+    if strongest.name not in {policy.name for policy in others}:
+        others.append(strongest.policy)
     lock = FolderLock(done.folder)
     try:
         proof = prove(prepared, winner.policy, others, settings, answer_store(done.folder), watch)

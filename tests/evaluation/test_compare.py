@@ -31,8 +31,7 @@ from avlprof.evaluation import (
     strongest,
 )
 from avlprof.evaluation.compare import compare
-from avlprof.evaluation.lineup import LeftOut
-from avlprof.evaluation.smaller import METHODS
+from avlprof.evaluation.lineup import SMALLER, LeftOut
 from avlprof.evaluation.submission import read_submission
 from avlprof.plots.budgets import budgets_info, quality_by_budget
 from avlprof.policy import (
@@ -383,7 +382,7 @@ def test_the_public_calls_need_no_settings(tiny) -> None:
     one = replace(load_task("shapes:count", max_new_tokens=2), default_samples=1)
     found = avlprof.compare(tiny, one, [0.5], given=[MINE])
     assert {"dense", "mine", "uniform", "random"} <= set(found.summary()["method"])
-    smaller = {method.name for method in METHODS}
+    smaller = {policy.name for policy in SMALLER}
     named = set(found.summary()["method"]) | set(found.left_out()["method"])
     assert named == {"dense", "mine", *BASELINES, *smaller}
     assert "needs" in found.left_out().set_index("method").loc["prefixkv", "reason"]

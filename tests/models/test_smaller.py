@@ -17,7 +17,8 @@ from transformers import Qwen2VLImageProcessor
 from avlprof.errors import UserError
 from avlprof.models import LoadedModel, adapter_for, load_model
 from avlprof.models.families.tiny import PictureProcessor
-from avlprof.models.smaller import FAMILIES, picture_grids, pooled, smaller_grid, smaller_pictures
+from avlprof.models.smaller import FAMILIES, picture_grids, pooled, smaller_pictures
+from avlprof.policy import PicturePolicy, smaller_grid
 from avlprof.tasks import Message, load_task
 from avlprof.testing.families import families
 from avlprof.testing.models import cases
@@ -119,7 +120,7 @@ def test_a_pooled_prompt_is_the_models_own_with_means_in_place_of_features(name:
     own |= {"vision_feature_select_strategy": strategy} if own else {}
     features = inner.get_image_features(**media, **own, return_dict=True).pooler_output
 
-    with smaller_pictures(loaded, "pooled", share) as smaller:
+    with smaller_pictures(loaded, PicturePolicy(kind="pooled", share=share)) as smaller:
         encoding = smaller.adapter.encode_chats(CHATS)
         logits = smaller.model(**encoding).logits
         other: list[torch.Tensor] = []
@@ -178,7 +179,7 @@ def test_a_smaller_picture_is_what_the_processor_makes_of_it(name: str) -> None:
     side = config.patch_size * config.spatial_merge_size
     grids = picture_grids(loaded.adapter, loaded.adapter.encode_chats(CHATS), CHATS)
     limits = dict(loaded.adapter.processor.image_processor.size)
-    with smaller_pictures(loaded, "resized", 0.4) as smaller:
+    with smaller_pictures(loaded, PicturePolicy(kind="resized", share=0.4)) as smaller:
         encoding = smaller.adapter.encode_chats(CHATS)
         found = picture_grids(loaded.adapter, encoding, CHATS)
     assert found == [[smaller_grid(*grid, 0.4) for grid in row] for row in grids]
@@ -201,13 +202,12 @@ def test_a_smaller_picture_is_what_the_processor_makes_of_it(name: str) -> None:
 def test_what_cannot_be_made_smaller_is_refused(tiny) -> None:
     refused = {"resized": "gives every picture as many vision tokens"}
     for kind, message in refused.items():
-        with pytest.raises(UserError, match=message), smaller_pictures(tiny, kind, 0.5):
+        shown = PicturePolicy(kind=kind, share=0.5)
+        with pytest.raises(UserError, match=message), smaller_pictures(tiny, shown):
             pass
-    with (
-        pytest.raises(UserError, match="must be above 0 and at most 1, got 0"),
-        smaller_pictures(tiny, "pooled", 0.0),
-    ):
-        pass
+    for plain in (None, PicturePolicy(kind="resized")):  # which ask for nothing, of any family
+        with smaller_pictures(tiny, plain) as same:
+            assert same is tiny
     assert "qwen3_vl" not in FAMILIES["pooled"]
     (sample,) = load_task("shapes").samples("search", 1)
     (message,) = sample.messages()
@@ -215,6 +215,7 @@ def test_what_cannot_be_made_smaller_is_refused(tiny) -> None:
     with pytest.raises(UserError, match="shows a video"):
         picture_grids(tiny.adapter, tiny.adapter.encode_samples([sample]), film)
     before = vars(tiny.model.model).copy()
-    with pytest.raises(RuntimeError, match="inside"), smaller_pictures(tiny, "pooled", 0.5):
+    half = PicturePolicy(kind="pooled", share=0.5)
+    with pytest.raises(RuntimeError, match="inside"), smaller_pictures(tiny, half):
         raise RuntimeError("inside")
     assert vars(tiny.model.model) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from avlprof.errors import UserError
 from avlprof.policy.export._base import Case, Handover, Target
 from avlprof.policy.schema import Policy
 from avlprof.policy.sizes import PromptShape
@@ -28,8 +29,14 @@ def export_to(target: str, policy: Policy, layers: int, prompt: PromptShape | No
 
     Raises:
         UserError: the target is not known, the policy is for another number of layers, nothing useful of
-            it would be left, or the target needs a prompt.
+            it would be left, it makes pictures smaller, or the target needs a prompt.
     """
+    if policy.shrinks and policy.pictures is not None:
+        raise UserError(
+            f"policy '{policy.name}' makes pictures smaller ({policy.pictures.kind} to "
+            f"{policy.pictures.share:g}), which {target} does not, and its shares are of what they leave; "
+            "tune one without --pictures"
+        )
     policy.check_layers(layers)
     engine, case = TARGETS.get(target)(), Case(policy, layers, prompt)
     engine.check(case)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from avlprof.runtime.forced.prompt import Capture
 from avlprof.runtime.forced.rows import Plans
 from avlprof.runtime.forced.score import ForcedScore, Head, check_finite, closeness, scores_of
 from avlprof.runtime.forced.stepped import SteppedBatch
-from avlprof.runtime.support import check_supported
+from avlprof.runtime.support import check_runs
 
 _ROWS = 1024  # answer rows of a forward pass: as many policies share one
 
@@ -46,6 +47,9 @@ class ForcedBatch:
         scorers: scorers of policies to come; each one that is not named costs another run.
         head: the model's head, which batches can share.
         captured: what a dense run of these inputs left, to spare another one.
+        reference: other prompts with the same answers, by which the dense model's is meant: those of the
+            pictures as they are, where these are of smaller ones.
+        within: the context in which the model takes these inputs.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class ForcedBatch:
         scorers: Sequence[ScorerSpec] = (),
         head: Head | None = None,
         captured: Capture | None = None,
+        reference: ForcedBatch | None = None,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.model = model
+        self.model, self._reference, self._within = model, reference, within
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         self.modality = modality_map(ids, mask, vision_token_ids(model.config))
@@ -73,7 +79,7 @@ class ForcedBatch:
         self._order = torch.tensor(order, device=ids.device)
         self._head = head or Head(model)
         self._windows = windows(text)
-        self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head, scorers)
+        self._prefixes = Prefixes(model, inputs, mask, self.shapes, self._order, self._head, scorers, within)
         if captured is not None:
             self._prefixes.keep(captured, DENSE)
         grouped = answer_groups([self.steps[row] for row in order], _ROWS)
@@ -106,7 +112,7 @@ class ForcedBatch:
     @torch.inference_mode()
     def logits(self, policy: Policy) -> Tensor:
         """Logits `[B, T, V]` of the steps behind each answer token; zeros behind an answer's end."""
-        check_supported(policy)
+        check_runs(policy)
         logits = torch.zeros(len(self.steps), max([*self.steps, 1]), self._head.vocabulary)
         logits = logits.to(self._order.device)
         with switched(self.model):
@@ -125,7 +131,7 @@ class ForcedBatch:
     def score_many(self, policies: Sequence[Policy], samples: Sequence[str]) -> list[list[ForcedScore]]:
         """Compare policies with dense on every row, `[policy][row]`; they share passes where they can."""
         for policy in policies:
-            check_supported(policy)
+            check_runs(policy)
         sums = torch.zeros((3, len(policies), len(self.steps)), device=self._order.device)
         with switched(self.model):
             for kind in policy_groups(policies):
@@ -138,7 +144,8 @@ class ForcedBatch:
                         ours = self._hidden([policies[i] for i in part], groups)
                         close = closeness(self._head, self._dense_hidden(number), ours, targets)
                         sums[:, part] = sums[:, part].index_add(2, self._owners(groups), close)
-        check_finite(self.model, self._prefixes.inputs, sums[0], policies, samples)
+        with self._within():
+            check_finite(self.model, self._prefixes.inputs, sums[0], policies, samples)
         return scores_of(sums, samples, self.lengths)
 
     @torch.inference_mode()
@@ -182,7 +189,7 @@ class ForcedBatch:
     @torch.inference_mode()
     def refreshes(self, policy: Policy) -> list[int]:
         """How many of the answers' steps refresh in each layer, where what refreshes is triggered."""
-        check_supported(policy)
+        check_runs(policy)
         counts = [0] * len(self._windows)
         with switched(self.model):
             self._prefixes.prepare([policy])
@@ -228,19 +235,27 @@ class ForcedBatch:
 
     def _dense_hidden(self, number: int) -> Tensor:
         """The dense model's last hidden states `[R, D]` of a pass."""
+        if self._reference is not None:  # whose answers are these, and so its passes
+            return self._reference._dense_hidden(number)
         if number not in self._dense:
             self._prefixes.prepare([DENSE])
             self._dense[number] = self._hidden([DENSE], self._passes[number])[0]
         return self._dense[number]
 
-    def _first(self, policy: Policy) -> Tensor:
-        """Closeness `[3, 1, B]` of the first answer tokens, in the caller's order."""
+    def _dense_last(self) -> Tensor:
+        """The dense model's last hidden states `[B, D]` of the prompts, in the order."""
+        if self._reference is not None:
+            return self._reference._dense_last()
         if self._last is None:
             self._prefixes.prepare([DENSE])
             self._last = self._prefixes.last(DENSE)
-        ours = self._prefixes.last(policy)[None]
+        return self._last
+
+    def _first(self, policy: Policy) -> Tensor:
+        """Closeness `[3, 1, B]` of the first answer tokens, in the caller's order."""
+        dense, ours = self._dense_last(), self._prefixes.last(policy)[None]
         close = torch.empty(3, 1, len(self.steps), device=ours.device)
-        close[..., self._order] = closeness(self._head, self._last, ours, self._targets)
+        close[..., self._order] = closeness(self._head, dense, ours, self._targets)
         return close * (torch.tensor(self.lengths, device=ours.device) > 0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,7 @@ class Prefixes:
         order: `[B]`, the rows of the batch in the order in which they are wanted.
         head: the model's head.
         scorers: scorers that every run notes, whichever the policies at hand need.
+        within: the context in which the model takes these inputs.
 
     Attributes:
         causal_from: `[B]`, in the order, the column from which on no token is seen by an earlier one, once
@@ -92,7 +93,9 @@ class Prefixes:
         order: Tensor,
         head: Head,
         scorers: Sequence[ScorerSpec] = (),
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self._within = within
         self.model, self.inputs, self.mask, self.shapes = model, inputs, mask, shapes
         self.order, self.head, self.scorers = order, head, scorers
         self._deltas: Tensor | None = None
@@ -185,6 +188,7 @@ class Prefixes:
                 stack.enter_context(runtime.short.hooked(self.model, policy))
             stack.enter_context(switched(self.model, observers=observers, runtime=runtime))
             stack.enter_context(capture.reading_last(self.head, short=True))
+            stack.enter_context(self._within())
             positions = self._prompt_positions()
             with running(self.model):
                 self.model(**self.inputs, position_ids=positions, use_cache=runtime is not None)

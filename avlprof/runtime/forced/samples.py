@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from avlprof.attention.session import switched
+from avlprof.errors import UserError
 from avlprof.models import LoadedModel
 from avlprof.models.answers import answer_length, end_tokens, reference_tokens
 from avlprof.models.context import check_context
 from avlprof.models.generation import greedy
-from avlprof.policy import Policy, PromptShape, ScorerSpec
+from avlprof.models.smaller import smaller_pictures
+from avlprof.policy import PicturePolicy, Policy, PromptShape, ScorerSpec
 from avlprof.runtime.cuts import Cut
 from avlprof.runtime.forced.attention import not_forced
 from avlprof.runtime.forced.batch import ForcedBatch
@@ -33,6 +36,30 @@ from avlprof.tasks import Sample
 from avlprof.watch import SILENT, Watch
 
 Answers = Literal["dense", "reference"]
+Batch = ForcedBatch | SteppedBatch
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What batches are made of."""
+
+    loaded: LoadedModel
+    samples: Sequence[Sample]
+    scorers: Sequence[ScorerSpec]
+    head: Head
+
+    def smaller(
+        self, pictures: PicturePolicy, rows: Sequence[int], answers: Sequence[list[int]], whole: Batch
+    ) -> Batch:
+        """The prompts `rows` with smaller pictures, judged by the answers of the dense model to `whole`."""
+        with smaller_pictures(self.loaded, pictures) as smaller:
+            inputs = smaller.adapter.encode_samples([self.samples[i] for i in rows])
+        within, model = partial(smaller_pictures, self.loaded, pictures), self.loaded.model
+        if isinstance(whole, SteppedBatch):
+            return SteppedBatch(model, inputs, answers, head=self.head, reference=whole, within=within)
+        return ForcedBatch(
+            model, inputs, answers, scorers=self.scorers, head=self.head, reference=whole, within=within
+        )
 
 
 class ForcedSet:
@@ -41,16 +68,21 @@ class ForcedSet:
     The prefilled prompts of all samples stay on the device as far as there is room. Batches beyond that
     wait on the host, where that is another memory and has room, or run their prompts anew each time
     they are scored, which many policies in one call share. Scores do not depend on it.
+
+    Policies with smaller `pictures` are scored on prompts of their own, made when first asked for, on the
+    answers of the dense model to the pictures as they are.
     """
 
     def __init__(
         self,
         samples: list[str],
         answers: list[list[int]],
-        batches: list[tuple[list[int], ForcedBatch | SteppedBatch]],
+        batches: list[tuple[list[int], Batch]],
         room: Room | None = None,
+        source: _Source | None = None,
     ) -> None:
         self.samples, self.answers, self._batches, self.room = samples, answers, batches, room or Room()
+        self._source, self._smaller = source, dict[tuple[PicturePolicy, int], Batch]()
 
     @classmethod
     @torch.inference_mode()
@@ -88,8 +120,9 @@ class ForcedSet:
             say_room(watch, room, each, len(samples), batch_size, wanted)
         else:
             watch.say(f"answers are scored token by token, which takes a generation a policy: {why}")
-        forced = cls([sample.id for sample in samples], [], [], room)
         head = Head(loaded.model)
+        source = _Source(loaded, samples, scorers, head)
+        forced = cls([sample.id for sample in samples], [], [], room, source)
         watch.phase("dense answers", 0, len(samples))
         for start in range(0, len(samples), batch_size):
             rows = list(range(start, min(start + batch_size, len(samples))))
@@ -105,7 +138,7 @@ class ForcedSet:
                 capture = Capture(list(scorers)) if why is None else None
                 tokens = _dense_answers(loaded.model, inputs, part, max_new_tokens, capture, head)
             forced.answers += tokens
-            batch: ForcedBatch | SteppedBatch
+            batch: Batch
             if why is None:
                 batch = ForcedBatch(
                     loaded.model, inputs, tokens, scorers=scorers, head=head, captured=capture
@@ -113,7 +146,7 @@ class ForcedSet:
             else:
                 batch = SteppedBatch(loaded.model, inputs, tokens, head=head)
             forced._batches.append((rows, batch))
-            forced._make_room(len(forced._batches) - 1)
+            forced._make_room(batch)
             watch.phase("dense answers", rows[-1] + 1, len(samples))
         return forced
 
@@ -131,16 +164,43 @@ class ForcedSet:
     @property
     def nbytes(self) -> int:
         """Bytes held of prefilled prompts."""
-        return sum(batch.nbytes for _, batch in self._batches)
+        return sum(batch.nbytes for batch in self._held())
 
     def batches(self) -> Iterator[Callable[[Sequence[Policy]], list[list[ForcedScore]]]]:
         """For each batch, in the order of `samples`, what scores policies on it: `[policy][sample]`.
 
         Policies share passes. Leave some out, or stop asking, to save the rest.
         """
-        for number, (rows, batch) in enumerate(self._batches):
-            yield partial(batch.score_many, samples=[self.samples[i] for i in rows])
-            self._make_room(number)
+        for number in range(len(self._batches)):
+            yield partial(self._score, number)
+
+    def _score(self, number: int, policies: Sequence[Policy]) -> list[list[ForcedScore]]:
+        """Scores of one batch; policies whose pictures are alike share prompts."""
+        names = [self.samples[i] for i in self._batches[number][0]]
+        scores: dict[int, list[ForcedScore]] = {}
+        for pictures in dict.fromkeys(map(_pictures, policies)):
+            alike = [i for i, policy in enumerate(policies) if _pictures(policy) == pictures]
+            batch = self._batch(number, pictures)
+            found = batch.score_many([policies[i].of_cache for i in alike], samples=names)
+            scores |= dict(zip(alike, found, strict=True))
+            self._make_room(batch)
+            self._make_room(self._batches[number][1])  # whose dense answers were the measure
+        return [scores[i] for i in range(len(policies))]
+
+    def _batch(self, number: int, pictures: PicturePolicy | None) -> Batch:
+        rows, whole = self._batches[number]
+        if pictures is None:
+            return whole
+        if (pictures, number) not in self._smaller:
+            if self._source is None:
+                raise UserError("pictures of prompts that were encoded elsewhere cannot be made smaller")
+            answers = [self.answers[i] for i in rows]
+            self._smaller[pictures, number] = self._source.smaller(pictures, rows, answers, whole)
+        return self._smaller[pictures, number]
+
+    def _held(self) -> list[Batch]:
+        """All batches, those with smaller pictures behind the others."""
+        return [*(batch for _, batch in self._batches), *self._smaller.values()]
 
     def score(self, policy: Policy) -> list[ForcedScore]:
         """Scores of a policy on every sample, in their order."""
@@ -160,39 +220,44 @@ class ForcedSet:
         None where answers are said token by token.
         """
         counts: list[int] = []
-        for number, (_, batch) in enumerate(self._batches):
+        for number in range(len(self._batches)):
+            batch = self._batch(number, _pictures(policy))
             if isinstance(batch, SteppedBatch):
                 return None
-            own = batch.refreshes(policy)
+            own = batch.refreshes(policy.of_cache)
             counts = [a + b for a, b in zip(counts or [0] * len(own), own, strict=True)]
-            self._make_room(number)
+            self._make_room(batch)
         steps = max(round(self.answer_tokens * len(self.answers)), 1)
         return tuple(count / steps for count in counts)
 
     def score_cuts(self, cuts: Sequence[Cut]) -> list[list[ForcedScore]]:
         """Scores `[cut][sample]` of the model without routes; cuts share passes where they can."""
         scores: list[list[ForcedScore]] = [[] for _ in cuts]
-        for number, (rows, batch) in enumerate(self._batches):
+        for rows, batch in self._batches:
             found = batch.score_cuts(cuts, [self.samples[i] for i in rows])
             for own, more in zip(scores, found, strict=True):
                 own.extend(more)
-            self._make_room(number)
+            self._make_room(batch)
         return scores
 
     @property
     def parked(self) -> int:
         """Bytes of them that wait on the host."""
-        return sum(batch.parked for _, batch in self._batches)
+        return sum(batch.parked for batch in self._held())
 
-    def _make_room(self, number: int) -> None:
+    def _make_room(self, batch: Batch) -> None:
         """Park or drop the prompts of a batch where all that is held is too much: the first ones stay."""
         if self.room.device is None or self.nbytes <= self.room.device:
             return
-        batch = self._batches[number][1]
         if self.room.host != 0 and self.room.fits_host(self.parked - batch.parked + batch.nbytes):
             batch.park()
         else:
             batch.drop()
+
+
+def _pictures(policy: Policy) -> PicturePolicy | None:
+    """What makes its prompts other than those of the pictures as they are."""
+    return policy.pictures if policy.shrinks else None
 
 
 def _dense_answers(

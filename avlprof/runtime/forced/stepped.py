@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class SteppedBatch:
     """As a `ForcedBatch` for any model that the runtime serves: a state has to see token after token.
 
     Each policy or cut costs a generation of the answers, prompts included; nothing is held between them
-    but the dense model's last hidden states.
+    but the dense model's last hidden states. `reference` and `within` as of a `ForcedBatch`.
     """
 
     nbytes = parked = 0
@@ -35,8 +35,11 @@ class SteppedBatch:
         answers: Sequence[Sequence[int]],
         *,
         head: Head | None = None,
+        reference: SteppedBatch | None = None,
+        within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self.model, self.inputs, self.answers = model, inputs, answers
+        self._reference, self._within = reference, within
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         text = model.config.get_text_config(decoder=True)
@@ -78,15 +81,15 @@ class SteppedBatch:
     @torch.inference_mode()
     def score_many(self, policies: Sequence[Policy | Cut], samples: Sequence[str]) -> list[list[ForcedScore]]:
         """Compare policies or cuts with dense on every row, `[policy][row]`, one after the other."""
-        if self._dense is None:
-            self._dense = self._hidden(DENSE)[self._real]
+        dense = self._dense_hidden()
         targets, owners = self._tokens[self._real], self._real.nonzero()[:, 0]
         sums = torch.zeros((3, len(policies), len(self.lengths)), device=targets.device)
         for number, policy in enumerate(policies):
             ours = self._hidden(policy)[self._real]
-            close = closeness(self._head, self._dense, ours[None], targets)
+            close = closeness(self._head, dense, ours[None], targets)
             sums[:, number] = sums[:, number].index_add(1, owners, close[:, 0])
-        check_finite(self.model, self.inputs, sums[0], policies, samples)
+        with self._within():
+            check_finite(self.model, self.inputs, sums[0], policies, samples)
         return scores_of(sums, samples, self.lengths)
 
     def _under(self, policy: Policy | Cut) -> Any:
@@ -95,9 +98,17 @@ class SteppedBatch:
             return cutting(self.model, policy)
         return contextlib.nullcontext() if policy is DENSE else apply(self.model, policy)
 
+    def _dense_hidden(self) -> Tensor:
+        """The dense model's last hidden states `[R, D]` of all answer tokens."""
+        if self._reference is not None:
+            return self._reference._dense_hidden()
+        if self._dense is None:
+            self._dense = self._hidden(DENSE)[self._real]
+        return self._dense
+
     def _hidden(self, policy: Policy | Cut) -> Tensor:
         """Last hidden states `[B, T + 1, D]` that give each answer token, the first included."""
-        with self._under(policy), self._head.watched(short=True) as seen:
+        with self._within(), self._under(policy), self._head.watched(short=True) as seen:
             said = _Said(self._tokens, seen)
             greedy(self.model, self.inputs, max_new_tokens=self._tokens.shape[1], processors=[said])
         missing = self._tokens.shape[1] - len(said.hidden)  # all rows have ended: nothing real is left
