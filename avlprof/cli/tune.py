@@ -93,6 +93,13 @@ def tune(
         str,
         typer.Option("--heads", help="Kinds of heads to try, of shared, kv_head and adaptive."),
     ] = "shared,kv_head",
+    pictures: Annotated[
+        str,
+        typer.Option(
+            "--pictures",
+            help="How the model may get pictures, of whole, pooled and resized; whole alone is not searched.",
+        ),
+    ] = "whole",
     sampler: Annotated[
         str, typer.Option("--sampler", help="Who proposes trials: tpe, gp, cmaes or random.")
     ] = Settings.sampler,
@@ -181,6 +188,7 @@ def tune(
         bits=bits_of(bits),
         text_bits=bits_of(text_bits, "--text-bits"),
         heads=tuple(part.strip() for part in heads.split(",")),
+        pictures=tuple(part.strip() for part in pictures.split(",")),
     )
     settings = Settings(
         read_budget=read_budget, trials=trials, refine=refine, refine_heads=refine_heads, samples=samples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from avlprof.policy import (
     RANKING,
     CoreScore,
     Heads,
+    PicturePolicy,
     Policy,
     PromptShape,
     Refresh,
@@ -30,6 +31,10 @@ from avlprof.policy import (
     refresh_reads,
     refreshes,
 )
+from avlprof.policy.parts import PictureKind
+
+WHOLE = "whole"
+"""Pictures as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Budget:
     prompts: tuple[PromptShape, ...]
     answer_tokens: int
     refreshed_steps: tuple[float, ...] | None = None
+
+    def shrunk(self, pictures: PicturePolicy | None) -> Budget:
+        """The same budget, of the same bytes, counted on the prompts that smaller pictures leave."""
+        return replace(self, prompts=tuple(prompt.shrunk(pictures) for prompt in self.prompts))
 
     @cached_property
     def text_room(self) -> int:
@@ -76,13 +85,16 @@ def spread(
 ) -> Policy:
     """The policy with `vision_keep` in proportion to `shares`, and with a read budget a core, at the budgets.
 
-    Its text, refreshes and bits stay; but where some layers lead others, refreshes that this spread cannot
-    pay come half as often, and so on. `follow` gives relative computed shares by the kept ones; see
-    `meet_both`.
+    Its text, refreshes, bits and pictures stay; but where some layers lead others, refreshes that this
+    spread cannot pay come half as often, and so on. `follow` gives relative computed shares by the kept
+    ones; see `meet_both`.
 
     Raises:
         UserError: system, text and refreshes alone take more; `Space.within` keeps such policies out.
     """
+    if policy.pictures is not None:
+        inner = spread(policy.of_cache, shares, budget.shrunk(policy.pictures), floor, follow)
+        return inner.model_copy(update={"pictures": policy.pictures})
     prompts, text, bits = budget.prompts, policy.text, policy.vision_bits
     if budget.read is None:
         keep = meet_budget(shares, prompts, budget.memory, text, floor, bits)
@@ -120,7 +132,9 @@ class Candidate:
     sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
     without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
     those of what is stored, in every layer; None: 16, and they are not searched. So are `text_bits` of system
-    and prompt text; with fewer than 16 all text stays.
+    and prompt text; with fewer than 16 all text stays. `pictures` are `WHOLE` or made smaller in one of the
+    ways of a `PicturePolicy`, to `picture_share` of their tokens; None: whole, and it is not searched. What
+    an allocator knows is of whole ones.
     """
 
     allocator: str = "uniform"
@@ -142,6 +156,8 @@ class Candidate:
     core_prompt: float | None = None
     core_memory: float | None = None
     text_bits: int | None = None
+    pictures: str | None = None
+    picture_share: float = 1.0
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Candidate:
@@ -151,6 +167,10 @@ class Candidate:
 
     def policy(self, evidence: Evidence, budget: Budget, name: str = "tuned") -> Policy:
         """The policy at the budget: never above it, at most one token a layer below."""
+        if self.shown is not None:
+            plain = replace(self, pictures=None)
+            own = plain.policy(evidence, budget.shrunk(self.shown), name)
+            return own.model_copy(update={"pictures": self.shown})
         prompts, layers = budget.prompts, evidence.layers
         text = self.text(budget, layers)
         bits = self.vision_bits or FULL
@@ -172,6 +192,13 @@ class Candidate:
             return [share**self.compute_temperature for share in keep]
 
         return spread(kept, shares.tolist(), budget, self.floor, follow)
+
+    @property
+    def shown(self) -> PicturePolicy | None:
+        """What of its pictures the language model gets; None: all."""
+        if self.pictures in (None, WHOLE):
+            return None
+        return PicturePolicy(kind=cast(PictureKind, self.pictures), share=self.picture_share)
 
     def _refreshes(self, evidence: Evidence) -> dict[str, Any]:
         """The fields of a policy that say how its core is picked anew; plain ones where it never is."""
@@ -238,11 +265,10 @@ class Candidate:
             del values["core_prompt"], values["core_memory"]
         if self.text_share is None or self.packs_text:
             del values["text_share"], values["text_sink"]
-        if self.text_bits is None:
-            del values["text_bits"]
-        if self.vision_bits is None:
-            del values["vision_bits"]
-        return values
+        if self.shown is None:
+            del values["picture_share"]
+        unsearched = [name for name in ("text_bits", "vision_bits", "pictures") if values[name] is None]
+        return {name: value for name, value in values.items() if name not in unsearched}
 
 
 STARTS = "starts.json"

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from avlprof.evaluation.intervals import paired_difference
 from avlprof.policy import FULL, Policy, TextPolicy
-from avlprof.tuning.candidate import Budget, Candidate
+from avlprof.tuning.candidate import WHOLE, Budget, Candidate
 from avlprof.tuning.storages._base import quiet, trials_in
 from avlprof.watch import SILENT, Watch
 
@@ -125,9 +125,11 @@ PLAIN: Mapping[str, Any] = asdict(
         core_prompt=0.0,
         core_memory=0.0,
         text_bits=FULL,
+        pictures=WHOLE,
     )
 )
-"""What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits."""
+"""What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits, whole pictures
+(to their share of tokens: `picture_share` goes with `pictures`)."""
 
 
 def knob_effects(
@@ -146,6 +148,9 @@ def knob_effects(
     values = asdict(winner)
     layers, refreshed = prepared.evidence.layers, budget.refreshed(winner.refresh_interval, winner.refresh)
     turned = [name for name in winner.params(budget) if values[name] != PLAIN[name]]
+    turned = [name for name in turned if name != "picture_share"]  # which goes with `pictures`
+    if winner.shown is not None:
+        values["pictures"] = f"{winner.pictures} to {winner.picture_share:g}"
     if winner.text_share is None and not budget.affords(TextPolicy(), layers, refreshed):
         turned = [name for name in turned if name != "text_bits"]
     ours = prepared.cheap(winner.policy(prepared.evidence, budget))

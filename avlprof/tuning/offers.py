@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from avlprof.errors import UserError
 from avlprof.policy import BITS, FULL
 from avlprof.registry import unknown
-from avlprof.tuning.candidate import Candidate
+from avlprof.tuning.candidate import WHOLE, Candidate
 
 if TYPE_CHECKING:
     from avlprof.tuning.space import Space
@@ -24,6 +24,7 @@ def in_reach(space: Space, start: Candidate) -> Candidate:
     leads = space.reads and space.leaders != (0,)
     return replace(
         start,
+        **_pictures(space, start),
         scorer=start.scorer if start.scorer in space.scorers else space.scorers[0],
         heads=start.heads if start.heads in space.heads else space.heads[0],
         refresh_interval=nearest(start.refresh_interval, space.refreshes),
@@ -36,6 +37,17 @@ def in_reach(space: Space, start: Candidate) -> Candidate:
         core_prompt=offered(start.core_prompt, space.core_prompts) if scored else None,
         core_memory=offered(start.core_memory, space.core_memories) if scored else None,
     )
+
+
+def _pictures(space: Space, start: Candidate) -> dict[str, Any]:
+    """How pictures are made smaller; whole ones where neither that nor another way is asked for."""
+    if space.pictures == (WHOLE,):
+        return {"pictures": None, "picture_share": 1.0}
+    wanted = start.pictures or WHOLE
+    kind = wanted if wanted in space.pictures else space.pictures[0]
+    if kind == WHOLE:
+        return {"pictures": kind, "picture_share": 1.0}
+    return {"pictures": kind, "picture_share": offered(start.picture_share, space.picture_shares)}
 
 
 def nearest(interval: int, intervals: Sequence[int]) -> int:
@@ -65,6 +77,13 @@ def check_parts(name: str, values: Sequence[float]) -> None:
     for value in values:
         if not 0.0 <= value <= limit:
             raise UserError(f"{name} of the search space must be in [0, {limit:g}], got {value}")
+
+
+def check_picture_shares(values: Sequence[float]) -> None:
+    """`UserError` unless `values` are shares of vision tokens that smaller pictures may have."""
+    for value in values:
+        if not 0.0 < value < 1.0:
+            raise UserError(f"picture_shares of the search space must be above 0 and below 1, got {value}")
 
 
 def offered(value: float | None, offered: Sequence[float]) -> float:

@@ -17,8 +17,9 @@ from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_ans
 from avlprof.evaluation.doubts import check_finite
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
-from avlprof.models.smaller import SamplePictures
+from avlprof.models.smaller import SamplePictures, check_kind
 from avlprof.policy import Policy, live_share
+from avlprof.policy.parts import PictureKind
 from avlprof.runtime.forced import ForcedSet
 from avlprof.tasks import Sample, Task, load_metric
 from avlprof.tuning.candidate import Budget, Candidate, noted_starts, scorer_spec
@@ -78,6 +79,7 @@ class Prepared:
         kind: a name of `OBJECTIVES`.
         run, run_hash: the traced run that the evidence is from; a worker that joins knows the hash.
         batch_size: samples that run together.
+        pictured: the ways in which policies may make pictures smaller.
     """
 
     loaded: LoadedModel
@@ -90,6 +92,7 @@ class Prepared:
     run: str = ""
     run_hash: str = ""
     batch_size: int = 32
+    pictured: tuple[PictureKind, ...] = ()
     _cheap: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
@@ -104,8 +107,10 @@ class Prepared:
         """Answer the samples of the search split densely, and prefill their prompts.
 
         Raises:
-            UserError: no answer has a second token.
+            UserError: no answer has a second token, or pictures cannot be made smaller as the space says.
         """
+        for way in settings.space.picture_kinds:
+            check_kind(loaded.adapter, way)
         samples = task.samples(settings.split, settings.samples)
         limit, kind = settings.answer_limit(task), settings.objective
         # a larger one would score trials on samples that they stop before
@@ -129,7 +134,8 @@ class Prepared:
             )
         # what the model says, whatever a run of 0.1.0 noted
         evidence = replace(evidence, governed=loaded.adapter.governed)
-        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=size)
+        ways = settings.space.picture_kinds
+        return cls(loaded, task, samples, limit, kind, forced, evidence, batch_size=size, pictured=ways)
 
     def with_evidence(self, evidence: Evidence) -> Prepared:
         """The same with other evidence."""
@@ -153,7 +159,8 @@ class Prepared:
     def budget(self, memory: float, read: float | None) -> Budget:
         """The budget, counted on the prompts and answers that trials are scored on."""
         steps = max(round(self.forced.answer_tokens), 1)
-        return Budget(memory, read, tuple(self.forced.shapes), steps)
+        shapes = self.pictures.on(self.forced.shapes, *self.pictured) if self.pictured else self.forced.shapes
+        return Budget(memory, read, tuple(shapes), steps)
 
     def objective(
         self, folder: Path, space: Space, budget: Budget, starts: Sequence[Candidate] = ()

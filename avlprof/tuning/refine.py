@@ -112,7 +112,7 @@ def split_by_probe(
     """
     if evidence.bit_damage is None or evidence.damage is None or not policy.packs:
         return None
-    prompts, layers = budget.prompts, evidence.layers
+    prompts, layers = budget.shrunk(policy.pictures).prompts, evidence.layers
     room = vision_share(prompts, layers, budget.memory, policy.text)
     prices = {number: packed_share(number, prompts[0].group) for number in bits}
     own = counted_layers(prompts, layers)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from avlprof.allocators import ALLOCATORS, Evidence, make_allocator
 from avlprof.budgets import vision_share
 from avlprof.errors import UserError
 from avlprof.policy import BITS, FULL, Heads, Policy, Refresh, TextPolicy, live_share
+from avlprof.policy.parts import PictureKind
 from avlprof.scorers import make_scorer
-from avlprof.tuning.candidate import Budget, Candidate, scorer_spec
+from avlprof.tuning.candidate import WHOLE, Budget, Candidate, scorer_spec
 from avlprof.tuning.offers import (
     check_bits,
     check_names,
     check_parts,
+    check_picture_shares,
     few,
     in_reach,
     nearest,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 HEADS: tuple[str, ...] = get_args(Heads)
 REFRESH: tuple[str, ...] = get_args(Refresh)
+PICTURES: tuple[str, ...] = (WHOLE, *get_args(PictureKind))
 MARGINS = (0.05, 0.1, 0.2, 0.4)
 LEADING = (1, 2, 4, 8)
 TEXT = ("auto", "all", "trade")
@@ -39,6 +42,8 @@ _NEW = (
     "core_prompts",
     "core_memories",
     "leaders",
+    "pictures",
+    "picture_shares",
 )  # that spaces of before do not tell of
 
 
@@ -51,6 +56,8 @@ class Space:
     `core_prompts` and `core_memories`, what a refresh ranks by (0 alone of both are not searched), and
     `leaders`, how many layers lead the others at refreshes (0 alone is not searched). `bits` are
     those that stored vision may have, `text_bits` system and prompt text; 16 alone are not searched.
+    `pictures` are the ways in which the language model gets them, `whole` alone is not searched, and
+    `picture_shares` how much of their tokens it gets of smaller ones.
     `heads` may offer `adaptive` as well, which was not measured to pay (`docs/tuning.md`), and counts without
     a read budget only, since no core goes with it. `text`
     says whether a text window is searched: `all` never, `trade` always, `auto` only where all text
@@ -80,6 +87,8 @@ class Space:
     bits: tuple[int, ...] = BITS
     text_bits: tuple[int, ...] = BITS[:-1]  # two were measured to lose at any budget
     text: str = "auto"
+    pictures: tuple[str, ...] = (WHOLE,)
+    picture_shares: tuple[float, ...] = (0.75, 0.5, 0.35, 0.25)
     more_starts: tuple[Candidate, ...] = ()
     reads: bool = False
 
@@ -98,6 +107,9 @@ class Space:
             check_bits(name, getattr(self, name))
             # in one order and each once, since a study cannot go on with its choices in another
             object.__setattr__(self, name, tuple(bits for bits in BITS if bits in getattr(self, name)))
+        check_names("way of showing pictures", self.pictures, PICTURES)
+        object.__setattr__(self, "pictures", tuple(one for one in PICTURES if one in self.pictures))
+        check_picture_shares(self.picture_shares)
         for name in ("core_prompts", "core_memories"):
             check_parts(name, getattr(self, name))
         for name in ("refreshes", "leaders"):
@@ -179,6 +191,8 @@ class Space:
                 text_share=trial.suggest_float("text_share", 0.02, 1.0, log=True),
                 text_sink=trial.suggest_int("text_sink", 0, MOST_SINKS),
             )
+        if self.pictures != (WHOLE,):
+            candidate = self._suggest_pictures(trial, candidate)
         if self.bits != (FULL,):
             candidate = replace(candidate, vision_bits=trial.suggest_categorical("vision_bits", self.bits))
         if budget.read is None:
@@ -190,6 +204,11 @@ class Space:
                 core_memory=trial.suggest_categorical("core_memory", self.core_memories),
             )
         return self._suggest_refreshes(trial, candidate)
+
+    def _suggest_pictures(self, trial: Trial, candidate: Candidate) -> Candidate:
+        kind = trial.suggest_categorical("pictures", self.pictures)
+        share = 1.0 if kind == WHOLE else trial.suggest_categorical("picture_share", self.picture_shares)
+        return replace(candidate, pictures=kind, picture_share=share)
 
     def _suggest_refreshes(self, trial: Trial, candidate: Candidate) -> Candidate:
         if self.leaders != (0,):
@@ -226,6 +245,8 @@ class Space:
         ]
         plain = in_reach(self, replace(plain, vision_bits=few(self.bits), text_bits=few(self.text_bits)))
         starts += [replace(plain, allocator=name) for name in allocators]
+        half = replace(plain, allocator=allocators[0], picture_share=0.5)
+        starts += [in_reach(self, replace(half, pictures=kind)) for kind in self.pictures if kind != WHOLE]
         if self.text == "trade":
             starts.insert(1, in_reach(self, replace(starts[0], text_share=0.25, text_sink=1)))
         if "coverage" in allocators:
@@ -261,7 +282,14 @@ class Space:
             del values["core_prompts"], values["core_memories"]
         if self.leaders == (0,):
             del values["leaders"]
+        if self.pictures == (WHOLE,):
+            del values["pictures"], values["picture_shares"]
         return {name: (value,) if isinstance(value, str) else tuple(value) for name, value in values.items()}
+
+    @property
+    def picture_kinds(self) -> tuple[PictureKind, ...]:
+        """The ways in which pictures may be made smaller."""
+        return tuple(cast(PictureKind, kind) for kind in self.pictures if kind != WHOLE)
 
     def _cored_heads(self) -> tuple[str, ...]:
         """Kinds of heads that a core goes with."""
