@@ -135,7 +135,7 @@ def equal_bytes(
         return []
     random = uniform.model_copy(update={"name": "random", "scorer": ScorerSpec(name="random")})
     ranked_at_random = policy.scorer.name == "random" and not joint
-    flat_already = _is_flat(policy, counted_layers(prompts, layers), layers)
+    flat_already = not policy.shrinks and _is_flat(policy, counted_layers(prompts, layers), layers)
     baselines = [] if flat_already and not ranked_at_random else [uniform]
     return baselines if flat_already and ranked_at_random else [*baselines, random]
 

@@ -110,6 +110,7 @@ class Space:
         check_names("way of showing pictures", self.pictures, PICTURES)
         object.__setattr__(self, "pictures", tuple(one for one in PICTURES if one in self.pictures))
         check_picture_shares(self.picture_shares)
+        object.__setattr__(self, "picture_shares", tuple(sorted(set(self.picture_shares), reverse=True)))
         for name in ("core_prompts", "core_memories"):
             check_parts(name, getattr(self, name))
         for name in ("refreshes", "leaders"):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+import avlprof
 from avlprof.budgets import OverBudgetError, scale_to
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerSettings, AnswerStore, ComparisonSettings, generate_answers, line_up
@@ -14,11 +19,24 @@ from avlprof.evaluation.compare import compare
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.evaluation.lineup import SMALLER
 from avlprof.models import load_model
-from avlprof.models.smaller import SamplePictures
-from avlprof.policy import PicturePolicy, Policy, PromptShape, live_share, packed_share, smaller_grid
+from avlprof.models.smaller import SamplePictures, smaller_pictures
+from avlprof.policy import (
+    RANKING,
+    PicturePolicy,
+    Policy,
+    PromptShape,
+    ScorerSpec,
+    live_share,
+    packed_share,
+    save_policy,
+    smaller_grid,
+)
+from avlprof.policy.export import export_to
+from avlprof.runtime.forced import ForcedBatch, ForcedSet, SteppedBatch
 from avlprof.tasks import load_task
 from avlprof.tuning.candidate import Budget
 from avlprof.tuning.rivals import smaller_rivals
+from tests.cli_runner import invoke, refused
 
 POOLED, POOLED4, RESIZED, _ = SMALLER
 SETTINGS = AnswerSettings(2, 4)
@@ -110,6 +128,111 @@ def test_rivals_have_the_winners_bits_and_no_more_than_may_be_read(tiny, samples
     assert flat.keep(1) == (0.2,)
 
 
+@torch.inference_mode()
+def logits(model, adapter, sample, answer):
+    """Log-probabilities `[T, V]` of an answer's tokens: the stock model on the prompt and the answer."""
+    encoding = adapter.encode_samples([sample])
+    tokens = torch.tensor([answer[:-1]])
+    ids = torch.cat([encoding["input_ids"], tokens], dim=1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in encoding:
+        kinds = encoding["mm_token_type_ids"]
+        more["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(tokens)], dim=1)
+    return model(**(dict(encoding) | more)).logits[0, -len(answer) :].float().log_softmax(dim=-1)
+
+
+WAYS = [
+    ("tiny", "shapes", "pooled"),
+    *(
+        pytest.param("tiny-mrope", "shapes-sizes", kind, marks=pytest.mark.full)
+        for kind in ("pooled", "resized")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "kind"), WAYS)
+def test_forced_scores_compare_with_the_dense_answers_to_whole_pictures(name, task, kind) -> None:
+    """All kept: the stock model's own logits. Else: the runtime, token by token, on the smaller prompts."""
+    loaded, ranked = load_model(name, device="cpu", dtype="float32"), ScorerSpec.of(RANKING)
+    samples = load_task(task).samples("search", 3)
+    shown = PicturePolicy(kind=kind, share=0.4)
+    forced = ForcedSet.prepare(loaded, samples, max_new_tokens=6, batch_size=2, scorers=[ranked])
+    within = partial(smaller_pictures, loaded, shown)
+    bare = [
+        Policy(),
+        Policy(vision_keep=0.5, scorer=ranked, vision_bits=4),
+        Policy(vision_keep=0.6, vision_compute=0.2, refresh_interval=2, scorer=ranked),
+    ]
+    policies = [policy.model_copy(update={"pictures": shown}) for policy in bare]
+    # smaller and whole ones in one call, with room for no prompt at all beside the one at work
+    forced.room = replace(forced.room, device=0, host=0)
+    mixed = forced.score_many([policies[0], *bare, *policies[1:]])
+    found, whole = [mixed[0], *mixed[4:]], mixed[1:4]
+    assert [score.kl for score in whole[0]] == pytest.approx([0.0] * 3, abs=1e-6)
+    for i, (sample, answer) in enumerate(zip(samples, forced.answers, strict=True)):
+        dense = logits(loaded.model, loaded.adapter, sample, answer)
+        with within() as smaller:
+            ours = logits(smaller.model, smaller.adapter, sample, answer)
+            encoding = smaller.adapter.encode_samples([sample])
+        assert len(dense) == len(answer)
+        kl = (dense.exp() * (dense - ours)).sum(dim=-1).mean()
+        assert kl > 1e-3
+        assert found[0][i].kl == pytest.approx(float(kl), abs=1e-4, rel=1e-3)
+        assert found[0][i].agreement == float((dense.argmax(-1) == ours.argmax(-1)).double().mean())
+        stepped = SteppedBatch(
+            loaded.model,
+            encoding,
+            [answer],
+            reference=SteppedBatch(loaded.model, loaded.adapter.encode_samples([sample]), [answer]),
+            within=within,
+        )
+        for policy, scores in zip(bare, found, strict=True):
+            expected = stepped.score(policy, [sample.id])[0]
+            assert scores[i].kl == pytest.approx(expected.kl, abs=1e-4, rel=1e-3)
+
+
+def test_what_cannot_make_pictures_smaller_refuses(tiny, samples, tmp_path: Path) -> None:
+    policy = Policy(name="half", vision_keep=0.5, pictures=PicturePolicy(kind="pooled", share=0.5))
+    said = "policy 'half' makes pictures smaller .pooled to 0.5., and these prompts have them as they are"
+    with pytest.raises(UserError, match=f"{said}; encode and run inside .*smaller_pictures"):
+        with avlprof.apply(tiny.model, policy):
+            pass
+    batch = ForcedBatch(tiny.model, tiny.adapter.encode_samples(samples), [[5, 6]] * 4)
+    with pytest.raises(UserError, match=said):
+        batch.score(policy, "abcd")
+    alone = ForcedSet([*"abcd"], [[5, 6]] * 4, [([0, 1, 2, 3], batch)])
+    with pytest.raises(UserError, match="encoded elsewhere cannot be made smaller"):
+        alone.score(policy)
+    with pytest.raises(UserError, match="which kvpress does not, and its shares are of what they leave"):
+        export_to("kvpress", policy, 6)
+    path = save_policy(policy, tmp_path / "half.yaml")
+    assert refused(invoke("trace", "--policy", path, "-n", 1, "-o", tmp_path / "run")).startswith(
+        "policy 'half' makes pictures smaller (pooled to 0.5)"
+    )
+    resized = policy.model_copy(update={"pictures": PicturePolicy(kind="resized", share=0.5)})
+    path = save_policy(resized, tmp_path / "resized.yaml")
+    for command in (("run",), ("evaluate", "-n", 1, "-o", tmp_path / "evaluated")):
+        assert "whatever its size" in refused(invoke(*command, "--policy", path))
+    search = refused(invoke("tune", "--pictures", "whole,resized", "-n", 2, "-o", tmp_path / "study"))
+    assert "whatever its size" in search
+    # an ordinary context, as the refusal says
+    with smaller_pictures(tiny, policy.pictures) as smaller:
+        with avlprof.apply(smaller.model, policy.of_cache) as runtime:
+            smaller.model.generate(**smaller.adapter.encode_samples(samples), max_new_tokens=2)
+        assert runtime.cache is not None and [row.vision for row in runtime.cache.rows] == [90] * 4
+
+
+def test_a_run_shows_dense_bytes_of_whole_pictures(tmp_path: Path) -> None:
+    policy = Policy(vision_keep=0.5, pictures=PicturePolicy(kind="pooled", share=0.25))
+    path = save_policy(policy, tmp_path / "quarter.yaml")
+    done = invoke("run", "--policy", path, "--explain", "--format", "json", "--max-new-tokens", 2)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    token = 2 * 2 * 32 * 2  # keys and values of two KV heads of 32 numbers in 16 bits
+    dense = {row["dense_live_kv"] // token for row in rows}
+    assert len(dense) == 1 and {row["live_kv"] // token for row in rows} == {dense.pop() - 196 + 49 // 2}
+
+
 @pytest.mark.full
 def test_a_comparison_and_an_evaluation_have_rows_of_both_kinds(tmp_path: Path) -> None:
     loaded = load_model("tiny-mrope", device="cpu")
@@ -127,3 +250,9 @@ def test_a_comparison_and_an_evaluation_have_rows_of_both_kinds(tmp_path: Path) 
     table = evaluate(loaded, task, policies, EvaluationSettings(samples=2, latency=False)).summary()
     table = table.set_index("policy")
     assert (table["kl"].drop("dense") > 0).all()
+    # timed, and beside flat policies of the same bytes that cut the pictures as they are
+    fitted = [found.lineup.entries[1].policy]
+    timed = evaluate(loaded, task, fitted, EvaluationSettings(samples=2, baselines=True, fidelity=False))
+    table = timed.summary().set_index("policy")
+    assert len(table) == 4 and (table["first_token_ms"] > 0).all()
+    assert table["live_share"].drop("dense").between(0.33, 0.41).all()

@@ -17,6 +17,7 @@ from avlprof.policy import (
     RANKING,
     CoreScore,
     JointPool,
+    PicturePolicy,
     Policy,
     PrefillFilter,
     PromptShape,
@@ -106,6 +107,9 @@ def policies(draw, runnable=False):
             fields["prefill_filter"] = tuple(
                 PrefillFilter(after_layer=n, keep=draw(RATIO)) for n in sorted(after)
             )
+    if draw(st.booleans()):
+        kind = draw(st.sampled_from(["pooled", "resized"]))
+        fields["pictures"] = PicturePolicy(kind=kind, share=draw(RATIO.filter(bool)))
     if draw(st.booleans()):
         mean = draw(RATIO)
         score = Score(mean=mean, low=mean / 3, high=mean, samples=draw(st.integers(1, 99)))
@@ -228,6 +232,11 @@ REFUSED = {
     "refresh: score_only\nrefresh_layers: [1]\ntext: {keep: 0.5, scorer: history}": "refresh_layers does not",
     "pool: joint\njoint: {keep: 0.5}\nrefresh: score_only\nrefresh_layers: [0]": "leave refresh_layers out",
     "heads: each": "heads",
+    "pictures: {kind: pooled, share: 0}": "pictures.share: input should be greater than 0, got 0",
+    "pictures: {kind: pooled, share: 2}": "pictures.share: input should be less than or equal to 1, got 2",
+    "pictures: {share: 0.5}": "pictures.kind is missing",
+    "pictures: {kind: blurred}": "pictures.kind",
+    "pictures: pooled": "pictures",
     "heads: adaptive\nhead_floor: 1.5": "head_floor: input should be less than or equal to 1, got 1.5",
     "head_floor: 0.5": "head_floor and head_shares go with heads: adaptive",
     "heads: kv_head\nhead_shares: [[1, 1]]": "head_floor and head_shares go with heads: adaptive",
@@ -276,7 +285,23 @@ def test_layer_count_of_another_model():
         Policy(prefill_filter=(PrefillFilter(after_layer=6, keep=0.5),)).check_layers(6)
 
 
-PROMPTS = st.builds(PromptShape, st.integers(0, 6), st.integers(0, 40), st.integers(1, 30))
+GRIDS = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 5)), max_size=2).map(tuple)
+PROMPTS = st.builds(
+    lambda system, grids, text: PromptShape(system, sum(map(math.prod, grids)), text, grids=grids),
+    st.integers(0, 6),
+    GRIDS,
+    st.integers(1, 30),
+)
+
+
+def left_of(prompt, pictures):
+    """Vision tokens that smaller pictures leave: of the finest grid that is even, among all that fit."""
+    left = 0
+    for rows, columns in prompt.grids:
+        most = max(exact(pictures.share, rows * columns), 1)
+        fitting = [(a, b) for a in range(1, rows + 1) for b in range(1, columns + 1) if a * b <= most]
+        left += max((min(a / rows, b / columns), a * b) for a, b in fitting)[1]
+    return left
 
 
 def exact(ratio, count):
@@ -291,6 +316,8 @@ def simulate(policy, prompt, layers, steps):
         return value[layer] if isinstance(value, tuple) else value
 
     live, read = 0, 0
+    if policy.pictures is not None:
+        prompt = PromptShape(prompt.system, left_of(prompt, policy.pictures), prompt.text)
     for layer in range(layers):
         system = [("system", i) for i in range(prompt.system)]
         vision, packed = [("vision", i) for i in range(prompt.vision)], {}
@@ -458,6 +485,27 @@ def test_hashes_of_before_and_meaning_of_a_core_beside_few_bits():
     )
     assert (bare.packed, bare.live, bare.reads) == (40, 10, 10)
     assert (whole.packed, whole.live, whole.reads) == (0, 40, 40)
+
+
+def test_smaller_pictures_are_counted_by_their_grids():
+    policy = Policy(name="half", vision_keep=0.25, pictures=PicturePolicy(kind="pooled", share=0.5))
+    text = dump_policy(policy)
+    assert text.endswith("vision_keep: 0.25\npictures:\n  kind: pooled\n  share: 0.5\n")
+    assert parse_policy(text) == policy and policy.of_cache == Policy(name="half", vision_keep=0.25)
+    ways = [PicturePolicy(kind=kind, share=share) for kind in ("pooled", "resized") for share in (0.5, 1.0)]
+    hashes = [Policy(vision_keep=0.2, pictures=way).hash for way in (None, *ways)]
+    assert hashes[0] == hashes[2] == hashes[4] and len(set(hashes)) == 3
+    # 6 x 8 and 3 x 3 tokens: 4 x 6 and 2 x 2 stay, a quarter of these 28 in each of two layers
+    prompt = PromptShape(2, 57, 5, grids=((6, 8), (3, 3)))
+    assert [size.vision for size in sizes(policy, prompt, 2)] == [7, 7]
+    assert live_share(policy, [prompt], 2) == (2 + 7 + 5) / (2 + 57 + 5)
+    shorter = prompt.shrunk(policy.pictures)
+    assert (shorter.vision, shorter.tokens, shorter.total) == (28, 35, 64)
+    assert live_share(policy.of_cache, [shorter], 2) == live_share(policy, [prompt], 2)
+    for unknown in (PromptShape(2, 57, 5), shorter):  # shrunk twice would be counted wrong
+        with pytest.raises(UserError, match="these prompts' pictures are not at hand"):
+            sizes(policy, unknown, 2)
+    assert policy.model_copy(update={"pictures": ways[1]}).hash == policy.of_cache.hash
 
 
 def test_a_share_that_floats_miss_is_whole():

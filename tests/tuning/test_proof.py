@@ -328,6 +328,25 @@ def test_rivals_of_few_bits_have_the_same_bytes_with_them_and_without(memory, re
         assert kept == 1.0, "what fits is kept whole"
 
 
+@pytest.mark.parametrize("read", [None, 0.24])
+def test_rivals_of_smaller_pictures_have_them_and_have_not(read):
+    prompts = tuple(replace(prompt, grids=((1, prompt.vision),)) for prompt in PROMPTS)
+    budget, evidence = Budget(0.28, read, prompts, 10), random_evidence(5, 60, np.random.default_rng(3))
+    start = Candidate("pyramid", scorer="instruction", vision_bits=8, pictures="pooled", picture_share=0.5)
+    winner = start.policy(evidence, budget)
+    named = {policy.name: policy for policy in rivals(winner, budget, 5)}
+    same, whole = (named[f"uniform, same scorer{end}"] for end in ("", ", whole pictures"))
+    assert {name for name, policy in named.items() if policy.pictures} == {"uniform, same scorer"}
+    assert same.pictures == winner.pictures
+    assert same.scorer == whole.scorer == winner.scorer and same.vision_bits == whole.vision_bits == 8
+    assert len({winner.hash, *(policy.hash for policy in named.values())}) == 1 + len(named)
+    live, reads = live_share(winner, prompts, 5), read_share(winner, prompts, 5, 10)
+    token = len(prompts) / sum(prompt.total for prompt in prompts)
+    for policy in named.values():
+        assert live - token - 0.001 < live_share(policy, prompts, 5) <= live + 1e-12
+        assert read_share(policy, prompts, 5, 10) <= reads + 1e-9
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_static_core_is_flat_and_never_picked_anew(seed):
     budget = Budget(0.5, 0.3, PROMPTS, 10)

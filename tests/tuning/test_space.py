@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from optuna.trial import FixedTrial
 
 from avlprof.allocators import Evidence
 from avlprof.allocators.sensitivity import Sensitivity
@@ -23,7 +24,7 @@ from avlprof.testing.allocators import random_evidence
 from avlprof.tuning import Budget, Candidate, Settings, Space
 from avlprof.tuning.refine import Moved
 from avlprof.tuning.settings import check_budget
-from avlprof.tuning.space import HEADS
+from avlprof.tuning.space import HEADS, PICTURES
 from tests.helpers import few
 from tests.search_space import ALLOCATORS, SPACE, probed_evidence
 
@@ -35,14 +36,17 @@ def test_every_candidate_meets_its_budgets(seed):
     evidence = probed_evidence(layers, count, seed)
     # one shape, or several: then each prompt rounds down by itself
     sizes = [count] if seed % 2 else [count, *rng.integers(1, count + 1, size=2).tolist()]
-    prompts = tuple(PromptShape(int(rng.integers(0, 4)), n, int(rng.integers(1, 6))) for n in sizes)
+    prompts = tuple(
+        PromptShape(int(rng.integers(0, 4)), n, int(rng.integers(1, 6)), grids=((1, n),)) for n in sizes
+    )
     window = seed % 3 == 0
     text = TextPolicy(window=1) if window else TextPolicy()
     always = live_share(Policy(vision_keep=0.0, text=text), prompts, layers)
     memory = float(rng.uniform(always, 1.0))
     read = float(rng.uniform(always, 1.0)) if seed % 4 > 1 else None
     budget = Budget(memory, read, prompts, int(rng.integers(1, 12)))
-    space = Space(heads=HEADS, text="trade" if window else "all").within(budget, layers).supported(evidence)
+    space = Space(heads=HEADS, text="trade" if window else "all", pictures=PICTURES)
+    space = space.within(budget, layers).supported(evidence)
     assert space.leaders == tuple(n for n in (0, 1, 2, 3) if n < layers)
     assert space.heads == (HEADS if read is None else ("shared", "kv_head"))
     dense = layers * sum(prompt.total for prompt in prompts)
@@ -67,12 +71,23 @@ def test_every_candidate_meets_its_budgets(seed):
             text_bits=None if seed % 7 == 0 else int(rng.choice(space.text_bits)),
             leading=int(rng.choice(space.leaders)),
             leading_interval=int(rng.choice((1, 2, 4))),
+            pictures=None if seed % 2 == 0 else str(rng.choice(space.pictures)),
+            picture_share=float(rng.choice(space.picture_shares)),
         )
         policy = candidate.policy(evidence, budget)
         check_budgets(policy, budget, layers, slack)
         assert policy.scorer.name == candidate.scorer.partition(":")[0]
         assert policy.heads == candidate.heads
         assert policy.vision_bits == (candidate.vision_bits or 16)
+        if candidate.pictures in (None, "whole"):
+            assert policy.pictures is None
+        else:
+            assert (policy.pictures.kind, policy.pictures.share) == (
+                candidate.pictures,
+                candidate.picture_share,
+            )
+            left = [max(int(candidate.picture_share * n + 1e-6), 1) for n in sizes]
+            assert [prompt.shrunk(policy.pictures).vision for prompt in prompts] == left
         if not window or candidate.packs_text:
             assert policy.text == TextPolicy(bits=candidate.text_bits or 16)
         elif policy.text.window is not None:
@@ -98,6 +113,7 @@ def test_every_candidate_meets_its_budgets(seed):
         found = moved.policy(evidence, budget)
         check_budgets(found, budget, layers, slack)
         assert (found.text, found.scorer, found.refresh) == (policy.text, policy.scorer, policy.refresh)
+        assert found.pictures == policy.pictures
 
 
 def check_budgets(policy, budget, layers, slack):
@@ -231,6 +247,33 @@ def test_starts_are_points_of_the_space():
     }
 
 
+def test_smaller_pictures_are_searched_where_they_are_offered():
+    plain, space = Space(), Space(pictures=("resized", "whole", "pooled"), picture_shares=(0.3, 0.6))
+    assert (space.pictures, space.picture_shares) == (PICTURES, (0.6, 0.3))
+    assert {(start.pictures, start.picture_share) for start in plain.starts()} == {(None, 1.0)}
+    added = [start for start in space.starts() if start.pictures != "whole"]
+    assert [(one.pictures, one.picture_share, one.vision_bits) for one in added] == [
+        ("pooled", 0.6, 4), ("resized", 0.6, 4)
+    ]  # fmt: skip
+    rest = [replace(start, pictures=None) for start in space.starts() if start not in added]
+    assert rest == plain.starts()
+    budget = Budget(0.3, None, (PromptShape(1, 60, 6, grids=((6, 10),)),), 4)
+    for space_, start in ((plain, plain.starts()[0]), (space, space.starts()[0]), (space, added[1])):
+        asked = start.params(budget)
+        trial = FixedTrial(asked)
+        assert space_.suggest(trial, budget) == start and set(trial.params) == set(asked)
+    assert not {"pictures", "picture_share"} & set(plain.starts()[0].params(budget))
+    # whole pictures, and those made smaller to all of their tokens, are the policy without the field
+    evidence, start = probed_evidence(3, 60, 1), Candidate("pyramid", scorer="instruction")
+    whole = start.policy(evidence, budget)
+    assert replace(start, pictures="whole").policy(evidence, budget) == whole
+    assert replace(start, pictures="pooled").policy(evidence, budget).hash == whole.hash
+    # what a neighbouring budget found is taken over as far as it is on offer
+    more = (replace(start, pictures="pooled", picture_share=0.35),)
+    taken = [one.starts()[-1] for one in (replace(space, more_starts=more), replace(plain, more_starts=more))]
+    assert [(one.pictures, one.picture_share) for one in taken] == [("pooled", 0.3), (None, 1.0)]
+
+
 @pytest.mark.parametrize("refine", [None, 0, 7])
 @pytest.mark.parametrize("starts", [1, 2, 17, 22, 30])
 def test_too_few_trials_for_the_starts_are_told_with_what_is_enough(starts, refine):
@@ -290,7 +333,8 @@ def test_a_budget_is_a_share(share):
 
 
 def test_a_space_comes_back_from_its_description():
-    for space in (Space(), SPACE, Space(("uniform",), refreshes=(0, 8), text="trade")):
+    shown = Space(pictures=("whole", "pooled"), picture_shares=(0.5, 0.25))
+    for space in (Space(), SPACE, shown, Space(("uniform",), refreshes=(0, 8), text="trade")):
         assert Space.of(space.described()) == space
     told = {"allocators": ("uniform",), "of a later version": (1,)}
     rows = {"core_prompts": (0.0,), "core_memories": (0.0,), "leaders": (0,)}
@@ -299,7 +343,7 @@ def test_a_space_comes_back_from_its_description():
     assert Space.of(told | {"bits": (4, 2)}) == replace(plain, bits=(4, 2))
     assert Space.of(told | {"text_bits": (16, 3)}) == replace(plain, text_bits=(16, 3))
     assert Space.of(told | {"core_prompts": (0.0, 0.3)}) == replace(plain, core_prompts=(0.0, 0.3))
-    assert not {"bits", "text_bits", *rows} & set(plain.described())
+    assert not {"bits", "text_bits", "pictures", "picture_shares", *rows} & set(plain.described())
     assert Space(bits=(4, 16, 4)) == Space(bits=(16, 4)), "the same choices, whatever their order"
 
 
@@ -320,6 +364,8 @@ def test_a_space_comes_back_from_its_description():
         ({"text_bits": (16, 1)}, "text_bits of the search space must be among 16, 8, 4, 3, 2, got 1"),
         ({"core_prompts": (0.5, 1.5)}, r"core_prompts of the search space must be in \[0, 1\], got 1.5"),
         ({"core_memories": (1.0,)}, "core_memories of the search space must be in .0, 0.999., got 1.0"),
+        ({"pictures": ("pooled", "blurred")}, "unknown way of showing pictures 'blurred'"),
+        ({"picture_shares": (0.5, 1.0)}, "picture_shares of the search space must be above 0 and below 1"),
         ({"text": "none"}, "unknown text of the search space 'none'"),
     ],
 )

@@ -101,6 +101,24 @@ def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
     assert study.phases == ["dense answers", "probe", "trials", "finalists", "proof", "knobs"]
 
 
+@pytest.mark.full  # a study of its own
+def test_a_search_chooses_how_much_smaller_pictures_are(tiny, study, tmp_path):
+    """The closing policy says it, refined by layer, beside rivals that have and have not."""
+    shown = Space(("uniform",), bits=(16,), text_bits=(16,), pictures=("pooled",), picture_shares=(0.5,))
+    less = {"read_budget": None, "trials": 4, "refine": 2, "samples": 3, "proof_samples": 2, "finalists": 1}
+    found = tuned(tiny, study.run, tmp_path, space=shown, **less)
+    policy, proof = load_policy(tmp_path / "policy.yaml"), found.policy.provenance
+    assert (policy.pictures.kind, policy.pictures.share) == ("pooled", 0.5)
+    assert proof.measured_budget <= BUDGET and found.refined is not None
+    assert {"pooled", "uniform, same scorer, whole pictures"} <= set(proof.scores)
+    assert found.knobs["value"][found.knobs["knob"] == "pictures"].tolist() == ["pooled to 0.5"]
+    for trial in [*found.study.get_trials(), *found.refined.get_trials()]:
+        one = parse_policy(trial.user_attrs["policy"])
+        assert one.pictures == policy.pictures and trial.user_attrs["live_share"] <= BUDGET
+    with pytest.raises(UserError, match="space"):
+        tuned(tiny, study.run, tmp_path, space=replace(shown, pictures=("whole",)), **less)
+
+
 @pytest.mark.full  # needs a whole study
 def test_the_metric_decides_among_the_finalists(study, tiny):
     best = finalists(study.tuned.study, 3)
