@@ -310,7 +310,6 @@ TURNS = {
     "scored per head": POLICIES["scored per head"],
     "packed scored": POLICIES["packed scored"],
     "triggered and followed": POLICIES["triggered and followed"],
-    "packed triggered": POLICIES["packed triggered"],
     "packed followed": POLICIES["packed followed"],
     "streaming": POLICIES["streaming"],
     "h2o": Policy(pool="joint", joint=JointPool(keep=0.4, sink=1, recent_share=0.5), scorer=ACCUMULATED),

@@ -8,12 +8,14 @@ others (as the run's overlap of layers says), the same with what is not core in 
 core at all. Shares are even over layers. Finished answers are kept in the folder.
 
 With `--when` no answer is made: at one size of core and of memory, KL to the dense model by how often steps
-refresh, at fixed steps and where they are triggered (`when.csv`).
+refresh, at fixed steps and where they are triggered (`when.csv`). Nor with `--who`: at the budgets, KL by
+which layers lead at every step, beside the overlap of layers in the run (`who.csv`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +26,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import avlprof
+from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.analysis.derive import leading_layers
 from avlprof.budgets import ReadBudget, meet_both, meet_budget
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore, Evaluation, paired_difference
+from avlprof.evaluation.damage import rank_correlation
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
 from avlprof.policy import RANKING, CoreScore, Policy, PromptShape, ScorerSpec
 from avlprof.runs.directory import RunDirectory
@@ -136,6 +140,39 @@ def when(forced: ForcedSet, memory: float, bits: int) -> Iterator[dict[str, Any]
         }
 
 
+def who(
+    forced: ForcedSet, memory: float, bits: int, evidence: Evidence, counts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """KL of every choice of layers that lead at every step, and what layers share with those they follow."""
+    assert evidence.overlap is not None
+    layers, steps = evidence.layers, round(forced.answer_tokens)
+    static = kl(forced, cored(ReadBudget(memory / 2, steps), memory, forced.shapes, layers, 16))
+    for count in counts:
+        rows, each = list[dict[str, Any]](), []
+        for leads in itertools.combinations(range(layers), count):
+            reads = ReadBudget(memory / 2, steps, 1, "score_only", leads)
+            policy = cored(reads, memory, forced.shapes, layers, bits)
+            each.append(kl(forced, policy.model_copy(update={"core_score": SCORES["scores"]})))
+            followed = [(policy.leader(layer), layer) for layer in range(layers)]
+            shared = sum(evidence.overlap[lead, layer] for lead, layer in followed if lead is not None)
+            gap = paired_difference(each[-1], static).difference
+            rows.append(
+                {
+                    "memory": memory,
+                    "bits": bits,
+                    "leads": " ".join(map(str, leads)),
+                    "overlap": float(shared) / layers,
+                    "vs_static": gap.mean,
+                    "low": gap.low,
+                    "high": gap.high,
+                }
+            )
+        damage = pd.DataFrame(np.array(each).T)
+        shared_by = pd.DataFrame([[row["overlap"] for row in rows]] * len(damage))
+        print(f"{memory:g}, {bits} bits, {count} lead:", rank_correlation(damage, shared_by), flush=True)
+        yield from sorted(rows, key=lambda row: float(row["vs_static"]))
+
+
 def kl(forced: ForcedSet, policy: Policy) -> NDArray[np.float64]:
     """KL to the dense model (nat per token) of every sample."""
     return np.array([score.kl for score in forced.score(policy)])
@@ -159,17 +196,25 @@ def main() -> None:
     parser.add_argument("--split", default="held-out")
     parser.add_argument("--out", type=Path, default=Path("refresh"))
     parser.add_argument("--when", action="store_true", help="compare when to refresh, by KL")
+    parser.add_argument("--who", action="store_true", help="compare who leads, by KL; needs --run")
     given = parser.parse_args()
     loaded, task = avlprof.load_model(given.model), avlprof.load_task(given.task)
-    if given.when:
+    if given.when or given.who:
         limit, scorers = task.max_new_tokens, [ScorerSpec.of(RANKING)]
         samples = task.samples("search", given.samples)
         forced = ForcedSet.prepare(loaded, samples, max_new_tokens=limit, scorers=scorers)
         budgets = map(float, given.budgets.split(","))
-        rows = pd.DataFrame([row for b in budgets for bits in (16, 4) for row in when(forced, b, bits)])
+        both = [(budget, bits) for budget in budgets for bits in (16, 4)]
+        if given.when:
+            found = [row for budget, bits in both for row in when(forced, budget, bits)]
+        else:
+            evidence, counts = Profile.of(RunDirectory(given.run)).evidence(), given.leaders.split(",")
+            numbers = [int(count) for count in counts]
+            found = [row for budget, bits in both for row in who(forced, budget, bits, evidence, numbers)]
+        rows = pd.DataFrame(found)
         print(rows.to_string(index=False, float_format="{:.3f}".format), flush=True)
         given.out.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(given.out / "when.csv", index=False)
+        rows.to_csv(given.out / ("when.csv" if given.when else "who.csv"), index=False)
         return
     settings = EvaluationSettings(
         split=given.split, samples=given.samples, batch_size=32, fidelity=False, latency=False

@@ -206,6 +206,10 @@ def policies():
     yield "heads", Policy(name="h", vision_keep=0.4, vision_compute=0.15, refresh_interval=3, heads="kv_head")
     score = {"refresh": "score_only", "refresh_interval": 2}
     yield "score only", Policy(name="s", vision_keep=[0.3] * 6, vision_compute=[0.1] * 6, **score)
+    shares = {"vision_keep": [0.3] * 6, "vision_compute": [0.1] * 6}
+    asked = {"refresh": "triggered", "refresh_interval": 1, "refresh_margin": 0.2}
+    yield "triggered", Policy(name="t", **shares, **asked)
+    yield "led", Policy(name="l", **shares, **score, refresh_layers=(0, 3))
     yield "h2o", find_policy("h2o")
 
 

@@ -16,7 +16,7 @@ from tests.helpers import Counted, generate, thinned
 from tests.interpreted import Launched, passes, runs_elsewhere, runs_here
 from tests.policies import POLICIES, QUICK, SCORED
 
-ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.layer", "runtime.buckets")
+ASKED = ("attention.decode", "runtime.buffers", "runtime.eviction", "runtime.cored", "runtime.buckets")
 INTERPRETED = (*("core and window", "per head", "scored core", "history", "packed text and core"),)
 
 
@@ -46,7 +46,7 @@ def check_bounds(mask, bounds):
 
 @pytest.mark.parametrize("name", thinned(list(POLICIES), list(POLICIES), QUICK))
 def test_bounds_say_what_masks_show(case, name, monkeypatch):
-    kernels_everywhere(monkeypatch, "runtime.layer", "runtime.buckets")
+    kernels_everywhere(monkeypatch, "runtime.cored", "runtime.buckets")
     attend, told = apply_module.step_attention, []
 
     def checked(states, sets):
@@ -64,7 +64,7 @@ def test_bounds_say_what_masks_show(case, name, monkeypatch):
 @pytest.mark.parametrize("name", ["core and window", "score only", "newest share"])
 def test_replayed_steps_keep_bounds_up_to_date(case, name, monkeypatch):
     assert name not in SCORED
-    kernels_everywhere(monkeypatch, "runtime.layer", "runtime.buckets")
+    kernels_everywhere(monkeypatch, "runtime.cored", "runtime.buckets")
     with avlprof.apply(case.model, POLICIES[name], captured=6) as runtime:
         for images in ([1, 0, 2], [1, 1, 0]):  # the second prompt lies in the buffers of the first
             inputs = case.inputs(batch=3, seed=7, pad=True, text=15, images_per_row=images)

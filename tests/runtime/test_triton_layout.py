@@ -25,7 +25,7 @@ CASES = {
     "no vision": {"plans": [RowPlan(4, 0, 0, 3, 1, 3), RowPlan(0, 0, 0, 0, 0, None)]},
 }
 FREE = 5
-ROOMS = ("buffers", "eviction", "layer")
+ROOMS = ("buffers", "eviction", "cored")
 
 
 @pytest.mark.full
