@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pandas as pd
 
@@ -22,44 +24,55 @@ from avlprof.bisection import largest_share
 from avlprof.errors import UserError
 from avlprof.evaluation import AnswerStore, paired_difference
 from avlprof.evaluation.evaluate import EvaluationSettings, evaluate
-from avlprof.evaluation.smaller import Method, Pictures, SmallerPictures
-from avlprof.models.smaller import FAMILIES
-from avlprof.policy import BITS, RANKING, Policy, PromptShape, ScorerSpec, TextPolicy, live_share
+from avlprof.models.adapter import Adapter
+from avlprof.models.smaller import FAMILIES, SamplePictures
+from avlprof.policy import (
+    BITS,
+    RANKING,
+    PicturePolicy,
+    Policy,
+    PromptShape,
+    ScorerSpec,
+    TextPolicy,
+    live_share,
+)
+from avlprof.policy.parts import PictureKind
 from tools.ranking import shapes_of
 
 AS_THEY_ARE = "as they are"
+KINDS: Final[tuple[PictureKind, ...]] = ("resized", "pooled")
 
 
-def flat(name: str, keep: float, bits: int = 4) -> Policy:
+def flat(name: str, keep: float, bits: int = 4, pictures: PicturePolicy | None = None) -> Policy:
     """The same share in every layer, text in 4 bits."""
-    scorer = ScorerSpec.of(RANKING)
-    return Policy(name=name, vision_keep=keep, vision_bits=bits, text=TextPolicy(bits=4), scorer=scorer)
+    return Policy(
+        name=name,
+        vision_keep=keep,
+        vision_bits=bits,
+        text=TextPolicy(bits=4),
+        scorer=ScorerSpec.of(RANKING),
+        pictures=pictures,
+    )
 
 
-def methods(
-    budget: float, shares: Sequence[float], shapes: Sequence[PromptShape], pictures: Pictures
-) -> Iterator[tuple[Method, float]]:
-    """Who is compared at a budget, and the share of the vision tokens of its prompts that it keeps."""
-    layers = pictures.adapter.layers
-    keep = _most(lambda k: live_share(flat(AS_THEY_ARE, k), shapes, layers) <= budget)
-    yield flat(AS_THEY_ARE, keep), keep
-    for kind in ("resized", "pooled"):
-        for share in shares if pictures.adapter.family in FAMILIES[kind] else ():
-            name = f"{kind} to {share:g}"
+def policies(
+    budget: float, shares: Sequence[float], prompts: Sequence[PromptShape], adapter: Adapter
+) -> Iterator[Policy]:
+    """Who is compared at a budget; `prompts` have the grids of their pictures."""
 
-            def method(
-                k: float, bits: int = 4, kind: str = kind, share: float = share, name: str = name
-            ) -> SmallerPictures:
-                return SmallerPictures(name, kind, share, flat(name, k, bits))  # type: ignore[arg-type]
+    def fits(policy: Policy) -> bool:
+        return live_share(policy, prompts, adapter.layers) <= budget
 
-            def fits(
-                k: float, bits: int = 4, method: Callable[[float, int], SmallerPictures] = method
-            ) -> bool:
-                return method(k, bits).live_share(shapes, pictures.grids, layers) <= budget
+    yield flat(AS_THEY_ARE, _most(lambda keep: fits(flat(AS_THEY_ARE, keep))))
+    for kind in KINDS:
+        for share in shares if adapter.family in FAMILIES[kind] else ():
+            made = partial(flat, f"{kind} to {share:g}", pictures=PicturePolicy(kind=kind, share=share))
+            whole = next((bits for bits in BITS if fits(made(1.0, bits))), None)
+            yield made(1.0, whole) if whole else made(_most(partial(_fits_kept, fits, made)))
 
-            whole = [bits for bits in BITS if fits(1.0, bits)]
-            keep = 1.0 if whole else _most(fits)
-            yield method(keep, whole[0] if whole else 4), keep
+
+def _fits_kept(fits: Callable[[Policy], bool], made: Callable[[float], Policy], keep: float) -> bool:
+    return fits(made(keep))
 
 
 def _most(fits: Callable[[float], bool]) -> float:
@@ -86,17 +99,17 @@ def main() -> None:
     )
     store = AnswerStore(given.out / "answers")
     shapes = shapes_of(evaluate(loaded, task, [], settings, store=store).answers)
-    pictures = Pictures(loaded.adapter, task.samples(given.split, given.samples))
+    prompts = SamplePictures(loaded.adapter, task.samples(given.split, given.samples)).on(shapes)
     shares, rows = [float(share) for share in given.shares.split(",")], []
     for budget in map(float, given.budgets.split(",")):
         try:
-            compared = list(methods(budget, shares, shapes, pictures))
+            compared = list(policies(budget, shares, prompts, loaded.adapter))
         except UserError as error:
             print(f"left out at {budget:g}: {error}", flush=True)
             continue
-        found = evaluate(loaded, task, [method for method, _ in compared], settings, store=store)
+        found = evaluate(loaded, task, compared, settings, store=store)
         scores = found.answers.groupby(["policy", "sample"], sort=True)["score"].mean()
-        kept = {method.name: keep for method, keep in compared}
+        kept = {policy.name: policy.vision_keep for policy in compared}
         for row in found.summary().to_dict("records"):
             gap = paired_difference(scores[row["policy"]].to_numpy(), scores[AS_THEY_ARE].to_numpy())
             rows.append(
