@@ -17,7 +17,7 @@ from avlprof.evaluation.shared import SharedStore, open_store, serve_answers
 from avlprof.launchers import Launch, queue
 from avlprof.launchers.queue import Queue
 from avlprof.models import ModelSpec, load_model
-from avlprof.policy import find_policy
+from avlprof.policy import PicturePolicy, Policy, find_policy
 from avlprof.runs import Shard
 from avlprof.tasks import load_task
 from avlprof.tasks.spec import TaskSpec
@@ -47,6 +47,9 @@ def other():
 @pytest.fixture(scope="module")
 def alone(tiny, task):
     return compare(tiny, task, [0.3], settings=COMPARED)
+
+
+HALF = PicturePolicy(kind="pooled", share=0.5)
 
 
 def shared(path, workers=2):
@@ -79,7 +82,7 @@ def test_a_comparison_is_that_of_one_process(tmp_path, monkeypatch, tiny, other,
 @pytest.mark.full  # two evaluations
 def test_an_evaluation_is_that_of_one_process(tmp_path, monkeypatch, tiny, other, task):
     settings = EvaluationSettings(samples=3, batch_size=2, max_new_tokens=3, latency=False, fidelity=False)
-    policies = [find_policy("streaming-llm")]
+    policies = [find_policy("streaming-llm"), Policy(name="half", pictures=HALF)]
     with threads(monkeypatch, lambda tasks, worker: serve_answers(other, task, tasks, worker)):
         with shared(tmp_path / "parts") as store:
             together = evaluate(tiny, task, policies, settings, store=store)
