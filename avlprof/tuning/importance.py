@@ -128,8 +128,8 @@ PLAIN: Mapping[str, Any] = asdict(
         pictures=WHOLE,
     )
 )
-"""What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits, whole pictures
-(to their share of tokens: `picture_share` goes with `pictures`)."""
+"""What each knob is put back to: the plain candidate, a core that stays, all text, 16 bits, and pictures as
+they are (`pictures` stands for their share too)."""
 
 
 def knob_effects(

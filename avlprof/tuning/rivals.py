@@ -36,7 +36,7 @@ ROW = "last_query"
 
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
 SIXTEEN = "uniform, same scorer, 16 bits"
-WHOLE = "uniform, same scorer, whole pictures"
+SAME_WHOLE = "uniform, same scorer, whole pictures"
 LAST = f"uniform, {ROW}"
 FOLDER = "baselines"
 
@@ -52,27 +52,25 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     core. Where the winner makes pictures smaller, so does `uniform, same scorer`, and `uniform, same scorer,
     whole pictures` is the same without; the others have them as they are.
     """
+    whole = winner
     if winner.shrinks:
-        return _rivals_of_smaller(winner, budget, layers)
-    prompts, steps = budget.prompts, budget.answer_tokens
-    even = winner
-    if winner.head_shares is not None:
-        even = _with_heads(winner, "kv_head")
-    full = in_full(even, budget, layers)
+        budget = _used(winner, budget, layers)
+        compute = winner.compute(layers)
+        whole = spread(winner.of_cache, winner.keep(layers), budget, follow=lambda keep: compute)
+    even, full = _evened(whole), in_full(_evened(whole), budget, layers)
     shared = _with_heads(full, "shared")
     plain, row = (shared.model_copy(update={"scorer": ScorerSpec.of(name)}) for name in (RANKING, ROW))
-
-    def flat(policy: Policy) -> Policy:
-        return next((p for p in equal_bytes(policy, prompts, layers, steps) if p.name == UNIFORM), policy)
-
-    random = [p for p in equal_bytes(full, prompts, layers, steps) if p.name == RANDOM]
-
+    random = equal_bytes(full, budget.prompts, layers, budget.answer_tokens)
     named = [
-        *((UNIFORM, flat(plain)), (SAME, flat(even)), (SIXTEEN, flat(full)), (LAST, flat(row))),
-        *((RANDOM, policy) for policy in random),
+        (UNIFORM, _flat(plain, budget, layers)),
+        (SAME, _flat(_evened(winner), budget, layers)),
+        *([(SAME_WHOLE, _flat(even, budget, layers))] if winner.shrinks else []),
+        (SIXTEEN, _flat(full, budget, layers)),
+        (LAST, _flat(row, budget, layers)),
+        *((RANDOM, policy) for policy in random if policy.name == RANDOM),
     ]
     if budget.read is not None:
-        named.append((STATIC, static_core(winner, budget, layers)))
+        named.append((STATIC, static_core(whole, budget, layers)))
     hashes = {winner.hash}
     others = []
     for name, policy in named:
@@ -82,18 +80,17 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     return others
 
 
-def _rivals_of_smaller(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
-    """The rivals of a winner that makes pictures smaller."""
-    used = _used(winner, budget, layers)
-    shorter = replace(used, prompts=tuple(prompt.shrunk(winner.pictures) for prompt in budget.prompts))
-    same = next((policy for policy in rivals(winner.of_cache, shorter, layers) if policy.name == SAME), None)
-    compute = winner.compute(layers)
-    whole = spread(winner.of_cache, winner.keep(layers), used, follow=lambda keep: compute)
-    others = {policy.name: policy for policy in rivals(whole, used, layers)}
-    others[WHOLE] = others.pop(SAME, whole).model_copy(update={"name": WHOLE})
-    if same is not None:
-        others[SAME] = same.model_copy(update={"pictures": winner.pictures})
-    return list(others.values())
+def _flat(policy: Policy, budget: Budget, layers: int) -> Policy:
+    """The flat split at a policy's bytes, with its pictures; the policy itself where it is one."""
+    prompts = budget.shrunk(policy.pictures).prompts
+    known = equal_bytes(policy.of_cache, prompts, layers, budget.answer_tokens)
+    found = next((other for other in known if other.name == UNIFORM), policy)
+    return found.model_copy(update={"pictures": policy.pictures})
+
+
+def _evened(policy: Policy) -> Policy:
+    """The policy with heads as even as its layers will be."""
+    return policy if policy.head_shares is None else _with_heads(policy, "kv_head")
 
 
 def _with_heads(policy: Policy, heads: Heads) -> Policy:

@@ -151,7 +151,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("name", "task", "kind"), WAYS)
-def test_forced_scores_compare_with_the_dense_answers_to_whole_pictures(name, task, kind) -> None:
+def test_forced_scores_compare_with_the_dense_answers_to_whole_pictures(name, task, kind, monkeypatch):
     """All kept: the stock model's own logits. Else: the runtime, token by token, on the smaller prompts."""
     loaded, ranked = load_model(name, device="cpu", dtype="float32"), ScorerSpec.of(RANKING)
     samples = load_task(task).samples("search", 3)
@@ -189,6 +189,12 @@ def test_forced_scores_compare_with_the_dense_answers_to_whole_pictures(name, ta
         for policy, scores in zip(bare, found, strict=True):
             expected = stepped.score(policy, [sample.id])[0]
             assert scores[i].kl == pytest.approx(expected.kl, abs=1e-4, rel=1e-3)
+    # prompts of ways that nobody asks for any more are let go, and made again
+    monkeypatch.setattr("avlprof.runtime.forced.samples.MOST_WAYS", 1)
+    forced.score(Policy(pictures=PicturePolicy(kind=kind, share=0.2)))
+    again = forced.score(policies[1])
+    assert [score.kl for score in again] == pytest.approx([score.kl for score in found[1]], abs=1e-6)
+    assert {way for way, _ in forced._smaller} == {shown}
 
 
 def test_what_cannot_make_pictures_smaller_refuses(tiny, samples, tmp_path: Path) -> None:

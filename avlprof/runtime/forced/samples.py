@@ -37,6 +37,8 @@ from avlprof.watch import SILENT, Watch
 
 Answers = Literal["dense", "reference"]
 Batch = ForcedBatch | SteppedBatch
+MOST_WAYS = 8
+"""Ways of making pictures smaller whose prompts are held: as many as a search chooses between."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ForcedSet:
     they are scored, which many policies in one call share. Scores do not depend on it.
 
     Policies with smaller `pictures` are scored on prompts of their own, made when first asked for, on the
-    answers of the dense model to the pictures as they are.
+    answers of the dense model to the pictures as they are; those of the newest `MOST_WAYS` ways are held.
     """
 
     def __init__(
@@ -194,6 +196,9 @@ class ForcedSet:
         if (pictures, number) not in self._smaller:
             if self._source is None:
                 raise UserError("pictures of prompts that were encoded elsewhere cannot be made smaller")
+            ways = list(dict.fromkeys(way for way, _ in self._smaller))
+            if pictures not in ways and len(ways) >= MOST_WAYS:
+                self._smaller = {key: batch for key, batch in self._smaller.items() if key[0] != ways[0]}
             answers = [self.answers[i] for i in rows]
             self._smaller[pictures, number] = self._source.smaller(pictures, rows, answers, whole)
         return self._smaller[pictures, number]
