@@ -27,7 +27,8 @@ class PolicyPanel:
     `keep` and `compute` are shares of the vision tokens (of the whole prompt when `joint`).
     `text` is in tokens, or a share of the text when `text_share`; None means all text stays. `heads` are
     shares of the vision tokens by layer and KV head where the policy sets them (`head_shares`), of which
-    each head is sure of the part `head_floor`.
+    each head is sure of the part `head_floor`. Where pictures are made smaller, `shown` is the share of their
+    tokens that the prompt has, of which all shares are.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PolicyPanel:
     refresh: int
     heads: tuple[tuple[float, ...], ...] | None = None
     head_floor: float = 1.0
+    shown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,10 @@ def policy_layers(
 
 def _panel(policy: Policy, layers: int) -> PolicyPanel:
     refresh = policy.refresh_interval
+    shown = policy.pictures.share if policy.pictures is not None and policy.shrinks else None
     if policy.joint is not None:
         share = broadcast(policy.joint.keep, layers)
-        return PolicyPanel(policy.name, share, share, True, None, False, refresh)
+        return PolicyPanel(policy.name, share, share, True, None, False, refresh, shown=shown)
     text: tuple[float, ...] | None = None
     if policy.text.keep is not None:
         text = broadcast(policy.text.keep, layers)
@@ -154,9 +157,8 @@ def _panel(policy: Policy, layers: int) -> PolicyPanel:
             tuple(min(kept * share, 1.0) for share in own)
             for kept, own in zip(keep, policy.head_shares, strict=True)
         )
-    return PolicyPanel(
-        policy.name, keep, policy.compute(layers), False, text, shared, refresh, heads, policy.head_floor
-    )
+    core, part = policy.compute(layers), policy.head_floor
+    return PolicyPanel(policy.name, keep, core, False, text, shared, refresh, heads, part, shown)
 
 
 def _longest_window(info: PolicyInfo) -> float:
@@ -189,7 +191,10 @@ def _draw_vision(
         if panel.head_floor < 1:
             how = f"each KV head is sure of {panel.head_floor:.0%} of its share, prompts give the rest"
     ax.set_title(f"{panel.name}\n{how}".strip() if named else how, fontsize=13)
-    ax.set_ylabel("Prompt KV" if panel.joint else "Vision KV")
+    whose = "Prompt KV" if panel.joint else "Vision KV"
+    ax.set_ylabel(
+        whose if panel.shown is None else f"{whose} of pictures\nmade smaller, to {panel.shown:.0%}"
+    )
     percent_axis(ax, "y", full=False)
     ax.set_ylim(0.0, top)
     _layers(ax, info, label)

@@ -36,7 +36,7 @@ ROW = "last_query"
 
 UNIFORM, SAME, RANDOM, STATIC = "uniform", "uniform, same scorer", "random", "static core"
 SIXTEEN = "uniform, same scorer, 16 bits"
-SAME_WHOLE = "uniform, same scorer, whole pictures"
+SAME_WHOLE = "uniform, whole pictures"
 LAST = f"uniform, {ROW}"
 FOLDER = "baselines"
 
@@ -49,8 +49,8 @@ def rivals(winner: Policy, budget: Budget, layers: int) -> list[Policy]:
     the winner's text and refreshes, and 16 bits but for the second, text included. None has heads of the
     winner's shares: they are as even as its layers. `random` ranks by
     chance. Where reads are limited, `static core` spreads memory and reads evenly and never re-picks its
-    core. Where the winner makes pictures smaller, so does `uniform, same scorer`, and `uniform, same scorer,
-    whole pictures` is the same without; the others have them as they are.
+    core. Where the winner makes pictures smaller, so does `uniform, same scorer`, and `uniform, whole
+    pictures` is the same without; the others have them as they are too.
     """
     whole = winner
     if winner.shrinks:

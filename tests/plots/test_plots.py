@@ -25,7 +25,7 @@ from avlprof.models.tiles import Tile, grid
 from avlprof.plots.pareto import unbeaten
 from avlprof.plots.pictures import arrange
 from avlprof.plots.style import THEME, layer_colours, theme
-from avlprof.policy import Policy
+from avlprof.policy import PicturePolicy, Policy
 from tests.helpers import few, thinned
 from tests.plots.made import (
     ROUTES,
@@ -495,6 +495,11 @@ def test_policy_panels_are_the_policy() -> None:
     assert (joint.keep, joint.joint, joint.text) == ((0.4, 0.4, 0.4), True, None)
     assert plots.policy_layers_info(Policy(name="u", vision_keep=0.2)).scalar
     assert not plots.policy_layers_info(Policy(name="u", vision_keep=0.2), layers=4).scalar
+    half = Policy(vision_keep=0.2, pictures=PicturePolicy(kind="pooled", share=0.5))
+    panels = plots.policy_layers_info([half, half.of_cache]).panels
+    assert [panel.shown for panel in panels] == [0.5, None]
+    labels = [ax.get_ylabel() for ax in plots.policy_layers([half, half.of_cache]).axes]
+    assert labels == ["Vision KV of pictures\nmade smaller, to 50%", "Vision KV"]
 
 
 def test_policies_of_other_depths_are_refused() -> None:

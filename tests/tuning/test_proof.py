@@ -335,7 +335,7 @@ def test_rivals_of_smaller_pictures_have_them_and_have_not(read):
     start = Candidate("pyramid", scorer="instruction", vision_bits=8, pictures="pooled", picture_share=0.5)
     winner = start.policy(evidence, budget)
     named = {policy.name: policy for policy in rivals(winner, budget, 5)}
-    same, whole = (named[f"uniform, same scorer{end}"] for end in ("", ", whole pictures"))
+    same, whole = (named[f"uniform, {end}"] for end in ("same scorer", "whole pictures"))
     assert {name for name, policy in named.items() if policy.pictures} == {"uniform, same scorer"}
     assert same.pictures == winner.pictures
     assert same.scorer == whole.scorer == winner.scorer and same.vision_bits == whole.vision_bits == 8

@@ -110,7 +110,7 @@ def test_a_search_chooses_how_much_smaller_pictures_are(tiny, study, tmp_path):
     policy, proof = load_policy(tmp_path / "policy.yaml"), found.policy.provenance
     assert (policy.pictures.kind, policy.pictures.share) == ("pooled", 0.5)
     assert proof.measured_budget <= BUDGET and found.refined is not None
-    assert {"pooled", "uniform, same scorer, whole pictures"} <= set(proof.scores)
+    assert {"pooled", "uniform, whole pictures"} <= set(proof.scores)
     assert found.knobs["value"][found.knobs["knob"] == "pictures"].tolist() == ["pooled to 0.5"]
     for trial in [*found.study.get_trials(), *found.refined.get_trials()]:
         one = parse_policy(trial.user_attrs["policy"])
