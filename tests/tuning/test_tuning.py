@@ -104,7 +104,8 @@ def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
 @pytest.mark.full  # a study of its own
 def test_a_search_chooses_how_much_smaller_pictures_are(tiny, study, tmp_path):
     """The closing policy says it, refined by layer, beside rivals that have and have not."""
-    shown = Space(("uniform",), bits=(16,), text_bits=(16,), pictures=("pooled",), picture_shares=(0.5,))
+    bits = {"bits": (16,), "text_bits": (16,)}
+    shown = Space(("uniform",), ("instruction",), pictures=("pooled",), picture_shares=(0.5,), **bits)
     less = {"read_budget": None, "trials": 4, "refine": 2, "samples": 3, "proof_samples": 2, "finalists": 1}
     found = tuned(tiny, study.run, tmp_path, space=shown, **less)
     policy, proof = load_policy(tmp_path / "policy.yaml"), found.policy.provenance
