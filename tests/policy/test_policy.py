@@ -340,7 +340,7 @@ def simulate(policy, prompt, layers, steps):
 @given(policies(runnable=True), st.lists(PROMPTS, min_size=1, max_size=3), st.integers(1, 25))
 @pytest.mark.full
 def test_shares_are_those_of_a_simulation(policy, prompts, steps):
-    layers = policy.layers or 3
+    layers = policy.layers or 5
     whole = layers * sum(prompt.total for prompt in prompts)
     counted = [simulate(policy, prompt, layers, steps) for prompt in prompts]
     expected = float(sum(live for live, _ in counted) / whole)
