@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--when", action="store_true", help="compare when to refresh, by KL")
     parser.add_argument("--who", action="store_true", help="compare who leads, by KL; needs --run")
     given = parser.parse_args()
+    if given.who and given.run is None:
+        parser.error("--who needs --run, whose overlap of layers is compared")
     loaded, task = avlprof.load_model(given.model), avlprof.load_task(given.task)
     if given.when or given.who:
         limit, scorers = task.max_new_tokens, [ScorerSpec.of(RANKING)]

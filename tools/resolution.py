@@ -1,4 +1,4 @@
-"""Resolution and kept share together, at equal bytes: the table of docs/tuning.md.
+"""Resolution and kept share together, at most at the same bytes: the table of docs/tuning.md.
 
     OMP_NUM_THREADS=1 python -m tools.resolution shapes --model tiny-mrope --out resolution
 

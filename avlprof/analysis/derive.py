@@ -88,13 +88,12 @@ def _overlap(table: pd.DataFrame, layers: int) -> Array | None:
     steps = table[table["query"] == "step"]
     if steps.empty:
         return None
-    shares = np.eye(layers)
     known = steps.pivot(index="layer_a", columns="layer_b", values="mean").reindex(
         index=range(layers), columns=range(layers)
     )
     found = known.to_numpy(dtype=float)
     found = np.where(np.isnan(found), found.T, found)
-    return np.where(np.isnan(found), shares, found)
+    return np.where(np.isnan(found), np.eye(layers), found)
 
 
 def leading_layers(evidence: Evidence, count: int) -> tuple[int, ...]:

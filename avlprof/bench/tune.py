@@ -149,7 +149,11 @@ def run_tune_bench(
 
 
 def prepared(loaded: LoadedModel, task: Task, bench: TuneBench) -> tuple[ForcedSet, list[Policy]]:
-    """All that is made once for all trials, dense rows included, and the policies."""
+    """All that is made once for all trials, dense rows included, and the policies.
+
+    Raises:
+        UserError: every dense answer ends at its first token, so that there is no step to score.
+    """
     forced = ForcedSet.prepare(
         loaded,
         task.samples("search", bench.samples),
@@ -168,6 +172,7 @@ def prepared(loaded: LoadedModel, task: Task, bench: TuneBench) -> tuple[ForcedS
 
 
 def forced_ways(forced: ForcedSet, bench: TuneBench) -> dict[str, Way]:
+    """Forced scoring of policies one by one and together, by name."""
     return {
         "forced": lambda part: len([forced.score(policy) for policy in part]),
         f"forced, {bench.together} together": lambda part: len(forced.score_many(part)),

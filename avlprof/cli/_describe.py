@@ -38,7 +38,8 @@ def _refreshes(policy: Policy) -> str:
     if policy.refresh == "score_only":
         said += ", scoring only"
     if policy.refresh == "triggered":
-        said = f"once its share fell by {policy.refresh_margin:g}, at least {policy.refresh_interval} apart"
+        fell = f"once its share fell by {policy.refresh_margin:g}"
+        said = f"{fell}, at least {policy.refresh_interval} steps apart"
     if policy.refresh_layers is not None:
         said += f", by layers {', '.join(map(str, policy.refresh_layers))}"
     if policy.scores_core:

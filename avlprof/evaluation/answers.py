@@ -55,6 +55,10 @@ class AnswerSettings:
     said: Mapping[str, int] = field(default_factory=dict)
     encoded: EncodedBatches = field(default_factory=EncodedBatches, compare=False, repr=False)
 
+    def knowing(self, said: Mapping[str, int]) -> AnswerSettings:
+        """With the tokens of answers known: other samples come together, so encoded batches are let go."""
+        return replace(self, said=said, encoded=EncodedBatches())
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:

@@ -44,6 +44,10 @@ class EncodedBatches:
             self._bytes += size
         return encoding
 
+    def forget(self) -> None:
+        """Let go of all of them."""
+        self._known, self._bytes = {}, 0
+
 
 def prompt_lengths(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, int]:
     """Tokens of each sample's prompt, by id; every picture is opened and processed for it."""

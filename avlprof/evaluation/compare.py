@@ -283,7 +283,7 @@ def compare(
     share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     parts = [table(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
     said = dict(zip(parts[0]["sample"], parts[0]["generated_tokens"], strict=True))
-    answering = replace(answering, said=said)
+    answering = answering.knowing(said)
     ascending = tuple(sorted(set(budgets)))
     lineup = line_up(
         ascending,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def evaluate(
 
     share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
     dense = answers_of(None)
-    answering = replace(answering, said={answer.sample: answer.generated_tokens for answer in dense})
+    answering = answering.knowing({answer.sample: answer.generated_tokens for answer in dense})
     pictures = SamplePictures(loaded.adapter, samples)
     if settings.baselines:
         own = loaded.adapter
@@ -234,6 +234,7 @@ def evaluate(
     for row in rows[1:]:
         tables += [_table(row, seed, answers_of(policy)) for seed, policy in enumerate(row.runs)]
     table = pd.concat(tables, ignore_index=True).assign(kl=float("nan"), agreement=float("nan"))
+    answering.encoded.forget()  # memory that what is timed must not count
     if settings.fidelity:
         table = _with_fidelity(table, loaded, samples, rows, answering, steps)
     timed = _latencies(loaded, samples, rows, answering, steps) if settings.latency else ()

@@ -25,7 +25,8 @@ class PolicyPanel:
     """One policy by layer.
 
     `keep` and `compute` are shares of the vision tokens (of the whole prompt when `joint`).
-    `text` is in tokens, or a share of the text when `text_share`; None means all text stays. `heads` are
+    `text` is in tokens, or a share of the text when `text_share`; None means all text stays. `picked` says
+    when the core is picked anew, and is empty where it never is. `heads` are
     shares of the vision tokens by layer and KV head where the policy sets them (`head_shares`), of which
     each head is sure of the part `head_floor`. Where pictures are made smaller, `shown` is the share of their
     tokens that the prompt has, of which all shares are.
@@ -37,7 +38,7 @@ class PolicyPanel:
     joint: bool
     text: tuple[float, ...] | None
     text_share: bool
-    refresh: int
+    picked: str
     heads: tuple[tuple[float, ...], ...] | None = None
     head_floor: float = 1.0
     shown: float | None = None
@@ -140,11 +141,11 @@ def policy_layers(
 
 
 def _panel(policy: Policy, layers: int) -> PolicyPanel:
-    refresh = policy.refresh_interval
+    picked = _picked(policy)
     shown = policy.pictures.share if policy.pictures is not None and policy.shrinks else None
     if policy.joint is not None:
         share = broadcast(policy.joint.keep, layers)
-        return PolicyPanel(policy.name, share, share, True, None, False, refresh, shown=shown)
+        return PolicyPanel(policy.name, share, share, True, None, False, picked, shown=shown)
     text: tuple[float, ...] | None = None
     if policy.text.keep is not None:
         text = broadcast(policy.text.keep, layers)
@@ -158,7 +159,20 @@ def _panel(policy: Policy, layers: int) -> PolicyPanel:
             for kept, own in zip(keep, policy.head_shares, strict=True)
         )
     core, part = policy.compute(layers), policy.head_floor
-    return PolicyPanel(policy.name, keep, core, False, text, shared, refresh, heads, part, shown)
+    return PolicyPanel(policy.name, keep, core, False, text, shared, picked, heads, part, shown)
+
+
+def _picked(policy: Policy) -> str:
+    """When a core is picked anew, and how many layers lead the others."""
+    if not policy.picks:
+        return ""
+    every = policy.refresh_interval
+    when = f"every {every} steps" if every > 1 else "at every step"
+    if policy.triggered:
+        when = f"on a fall of {policy.refresh_margin:g}"
+    leads = policy.refresh_layers or ()
+    led = f"\nled by {len(leads)} layer{'s' if len(leads) > 1 else ''}" if leads else ""
+    return f"core re-chosen {when}{led}"
 
 
 def _longest_window(info: PolicyInfo) -> float:
@@ -181,9 +195,7 @@ def _draw_vision(
     kept, read = ([shares[layer] for layer in where] for shares in (panel.keep, panel.compute))
     ax.bar(where, kept, 0.82, color=STORED, linewidth=0)
     ax.bar(where, read, 0.82 if read == kept else 0.5, color=COMPUTED, linewidth=0)
-    how = (
-        f"core re-chosen every {panel.refresh} steps" if panel.refresh and panel.compute != panel.keep else ""
-    )
+    how = panel.picked if panel.compute != panel.keep else ""
     if panel.heads is not None:
         points = [(layer, share) for layer in where for share in panel.heads[layer]]
         width = max(4.0, min(26.0, 120.0 / len(where)))

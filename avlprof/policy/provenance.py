@@ -64,8 +64,8 @@ class Provenance(BaseModel):
     `budget` and `read_budget` are shares of the dense prompt KV (memory and mean read per
     step); scores are of `metric` on held-out samples; bytes are per prompt. `trial` counts within the
     study's second stage when the policy was `refined` layer by layer, within its third when it was head by
-    head (`refined_heads`). `governed` are the layers that
-    the policy acts on and shares are of, where the model has others too; None means all.
+    head (`refined_heads`). `governed` are the layers that the policy acts on and shares are of, where the
+    model has others too; None means all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -272,7 +272,7 @@ def read_share(
     share = refresh_reads(policy.refresh)
     most = [refreshes(steps, policy.refresh_interval, policy.refresh)] * layers
     if policy.triggered and refreshed is not None:
-        most = [min(share * steps, limit) for share, limit in zip(refreshed, most, strict=True)]
+        most = [min(rate * steps, limit) for rate, limit in zip(refreshed, most, strict=True)]
     read = 0.0
     for prompt in prompts:
         gone = _text_pushed_out(policy, prompt, layers, steps)

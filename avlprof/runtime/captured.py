@@ -233,11 +233,9 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
             "leave captured out"
         )
     if policy.triggered or (policy.picks and policy.refresh_layers is not None):
-        what = "refreshes when its steps say so" if policy.triggered else "has layers follow others"
-        raise UserError(
-            f"policy '{policy.name}' {what} ({'refresh' if policy.triggered else 'refresh_layers'}), which "
-            "cannot be captured; leave captured out"
-        )
+        own = "refreshes when its steps say so (refresh)"
+        what = own if policy.triggered else "has layers follow others (refresh_layers)"
+        raise UserError(f"policy '{policy.name}' {what}, which cannot be captured; leave captured out")
     if policy.heads == "adaptive":
         raise UserError(
             f"policy '{policy.name}' keeps as many tokens in each head as the prompt says (heads: "

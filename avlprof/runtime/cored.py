@@ -12,6 +12,7 @@ from avlprof.attention.call import Bounds, StepStates
 from avlprof.attention.column_sums import kernels_run
 from avlprof.attention.decode import attention_weights
 from avlprof.attention.weights import group_mean, step_weights
+from avlprof.policy import refresh_reads
 from avlprof.runtime.eviction import CoreSlots
 from avlprof.runtime.held import HeldLayer
 from avlprof.runtime.layout import RowPlan
@@ -49,6 +50,7 @@ class CoredLayer(HeldLayer):
         policy, layer = rule.policy, rule.layer
         self.refresh_interval = policy.refresh_interval if policy.leader(layer) is not None else 0
         self.score_only = policy.refresh != "full"
+        self._refresh_reads = refresh_reads(policy.refresh)
         self.leads = policy.leads(layer)
         self.lead: CoredLayer | None = None
         self.triggered = policy.triggered and policy.leader(layer) == layer
@@ -75,7 +77,6 @@ class CoredLayer(HeldLayer):
     def count_step(self) -> bool:
         """Count one more step; whether it refreshes for sure, by its number."""
         self._count += 1
-        self._since = [count + 1 for count in self._since or [0] * len(self.plans)]
         self.told, self._due, self.picked = None, None, False
         scheduled = self._has_core or self.leads
         if not scheduled or self.triggered or (self.lead is not None and self.lead.triggered):
@@ -85,7 +86,13 @@ class CoredLayer(HeldLayer):
     @property
     def refresh_reads(self) -> float:
         """What a refresh that its number says reads of a token that is kept and not core."""
-        return 0.0 if self.lead is not None else 0.5 if self.score_only else 1.0
+        return 0.0 if self.lead is not None else self._refresh_reads
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind it, what is known of the core between two picks included."""
+        told = () if self.told is None else (self.told.row,)
+        held = 0 if self.held is None else self.held.allocated_bytes()
+        return super().allocated_bytes() + held + sum(part.untyped_storage().nbytes() for part in told)
 
     def pick_ahead(self, states: StepStates, refreshing: bool) -> None:
         """Pick the core of a step before it attends, if it is time to.
@@ -120,6 +127,7 @@ class CoredLayer(HeldLayer):
         if not (self._has_core or self.leads):
             return
         batch, _, _, size = states.query.shape
+        self._since = [count + 1 for count in self._since or [0] * batch]
         query = states.query.view(batch, self.buffers[0].shape[1], -1, size)
         due = [True] * batch
         if self.held is not None:
@@ -136,7 +144,7 @@ class CoredLayer(HeldLayer):
         self._pick(weights, start, rows)
         self._hold(query, states.scaling, by_position, rows)
         self._since = [0 if now else since for now, since in zip(due, self._since, strict=True)]
-        self.reads.refresh(due)
+        self.reads.refresh(due, self._refresh_reads)
 
     def _hold(self, query: Tensor, scaling: float, weights: Tensor, due: Tensor) -> None:
         """Remember what the new core holds of `weights [B, H, P]` by logical position."""

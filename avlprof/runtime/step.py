@@ -67,10 +67,10 @@ class Reads:
         self.refreshes += refreshing
         self.prompt += self._usual + refreshing * share * sum(self._more) + text
 
-    def refresh(self, due: Sequence[bool]) -> None:
-        """Note that the step, which is counted, read the keys of all that is kept in the rows `due`."""
+    def refresh(self, due: Sequence[bool], share: float) -> None:
+        """Note that the step, which is counted, read `share` of what is kept and not core in rows `due`."""
         self.refreshes += sum(due) / len(due)
-        self.prompt += 0.5 * sum(more for now, more in zip(due, self._more, strict=False) if now)
+        self.prompt += share * sum(more for now, more in zip(due, self._more, strict=True) if now)
 
 
 @dataclass(frozen=True)

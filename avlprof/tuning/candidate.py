@@ -126,15 +126,15 @@ class Candidate:
     (< 1) what the allocator says; `floor` is the least kept share of a layer; `midpoint` is the depth
     at which allocator `sigmoid` falls, the one shape that `temperature` cannot give. With a read budget,
     `refresh_interval` is K, `refresh` what a refresh reads, `refresh_margin` what triggers it, `leading` how
-    many layers lead the others at refreshes, `leading_interval` steps apart (0: each refreshes for itself;
-    None: it is not searched; `leading_layers` says who leads), `core_prompt` and `core_memory` what it ranks
-    by (`core_score`; None: the step's row alone, and they are not searched), and `compute_temperature`
-    sharpens how reads follow the kept shares. Where text may go, `text_share` of the text that a budget
-    without limits would hold is the window, and `text_sink` first tokens stay beside it. `vision_bits` are
-    those of what is stored, in every layer; None: 16, and they are not searched. So are `text_bits` of system
-    and prompt text; with fewer than 16 all text stays. `pictures` are `WHOLE` or made smaller in one of the
-    ways of a `PicturePolicy`, to `picture_share` of their tokens; None: whole, and it is not searched. What
-    an allocator knows is of whole ones.
+    many layers lead the others at refreshes (0: each refreshes for itself; None: it is not searched;
+    `leading_layers` says who leads) and `leading_interval` the K of these, `core_prompt` and `core_memory`
+    what a refresh ranks by (`core_score`; None: the step's row alone, and they are not searched), and
+    `compute_temperature` sharpens how reads follow the kept shares. Where text may go, `text_share` of the
+    text that a budget without limits would hold is the window, and `text_sink` first tokens stay beside it.
+    `vision_bits` are those of what is stored, in every layer; None: 16, and they are not searched. So are
+    `text_bits` of system and prompt text; with fewer than 16 all text stays. `pictures` are `WHOLE` or
+    made smaller in one of the ways of a `PicturePolicy`, to `picture_share` of their tokens; None: whole, and
+    it is not searched. What an allocator knows is of whole ones.
     """
 
     allocator: str = "uniform"

@@ -119,15 +119,16 @@ class Objective:
         refreshes on the samples, so often may a larger one: it is taken if its own refreshes fit too.
         """
         policy = point.policy(self.evidence, self.budget)
-        rates = self.scores.refreshed(policy) if policy.triggered else None
-        if rates is None:
+        read = self.budget.read
+        rates = self.scores.refreshed(policy) if policy.triggered and read is not None else None
+        if read is None or rates is None:
             return policy, None
         tried = rates
         for _ in range(2):
             larger = point.policy(self.evidence, replace(self.budget, refreshed_steps=tried))
             own = self.scores.refreshed(larger) or rates
             prompts, steps = list(self.budget.prompts), self.budget.answer_tokens
-            if read_share(larger, prompts, self.evidence.layers, steps, own) <= (self.budget.read or 1.0):
+            if read_share(larger, prompts, self.evidence.layers, steps, own) <= read:
                 return larger, own
             tried = tuple(max(a, b) for a, b in zip(tried, own, strict=True))
         return policy, rates

@@ -92,6 +92,7 @@ def offered(value: float | None, offered: Sequence[float]) -> float:
 
 
 def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """`UserError` unless all `names` are known ones of their `kind`."""
     for name in names:
         if name not in known:
             raise unknown(kind, name, known)

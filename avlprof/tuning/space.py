@@ -36,15 +36,8 @@ LEADING = (1, 2, 4, 8)
 TEXT = ("auto", "all", "trade")
 MOST_SINKS = 4
 _ASIDE = ("more_starts", "reads")
-_NEW = (
-    "bits",
-    "text_bits",
-    "core_prompts",
-    "core_memories",
-    "leaders",
-    "pictures",
-    "picture_shares",
-)  # that spaces of before do not tell of
+# fields that spaces of before do not tell of
+_NEW = ("bits", "text_bits", "core_prompts", "core_memories", "leaders", "pictures", "picture_shares")
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class Space:
     def of(cls, description: Mapping[str, Sequence[float | str]]) -> Space:
         """The space that `described` told of; what it says beyond the fields of a space does not count.
 
-        One that tells of no bits is of before they were searched, and so is one without `core_prompts`.
+        One that tells of no bits is of before they were searched; so with `core_prompts` and `leaders`.
         """
         usual = cls(bits=(FULL,), text_bits=(FULL,), core_prompts=(0.0,), core_memories=(0.0,), leaders=(0,))
         known = {field.name for field in fields(cls)}
@@ -234,7 +227,8 @@ class Space:
         The blend of 20% `coverage` is what `derive` makes of a profile alone. Where text may go,
         a start that keeps a quarter of it comes next to uniform; where reads are limited, every scorer
         also starts with a core that is never re-picked, which short answers can hardly better, and where a
-        refresh may rank by more than its row, uniform starts with one that does.
+        refresh may rank by more than its row, uniform starts with one that does, of all layers and of each
+        number of layers that may lead.
         """
         plain = in_reach(self, Candidate())
         allocators = sorted(self.allocators, key=lambda name: name != "uniform")

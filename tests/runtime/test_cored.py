@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def used(policy):
 def test_a_layer_that_follows_reads_its_core_alone(policy):
     use, rows, layers = used(policy)
     read = sum(one.read for one in use) / sum(one.dense_prompt for one in use)
-    rows = [row.__class__(row.system, row.vision, row.text, group=16) for row in rows]
+    rows = [replace(row, group=16) for row in rows]
     assert read == pytest.approx(read_share(policy, rows, len(layers), STEPS))
     assert [one.refreshes for one in use] == [0, 4, 4]  # the first has nobody before it
     alone = read_share(policy.model_copy(update={"refresh_layers": None}), rows, len(layers), STEPS)
@@ -52,6 +54,31 @@ def test_triggered_reads_are_what_was_triggered():
         usual = sum(size.reads for size in tokens)
         most = usual + (1 + (STEPS - 1) // 3) / STEPS * 0.5 * sum(size.live - size.reads for size in tokens)
         assert usual < one.read / layer.bytes_per_token() <= most
+
+
+def test_triggered_reads_of_one_prompt_are_exact():
+    """Every refresh reads the keys of all that is kept beside the core: half of it."""
+    case, policy = random_llava(), TRIGGERED.model_copy(update={"refresh_margin": 0.03})
+    with avlprof.apply(case.model, policy) as runtime:
+        generate(case.model, case.inputs(batch=1, seed=8, text=12, images_per_row=2), steps=STEPS + 1)
+    use, row, layers = runtime.cache.use(), runtime.cache.rows[0], runtime.cache.layers
+    for one, layer in zip(use, layers, strict=True):
+        size = sizes(policy, row, len(layers))[one.layer]
+        read = size.reads + one.refreshes / one.steps * 0.5 * (size.live - size.reads)
+        assert one.read / layer.bytes_per_token() == pytest.approx(read)
+    assert sum(one.refreshes for one in use) > len(use)
+
+
+def test_what_is_known_of_a_core_is_counted_as_allocated():
+    layer = used(TRIGGERED)[2][1]
+    known = layer.held.allocated_bytes()
+    assert known == sum(
+        part.untyped_storage().nbytes()
+        for part in (layer.held.apart, layer.held.odds, layer.held.mass, layer.held.share)
+    )
+    whole = layer.allocated_bytes()
+    layer.forget_core()
+    assert whole - layer.allocated_bytes() == known > 0
 
 
 @pytest.mark.parametrize("name", ["triggered", "triggered and followed", "packed triggered"])
@@ -134,16 +161,16 @@ def test_a_layer_with_a_window_cannot_lead():
     policy = Policy(vision_keep=0.5, vision_compute=0.2, refresh_interval=2, refresh="score_only")
     wrong = policy.model_copy(update={"refresh_layers": (window,)})
     right = policy.model_copy(update={"refresh_layers": (full,)})
-    if window < full:
-        for work in (
-            lambda: generate(case.model, inputs),
-            lambda: ForcedBatch(case.model, inputs, answers).logits(wrong),
+    assert window < full
+    for work in (
+        lambda: generate(case.model, inputs),
+        lambda: ForcedBatch(case.model, inputs, answers).logits(wrong),
+    ):
+        with (
+            pytest.raises(UserError, match=f"names layer {window}, which keeps a window"),
+            avlprof.apply(case.model, wrong),
         ):
-            with (
-                pytest.raises(UserError, match=f"names layer {window}, which keeps a window"),
-                avlprof.apply(case.model, wrong),
-            ):
-                work()
+            work()
     ours = ForcedBatch(case.model, inputs, answers).logits(right)
     torch.testing.assert_close(
         ours[:, :5], stepwise(case.model, inputs, answers, right)[:, :5], atol=1e-4, rtol=1e-4

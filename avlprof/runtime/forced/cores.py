@@ -92,16 +92,14 @@ class StepWeights:
         """`always`: what rows see anyway; `whole`: of the shape of what they see in full precision."""
         self._rows, self._always = rows, always
         self._none = torch.zeros_like(whole).unsqueeze(3)
-        self._block, self._left = range(0), iter(list(rows.blocks(range(rows.steps))))
+        self._block, self._left = range(0), rows.blocks(range(rows.steps))
 
     def __call__(self, step: int, seen: Tensor, whole: Tensor) -> Tensor:
         """Of a step that sees the vision tokens `seen` and the tokens `whole` in full precision."""
-        while step not in self._block:
-            self._block = next(self._left)
-            self._logits: Tensor | None = None
-        if self._logits is None:
-            self._logits = self._rows.logits(self._block)
-            self._stored = self._logits
+        if step not in self._block:
+            while step not in self._block:
+                self._block = next(self._left)
+            self._logits = self._stored = self._rows.logits(self._block)
             if self._rows.stored is not None:
                 self._stored = self._rows.logits(self._block, self._none)
         at = step - self._block.start
@@ -138,7 +136,7 @@ class CorePicker:
                 whole, row = self._refreshed(step, due, whole, weigh)
                 rows.append(row)
             elif self._leads:
-                rows.append(torch.full_like(running.kept[:, 0], -1.0, dtype=torch.float32))
+                rows.append(torch.full_like(kept[:, 0], -1.0, dtype=torch.float32))
             views.append(torch.where(now, kept, running.core) if self._full else running.core)
             wholes.append(torch.where(now, before, whole) if self._full else whole)
             dues.append(due)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from avlprof.policy import Policy, ScorerSpec
+from avlprof.policy import REFRESHES, Policy, ScorerSpec
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,7 @@ def _kind(policy: Policy) -> Hashable:
     ranks_by = policy.scorer.name if policy.joint is not None else ""
     refresh: tuple[Hashable, ...] = ()
     if policy.picks:
-        refresh = (policy.refresh_interval, policy.refresh, policy.core_score)
-        refresh += (policy.refresh_margin, policy.refresh_layers)
+        refresh = tuple(getattr(policy, name) for name in REFRESHES)
     text = policy.text.model_dump_json()
     bits = (policy.vision_bits, policy.vision_compute is None) if policy.packs else ()
     return (bits, text, joint, ranks_by, refresh, policy.heads, prefix_key(policy))
