@@ -78,12 +78,12 @@ def storage_of(folder, url=""):
     return PostgresStorage(Path(folder), url, HEARTBEAT, GRACE) if url else FolderStorage(Path(folder))
 
 
-def work(folder, trials, pause=0.0, url="", check=None, watch=SILENT):
+def work(folder, trials, pause=0.0, url="", check=None, watch=SILENT, halving=1):
     """What a worker does."""
     Path(folder).mkdir(exist_ok=True)
     return run_trials(
         storage_of(folder, url),
-        Settings(trials=int(trials), prune=False),
+        Settings(trials=int(trials), prune=False, halving=halving),
         Sleepy(float(pause)),
         shared=True,
         watch=watch,

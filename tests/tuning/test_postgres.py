@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from avlprof.allocators import Evidence
 from avlprof.errors import UserError
 from avlprof.tuning import StudyMeta, read_study
 from avlprof.tuning.evidence import dump_evidence, read_evidence, shared_evidence
+from avlprof.tuning.storages._base import BATCH
 from avlprof.tuning.storages.journal import FolderStorage
 from avlprof.tuning.storages.postgres import PostgresStorage, database_url
 from avlprof.tuning.study import claim_study, find_storage, stored_meta
@@ -162,6 +164,29 @@ def test_several_workers_never_run_one_too_many(server, folder):
     study = storage_of(folder, server).open()
     assert check_complete(study, 15) == []
     assert len(study.trials) == 15
+
+
+@pytest.mark.slow  # longer than the grace, on purpose
+def test_all_trials_of_a_long_batch_give_signs_of_life(server, folder):
+    """Two workers, whose batches take longer than the grace, take none from each other."""
+    errors = []
+
+    def run():
+        try:
+            work(folder, 12, 1.1 * GRACE / 3, server, halving=3)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    study = storage_of(folder, server).open()
+    assert check_complete(study, 12) == []
+    batches = Counter(trial.user_attrs[BATCH] for trial in study.trials)
+    assert sorted(batches.values()) == [3, 3, 3, 3]
 
 
 @pytest.mark.full  # a server of its own
