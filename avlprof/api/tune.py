@@ -15,6 +15,7 @@ from avlprof.evaluation.certificate import Claim
 from avlprof.files import check_output
 from avlprof.locks import check_free
 from avlprof.models import LoadedModel, ModelSpec, load_model
+from avlprof.models.smaller import check_kind
 from avlprof.run import RUNS, Run, latest_run
 from avlprof.tasks import Task
 from avlprof.tasks.spec import TaskSpec
@@ -212,6 +213,8 @@ def _plan(
         check_output(out, folder=True)
         check_free(Path(out))
     loaded = load_model(spec) if isinstance(spec, ModelSpec) else spec
+    for way in settings.space.picture_kinds:
+        check_kind(loaded.adapter, way)
     if note := loaded.adapter.partly_governed:
         watch.say(note)
     folder = Path(out) if out is not None else STUDIES / study_name(loaded, read, settings, goal)

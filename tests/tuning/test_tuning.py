@@ -120,6 +120,14 @@ def test_a_search_chooses_how_much_smaller_pictures_are(tiny, study, tmp_path):
         tuned(tiny, study.run, tmp_path, space=replace(shown, pictures=("whole",)), **less)
 
 
+def test_pictures_of_one_size_are_refused_before_a_run_is_traced(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(samples=2, proof_samples=2, space=Space(pictures=("whole", "resized")))
+    with pytest.raises(UserError, match="as many vision tokens"):
+        avlprof.tune(tiny, TASK, BUDGET, settings)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.full  # needs a whole study
 def test_the_metric_decides_among_the_finalists(study, tiny):
     best = finalists(study.tuned.study, 3)
