@@ -187,31 +187,25 @@ def _sizes(policy: Policy, prompt: PromptShape, layers: int) -> list[LayerSizes]
         return [
             LayerSizes(0, 0, 0, min(prompt.tokens, max(tokens(share, prompt.tokens), 1))) for share in shares
         ]
-    present = vision_left(policy, prompt.vision, layers)
-    text = [min(prompt.text, text_room(policy, prompt.text, 0, layer)[0]) for layer in range(layers)]
-    plain = [
-        LayerSizes(
-            prompt.system,
-            min(tokens(keep, prompt.vision), here),
-            min(tokens(compute, prompt.vision), tokens(keep, prompt.vision), here),
-            kept_text,
-        )
-        for keep, compute, here, kept_text in zip(
-            policy.keep(layers), policy.compute(layers), present, text, strict=True
-        )
-    ]
-    if not (policy.packs or policy.text.packs):
-        return plain
     cored = policy.vision_compute is not None
-    return [
-        replace(
-            size,
-            packed=0 if bits == FULL else size.vision - cored * size.core,
-            share=packed_share(bits, prompt.group),
-            text_share=packed_share(text_bits, prompt.group),
+    counts = []
+    for layer, (keep, compute, here, bits, text_bits) in enumerate(
+        zip(
+            policy.keep(layers),
+            policy.compute(layers),
+            vision_left(policy, prompt.vision, layers),
+            policy.bits(layers),
+            policy.text_bits(layers),
+            strict=True,
         )
-        for size, bits, text_bits in zip(plain, policy.bits(layers), policy.text_bits(layers), strict=True)
-    ]
+    ):
+        vision = min(tokens(keep, prompt.vision), here)
+        core = min(tokens(compute, prompt.vision), vision)
+        text = min(prompt.text, text_room(policy, prompt.text, 0, layer)[0])
+        packed = 0 if bits == FULL else vision - cored * core
+        share, text_share = packed_share(bits, prompt.group), packed_share(text_bits, prompt.group)
+        counts.append(LayerSizes(prompt.system, vision, core, text, packed, share, text_share))
+    return counts
 
 
 def packed_share(bits: int, group: int = GROUP) -> float:
