@@ -265,10 +265,41 @@ SCORED = {
     *("packed history", "packed h2o text"),
     *("scored core", "scored per head", "scored history", "packed scored", "packed scored per head"),
     "packed text per head",
-    *("triggered", "triggered per head", "followed", "followed per head", "triggered and followed"),
+    *("triggered", "triggered per head", "followed per head", "triggered and followed"),
     *("packed triggered", "packed followed"),
 }
-"""Those whose scores run while decoding, or whose steps or layers wait for others: none can be captured."""
+"""Those whose scores run while decoding, or whose steps say when they refresh: none can be captured."""
+
+_CORED = {"vision_keep": KEEP, "vision_compute": CORE, "refresh": "score_only"}
+LED = {
+    "at every step": Policy(**_CORED, refresh_interval=1, refresh_layers=(0,)),
+    "by two": Policy(**_CORED, refresh_interval=3, refresh_layers=(0, 2), heads="kv_head"),
+    "packed": Policy(
+        **_CORED,
+        refresh_interval=2,
+        refresh_layers=(0,),
+        heads="kv_head",
+        vision_bits=(4, 16, 3),
+        text=TextPolicy(bits=4),
+    ),
+    "by one without a core": Policy(
+        **_CORED | {"vision_keep": (0.62, 0.5, 0.45), "vision_compute": (0.33, 0.5, 0.2)},
+        refresh_interval=2,
+        refresh_layers=(1,),
+        text=TextPolicy(window=5, sink=2),
+    ),
+    "by one that keeps all": Policy(
+        **_CORED | {"vision_keep": (1.0, 0.5, 0.45), "vision_compute": (1.0, 0.2, 0.2)},
+        refresh_interval=1,
+        refresh_layers=(0,),
+    ),
+    "by one that keeps none": Policy(
+        **_CORED | {"vision_keep": (0.0, 0.5, 0.45), "vision_compute": (0.0, 0.2, 0.2)},
+        refresh_interval=1,
+        refresh_layers=(0, 2),
+    ),
+}
+"""Layers that follow others, whose prompts and cores differ in what a capture could take for fixed."""
 
 FORCED = POLICIES | {
     "dense": DENSE,

@@ -95,7 +95,9 @@ class FixedBuffers:
         return self._core
 
     def stored_like(self, name: str, stored: StoredBits) -> StoredBits:
-        """`stored`, where captured steps look for what is known as `name`."""
+        """`stored`, where captured steps look for what is known as `name` among the extents."""
+        width, even = getattr(self.extents, name)
+        stored = stored.fitted(width, not even)
         if name in self._stored:
             self._stored[name] = self._stored[name].refilled(stored)
         else:
@@ -216,7 +218,7 @@ class Buckets:
             cache.bucket.owner = cache.bucket = None
         texts = [shape.text for shape in cache.turn]
         extents = [
-            prompt_extents(layer, cache.row_plans(index), texts, self.ahead)
+            prompt_extents(layer, cache.row_plans(index), texts, cache.length, self.ahead)
             for index, layer in enumerate(layers)
         ]
         bucket = self._given(cache, extents, call.key)
@@ -279,20 +281,22 @@ class Buckets:
         self._known = {key: own for key, own in self._known.items() if own}
 
 
-def prompt_extents(layer: AdaptiveLayer, plans: list[RowPlan], texts: Sequence[int], ahead: int) -> Extents:
-    """How long a layer's fixed buffers have to be for a first prompt with `texts` text tokens a row."""
+def prompt_extents(
+    layer: AdaptiveLayer, plans: list[RowPlan], texts: Sequence[int], length: int, ahead: int
+) -> Extents:
+    """How long a layer's fixed buffers have to be for a first prompt of `length`, `texts` of it text."""
     part = TextPart(layer.rule)
     counts = part.extend(list(texts), [plan.text for plan in plans])
-    return _extents(layer, plans, part, counts, ahead)
+    return _extents(layer, plans, part, counts, length, ahead)
 
 
 def step_extents(layer: AdaptiveLayer, ahead: int) -> Extents:
     """The same for what it holds, and `ahead` tokens more."""
-    return _extents(layer, layer.plans, layer.text, layer.text.counts, ahead)
+    return _extents(layer, layer.plans, layer.text, layer.text.counts, layer.seen, ahead)
 
 
 def _extents(
-    layer: AdaptiveLayer, plans: list[RowPlan], part: TextPart, counts: list[int], ahead: int
+    layer: AdaptiveLayer, plans: list[RowPlan], part: TextPart, counts: list[int], seen: int, ahead: int
 ) -> Extents:
     most = [rounded(count + ahead) for count in counts]
     if not layer.rule.grows:  # a pool's limit is as long as its prompt, a window's is the policy's
@@ -300,4 +304,5 @@ def _extents(
         if layer.rule.policy.joint is not None:
             limits = [rounded(limit) for limit in limits]
         most = [min(a, limit) for a, limit in zip(most, limits, strict=True)]
-    return Extents.of(plans, counts, most, layer.picks(plans), layer.packs)
+    weighs, told = layer.picks(plans) or layer.leads, seen if layer.leads else 0
+    return Extents.of(plans, counts, most, weighs, layer.packs, told)

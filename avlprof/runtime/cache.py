@@ -35,7 +35,7 @@ class AVLCache(Cache):
         self.turn: list[PromptShape] = []
         self.bucket: Any = None  # of `runtime.buckets`, where its steps are captured
         self.counted = False  # while a step is at work that its layers have counted ahead
-        self._length = 0
+        self.length = 0
         self.active = False  # while a pass of the context that the cache belongs to is at work
         self._sizes: dict[int, tuple[int, int]] = {}
         roles, stock = governed_roles(text_config), stock_layers(text_config)
@@ -102,12 +102,12 @@ class AVLCache(Cache):
         if not self.rows:
             return []
         layers = ((index, self.governed(index)) for index in range(len(self.layers)))
-        return [layer.use(index, self.rows, self._length) for index, layer in layers if layer is not None]
+        return [layer.use(index, self.rows, self.length) for index, layer in layers if layer is not None]
 
     def begin(self, modality: Tensor) -> None:
         """Note a prompt or a further turn: token counts of every row, and its padded length, of `[B, N]`."""
         self.turn = prompt_shapes(modality)
-        self._length += modality.shape[1]
+        self.length += modality.shape[1]
         before = self.rows or [PromptShape(0, 0, 0)] * len(self.turn)
         self.rows = [
             PromptShape(a.system + b.system, a.vision + b.vision, a.text + b.text)

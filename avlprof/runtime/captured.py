@@ -232,10 +232,11 @@ def check_capturable(model: PreTrainedModel, policy: Policy, cache: AVLCache) ->
             f"policy '{policy.name}' scores its core at every step (core_score), which cannot be captured; "
             "leave captured out"
         )
-    if policy.triggered or (policy.picks and policy.refresh_layers is not None):
-        own = "refreshes when its steps say so (refresh)"
-        what = own if policy.triggered else "has layers follow others (refresh_layers)"
-        raise UserError(f"policy '{policy.name}' {what}, which cannot be captured; leave captured out")
+    if policy.triggered:
+        raise UserError(
+            f"policy '{policy.name}' refreshes when its steps say so (refresh: triggered), which cannot be "
+            "captured; leave captured out"
+        )
     if policy.heads == "adaptive":
         raise UserError(
             f"policy '{policy.name}' keeps as many tokens in each head as the prompt says (heads: "

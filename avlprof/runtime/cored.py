@@ -176,8 +176,9 @@ class CoredLayer(HeldLayer):
         weights = weights[..., : vision.shape[-1]]
         positions = self._left_positions[:, : self._sets, start:]
         positions = positions.repeat_interleave(weights.shape[1] // positions.shape[1], dim=1)
-        index = torch.where(vision, positions, self.seen)
-        blank = weights.new_full((*weights.shape[:2], self.seen + 1), -1.0)
+        reach = self._windows.reach(self.seen)
+        index = torch.where(vision, positions, reach)
+        blank = weights.new_full((*weights.shape[:2], reach + 1), -1.0)
         return blank.scatter(-1, index, weights.masked_fill(~vision, -1.0))
 
     def _said(self, weights: Tensor, start: int, due: Tensor | None) -> Told:

@@ -163,6 +163,23 @@ class StoredBits:
         keys, values = self.keys.each(chosen), self.values.each(chosen)
         return StoredBits(keys, values, chosen(self.positions), counts, self.dtype, mask)
 
+    def fitted(self, width: int, masked: bool) -> StoredBits:
+        """The same in `width` slots a row, with a mask or, where all rows have as many, without."""
+        more = width - self.width
+
+        def own(part: Tensor) -> Tensor:  # a negative pad takes slots away
+            return pad(part, (0, 0, more, 0))
+
+        mask = None
+        if masked:
+            mask = self.positions.new_ones((len(self.counts), 1, 1, self.width), dtype=torch.bool)
+            mask = pad(mask if self.mask is None else self.mask, (more, 0))
+        keys, values, positions = self.keys, self.values, self.positions
+        if more:
+            keys, values = keys.each(own), values.each(own)
+            positions = pad(positions, (more, 0), value=-1)
+        return replace(self, keys=keys, values=values, positions=positions, mask=mask)
+
     def copied(self) -> StoredBits:
         """The same in tensors of its own."""
         keys, values = self.keys.each(torch.clone), self.values.each(torch.clone)

@@ -35,6 +35,10 @@ class Windows:
         """Slots from and to, of rows that hold `counts` text tokens."""
         return self.left - max(self._lefts[whole]), self.left + max(counts)
 
+    def reach(self, seen: int) -> int:
+        """A number above the logical positions of all vision, of a layer that has `seen` so many tokens."""
+        return seen
+
     def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor | None:
         """Bool `[B, 1, 1, n]` over the view's slots; None if all rows hold all of them."""
         lefts = self._lefts[whole]
@@ -114,6 +118,7 @@ class Extents:
     are bounds of its size and of the exchanges of a refresh, and whether all rows have a core of that
     size; None where no step picks a core. `stored` are the slots of what few bits store beside the left
     part, and whether rows hold as many; None where nothing is. `words` are the same of system and text.
+    `reach` is above the positions of vision that are told to other layers at a refresh; 0 where none are.
     """
 
     left: int
@@ -122,15 +127,23 @@ class Extents:
     masked: tuple[bool, bool]
     core: tuple[int, int, bool] | None
     stored: tuple[int, bool] | None = None
-    words: tuple[int, bool] | None = None
+    words: tuple[int, bool] = (0, True)
+    reach: int = 0
 
     @classmethod
     def of(
-        cls, plans: list[RowPlan], counts: list[int], most: list[int], has_core: bool, packs: bool = False
+        cls,
+        plans: list[RowPlan],
+        counts: list[int],
+        most: list[int],
+        has_core: bool,
+        packs: bool = False,
+        told: int = 0,
     ) -> Extents:
         """Of rows that hold `counts` text tokens now, and up to `most` while the extents serve.
 
-        `packs`: what is not core is stored in few bits, beside the left part.
+        `has_core`: steps ask where its vision and core lie. `packs`: what is not core is stored in few bits,
+        beside the left part. `told`: positions below it are told.
         """
         nears, beside = [p.system + p.core for p in plans], [p.vision - p.core for p in plans]
         wholes = nears if packs else [p.system + p.vision for p in plans]
@@ -143,10 +156,15 @@ class Extents:
             exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
             core = size, min(rounded(exchanges), left), min(cores) == size
         masked = free or min(nears) < near, has_core and (free or min(wholes) < left)
-        stored = (max(beside), len(set(beside)) == 1) if packs else None
-        lows = [plan.low for plan in plans]
-        words = (max(lows), len(set(lows)) == 1) if any(lows) else None
-        return cls(left, near, text, masked, core, stored, words)
+        stored = _even(beside) if packs else None
+        words = _even([plan.low for plan in plans])
+        return cls(left, near, text, masked, core, stored, words, rounded(told))
+
+
+def _even(counts: list[int]) -> tuple[int, bool]:
+    """Slots for `counts` tokens a row, and whether all rows have as many."""
+    slots = rounded(max(counts))
+    return slots, min(counts) == slots
 
 
 @dataclass
@@ -192,6 +210,9 @@ class FixedWindows(Windows):
     def span(self, counts: list[int], whole: bool) -> tuple[int, int]:
         left = self._extents.left if whole else self._extents.near
         return self.left - left, self.left + self._extents.text
+
+    def reach(self, seen: int) -> int:
+        return self._extents.reach
 
     def mask(self, counts: list[int], whole: bool, capacity: int, device: torch.device) -> Tensor | None:
         start, end = self.span(counts, whole)

@@ -16,7 +16,7 @@ from avlprof.runtime.windows import Extents, rounded
 from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
 from tests.helpers import FEW, few, generate, thinned
-from tests.policies import CORE, KEEP, POLICIES, SCORED
+from tests.policies import CORE, KEEP, LED, POLICIES, SCORED
 
 MODELS, FAMILIES = dict(cases()), dict(families())
 REPLAYED = ("dense", *sorted(set(POLICIES) - SCORED))
@@ -76,12 +76,24 @@ def without_gc():
     "name",
     thinned(
         REPLAYED,
-        ("dense", "core and window", "per head", "packed", "packed core"),
+        ("dense", "core and window", "per head", "packed", "packed core", "packed text"),
         ("dense", "core and window", "packed core"),
     ),
 )
 def test_later_prompts_replay_what_the_first_one_captured(case, name):
     assert_like_plain(case, DENSE if name == "dense" else POLICIES[name], prompts(case))
+
+
+@pytest.mark.parametrize("name", thinned(LED, ("at every step", "packed")))
+def test_layers_follow_others_from_prompt_to_prompt(case, name):
+    assert_like_plain(case, LED[name], prompts(case))
+
+
+def test_a_prompt_that_reaches_further_is_told_as_far():
+    """Its vision lies beyond all that the first prompt had seen when its steps were captured."""
+    case = random_llava()
+    policy = LED["at every step"].model_copy(update={"vision_keep": 0.4, "vision_compute": 0.2})
+    assert_like_plain(case, policy, [case.inputs(seed=1), case.inputs(seed=1, images_per_row=2)])
 
 
 @pytest.mark.parametrize("family", thinned(FAMILIES, FEW, ("qwen3_vl",)))

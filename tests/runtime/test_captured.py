@@ -18,7 +18,7 @@ from avlprof.testing.families import families
 from avlprof.testing.models import cases, random_llava
 from avlprof.tracing.options import RecordOptions
 from tests.helpers import FEW, few, generate, thinned
-from tests.policies import CORE, KEEP, POLICIES, SCORED
+from tests.policies import CORE, KEEP, LED, POLICIES, SCORED
 
 MODELS, FAMILIES = dict(cases()), dict(families())
 REPLAYED = ("dense", *sorted(set(POLICIES) - SCORED))
@@ -66,6 +66,10 @@ def test_replayed_steps_are_the_same_steps(case, name):
 def test_kept_and_core_sets_are_the_same(case):
     inputs = case.inputs(batch=2, seed=4, pad=True)
     (_, plain), (_, replayed) = both(case, POLICIES["core and window"], inputs)
+    same_sets(plain, replayed)
+
+
+def same_sets(plain, replayed):
     for a, b in zip(plain.layers, replayed.layers, strict=True):
         for row in range(2):
             kept, core = a.vision_positions(row)
@@ -74,6 +78,14 @@ def test_kept_and_core_sets_are_the_same(case):
             ]
             texts = [set(layer.text_positions(row).flatten().tolist()) for layer in (a, b)]
             assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", LED)
+def test_layers_follow_others_in_replayed_steps(case, name):
+    inputs = case.inputs(batch=3, seed=7, pad=True, text=15, images_per_row=[1, 0, 2])
+    found = both(case, LED[name], inputs)
+    agree(found)
+    same_sets(*(cache for _, cache in found))
 
 
 @pytest.mark.parametrize("family", thinned(FAMILIES, FEW, ("qwen3_vl", "gemma3")))
@@ -280,6 +292,7 @@ def test_a_loop_of_ones_own_begins_where_the_model_counts_from(name):
         (POLICIES["history"], 8, "evicts by score while decoding"),
         (POLICIES["tova"], 8, "evicts by score"),
         (POLICIES["scored core"], 8, "scores its core at every step"),
+        (POLICIES["triggered"], 8, "refreshes when its steps say so"),
         (DENSE, 0, "at least 1 and at most 65,536, got 0"),
         (DENSE, 10**9, "at most 65,536, got 1000000000"),
         (DENSE, True, "got True"),

@@ -177,14 +177,3 @@ def test_a_layer_with_a_window_cannot_lead():
     )
     with pytest.raises(UserError, match="refresh_layers must be below the model's"):
         policy.model_copy(update={"refresh_layers": (0, 99)}).check_layers(len(kinds))
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("triggered", "refreshes when its steps say so"), ("followed", "has layers follow")]
-)
-def test_they_are_not_captured(name, said):
-    with (
-        pytest.raises(UserError, match=said),
-        avlprof.apply(random_llava().model, POLICIES[name], captured=8),
-    ):
-        pass
