@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from avlprof.cli._failures import flags_of, sentence
+from avlprof.cli._heap import keep_freed_memory
 from avlprof.cli._progress import quiet_libraries
 from avlprof.cli._signals import ending_once
 from avlprof.cli._start import prepare
@@ -154,6 +155,7 @@ def main() -> None:
     Exits with 0, 1 (unexpected), 2 (the user's to mend), or 130, 143 or 129 (Ctrl-C, TERM, HUP).
     """
     prepare(sys.argv[1:])
+    keep_freed_memory()
     with ending_once():
         prepare(sys.argv[1:])
         app(prog_name="avlprof")
