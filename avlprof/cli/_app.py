@@ -156,6 +156,6 @@ def main() -> None:
     """
     prepare(sys.argv[1:])
     keep_freed_memory()
-    with ending_once():
+    with ending_once(last=True):
         prepare(sys.argv[1:])
         app(prog_name="avlprof")

@@ -24,8 +24,11 @@ class Signalled(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def ending_once() -> Iterator[None]:
-    """Ctrl-C, TERM and HUP raise `Signalled` inside, where they are not ignored; later ones wait."""
+def ending_once(last: bool = False) -> Iterator[None]:
+    """Ctrl-C, TERM and HUP raise `Signalled` inside, where they are not ignored; later ones wait.
+
+    `last`: the process ends behind it, so that behind one of them TERM and HUP change its exit code no more.
+    """
     first: list[float] = []
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -44,4 +47,5 @@ def ending_once() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            late = last and first and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if late else handler)

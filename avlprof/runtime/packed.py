@@ -164,7 +164,10 @@ class StoredBits:
         return StoredBits(keys, values, chosen(self.positions), counts, self.dtype, mask)
 
     def fitted(self, width: int, masked: bool) -> StoredBits:
-        """The same in `width` slots a row, with a mask or, where all rows have as many, without."""
+        """The same in `width` slots a row, more or fewer at the front; `masked`: some rows have fewer tokens.
+
+        No row has more tokens than that.
+        """
         more = width - self.width
 
         def own(part: Tensor) -> Tensor:  # a negative pad takes slots away

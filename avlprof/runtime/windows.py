@@ -117,7 +117,7 @@ class Extents:
     of the text part. `masked`: whether rows hold less than an ordinary step's view, and a refresh's. `core`
     are bounds of its size and of the exchanges of a refresh, and whether all rows have a core of that
     size; None where no step picks a core. `stored` are the slots of what few bits store beside the left
-    part, and whether rows hold as many; None where nothing is. `words` are the same of system and text.
+    part, and whether rows hold as many, `words` the same of system and text: no slots where nothing is.
     `reach` is above the positions of vision that are told to other layers at a refresh; 0 where none are.
     """
 
@@ -126,7 +126,7 @@ class Extents:
     text: int
     masked: tuple[bool, bool]
     core: tuple[int, int, bool] | None
-    stored: tuple[int, bool] | None = None
+    stored: tuple[int, bool] = (0, True)
     words: tuple[int, bool] = (0, True)
     reach: int = 0
 
@@ -156,8 +156,7 @@ class Extents:
             exchanges = max(min(plan.core, plan.vision - plan.core) for plan in plans)
             core = size, min(rounded(exchanges), left), min(cores) == size
         masked = free or min(nears) < near, has_core and (free or min(wholes) < left)
-        stored = _even(beside) if packs else None
-        words = _even([plan.low for plan in plans])
+        stored, words = _even(beside if packs else [0]), _even([plan.low for plan in plans])
         return cls(left, near, text, masked, core, stored, words, rounded(told))
 
 

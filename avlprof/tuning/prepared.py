@@ -17,7 +17,7 @@ from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_ans
 from avlprof.evaluation.doubts import check_finite
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
-from avlprof.models.smaller import SamplePictures, check_kind
+from avlprof.models.smaller import SamplePictures
 from avlprof.policy import Policy, live_share
 from avlprof.policy.parts import PictureKind
 from avlprof.runtime.forced import ForcedSet
@@ -107,10 +107,8 @@ class Prepared:
         """Answer the samples of the search split densely, and prefill their prompts.
 
         Raises:
-            UserError: no answer has a second token, or pictures cannot be made smaller as the space says.
+            UserError: no answer has a second token.
         """
-        for way in settings.space.picture_kinds:
-            check_kind(loaded.adapter, way)
         samples = task.samples(settings.split, settings.samples)
         limit, kind = settings.answer_limit(task), settings.objective
         # a larger one would score trials on samples that they stop before

@@ -49,6 +49,17 @@ def agree(found):
     ]
 
 
+def same_sets(plain, replayed):
+    for a, b in zip(plain.layers, replayed.layers, strict=True):
+        for row in range(2):
+            kept, core = a.vision_positions(row)
+            assert [set(x.flatten().tolist()) for x in (kept, core)] == [
+                set(x.flatten().tolist()) for x in b.vision_positions(row)
+            ]
+            texts = [set(layer.text_positions(row).flatten().tolist()) for layer in (a, b)]
+            assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     "name",
     thinned(
@@ -67,17 +78,6 @@ def test_kept_and_core_sets_are_the_same(case):
     inputs = case.inputs(batch=2, seed=4, pad=True)
     (_, plain), (_, replayed) = both(case, POLICIES["core and window"], inputs)
     same_sets(plain, replayed)
-
-
-def same_sets(plain, replayed):
-    for a, b in zip(plain.layers, replayed.layers, strict=True):
-        for row in range(2):
-            kept, core = a.vision_positions(row)
-            assert [set(x.flatten().tolist()) for x in (kept, core)] == [
-                set(x.flatten().tolist()) for x in b.vision_positions(row)
-            ]
-            texts = [set(layer.text_positions(row).flatten().tolist()) for layer in (a, b)]
-            assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", LED)

@@ -84,7 +84,7 @@ QUICK = Plan("tiny", "shapes:describe,read,row", 64, 16, 64, 240, 240, 60, 20, 3
 
 LONG = "pages:describe,paragraph,read_fields,read_chart,read_table"
 SLOW = Plan("small", LONG, 16, 6, 24, 20, 48, 36, 12, 1, batch=16)
-"""576 vision tokens and 30 layers: a trial takes 10 to 20 s of one busy CPU thread, an answer 2 to 4."""
+"""576 vision tokens and 30 layers: a trial takes 6 to 20 s of one busy CPU thread, an answer 2 to 4."""
 
 MROPE = Plan("tiny-mrope", QUICK.task, 48, 16, 48, 100, 120, 46, 12, 2, space=Space())
 """The other embedded model: as quick, with positions of three axes; sized for 20 minutes of one thread."""
