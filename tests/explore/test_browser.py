@@ -224,9 +224,9 @@ def test_numbers_are_there_as_a_table(opened, run):
     page = opened(run.explore())
     page.get_by_role("radio", name="red").click()
     page.click("#numbers summary")
-    rows = page.locator("#table tbody tr").all()
-    assert len(rows) == 4
-    found = [row.locator("td").first.inner_text() for row in rows]
+    body = page.locator("#table tbody tr")
+    until(lambda: body.count() == 4)  # a browser tells of what unfolds some time after the click
+    found = [row.locator("td").first.inner_text() for row in body.all()]
     assert found == [said(own.sum()) for own in word_row(run, "large", 1)]
 
 
