@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -93,6 +94,12 @@ class Session(AtWork):
         if self.single:
             raise UserError("a model with captured steps cannot be copied; copy it before the context")
         return self
+
+    def spare(self) -> None:
+        """The layers of the pass at work need not attend: what they would have done is known."""
+        now = self._thread.now
+        assert now is not None
+        now.layers.update(range(len(self.roles)))
 
     @property
     def stepping(self) -> bool:
@@ -299,7 +306,7 @@ def switched(
     Raises:
         UserError: the model's attention cannot be followed, or it has a runtime already.
     """
-    session = _session_of(model) or _installed(model)
+    session = session_of(model) or _installed(model)
     if runtime is not None and session.runtime is not None:
         raise UserError("the model already runs under a policy; leave that context first")
     session.users += 1
@@ -318,11 +325,30 @@ def switched(
             session.contexts.close()
 
 
-def _session_of(model: PreTrainedModel) -> Session | None:
+def session_of(model: PreTrainedModel) -> Session | None:
     """The session that is at work on a model."""
     hooks = getattr(model, "_forward_pre_hooks", {}).values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return next((one for one in owners if isinstance(one, Session) and one.model is model), None)
+
+
+@contextlib.contextmanager
+def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of a model's own, inside its hooks, for the length of the context."""
+    before, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(before)
+    def replaced(**inputs: Any) -> Any:
+        return forward(**inputs)
+
+    model.forward = replaced
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = before
+        else:
+            del model.forward
 
 
 def _installed(model: PreTrainedModel) -> Session:

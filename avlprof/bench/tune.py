@@ -15,7 +15,7 @@ import torch
 from avlprof.allocators import Evidence
 from avlprof.bench.trace import median_interval
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import generate_tokens, running
+from avlprof.evaluation.generating import generate_tokens, running
 from avlprof.models import LoadedModel
 from avlprof.policy import Policy, PromptShape
 from avlprof.runtime.forced import ForcedSet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from avlprof._lazy import exports
 
 if TYPE_CHECKING:
-    from avlprof.evaluation.answers import AnswerSettings, generate_answers
+    from avlprof.evaluation.answers import AnswerSettings, answers_under, generate_answers
     from avlprof.evaluation.compare import Comparison, ComparisonSettings, Strongest, strongest
     from avlprof.evaluation.damage import Knockout
     from avlprof.evaluation.evaluate import Evaluation, EvaluationSettings
@@ -41,6 +41,7 @@ __all__ = [
     "LossStore",
     "PairedDifference",
     "Strongest",
+    "answers_under",
     "detectable_drop",
     "equal_bytes",
     "generate_answers",
@@ -68,6 +69,7 @@ __getattr__, __dir__ = exports(
         "LossStore": "avlprof.evaluation.store",
         "PairedDifference": "avlprof.evaluation.intervals",
         "Strongest": "avlprof.evaluation.compare",
+        "answers_under": "avlprof.evaluation.answers",
         "detectable_drop": "avlprof.evaluation.intervals",
         "equal_bytes": "avlprof.evaluation.lineup",
         "generate_answers": "avlprof.evaluation.answers",

@@ -16,7 +16,7 @@ import pandas as pd
 
 from avlprof.allocators._base import Evidence
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import SampleSettings, generate_answers
+from avlprof.evaluation.answers import SampleSettings, answers_under
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.evaluate import check_samples
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
@@ -96,17 +96,14 @@ def strongest(
         raise UserError("the strongest policy is picked on a split; give select_split")
     samples = task.samples(settings.select_split, settings.samples)
     answering = settings.answering(loaded, task, samples)
-    runs = [seeded(policy) for policy in candidates]
-    done, total = 0, len(samples) * sum(map(len, runs))
-    means = []
-    for seeds in runs:
-        scores = []
-        for run in seeds:
-            part = Part(watch, "strongest", done, total)
-            answers = generate_answers(loaded, samples, run, answering, store=store, watch=part)
-            scores.append(np.mean([answer.score for answer in answers]))
-            done += len(samples)
-        means.append(float(np.mean(scores)))
+    runs = [(at, run) for at, policy in enumerate(candidates) for run in seeded(policy)]
+    policies = [run for _, run in runs]
+    part = Part(watch, "strongest")
+    found = answers_under(loaded, samples, policies, answering, store=store, watch=part)
+    scores: list[list[float]] = [[] for _ in candidates]
+    for (at, _), answers in zip(runs, found, strict=True):
+        scores[at].append(float(np.mean([answer.score for answer in answers])))
+    means = [float(np.mean(seeds)) for seeds in scores]
     named = tuple((policy.name, mean) for policy, mean in zip(candidates, means, strict=True))
     return Strongest(candidates[int(np.argmax(means))], named)
 
@@ -275,13 +272,17 @@ def compare(
         watch.say(note)
     steps = Steps(watch, "compare", len(samples))
 
-    def table(run: Policy | None, seed: int, who: dict[str, Any]) -> pd.DataFrame:
-        answers = generate_answers(loaded, samples, run, answering, store=store, watch=steps.part())
-        steps.add(len(answers))
-        return pd.DataFrame([who | {"seed": seed} | asdict(answer) for answer in answers])
+    def tables(runs: Sequence[tuple[Policy | None, dict[str, Any]]]) -> list[pd.DataFrame]:
+        policies = [run for run, _ in runs]
+        found = answers_under(loaded, samples, policies, answering, store=store, watch=steps.part())
+        steps.add(len(runs) * len(samples))
+        return [
+            pd.DataFrame([who | asdict(answer) for answer in answers])
+            for (_, who), answers in zip(runs, found, strict=True)
+        ]
 
-    share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
-    parts = [table(None, 0, {"method": "dense", "kind": "dense", "budget": 1.0})]
+    share_out(store, loaded, lambda: [settings.ask([None], samples, answering)], steps.part())
+    parts = tables([(None, {"method": "dense", "kind": "dense", "budget": 1.0, "seed": 0})])
     said = dict(zip(parts[0]["sample"], parts[0]["generated_tokens"], strict=True))
     answering = answering.knowing(said)
     ascending = tuple(sorted(set(budgets)))
@@ -307,9 +308,13 @@ def compare(
             winner = strongest(loaded, task, policies, settings, store=store, watch=steps.part())
             steps.add(selected * _runs(entries))
             best[budget] = winner.policy.name
-    for entry in lineup.entries:
-        who = {"method": entry.method, "kind": entry.kind, "budget": entry.budget}
-        parts += [table(run, seed, who) for seed, run in enumerate(seeded(entry.policy))]
+    parts += tables(
+        [
+            (run, {"method": entry.method, "kind": entry.kind, "budget": entry.budget, "seed": seed})
+            for entry in lineup.entries
+            for seed, run in enumerate(seeded(entry.policy))
+        ]
+    )
     meta = settings.about(loaded, task, len(samples))
     meta |= {"select_split": settings.select_split or "", "budgets": list(ascending)}
     return Comparison(meta, pd.concat(parts, ignore_index=True), lineup, best)
@@ -329,7 +334,8 @@ def _asks(
     for chosen, entries in both:
         samples = task.samples(chosen.split, chosen.samples)
         answering = chosen.answering(loaded, task, samples)
-        yield from (chosen.ask(run, samples, answering) for entry in entries for run in seeded(entry.policy))
+        runs = [run for entry in entries for run in seeded(entry.policy)]
+        yield chosen.ask(runs, samples, answering)
 
 
 def _candidates(lineup: LineUp, budget: float, settings: ComparisonSettings) -> Sequence[Entry]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, SampleSettings, generate_answers
+from avlprof.evaluation.answers import AnswerSettings, SampleSettings, answers_under
 from avlprof.evaluation.doubts import sample_warnings
 from avlprof.evaluation.intervals import detectable_drop, mean_interval, paired_difference
 from avlprof.evaluation.latency import Latency, measure_latency
@@ -209,13 +209,13 @@ def evaluate(
     steps = Steps(watch, "evaluate", settings.units(rows, len(samples), settings.baselines))
     answering = settings.answering(loaded, task, samples)
 
-    def answers_of(policy: Policy | None) -> list[Answer]:
-        answers = generate_answers(loaded, samples, policy, answering, store=store, watch=steps.part())
-        steps.add(len(answers))
+    def answers_of(runs: Sequence[Policy | None]) -> list[list[Answer]]:
+        share_out(store, loaded, lambda: [settings.ask(runs, samples, answering)], steps.part())
+        answers = answers_under(loaded, samples, runs, answering, store=store, watch=steps.part())
+        steps.add(len(runs) * len(samples))
         return answers
 
-    share_out(store, loaded, lambda: [settings.ask(None, samples, answering)], steps.part())
-    dense = answers_of(None)
+    dense = answers_of([None])[0]
     answering = answering.knowing({answer.sample: answer.generated_tokens for answer in dense})
     pictures = SamplePictures(loaded.adapter, samples)
     if settings.baselines:
@@ -228,11 +228,10 @@ def evaluate(
         length = round(sum(a.generated_tokens - 1 for a in dense) / len(dense))
         rows = with_baselines(rows, shapes, loaded.adapter.layers, max(length, 1))
         steps.total = settings.units(rows, len(samples))
-    runs = [policy for row in rows[1:] for policy in row.runs]
-    share_out(store, loaded, lambda: [settings.ask(run, samples, answering) for run in runs], steps.part())
+    runs = [(row, seed, policy) for row in rows[1:] for seed, policy in enumerate(row.runs)]
+    found = answers_of([policy for *_, policy in runs])
     tables = [_table(rows[0], 0, dense)]
-    for row in rows[1:]:
-        tables += [_table(row, seed, answers_of(policy)) for seed, policy in enumerate(row.runs)]
+    tables += [_table(row, seed, answers) for (row, seed, _), answers in zip(runs, found, strict=True)]
     table = pd.concat(tables, ignore_index=True).assign(kl=float("nan"), agreement=float("nan"))
     answering.encoded.forget()  # memory that what is timed must not count
     if settings.fidelity:

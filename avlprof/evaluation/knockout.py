@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings, generate_tokens, said
+from avlprof.evaluation.answers import FLUSH_SECONDS, SampleSettings
 from avlprof.evaluation.batches import prompt_lengths
 from avlprof.evaluation.damage import ALL, Knockout
 from avlprof.evaluation.doubts import check_finite
 from avlprof.evaluation.evaluate import check_ids, check_samples
+from avlprof.evaluation.generating import generate_tokens, said
 from avlprof.evaluation.store import Loss, LossStore, model_key
 from avlprof.models import LoadedModel
 from avlprof.runtime.cuts import Cut, Route, cutting

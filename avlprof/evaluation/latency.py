@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import generate_tokens, running
 from avlprof.evaluation.batches import EncodedBatches
 from avlprof.evaluation.footprint import cache_bytes
+from avlprof.evaluation.generating import generate_tokens, running
 from avlprof.models import LoadedModel
 from avlprof.models.smaller import smaller_pictures
 from avlprof.policy import Policy

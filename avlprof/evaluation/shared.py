@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import AnswerSettings, generate_answers
+from avlprof.evaluation.answers import AnswerSettings, answers_under, lacking_alike
 from avlprof.evaluation.batches import answer_batches
-from avlprof.evaluation.store import STOCK, AnswerStore, Ask, model_key
+from avlprof.evaluation.store import AnswerStore, Ask, model_key, policy_key
 from avlprof.launchers import Launch
 from avlprof.launchers.queue import Looking, Queue, Taken, Team
 from avlprof.models import LoadedModel, ModelSpec
@@ -56,14 +56,14 @@ class SharedStore(AnswerStore):
     def share(self, loaded: LoadedModel, asks: Callable[[], Iterable[Ask]], watch: Watch = SILENT) -> None:
         key = model_key(loaded)
         known = {f"{number:06d}": task for number, task in enumerate(self._tasks(loaded, asks(), key))}
-        total = sum(len(task.samples) for task in known.values())
+        total = sum(task.answers for task in known.values())
 
         def serve(name: str, look: Callable[[], None]) -> None:
             task, looking = known[name], Looking(look)
-            generate_answers(loaded, task.samples, task.policy, task.settings, store=self, watch=looking)
+            answers_under(loaded, task.samples, task.policies, task.settings, store=self, watch=looking)
 
         def tell(left: set[str]) -> None:
-            watch.phase("answers", total - sum(len(known[name].samples) for name in left), total)
+            watch.phase("answers", total - sum(known[name].answers for name in left), total)
 
         if known:
             about = {"model": key, "parts": str(self.path.resolve())}
@@ -71,21 +71,25 @@ class SharedStore(AnswerStore):
             self.read_new()
 
     def _tasks(self, loaded: LoadedModel, asks: Iterable[Ask], key: str) -> list[Ask]:
-        """What is not known yet, in batches as one process alone would make them, some to a task."""
-        queued, batches = set[tuple[str, str, int]](), list[Ask]()
+        """What is not known yet, in batches as one process alone would make them, some to a task.
+
+        Policies of a batch share its prompt, so they go to one task where there are batches enough.
+        """
+        queued, batches = dict[tuple[str, int], set[str]](), list[Ask]()
         for ask in asks:
-            limit, does = ask.settings.max_new_tokens, ask.policy.hash if ask.policy else STOCK
-            known = self.answers(key, ask.policy, ask.samples, limit)
-            todo = [
-                sample
-                for sample in ask.samples
-                if sample.id not in known and (does, sample.id, limit) not in queued
-            ]
-            queued |= {(does, sample.id, limit) for sample in todo}
-            batches += [
-                replace(ask, samples=tuple(batch)) for batch in answer_batches(loaded, todo, ask.settings)
-            ]
-        return _joined(batches, len(batches) // (SHARES * self.team.count))
+            limit, lacking = ask.settings.max_new_tokens, list[set[str]]()
+            policies = {policy_key(policy): policy for policy in ask.policies}
+            for name, policy in policies.items():
+                here = queued.setdefault((name, limit), set())
+                lacking.append(here | set(self.answers(key, policy, ask.samples, limit)))
+                here.update(sample.id for sample in ask.samples)
+            for some, todo in lacking_alike(policies.values(), lacking, ask.samples):
+                own = replace(ask, policies=tuple(some))
+                batches += [
+                    replace(own, samples=tuple(batch)) for batch in answer_batches(loaded, todo, ask.settings)
+                ]
+        wanted = SHARES * self.team.count
+        return _joined(batches, len(batches) // wanted) if len(batches) >= wanted else _split(batches, wanted)
 
 
 def open_store(path: Path, launch: Launch, model: ModelSpec, task: TaskSpec) -> AnswerStore:
@@ -113,20 +117,20 @@ def _serve(loaded: LoadedModel, task: Task, taken: Taken) -> None:
     if own != asked["model"]:
         raise UserError(f"the model on {platform.node()} is {own}, the work is for {asked['model']}")
     samples = _samples(task, asked)
-    policy = asked["policy"] and Policy.model_validate(asked["policy"])
+    policies = [policy and Policy.model_validate(policy) for policy in asked["policies"]]
     settings = AnswerSettings(
         asked["max_new_tokens"], asked["batch_size"], asked["metric"], asked["lengths"] or None
     )
     # a store that knows nothing: a part of the task that somebody had done would change its batches
     store = AnswerStore(Path(asked["parts"]), read=False)
-    generate_answers(loaded, samples, policy, settings, store=store)
+    answers_under(loaded, samples, policies, settings, store=store)
     taken.done()
 
 
 def _dumped(ask: Ask) -> dict[str, Any]:
     settings, lengths = ask.settings, ask.settings.lengths or {}
     return {
-        "policy": ask.policy and ask.policy.model_dump(mode="json", by_alias=True),
+        "policies": [policy and policy.model_dump(mode="json", by_alias=True) for policy in ask.policies],
         "split": ask.split,
         "count": ask.count,
         "samples": [sample.id for sample in ask.samples],
@@ -152,6 +156,17 @@ def _samples(task: Task, asked: dict[str, Any]) -> list[Sample]:
 def _asked(samples: Sequence[Sample]) -> str:
     """A fingerprint of which samples these are, and what they ask."""
     return hashlib.sha256(json.dumps([[s.id, s.asked] for s in samples]).encode()).hexdigest()[:16]
+
+
+def _split(batches: Sequence[Ask], wanted: int) -> list[Ask]:
+    """About `wanted` tasks of batches, each by a part of the policies that it is to be answered under."""
+    parts = -(-wanted // max(len(batches), 1))
+    tasks = []
+    for batch in batches:
+        size = -(-len(batch.policies) // parts)
+        for start in range(0, len(batch.policies), size):
+            tasks.append(replace(batch, policies=batch.policies[start : start + size]))
+    return tasks
 
 
 def _joined(batches: Iterable[Ask], most: int) -> list[Ask]:

@@ -26,6 +26,11 @@ STOCK = "stock"
 """Stands for a policy's hash where the model ran without one."""
 
 
+def policy_key(policy: Policy | None) -> str:
+    """What answers under a policy are known by: what it does."""
+    return policy.hash if policy else STOCK
+
+
 @dataclass(frozen=True)
 class Answer:
     """One greedy answer and its cost.
@@ -104,7 +109,7 @@ class AnswerStore:
         self, model: str, policy: Policy | None, samples: Sequence[Sample], max_new_tokens: int
     ) -> dict[str, Answer]:
         """Finished answers to `samples` by id; their score is NaN."""
-        does = policy.hash if policy else STOCK
+        does = policy_key(policy)
         keys = {
             sample.id: (model, does, sample.id, _prompt_hash(sample), max_new_tokens) for sample in samples
         }
@@ -185,16 +190,21 @@ class LossStore:
 
 @dataclass(frozen=True)
 class Ask:
-    """Samples that are to be answered under a policy (None: dense).
+    """Samples that are to be answered under policies (None: dense).
 
     They are of the first `count` samples of a split of the task (None: as many as the task says).
     """
 
-    policy: Policy | None
+    policies: tuple[Policy | None, ...]
     split: str
     count: int | None
     samples: Sequence[Sample]
     settings: AnswerSettings
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return len(self.policies) * len(self.samples)
 
 
 def share_out(

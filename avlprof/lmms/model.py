@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from avlprof.errors import UserError
-from avlprof.evaluation.answers import generate_tokens, running
+from avlprof.evaluation.generating import generate_tokens, running
 from avlprof.lmms import checked_policy
 from avlprof.models import LoadedModel, ModelSpec, load_model
 from avlprof.models.answers import answer_length, end_tokens

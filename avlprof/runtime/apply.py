@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,13 +16,11 @@ from transformers import PreTrainedModel
 from avlprof.attention.call import AttentionCall, AtWork, Forward, StepStates
 from avlprof.attention.decode import step_attention
 from avlprof.attention.gate import check_traced, governed_layers, unwrapped
-from avlprof.attention.modality import Modality
 from avlprof.attention.session import switched
 from avlprof.budgets.resolve import resolve_by_depth
 from avlprof.errors import UserError
 from avlprof.policy import Policy, find_policy
 from avlprof.runtime.buckets import KEPT_BYTES, Buckets
-from avlprof.runtime.buffers import BufferedLayer
 from avlprof.runtime.cache import AVLCache
 from avlprof.runtime.captured import captured_steps, check_capturable, check_counts
 from avlprof.runtime.packed import stored_attention, with_stored
@@ -82,7 +80,7 @@ class Runtime:
         if layer is not None:
             cache.check_states(call)
         if is_turn:
-            return self._turn(forward, cache, layer, call)
+            return self._turn(forward, cache, call)
         step = None if layer is None else layer.step_for(call.query, call.scaling, call.softcap, call.sinks)
         if layer is None or step is None:
             return call.stock(), call
@@ -106,13 +104,11 @@ class Runtime:
         self.short.begin()
         if is_turn:
             new = forward.modality[:, forward.modality.shape[1] - forward.new :]
-            cache.begin(as_joint(new) if self.policy.joint else new)
+            cache.begin(new)
         if self.buckets is not None and forward.step == 0:
             self.buckets.reserve(cache, call)
 
-    def _turn(
-        self, forward: Forward, cache: AVLCache, layer: BufferedLayer | None, call: AttentionCall
-    ) -> tuple[Tensor, AttentionCall]:
+    def _turn(self, forward: Forward, cache: AVLCache, call: AttentionCall) -> tuple[Tensor, AttentionCall]:
         """One layer's attention over a prompt or a further turn, whose tokens then compete to stay."""
         seen, new = forward.modality.shape[1], forward.new
         columns = self.short.columns
@@ -122,11 +118,8 @@ class Runtime:
         if columns is not None:
             modality = self.short.modality(modality)
             positions = positions.gather(-1, columns[:, None])
-        pool = as_joint(modality) if self.policy.joint else modality
-        turn = None if layer is None else layer.turn_for(call, pool, positions)
-        if turn is not None:
-            turn = replace(turn, texts=tuple(shape.text for shape in cache.turn))
-        if layer is None or turn is None:
+        turn = cache.turn_for(call, modality, positions)
+        if turn is None:
             if call.layer + 1 in self.short.steps:
                 self.short.choose(Prefill.of(call, modality), self.policy, cache.turn, call.layer)
             return call.stock(), call
@@ -137,7 +130,7 @@ class Runtime:
         out = view.stock()
         if call.layer + 1 in self.short.steps:
             self.short.choose(turn, self.policy, cache.turn, call.layer)
-        layer.compact(turn, call, positions, cache.row_plans(call.layer), (seen - new, seen))
+        cache.compact(turn, call, positions, (seen - new, seen))
         return out, view
 
 
@@ -173,9 +166,8 @@ def apply(
     check_counts(captured, kept_bytes, fused)
     check_traced(model)
     text_config = model.config.get_text_config(decoder=True)
-    policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
+    policy = runnable(model, policy)
     runtime = Runtime(policy, text_config)
-    check_runs(policy)
     cache = AVLCache(policy, text_config, captured is not None)  # refuses what does not fit at once
     parts = None
     if captured is not None and (model.device.type == "cuda" if fused is None else fused):
@@ -191,6 +183,18 @@ def apply(
             stack.callback(runtime.buckets.forget)
             stack.enter_context(captured_steps(model, session, runtime.buckets, parts))
         yield runtime
+
+
+def runnable(model: PreTrainedModel, policy: Policy) -> Policy:
+    """The policy with the share of its allocator, if it names one, spread over the model's layers.
+
+    Raises:
+        UserError: it asks for what the runtime cannot do, or for an allocator that needs a profile.
+    """
+    text_config: Any = model.config.get_text_config(decoder=True)
+    policy = resolve_by_depth(policy, text_config.num_hidden_layers, governed_layers(text_config))
+    check_runs(policy)
+    return policy
 
 
 class Unwrap(AtWork, Generic[Model]):
@@ -233,8 +237,3 @@ def wrap(model: Model, policy: Policy | str | Path, captured: int | None = None)
     """
     vars(model)[_UNWRAP] = Unwrap(model, policy, captured)
     return model
-
-
-def as_joint(modality: Tensor) -> Tensor:
-    """One pool: every token counts as text, padding stays padding."""
-    return torch.where(modality == Modality.PAD, modality, modality.new_tensor(int(Modality.TEXT)))

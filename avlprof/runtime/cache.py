@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from avlprof.attention.call import AttentionCall
 from avlprof.attention.gate import governed_roles
-from avlprof.attention.modality import prompt_shapes
+from avlprof.attention.modality import Modality, prompt_shapes
 from avlprof.errors import UserError
 from avlprof.policy import FULL, Policy, PromptShape, broadcast, sizes
 from avlprof.runtime.buffers import BufferedLayer, DenseLayer
@@ -18,6 +20,7 @@ from avlprof.runtime.layout import RowPlan
 from avlprof.runtime.step import LayerUse
 from avlprof.runtime.support import not_leading
 from avlprof.runtime.text_part import TextRule
+from avlprof.runtime.turns import TurnPrefill
 from avlprof.scorers import make_scorer
 
 
@@ -97,6 +100,23 @@ class AVLCache(Cache):
         own = self.layers[layer]
         return own if isinstance(own, BufferedLayer) else None
 
+    def turn_for(self, call: AttentionCall, modality: Tensor, positions: Tensor) -> TurnPrefill | None:
+        """What of a prompt or further turn competes in a layer; None: nothing, attend as stock does.
+
+        `modality [B, q]` and the logical `positions [B, 1, q]` are those of the new tokens.
+        """
+        layer = self.governed(call.layer)
+        turn = None if layer is None else layer.turn_for(call, self.pool(modality), positions)
+        return None if turn is None else replace(turn, texts=tuple(shape.text for shape in self.turn))
+
+    def compact(
+        self, turn: TurnPrefill, call: AttentionCall, positions: Tensor, span: tuple[int, int]
+    ) -> None:
+        """Let the tokens of a turn compete in a layer, and free those that go (`AdaptiveLayer.compact`)."""
+        layer = self.governed(call.layer)
+        assert layer is not None
+        layer.compact(turn, call, positions, self.row_plans(call.layer), span)
+
     def use(self) -> list[LayerUse]:
         """Measured use of every layer that the policy governs."""
         if not self.rows:
@@ -104,15 +124,26 @@ class AVLCache(Cache):
         layers = ((index, self.governed(index)) for index in range(len(self.layers)))
         return [layer.use(index, self.rows, self.length) for index, layer in layers if layer is not None]
 
+    def pool(self, modality: Tensor) -> Tensor:
+        """Tokens as the policy tells them apart: in a joint pool all count as text, save for padding."""
+        if self.policy.joint is None:
+            return modality
+        return torch.where(modality == Modality.PAD, modality, modality.new_tensor(int(Modality.TEXT)))
+
     def begin(self, modality: Tensor) -> None:
         """Note a prompt or a further turn: token counts of every row, and its padded length, of `[B, N]`."""
-        self.turn = prompt_shapes(modality)
+        self.turn = prompt_shapes(self.pool(modality))
         self.length += modality.shape[1]
         before = self.rows or [PromptShape(0, 0, 0)] * len(self.turn)
         self.rows = [
             PromptShape(a.system + b.system, a.vision + b.vision, a.text + b.text)
             for a, b in zip(before, self.turn, strict=True)
         ]
+
+    def become(self, other: AVLCache) -> None:
+        """Take over what another cache of an equal policy holds; that one must not be used any more."""
+        for name in ("layers", "rows", "turn", "length", "_sizes"):
+            setattr(self, name, getattr(other, name))
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the bookkeeping of rows in step with a reordered batch."""

@@ -9,7 +9,6 @@ host, as in other steps: layers `advance` before a replay, and their shapes are 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall
-from avlprof.attention.session import Session
+from avlprof.attention.session import Session, forward_as
 from avlprof.errors import UserError, shortened
 from avlprof.models.generation import first_position
 from avlprof.policy import Policy
@@ -174,24 +173,12 @@ def captured_steps(
 
     `fused` are parts of the model to compile in them.
     """
-    forward = model.forward
-    own = "forward" in vars(model)
-    steps = CapturedSteps(forward, session, buckets, fused)
-
-    @functools.wraps(forward)
-    def captured(**inputs: Any) -> Any:
-        return steps(**inputs)
-
-    model.forward = captured
     session.single = True
     try:
-        yield
+        with forward_as(model, CapturedSteps(model.forward, session, buckets, fused)):
+            yield
     finally:
         session.single = False
-        if own:
-            model.forward = forward
-        else:
-            del model.forward
 
 
 def check_counts(captured: Any, kept_bytes: Any, fused: Any = None) -> None:

@@ -153,12 +153,15 @@ def knob_effects(
         values["pictures"] = f"{winner.pictures} to {winner.picture_share:g}"
     if winner.text_share is None and not budget.affords(TextPolicy(), layers, refreshed):
         turned = [name for name in turned if name != "text_bits"]
-    ours = prepared.cheap(winner.policy(prepared.evidence, budget))
-    rows = []
-    for done, name in enumerate(turned, start=1):
+    watch.phase("knobs", 0, len(turned))
+    back = []
+    for name in turned:
         plain = {name: PLAIN[name]} | ({"refresh_interval": 0} if name == "leading" else {})
-        back = replace(winner, **plain).policy(prepared.evidence, budget)
-        gap = paired_difference(prepared.cheap(back), ours).difference
+        back.append(replace(winner, **plain).policy(prepared.evidence, budget))
+    ours, *theirs = prepared.cheaply([winner.policy(prepared.evidence, budget), *back])
+    rows = []
+    for done, (name, without) in enumerate(zip(turned, theirs, strict=True), start=1):
+        gap = paired_difference(without, ours).difference
         rows.append(
             {
                 "knob": name,

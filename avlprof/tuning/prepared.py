@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from avlprof.allocators import Evidence
 from avlprof.analysis import Profile
 from avlprof.errors import UserError
-from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, generate_answers
+from avlprof.evaluation import Answer, AnswerSettings, AnswerStore, answers_under
 from avlprof.evaluation.doubts import check_finite
 from avlprof.models import LoadedModel
 from avlprof.models.identity import listed, settings_differences
@@ -53,10 +53,7 @@ class Generated:
             yield partial(self._answers_of, part)
 
     def _answers_of(self, samples: Sequence[Sample], policies: Sequence[Policy | None]) -> list[list[Answer]]:
-        return [self._answers(samples, policy) for policy in policies]
-
-    def _answers(self, samples: Sequence[Sample], policy: Policy | None) -> list[Answer]:
-        return generate_answers(self._loaded, samples, policy, self._settings, store=self._store)
+        return answers_under(self._loaded, samples, policies, self._settings, store=self._store)
 
     def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
         """It is not known how often an answer refreshes before it is generated."""
@@ -64,7 +61,14 @@ class Generated:
 
     def metric(self, policy: Policy | None) -> NDArray[np.float64]:
         """The task's metric `[n]`, one number a sample."""
-        return np.array([answer.score for answer in self._answers(self._samples, policy)])
+        return self.metrics([policy])[0]
+
+    def metrics(self, policies: Sequence[Policy | None], watch: Watch = SILENT) -> list[NDArray[np.float64]]:
+        """The task's metric `[n]` of each policy; the phase `answers` of `watch` counts answers."""
+        found = answers_under(
+            self._loaded, self._samples, policies, self._settings, store=self._store, watch=watch
+        )
+        return [np.array([answer.score for answer in answers]) for answers in found]
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,15 @@ class Prepared:
 
     def cheap(self, policy: Policy) -> NDArray[np.float64]:
         """Forced score `[n]` of a policy, lower is better; KL to dense where trials generate."""
-        if policy.hash not in self._cheap:
-            value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
-            self._cheap[policy.hash] = np.array([value(score) for score in self.forced.score(policy)])
-        return self._cheap[policy.hash]
+        return self.cheaply([policy])[0]
+
+    def cheaply(self, policies: Sequence[Policy]) -> list[NDArray[np.float64]]:
+        """The same of each policy; they share passes."""
+        value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
+        new = {policy.hash: policy for policy in policies if policy.hash not in self._cheap}
+        for name, scores in zip(new, self.forced.score_many([*new.values()]) if new else [], strict=True):
+            self._cheap[name] = np.array([value(score) for score in scores])
+        return [self._cheap[policy.hash] for policy in policies]
 
 
 def prepare(

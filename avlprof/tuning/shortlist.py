@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined, moves_heads
 from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals, smaller_rivals
-from avlprof.watch import SILENT, Watch
+from avlprof.watch import SILENT, Steps, Watch
 
 Array = NDArray[np.float64]
 FEW = 16
@@ -130,34 +131,44 @@ def make_shortlist(
     the strongest.
     """
     answers = prepared.generated(store)
-    count, total = len(prepared.samples), len(best) + 2 + GENERATED_RIVALS
-    watch.phase("finalists", 0, total * count)
-    entries: list[ShortlistEntry] = []
+    steps = Steps(watch, "finalists", (len(best) + 2 + GENERATED_RIVALS) * len(prepared.samples))
 
-    def add(name: str, policy: Policy, trial: FrozenTrial | None = None) -> ShortlistEntry:
-        metric, cheap = answers.metric(policy), prepared.cheap(policy)
-        entry = ShortlistEntry(name, policy, metric, cheap, coverage_of(policy, prepared.evidence), trial)
-        entries.append(entry)
-        watch.phase("finalists", len(entries) * count, total * count)
-        return entry
+    def entries(policies: Sequence[Policy], trials: Sequence[FrozenTrial | None]) -> list[ShortlistEntry]:
+        metrics = answers.metrics(policies, steps.part())
+        found = zip(policies, trials, metrics, prepared.cheaply(policies), strict=True)
+        steps.add(len(policies) * len(prepared.samples))
+        return [
+            ShortlistEntry(
+                name=policy.name if trial is None else name_of(trial),
+                policy=policy,
+                metric=metric,
+                cheap=cheap,
+                coverage=coverage_of(policy, prepared.evidence),
+                trial=trial,
+            )
+            for policy, trial, metric, cheap in found
+        ]
 
-    finals = [add(name_of(t), parse_policy(t.user_attrs["policy"], name_of(t)), t) for t in best]
+    finals = entries([parse_policy(t.user_attrs["policy"], name_of(t)) for t in best], best)
     winner = min(finals, key=lambda entry: entry.order)
     policies, left_out = _best_rivals(prepared, winner.policy, budget)
     smaller, unfit = smaller_rivals(winner.policy, budget, prepared.pictures)
     left_out |= unfit
     if not policies:
         raise UserError("no baseline can be set at the bytes of the winner; raise the budget")
-    total = len(finals) + len(policies) + len(smaller)
-    others = [add(policy.name, policy) for policy in (*policies, *smaller)]
+    rest = [*policies, *smaller]
+    steps.total = (len(finals) + len(rest)) * len(prepared.samples)
+    others = entries(rest, [None] * len(rest))
     strongest = min(others, key=lambda entry: entry.order)
-    return Shortlist(tuple(entries), winner, strongest, prepared.dense_metric(store), left_out)
+    return Shortlist((*finals, *others), winner, strongest, prepared.dense_metric(store), left_out)
 
 
 def _best_rivals(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:
     """The rivals to generate with, the best by the cheap score first, and who is not among them."""
     always = rivals(winner, budget, prepared.layers)
     more, left_out = shipped_rivals(winner, budget, prepared.evidence, always)
+    with contextlib.suppress(UserError):  # of one of them; it is named below
+        prepared.cheaply([*always, *more])
     ranked = []
     for policy in [*always, *more]:
         try:

@@ -74,7 +74,7 @@ def test_a_comparison_is_that_of_one_process(tmp_path, monkeypatch, tiny, other,
     assert done == sorted(done) and done[-1] == notes.counts("compare")[-1][1]
     # resumed by one alone: nothing is left to answer, and the folder is as one process leaves it
     again = AnswerStore(tmp_path / "parts")
-    monkeypatch.setattr("avlprof.evaluation.answers._answer", None)
+    monkeypatch.setattr("avlprof.evaluation.answers.answer_batch", None)
     resumed = compare(tiny, task, [0.3], settings=COMPARED, store=again)
     pd.testing.assert_frame_equal(resumed.answers, alone.answers, check_exact=True)
 
