@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -82,7 +81,7 @@ class Session(AtWork):
         self.cache_name = cache_argument(model)
         self.observers: list[Observer] = []
         self.runtime: AttentionRuntime | None = None
-        self.single = False  # what is captured serves one call at a time, and no copy
+        self.single = False  # what stands for its forward serves one call at a time, and no copy
         self.contexts = contextlib.ExitStack()
         self.users = 0
         self._states: WeakKeyDictionary[Any, Passed] = WeakKeyDictionary()
@@ -94,12 +93,6 @@ class Session(AtWork):
         if self.single:
             raise UserError("a model with captured steps cannot be copied; copy it before the context")
         return self
-
-    def spare(self) -> None:
-        """The layers of the pass at work need not attend: what they would have done is known."""
-        now = self._thread.now
-        assert now is not None
-        now.layers.update(range(len(self.roles)))
 
     @property
     def stepping(self) -> bool:
@@ -330,25 +323,6 @@ def session_of(model: PreTrainedModel) -> Session | None:
     hooks = getattr(model, "_forward_pre_hooks", {}).values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return next((one for one in owners if isinstance(one, Session) and one.model is model), None)
-
-
-@contextlib.contextmanager
-def forward_as(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in place of a model's own, inside its hooks, for the length of the context."""
-    before, own = model.forward, "forward" in vars(model)
-
-    @functools.wraps(before)
-    def replaced(**inputs: Any) -> Any:
-        return forward(**inputs)
-
-    model.forward = replaced
-    try:
-        yield
-    finally:
-        if own:
-            model.forward = before
-        else:
-            del model.forward
 
 
 def _installed(model: PreTrainedModel) -> Session:

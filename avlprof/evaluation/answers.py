@@ -158,8 +158,13 @@ def answers_under(
     known = {
         name: store.answers(model, policy, samples, limit) if store else {} for name, policy in asked.items()
     }
-    flushed, total = time.monotonic(), len(asked) * len(samples)
-    watch.phase("answers", sum(map(len, known.values())), total)
+    flushed = time.monotonic()
+
+    def tell() -> None:
+        watch.phase("answers", sum(len(known[policy_key(policy)]) for policy in policies), total)
+
+    total = len(policies) * len(samples)
+    tell()
     try:
         for some, lacking in lacking_alike(asked.values(), known.values(), samples):
             for batch in answer_batches(loaded, lacking, settings):
@@ -168,7 +173,7 @@ def answers_under(
                         known[policy_key(policy)][sample.id] = answer
                         if store:
                             store.add(model, sample, limit, answer)
-                    watch.phase("answers", sum(map(len, known.values())), total)
+                    tell()
                     if store and time.monotonic() - flushed > FLUSH_SECONDS:
                         store.flush()
                         flushed = time.monotonic()

@@ -97,13 +97,10 @@ def strongest(
     samples = task.samples(settings.select_split, settings.samples)
     answering = settings.answering(loaded, task, samples)
     runs = [(at, run) for at, policy in enumerate(candidates) for run in seeded(policy)]
-    policies = [run for _, run in runs]
-    part = Part(watch, "strongest")
+    policies, part = [run for _, run in runs], Part(watch, "strongest")
     found = answers_under(loaded, samples, policies, answering, store=store, watch=part)
-    scores: list[list[float]] = [[] for _ in candidates]
-    for (at, _), answers in zip(runs, found, strict=True):
-        scores[at].append(float(np.mean([answer.score for answer in answers])))
-    means = [float(np.mean(seeds)) for seeds in scores]
+    scores = pd.Series([np.mean([answer.score for answer in answers]) for answers in found])
+    means = scores.groupby([at for at, _ in runs]).mean().tolist()
     named = tuple((policy.name, mean) for policy, mean in zip(candidates, means, strict=True))
     return Strongest(candidates[int(np.argmax(means))], named)
 

@@ -9,16 +9,17 @@ host, as in other steps: layers `advance` before a replay, and their shapes are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from avlprof.attention.call import AttentionCall
-from avlprof.attention.session import Session, forward_as
+from avlprof.attention.session import Session
 from avlprof.errors import UserError, shortened
 from avlprof.models.generation import first_position
 from avlprof.policy import Policy
@@ -166,6 +167,27 @@ class CapturedSteps:
 
 
 @contextlib.contextmanager
+def forward_as(model: nn.Module, session: Session, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of a switched model's own, inside its hooks, for the length of the context."""
+    before, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(before)
+    def replaced(**inputs: Any) -> Any:
+        return forward(**inputs)
+
+    model.forward = replaced
+    session.single = True
+    try:
+        yield
+    finally:
+        session.single = False
+        if own:
+            model.forward = before
+        else:
+            del model.forward
+
+
+@contextlib.contextmanager
 def captured_steps(
     model: PreTrainedModel, session: Session, buckets: Buckets, fused: FusedParts | None = None
 ) -> Iterator[None]:
@@ -173,12 +195,8 @@ def captured_steps(
 
     `fused` are parts of the model to compile in them.
     """
-    session.single = True
-    try:
-        with forward_as(model, CapturedSteps(model.forward, session, buckets, fused)):
-            yield
-    finally:
-        session.single = False
+    with forward_as(model, session, CapturedSteps(model.forward, session, buckets, fused)):
+        yield
 
 
 def check_counts(captured: Any, kept_bytes: Any, fused: Any = None) -> None:

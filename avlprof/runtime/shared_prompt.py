@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache
 
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.gate import Role, layer_roles
-from avlprof.attention.session import cache_argument, forward_as, session_of, switched
+from avlprof.attention.session import cache_argument, session_of, switched
 from avlprof.models.generation import greedy
 from avlprof.policy import Policy
 from avlprof.runtime.apply import Runtime, runnable
 from avlprof.runtime.cache import AVLCache, stock_layers
+from avlprof.runtime.captured import forward_as
 from avlprof.runtime.forced.prompt import PassThrough
 from avlprof.runtime.layer import AdaptiveLayer
 from avlprof.runtime.turns import TurnPrefill
@@ -94,12 +95,11 @@ def prompt_of(model: PreTrainedModel, runtime: Runtime, filled: FilledPrompt) ->
         cache: AVLCache = inputs[session.cache_name]
         cache.become(filled.cache)
         runtime.cache = cache
-        session.spare()
         return type(filled.output)(
             **{name: cache if isinstance(part, Cache) else part for name, part in filled.output.items()}
         )
 
-    with forward_as(model, forward):
+    with forward_as(model, session, forward):
         yield
 
 

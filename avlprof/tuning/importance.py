@@ -159,8 +159,9 @@ def knob_effects(
         plain = {name: PLAIN[name]} | ({"refresh_interval": 0} if name == "leading" else {})
         back.append(replace(winner, **plain).policy(prepared.evidence, budget))
     ours, *theirs = prepared.cheaply([winner.policy(prepared.evidence, budget), *back])
+    watch.phase("knobs", len(turned), len(turned))
     rows = []
-    for done, (name, without) in enumerate(zip(turned, theirs, strict=True), start=1):
+    for name, without in zip(turned, theirs, strict=True):
         gap = paired_difference(without, ours).difference
         rows.append(
             {
@@ -172,7 +173,6 @@ def knob_effects(
                 "high": gap.high,
             }
         )
-        watch.phase("knobs", done, len(turned))
     table = pd.DataFrame(rows, columns=list(KNOBS))
     return table.sort_values("change", ascending=False, kind="stable", ignore_index=True)
 
