@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from avlprof.attention.codec import degraded
 from avlprof.models import memory
 from avlprof.models.memory import free_bytes, host_bytes
-from avlprof.policy import Policy, ScorerSpec
-from avlprof.runtime.forced import ForcedSet
+from avlprof.policy import Policy, ScorerSpec, TextPolicy
+from avlprof.runtime.forced import ForcedSet, prompt
 from avlprof.runtime.forced.room import Room, prompt_bytes
 from avlprof.tasks import load_task
 from avlprof.watch import Watch
@@ -72,6 +73,27 @@ def test_what_is_parked_takes_new_scores_along(tiny, samples, whole):
     assert forced.parked > before
     assert forced.score(scored) == first
     assert forced.nbytes == 0
+
+
+def test_copies_in_few_bits_are_kept_and_let_go_first(tiny, samples, monkeypatch):
+    forced = ForcedSet.prepare(tiny, samples, max_new_tokens=6, batch_size=2)
+    several = [
+        Policy(vision_keep=0.4, vision_bits=bits, text=TextPolicy(bits=text))
+        for bits, text in ((4, 16), ((2, 3, 4, 8, 16, 4), 4), (3, 3), (2, 8), (8, 4), (16, 16))
+    ]
+    forced.score(several[-1])
+    prompts = forced.nbytes
+    scores = [forced.score(policy) for policy in several]
+    assert forced.nbytes > prompts
+    kv = sum(prompt_bytes(tiny, [sample]) for sample in samples)
+    assert forced.nbytes <= prompts + 3 * 1.2 * kv  # a batch is padded
+    made = []
+    monkeypatch.setattr(prompt, "degraded", lambda part, bits: made.append(bits) or degraded(part, bits))
+    assert forced.score(several[4]) == scores[4] and not made
+    assert [forced.score(policy) for policy in several] == scores and made
+    forced.room = Room(prompts, None)
+    assert [forced.score(policy) for policy in several] == scores
+    assert forced.nbytes <= prompts and forced.parked == 0
 
 
 def test_the_room_is_told_and_batches_shrink(tiny, samples, monkeypatch):

@@ -64,26 +64,24 @@ class GroupAttention:
         if window is not None:
             rows = AnswerRows(call, prompt, len(self.policies))
             return _attended(rows, self._by_window(rows, window))
-        rows = AnswerRows(call, *self._precision(prompt, call.layer))
+        rows = AnswerRows(call, *self._precision(call.layer))
         groups = 1 if policy.heads == "shared" else prompt.key.shape[1]
         if policy.running is not None:
             return attend_in_order(rows, self.plans, self.prompts, call.layer, groups)
         return _attended(rows, *self._governed(rows, call.layer, groups))
 
-    def _precision(self, prompt: PromptLayer, layer: int) -> tuple[PromptLayer, int, PromptLayer | None]:
+    def _precision(self, layer: int) -> tuple[PromptLayer, int, PromptLayer | None]:
         """The prompt as rows see it, the number of policies, and the prompt as few bits leave it.
 
         The latter only where what is not core is ever read.
         """
         policy, count, layers = self.policies[0], len(self.policies), len(self.prompts.layers)
-        prompt = prompt.degraded(policy.text_bits(layers)[layer], text=True)
-        bits = policy.bits(layers)[layer]
-        if bits == FULL:
-            return prompt, count, None
+        text, bits = policy.text_bits(layers)[layer], policy.bits(layers)[layer]
         if policy.vision_compute is None:
-            return prompt.degraded(bits), count, None
+            return self.prompts.stored(layer, text, bits), count, None
+        whole = self.prompts.stored(layer, text, FULL)
         reads = policy.triggered or 0 < policy.refresh_interval <= self.plans.steps
-        return prompt, count, prompt.degraded(bits) if reads else None
+        return whole, count, self.prompts.stored(layer, text, bits) if reads and bits < FULL else None
 
     def _governed(self, rows: AnswerRows, layer: int, groups: int) -> tuple[Visible, Full]:
         policy = self.policies[0]

@@ -101,6 +101,10 @@ class ForcedBatch:
         """Bytes held of them on the host."""
         return self._prefixes.parked
 
+    def forget(self) -> None:
+        """Let go of copies of the prompts in few bits."""
+        self._prefixes.forget()
+
     def drop(self) -> None:
         """Let the prefilled prompts go; they run again when next needed."""
         self._prefixes.drop()

@@ -107,13 +107,19 @@ class Prefixes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(prompts.nbytes for prompts in self._prompts.values())
+        """Bytes held, copies in few bits included."""
+        copies = sum(view.copies for view in self._views.values())
+        return sum(prompts.nbytes for prompts in self._prompts.values()) + copies
 
     @property
     def parked(self) -> int:
         """Bytes held on the host."""
         return sum(prompts.nbytes for prompts in self._parked.values())
+
+    def forget(self) -> None:
+        """Let go of copies of the prompts in few bits."""
+        for view in self._views.values():
+            view.forget()
 
     def drop(self) -> None:
         """Let all prompts go from the device; what is not parked runs again when needed."""

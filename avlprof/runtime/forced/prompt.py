@@ -42,6 +42,9 @@ class ForcedCache(Cache):
         super().__init__(layers=[PassThrough(length) for _ in range(layers)])
 
 
+COPIES = 1 << 26
+"""Bytes of prompts that run together as few bits leave them."""
+
 _TEXT_ROWS = 64  # text rows whose weights exist at a time
 
 
@@ -105,12 +108,22 @@ class Prompts:
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     text: list[Tensor] = field(default_factory=list)
     _ranks: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _stored: dict[tuple[int, int, int], PromptLayer] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and scores."""
         kept = [*self.text, *(s for layers in self.scores.values() for s in layers)]
         return sum(layer.nbytes for layer in self.layers) + sum(t.numel() * t.element_size() for t in kept)
+
+    @property
+    def copies(self) -> int:
+        """Bytes of keys and values as few bits left them that are kept for the next policy."""
+        return sum(layer.nbytes for layer in self._stored.values())
+
+    def forget(self) -> None:
+        """Let go of what few bits left."""
+        self._stored.clear()
 
     @property
     def parts(self) -> tuple[frozenset[str], bool]:
@@ -149,6 +162,24 @@ class Prompts:
             vision = (self.layers[layer].modality == Modality.VISION)[:, None]
             self._ranks[key] = ranks(scores.masked_fill(~vision, float("-inf")))
         return self._ranks[key]
+
+    def stored(self, layer: int, text_bits: int, bits: int) -> PromptLayer:
+        """A layer with system and text, and vision, as they are after few bits.
+
+        The latest are kept, up to three times what the prompts take or `COPIES` bytes, since a search stores
+        the same prompts in the same few bits time and again.
+        """
+        if text_bits == bits == FULL:
+            return self.layers[layer]
+        key = (layer, text_bits, bits)
+        found = self._stored.pop(key, None)
+        if found is None:
+            found = self.layers[layer].degraded(text_bits, text=True).degraded(bits)
+        self._stored[key] = found
+        most = min(COPIES, 3 * sum(own.nbytes for own in self.layers))
+        while self.copies > most:
+            del self._stored[next(iter(self._stored))]
+        return found
 
     def _mapped(self, pick: Callable[[Tensor], Tensor], trim: bool) -> Prompts:
         picked: dict[int, tuple[Tensor, int]] = {}  # layers share their maps; one object each stays one

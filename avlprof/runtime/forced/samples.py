@@ -254,6 +254,10 @@ class ForcedSet:
         """Park or drop the prompts of a batch where all that is held is too much: the first ones stay."""
         if self.room.device is None or self.nbytes <= self.room.device:
             return
+        for one in self._held():
+            one.forget()
+        if self.nbytes <= self.room.device:
+            return
         if self.room.host != 0 and self.room.fits_host(self.parked - batch.parked + batch.nbytes):
             batch.park()
         else:

@@ -56,6 +56,9 @@ class SteppedBatch:
         self._real = torch.arange(width, device=ids.device) < lengths[:, None]
         self._dense: Tensor | None = None
 
+    def forget(self) -> None:
+        """Nothing is held."""
+
     def drop(self) -> None:
         """Nothing is held that could be dropped."""
 
