@@ -35,6 +35,28 @@ def test_a_signal_is_raised_once(number):
     assert error.value.code == CODES[number]
 
 
+class Dying:
+    """A signal comes while it is finalised."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def test_a_signal_that_python_would_swallow_comes_again():
+    hook, done = sys.unraisablehook, []
+
+    def work():
+        Dying()
+        done.append(True)  # Python has let no exception out
+        time.sleep(5.0)
+
+    with pytest.raises(Signalled) as error, ending_once():
+        work()
+    assert done and error.value.code == 143
+    assert sys.unraisablehook is hook
+
+
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
