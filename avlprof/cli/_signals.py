@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 GRACE: Final = 3.0
 """Seconds in which further signals change nothing: what is in hand is being written."""
 
-ENDING: Final = ("SIGINT", "SIGTERM", "SIGHUP")
-
-
 AGAIN: Final = 0.01
 """Seconds until a signal comes again whose exception Python did not raise."""
+
+ENDING: Final = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Signalled(KeyboardInterrupt):

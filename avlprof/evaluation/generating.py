@@ -62,7 +62,7 @@ def running(
         return
     with apply(loaded.model, policy) as runtime, contextlib.ExitStack() as stack:
         if filled is not None:
-            stack.enter_context(prompt_of(loaded.model, runtime, filled))
+            stack.enter_context(prompt_of(loaded.model, filled))
         yield runtime
 
 
@@ -172,7 +172,7 @@ class _Prompt:
                 with torch.inference_mode():
                     filled = [*share_prompt(self._loaded.model, dict(self._encoding), within, self._ids)]
             for policy in some:
-                yield policy, self._answer(policy, filled.pop(0))
+                yield policy, self._answer(policy, filled.pop(0))  # whose cache goes with its answers
 
     def _together(self, policies: Sequence[Policy | None]) -> Iterator[list[Policy | None]]:
         """Policies that share a prompt, as many as may wait beside each other; the others one by one."""
@@ -239,8 +239,9 @@ class _Prompt:
 
 def _within(policy: Policy | None) -> Policy | None:
     """What of a policy acts on the cache; None: the model is left alone."""
-    own = policy and policy.of_cache
-    return None if policy is not None and policy.shrinks and own and own.hash == DENSE.hash else own
+    if policy is None or (policy.shrinks and policy.of_cache.hash == DENSE.hash):
+        return None
+    return policy.of_cache
 
 
 def said(loaded: LoadedModel, new: Sequence[list[int]]) -> tuple[list[int], list[str]]:

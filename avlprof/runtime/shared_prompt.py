@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache
 from avlprof.attention.call import AttentionCall, Forward
 from avlprof.attention.gate import Role, layer_roles
 from avlprof.attention.session import cache_argument, session_of, switched
+from avlprof.errors import UserError
 from avlprof.models.generation import greedy
 from avlprof.policy import Policy
-from avlprof.runtime.apply import Runtime, runnable
+from avlprof.runtime.apply import runnable
 from avlprof.runtime.cache import AVLCache, stock_layers
 from avlprof.runtime.captured import forward_as
 from avlprof.runtime.forced.prompt import PassThrough
@@ -60,8 +61,13 @@ def share_prompt(
         samples: ids of the rows, for messages.
 
     Raises:
-        UserError: as `avlprof.apply` and `avlprof.models.generation.greedy`.
+        UserError: a policy cannot share a prompt; as `avlprof.apply` and `avlprof.models.generation.greedy`.
     """
+    if (alone := next((own for own in policies if not shares_prompts(model, own)), None)) is not None:
+        raise UserError(
+            f"policy '{alone.name}' cannot share a prompt: it sets prefill_filter, or layers of "
+            f"{type(model).__name__} keep something else than keys and values of their own; run it alone"
+        )
     runtime = _Filling(model, policies)
     outputs: list[Any] = []
     with contextlib.ExitStack() as stack:
@@ -79,14 +85,14 @@ def without_pictures(encoding: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def prompt_of(model: PreTrainedModel, runtime: Runtime, filled: FilledPrompt) -> Iterator[None]:
-    """Inside `apply`, hand out a filled prompt where its batch is run next; it serves one run.
+def prompt_of(model: PreTrainedModel, filled: FilledPrompt) -> Iterator[None]:
+    """Inside `apply` without captured steps, hand out a filled prompt where its batch is run next, once.
 
     The batch must be the one that the prompt was filled by, and no other may have run since: some models
     remember of their latest prompt where the answer's positions begin.
     """
     session = session_of(model)
-    assert session is not None
+    assert session is not None and not session.single
     before = model.forward
 
     def forward(**inputs: Any) -> Any:
@@ -94,7 +100,6 @@ def prompt_of(model: PreTrainedModel, runtime: Runtime, filled: FilledPrompt) ->
             return before(**inputs)
         cache: AVLCache = inputs[session.cache_name]
         cache.become(filled.cache)
-        runtime.cache = cache
         return type(filled.output)(
             **{name: cache if isinstance(part, Cache) else part for name, part in filled.output.items()}
         )

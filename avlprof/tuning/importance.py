@@ -17,7 +17,7 @@ from avlprof.evaluation.intervals import paired_difference
 from avlprof.policy import FULL, Policy, TextPolicy
 from avlprof.tuning.candidate import WHOLE, Budget, Candidate
 from avlprof.tuning.storages._base import quiet, trials_in
-from avlprof.watch import SILENT, Watch
+from avlprof.watch import SILENT, Part, Watch
 
 FILE = "importances.csv"
 LEAST = 20
@@ -153,13 +153,12 @@ def knob_effects(
         values["pictures"] = f"{winner.pictures} to {winner.picture_share:g}"
     if winner.text_share is None and not budget.affords(TextPolicy(), layers, refreshed):
         turned = [name for name in turned if name != "text_bits"]
-    watch.phase("knobs", 0, len(turned))
     back = []
     for name in turned:
         plain = {name: PLAIN[name]} | ({"refresh_interval": 0} if name == "leading" else {})
         back.append(replace(winner, **plain).policy(prepared.evidence, budget))
-    ours, *theirs = prepared.cheaply([winner.policy(prepared.evidence, budget), *back])
-    watch.phase("knobs", len(turned), len(turned))
+    own = winner.policy(prepared.evidence, budget)
+    ours, *theirs = prepared.cheap_scores([own, *back], Part(watch, "knobs"))
     rows = []
     for name, without in zip(turned, theirs, strict=True):
         gap = paired_difference(without, ours).difference

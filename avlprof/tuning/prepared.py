@@ -203,13 +203,14 @@ class Prepared:
 
     def cheap(self, policy: Policy) -> NDArray[np.float64]:
         """Forced score `[n]` of a policy, lower is better; KL to dense where trials generate."""
-        return self.cheaply([policy])[0]
+        return self.cheap_scores([policy])[0]
 
-    def cheaply(self, policies: Sequence[Policy]) -> list[NDArray[np.float64]]:
-        """The same of each policy; they share passes."""
+    def cheap_scores(self, policies: Sequence[Policy], watch: Watch = SILENT) -> list[NDArray[np.float64]]:
+        """Forced scores `[policy][n]`, as `cheap`; policies share passes, `watch` is told by `score_many`."""
         value = OBJECTIVES["fidelity" if self.kind == "accuracy" else self.kind]
         new = {policy.hash: policy for policy in policies if policy.hash not in self._cheap}
-        for name, scores in zip(new, self.forced.score_many([*new.values()]) if new else [], strict=True):
+        found = self.forced.score_many([*new.values()], watch) if new else []
+        for name, scores in zip(new, found, strict=True):
             self._cheap[name] = np.array([value(score) for score in scores])
         return [self._cheap[policy.hash] for policy in policies]
 

@@ -22,7 +22,7 @@ from avlprof.tuning.candidate import Budget
 from avlprof.tuning.prepared import Prepared
 from avlprof.tuning.refine import is_refined, moves_heads
 from avlprof.tuning.rivals import RANDOM, STATIC, UNIFORM, rivals, shipped_rivals, smaller_rivals
-from avlprof.watch import SILENT, Steps, Watch
+from avlprof.watch import SILENT, Part, Steps, Watch
 
 Array = NDArray[np.float64]
 FEW = 16
@@ -135,7 +135,7 @@ def make_shortlist(
 
     def entries(policies: Sequence[Policy], trials: Sequence[FrozenTrial | None]) -> list[ShortlistEntry]:
         metrics = answers.metrics(policies, steps.part())
-        found = zip(policies, trials, metrics, prepared.cheaply(policies), strict=True)
+        found = zip(policies, trials, metrics, prepared.cheap_scores(policies), strict=True)
         steps.add(len(policies) * len(prepared.samples))
         return [
             ShortlistEntry(
@@ -151,7 +151,7 @@ def make_shortlist(
 
     finals = entries([parse_policy(t.user_attrs["policy"], name_of(t)) for t in best], best)
     winner = min(finals, key=lambda entry: entry.order)
-    policies, left_out = _best_rivals(prepared, winner.policy, budget)
+    policies, left_out = _best_rivals(prepared, winner.policy, budget, watch)
     smaller, unfit = smaller_rivals(winner.policy, budget, prepared.pictures)
     left_out |= unfit
     if not policies:
@@ -163,12 +163,14 @@ def make_shortlist(
     return Shortlist((*finals, *others), winner, strongest, prepared.dense_metric(store), left_out)
 
 
-def _best_rivals(prepared: Prepared, winner: Policy, budget: Budget) -> tuple[list[Policy], dict[str, str]]:
+def _best_rivals(
+    prepared: Prepared, winner: Policy, budget: Budget, watch: Watch
+) -> tuple[list[Policy], dict[str, str]]:
     """The rivals to generate with, the best by the cheap score first, and who is not among them."""
     always = rivals(winner, budget, prepared.layers)
     more, left_out = shipped_rivals(winner, budget, prepared.evidence, always)
     with contextlib.suppress(UserError):  # of one of them; it is named below
-        prepared.cheaply([*always, *more])
+        prepared.cheap_scores([*always, *more], Part(watch, "rivals"))
     ranked = []
     for policy in [*always, *more]:
         try:

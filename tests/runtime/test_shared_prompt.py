@@ -48,7 +48,7 @@ def shared(case, inputs, policies):
     seen, hook = prompt_tokens(case.model)
     found = []
     for policy, prompt in zip(policies, filled, strict=True):
-        with avlprof.apply(case.model, policy) as runtime, prompt_of(case.model, runtime, prompt):
+        with avlprof.apply(case.model, policy) as runtime, prompt_of(case.model, prompt):
             said = generate_words(
                 case, without_pictures(inputs), STEPS, **{cache_argument(case.model): runtime.new_cache()}
             )
@@ -106,6 +106,8 @@ def test_every_kind_of_policy_goes_on_as_if_alone(kind):
     case, policy = built(FEW_MODELS[0]), (FORCED | LED | ADAPTIVE)[kind]
     if policy.prefill_filter:
         assert not shares_prompts(case.model, policy)
+        with pytest.raises(UserError, match="cannot share a prompt: it sets prefill_filter"):
+            share_prompt(case.model, case.inputs(1), [DENSE, policy])
     else:
         check(case, [DENSE, policy, POLICIES["per head"]], images_per_row=2)
 
@@ -124,8 +126,8 @@ def test_a_model_is_left_as_it_was():
     case = built(FEW_MODELS[0])
     inputs, policy = case.inputs(2, seed=1), POLICIES["evict"]
     (filled,) = share_prompt(case.model, inputs, [policy])
-    with avlprof.apply(case.model, policy) as runtime:
-        with pytest.raises(KeyboardInterrupt), prompt_of(case.model, runtime, filled):
+    with avlprof.apply(case.model, policy):
+        with pytest.raises(KeyboardInterrupt), prompt_of(case.model, filled):
             raise KeyboardInterrupt
         assert "forward" not in vars(case.model)
     stock = generate_words(case, inputs, STEPS)
@@ -207,5 +209,5 @@ def test_a_prompt_that_is_not_finite_is_named(samples):
     loaded = load_model("tiny", device="cpu")
     with torch.no_grad():
         loaded.model.get_decoder().layers[3].mlp.down_proj.weight.fill_(float("inf"))
-    with pytest.raises(UserError, match=f"'{samples[0].id}' are not finite|from layer 3 on"):
+    with pytest.raises(UserError, match=f"'{samples[0].id}', from layer 3 on, are not finite"):
         answers_under(loaded, samples[:1], KEPT, AnswerSettings(3, 1))

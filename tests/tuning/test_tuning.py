@@ -98,7 +98,7 @@ def test_values_are_the_mean_kl_of_the_noted_policy(study, forced):
         assert trial.user_attrs["live_share"] == live_share(policy, forced.shapes, 6) <= BUDGET
         steps = max(round(forced.answer_tokens), 1)
         assert trial.user_attrs["read_share"] == read_share(policy, forced.shapes, 6, steps) <= READ
-    assert study.phases == ["dense answers", "probe", "trials", "finalists", "proof", "knobs"]
+    assert study.phases == ["dense answers", "probe", "trials", "rivals", "finalists", "proof", "knobs"]
 
 
 @pytest.mark.full  # a study of its own

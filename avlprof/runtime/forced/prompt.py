@@ -43,7 +43,7 @@ class ForcedCache(Cache):
 
 
 COPIES = 1 << 26
-"""Bytes of prompts that run together as few bits leave them."""
+"""Most bytes of copies in few bits that prompts which run together keep."""
 
 _TEXT_ROWS = 64  # text rows whose weights exist at a time
 

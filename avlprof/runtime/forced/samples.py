@@ -211,12 +211,17 @@ class ForcedSet:
         """Scores of a policy on every sample, in their order."""
         return self.score_many([policy])[0]
 
-    def score_many(self, policies: Sequence[Policy]) -> list[list[ForcedScore]]:
-        """Scores `[policy][sample]` of several policies, which share passes where they can."""
+    def score_many(self, policies: Sequence[Policy], watch: Watch = SILENT) -> list[list[ForcedScore]]:
+        """Scores `[policy][sample]` of several policies, which share passes where they can.
+
+        Args:
+            watch: its phase `scores` counts scores, of one policy on one sample each.
+        """
         scores: list[list[ForcedScore]] = [[] for _ in policies]
         for score in self.batches():
             for own, more in zip(scores, score(policies), strict=True):
                 own.extend(more)
+            watch.phase("scores", sum(map(len, scores)), len(policies) * len(self.samples))
         return scores
 
     def refreshed(self, policy: Policy) -> tuple[float, ...] | None:
